@@ -1,0 +1,27 @@
+"""Decisions: which experts a token uses, with which weights, and what a router pays for imbalance. Plain torch."""
+
+from lamella.routing.attachment import CollectedLoss, attach, collect_losses
+from lamella.routing.balance import balance_loss, z_loss
+from lamella.routing.context import Frame, RoutedCall, current_frame, loss_scale, track_calls
+from lamella.routing.pooling import pool_mean, pool_mode
+from lamella.routing.router import CosineRouter, LinearRouter, Router, Routing, make_router
+
+__all__ = [
+    "CollectedLoss",
+    "CosineRouter",
+    "Frame",
+    "LinearRouter",
+    "RoutedCall",
+    "Router",
+    "Routing",
+    "attach",
+    "balance_loss",
+    "collect_losses",
+    "current_frame",
+    "loss_scale",
+    "make_router",
+    "pool_mean",
+    "pool_mode",
+    "track_calls",
+    "z_loss",
+]

@@ -1,0 +1,295 @@
+"""What the layers of one forward call share: which tokens are real, how the task loss is scaled, who is watching.
+
+``track_calls`` sets hooks on a model and on the stacks inside it. The outermost one that runs opens a call; each stack
+inside it opens a frame with its own attention mask, so that encoder, decoder and cross-attention each see theirs. A
+gradient-checkpointed block carries its frame along, so that recomputation in the backward pass sees the same one, also
+in another thread. When the forward ends, the frame is gone.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import LamellaError
+
+Observer = Callable[..., None]
+
+
+@dataclass(eq=False)
+class RoutedCall:
+    """One forward of a tracked model.
+
+    Attributes:
+        tracker: the model's tracker.
+        label_share: labels of this batch over the labels the trainer normalises by; 1 where it does not say.
+        decoder_mask: where an encoder-decoder has labels, the positions that predict one, ``(batch, tokens)``.
+        half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
+        recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
+    """
+
+    tracker: "CallTracker"
+    label_share: Tensor | float = 1.0
+    decoder_mask: Tensor | None = None
+    half: bool = False
+    recorded_scale: Tensor | None = None
+
+    def attached_scale(self) -> Tensor | float:
+        """The factor of an attached loss: the task loss's own.
+
+        Raises:
+            LamellaError: fp16 with a gradient scaler whose scale never passed through the model's loss.
+        """
+        if self.recorded_scale is not None:
+            return self.recorded_scale * self.label_share
+        if self.tracker.scale is not None:
+            return self.tracker.scale
+        if self.half:
+            raise LamellaError(
+                "A balance loss is attached under fp16, but the loss was not built by the model, so the scale of the "
+                "gradient scaler is unknown and the balance loss would be thousands of times too small. Pass labels so "
+                "that the model returns its loss, add lamella.training.LossScaleCallback to the trainer, wrap the "
+                "backward in `lamella.routing.loss_scale(model, scale)`, use bf16, or set balance_coef=0."
+            )
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What the layers of one running stack see.
+
+    Attributes:
+        call: the forward this stack runs in.
+        mask: True for the stack's real tokens, ``(batch, tokens so far)``; None when all are real.
+        encoder_mask: the same for the encoder states that cross-attention reads.
+        parent: the frame around this one.
+        checkpointed: whether the block runs inside gradient checkpointing.
+        recomputing: whether this is the recomputation of a checkpointed block.
+        handed_over: products that one layer computed for a sibling with the same input; empty when the stack is done.
+    """
+
+    call: RoutedCall
+    mask: Tensor | None
+    encoder_mask: Tensor | None
+    parent: "Frame | None" = None
+    checkpointed: bool = False
+    recomputing: bool = False
+    handed_over: dict[Any, Any] = field(default_factory=dict)
+
+    def token_mask(self, x: Tensor, of_encoder: bool = False) -> Tensor | None:
+        """Which rows of ``x`` flattened to ``(N, features)`` are real, ``(N,)``; None when all are, or none says.
+
+        With a cache the mask is as long as the sequence so far and ``x`` holds its last tokens.
+        """
+        mask = self.encoder_mask if of_encoder else self.mask
+        if mask is None:
+            return None
+        if x.dim() == 3 and mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1]:
+            return mask[:, mask.shape[1] - x.shape[1] :].flatten()
+        if x.dim() == 2 and mask.numel() == x.shape[0]:
+            return mask.flatten()
+        return None
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Who wants to see routings: nobody during recomputation, which would count a token twice."""
+        return () if self.recomputing else tuple(self.call.tracker.observers)
+
+
+_FRAME: ContextVar[Frame | None] = ContextVar("lamella_frame", default=None)
+
+
+def current_frame() -> Frame | None:
+    """The frame of the stack that is running; None outside a tracked model's forward."""
+    return _FRAME.get()
+
+
+class CallTracker:
+    """The hooks of one model and what outlives a call: its observers and a trainer's loss scale."""
+
+    def __init__(self, shifts_labels: bool) -> None:
+        self.shifts_labels = shifts_labels
+        self.observers: list[Observer] = []
+        self.scale: float | None = None
+
+    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model and of each stack in it."""
+        arguments = _named_arguments(module, args, kwargs)
+        parent = _FRAME.get()
+        if parent is None or parent.call.tracker is not self:
+            _carry_frames_through_checkpoints(module)
+            call = self._start_call(arguments)
+        else:
+            call = parent.call
+        _FRAME.set(_frame_of_stack(call, arguments, parent))
+
+    def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook, run also when the forward raised."""
+        frame = _FRAME.get()
+        if frame is None or frame.call.tracker is not self:
+            return output
+        frame.handed_over.clear()
+        _FRAME.set(frame.parent)
+        is_outermost = frame.parent is None or frame.parent.call is not frame.call
+        return _record_loss_scale(output, frame.call) if is_outermost else output
+
+    def _start_call(self, arguments: Mapping[str, Any]) -> RoutedCall:
+        labels = arguments.get("labels")
+        is_encoder_decoder = "decoder_input_ids" in arguments.get("__parameters__", ())
+        predicts = labels.ne(-100) if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        return RoutedCall(
+            tracker=self,
+            label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
+            decoder_mask=predicts if is_encoder_decoder else None,
+            half=any(
+                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+                for kind in ("cpu", "cuda")
+            ),
+        )
+
+    def _label_share(self, labels: Any, total: Any) -> Tensor | float:
+        if total is None or not isinstance(labels, Tensor):
+            return 1.0
+        counted = labels[..., 1:] if self.shifts_labels else labels
+        return counted.ne(-100).sum() / total
+
+
+def track_calls(model: nn.Module, stacks: Sequence[nn.Module] = (), shifts_labels: bool = False) -> CallTracker:
+    """Sets the hooks on ``model`` and on the ``stacks`` inside it, once; returns the model's tracker.
+
+    Args:
+        model: the module whose forward is one call.
+        stacks: modules inside it that are given an attention mask of their own.
+        shifts_labels: whether the model's loss predicts token t+1 at t, so that the first label counts for nothing.
+    """
+    existing = find_tracker(model)
+    if existing is not None:
+        return existing
+    tracker = CallTracker(shifts_labels)
+    for module in (model, *stacks):
+        module.register_forward_pre_hook(tracker.open, with_kwargs=True)
+        module.register_forward_hook(tracker.close, always_call=True)
+    return tracker
+
+
+def find_tracker(model: nn.Module) -> CallTracker | None:
+    """The tracker set on ``model`` or on the first module inside it that has one."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, CallTracker):
+                return owner
+    return None
+
+
+@contextmanager
+def loss_scale(model: nn.Module, scale: float) -> Iterator[None]:
+    """States the scale of a loss that is built outside the model, for the backward passes inside the context.
+
+    Args:
+        model: a model with a lamella adapter.
+        scale: what the task loss is multiplied by before backward: 1 / accumulation steps, times a gradient scaler's.
+    """
+    tracker = find_tracker(model)
+    if tracker is None:
+        raise LamellaError(f"{type(model).__name__} has no lamella adapter, so there is no balance loss to scale.")
+    before, tracker.scale = tracker.scale, scale
+    try:
+        yield
+    finally:
+        tracker.scale = before
+
+
+class _RecordScale(torch.autograd.Function):
+    """The identity on the model's loss; its backward tells the call how the loss is scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, call: RoutedCall) -> Tensor:
+        ctx.call = call
+        return loss.clone()  # not a view: trainers multiply the loss in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.call.recorded_scale = grad.detach()
+        return grad, None
+
+
+def _record_loss_scale(output: Any, call: RoutedCall) -> Any:
+    if isinstance(output, MutableMapping) and _is_loss(output.get("loss")):
+        output["loss"] = _RecordScale.apply(output["loss"], call)
+    elif isinstance(output, tuple) and output and _is_loss(output[0]):
+        return (_RecordScale.apply(output[0], call), *output[1:])
+    return output
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
+
+
+def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Frame | None) -> Frame:
+    is_decoder = arguments.get("encoder_hidden_states") is not None
+    mask = arguments.get("attention_mask")
+    real: Tensor | None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask.bool()
+    elif is_decoder:
+        real = call.decoder_mask
+    elif mask is None or parent is None:
+        real = None
+    else:  # already expanded for attention: the stack around this one was given the plain mask
+        real = parent.mask
+    encoder_mask = arguments.get("encoder_attention_mask")
+    if not isinstance(encoder_mask, Tensor) or encoder_mask.dim() != 2:
+        return Frame(call, real, None, parent)
+    return Frame(call, real, encoder_mask.bool(), parent)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self
+
+
+def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = _parameter_names(type(module).forward)
+    return {**dict(zip(names, args, strict=False)), **kwargs, "__parameters__": names}
+
+
+class _CarryFrame:
+    """A checkpoint function that runs its block in the frame of the forward, also when it is recomputed."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = _FRAME.get()
+        if frame is None:
+            return self.checkpoint(block, *args, **kwargs)
+        runs = 0
+
+        def run(*block_args: Any, **block_kwargs: Any) -> Any:
+            nonlocal runs
+            around = _FRAME.get()
+            _FRAME.set(replace(frame, checkpointed=True, recomputing=runs > 0, handed_over={}))
+            runs += 1
+            try:
+                return block(*block_args, **block_kwargs)
+            finally:
+                _FRAME.set(around)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _carry_frames_through_checkpoints(model: nn.Module) -> None:
+    """Wraps the checkpoint function of each block: it is set on the blocks when checkpointing is enabled."""
+    if not model.training:
+        return
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _CarryFrame):
+            module._gradient_checkpointing_func = _CarryFrame(checkpoint)  # type: ignore[assignment]

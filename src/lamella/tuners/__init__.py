@@ -1,0 +1,10 @@
+"""The PEFT methods. Importing this package registers them with PEFT."""
+
+from lamella.tuners.exporting import Collapsed, collapse, export_experts
+from lamella.tuners.mola import MolaConfig, MolaModel, allocate
+from lamella.tuners.registry import LamellaType, register
+from lamella.tuners.summary import Summary
+
+register(LamellaType.MOLA, MolaConfig, MolaModel)
+
+__all__ = ["Collapsed", "LamellaType", "MolaConfig", "MolaModel", "Summary", "allocate", "collapse", "export_experts"]

@@ -1,0 +1,69 @@
+"""What the configs of all methods share: PEFT's fields, strictness about unknown keys, and faithful JSON."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from peft import PeftConfig
+
+from lamella.errors import LamellaError
+
+Self = TypeVar("Self", bound="LamellaConfig")
+
+
+@dataclass
+class LamellaConfig(PeftConfig):
+    """Base of lamella's configs.
+
+    Args:
+        target_modules: names or a regex of the linear modules to adapt, or "all-linear".
+        exclude_modules: names or a regex of modules to leave alone.
+        layers_to_transform: indices of the blocks to adapt; all when None.
+        layers_pattern: name of the list of blocks, for ``layers_to_transform``.
+        modules_to_save: modules outside the method that are trained and saved, such as a classifier.
+        init_weights: True starts at the base model exactly (B zero); False draws B at random, for tests.
+        lamella_version: the version that wrote the config; filled in.
+    """
+
+    target_modules: list[str] | set[str] | str | None = "all-linear"
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    lamella_version: str | None = field(default=None)
+
+    def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
+        # PEFT drops keys it does not know with a warning; here they are an error, before the constructor is reached.
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise LamellaError(_unknown_keys(cls.__name__, unknown, known, kwargs))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lamella_version = self.lamella_version or version("lamella")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON knows it: sets become sorted lists, so that the same config is the same file."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+def _unknown_keys(config: str, unknown: list[str], known: set[str], given: dict[str, Any]) -> str:
+    culprits = []
+    for key in unknown:
+        near = difflib.get_close_matches(key, known, n=1)
+        culprits.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    writer = given.get("lamella_version")
+    written = f" The config was written by lamella {writer}; this is lamella {version('lamella')}." if writer else ""
+    wrote_peft = f" It was written with PEFT {given['peft_version']}." if writer and given.get("peft_version") else ""
+    return (
+        f"{config} does not know {', '.join(culprits)}.{written}{wrote_peft} "
+        "Correct the key, or load the adapter with the version that wrote it."
+    )

@@ -1,0 +1,8 @@
+"""MoLA: a different number of LoRA experts in each layer, top-k routed per token (arXiv 2402.08562)."""
+
+from lamella.tuners.mola.allocation import allocate
+from lamella.tuners.mola.config import MolaConfig
+from lamella.tuners.mola.layer import MolaLayer
+from lamella.tuners.mola.model import MolaModel
+
+__all__ = ["MolaConfig", "MolaLayer", "MolaModel", "allocate"]

@@ -1,0 +1,106 @@
+"""How many experts each layer gets."""
+
+import math
+from collections.abc import Sequence
+
+from lamella.errors import LamellaError
+
+NumExperts = int | Sequence[int] | str
+
+# MoLA §4.2 and its published shapes; a digit per quarter of the depth, lowest layers first.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "rectangle": (5, 5, 5, 5),
+    "triangle": (8, 6, 4, 2),
+    "inverted-triangle": (2, 4, 6, 8),
+    "hourglass": (8, 2, 2, 8),
+    "diamond": (2, 8, 8, 2),
+}
+
+
+def allocate(num_experts: NumExperts, layers: int, expert_budget: float | None = None) -> list[int]:
+    """Experts per layer.
+
+    Layer l of L belongs to group ``l*G//L`` of a shape's G groups. With a budget the shape keeps its proportions but is
+    scaled to that mean number of experts per layer, by largest remainder, at least 1 each.
+
+    Args:
+        num_experts: one number for all layers; a list with one entry per layer; groups such as "2-4-6-8"; or a shape:
+            "rectangle", "triangle", "inverted-triangle", "hourglass", "diamond".
+        layers: how many layers there are.
+        expert_budget: mean experts per layer that a shape is scaled to; None keeps the shape's own numbers.
+
+    Returns:
+        A list of ``layers`` positive integers.
+
+    Raises:
+        LamellaError: a wrong length, an unknown shape, an entry below 1, a budget where there is no shape to scale.
+    """
+    if layers < 1:
+        raise LamellaError(f"layers={layers}: an allocation needs at least one layer.")
+    if isinstance(num_experts, str):
+        groups = _parse_shape(num_experts)
+        if len(groups) > layers:
+            raise LamellaError(
+                f"num_experts={num_experts!r} names {len(groups)} groups but there are only {layers} layers; use a list "
+                "with one entry per layer."
+            )
+        counts = [groups[layer * len(groups) // layers] for layer in range(layers)]
+        return counts if expert_budget is None else _scale(counts, expert_budget)
+    if expert_budget is not None:
+        raise LamellaError(
+            f"expert_budget={expert_budget} scales a shape, but num_experts={num_experts!r} is explicit; drop one of them."
+        )
+    counts = [num_experts] * layers if isinstance(num_experts, int) else list(num_experts)
+    if len(counts) != layers:
+        raise LamellaError(
+            f"num_experts has {len(counts)} entries but the stack has {layers} blocks; give one entry per block, or a "
+            f'shape such as "2-4-6-8".'
+        )
+    _refuse_below_one(counts, num_experts)
+    return counts
+
+
+def _parse_shape(shape: str) -> tuple[int, ...]:
+    if shape in SHAPES:
+        return SHAPES[shape]
+    parts = shape.split("-")
+    if not all(part.isdigit() for part in parts):
+        raise LamellaError(
+            f"num_experts={shape!r} is no shape; use one of {', '.join(SHAPES)}, or numbers such as '2-4-6-8'."
+        )
+    groups = tuple(int(part) for part in parts)
+    _refuse_below_one(groups, shape)
+    return groups
+
+
+def _refuse_below_one(counts: Sequence[int], given: object) -> None:
+    if any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
+        raise LamellaError(f"num_experts={given!r}: every layer needs at least one expert, as a whole number.")
+
+
+def _scale(counts: list[int], expert_budget: float) -> list[int]:
+    """The same proportions with a total of ``expert_budget * layers``, by largest remainder, at least 1 each."""
+    total = round(expert_budget * len(counts))
+    if total < len(counts):
+        raise LamellaError(
+            f"expert_budget={expert_budget} is a mean of less than one expert per layer over {len(counts)} layers; it must "
+            "be at least 1."
+        )
+    scaled = [1] * len(counts)
+    free = set(range(len(counts)))
+    while free:
+        # Layers whose fair share is below 1 keep the one expert they are owed; the others share what is left.
+        left = total - (len(counts) - len(free))
+        weight = sum(counts[layer] for layer in free)
+        shares = {layer: left * counts[layer] / weight for layer in free}
+        below = {layer for layer, share in shares.items() if share < 1}
+        if not below:
+            break
+        free -= below
+    if free:
+        for layer, share in shares.items():
+            scaled[layer] = math.floor(share)
+        by_remainder = sorted(shares, key=lambda layer: (math.floor(shares[layer]) - shares[layer], layer))
+        for layer in by_remainder[: total - sum(scaled)]:
+            scaled[layer] += 1
+    return scaled

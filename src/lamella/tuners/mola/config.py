@@ -1,0 +1,121 @@
+"""The settings of MoLA."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lamella.errors import LamellaError
+from lamella.tuners.config import LamellaConfig
+from lamella.tuners.mola.allocation import SHAPES, allocate
+from lamella.tuners.registry import LamellaType
+
+
+@dataclass
+class MolaConfig(LamellaConfig):
+    """Mixture of LoRA experts with a different number of experts in each layer (arXiv 2402.08562).
+
+    Each adapted linear module has its own router and its layer's number of LoRA experts; each token uses the top-k.
+
+    Args:
+        r: rank of each expert.
+        lora_alpha: the delta is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_dropout: dropout on the experts' input, one mask per module; the router reads the input before it.
+        use_rslora: rank-stabilised scaling.
+        fan_in_fan_out: kept for PEFT's sake: GPT-2's Conv1D is recognised, and the delta acts on activations.
+        num_experts: an int; a list with one entry per block of the stack; groups such as "2-4-6-8"; or "rectangle",
+            "triangle" (8-6-4-2), "inverted-triangle" (2-4-6-8), "hourglass" (8-2-2-8), "diamond" (2-8-8-2).
+        expert_budget: mean experts per layer that a shape is scaled to.
+        top_k: experts per token, an int or a list with one entry per block. Above an explicit number of experts it is
+            an error; in a shape scaled by ``expert_budget`` such a layer uses all it has.
+        router: "linear" or "cosine".
+        balance_coef: coefficient of the balance loss: mean over a block's routers, summed over blocks.
+        z_coef: coefficient of the router z-loss.
+
+    Raises:
+        LamellaError: a value out of range or an unknown key.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    num_experts: int | list[int] | str = 4
+    expert_budget: float | None = None
+    top_k: int | list[int] = 2
+    router: str = "linear"
+    balance_coef: float = 1e-3
+    z_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LamellaType.MOLA
+        if isinstance(self.num_experts, tuple):
+            self.num_experts = list(self.num_experts)
+        if isinstance(self.top_k, tuple):
+            self.top_k = list(self.top_k)
+        self._check_ranges()
+        self._check_counts()
+
+    @property
+    def scaling(self) -> float:
+        """What the experts' sum is multiplied by."""
+        return float(self.lora_alpha / self.r**0.5 if self.use_rslora else self.lora_alpha / self.r)
+
+    def allocation(self, layers: int) -> tuple[list[int], list[int], list[str]]:
+        """Experts and top-k of each block of a stack, and what had to be adjusted.
+
+        Args:
+            layers: blocks in the stack.
+
+        Returns:
+            Experts per block, top-k per block, and notes in words.
+
+        Raises:
+            LamellaError: the allocation does not fit the stack, or a block has fewer experts than its top-k.
+        """
+        experts = allocate(self.num_experts, layers, self.expert_budget)
+        wanted = [self.top_k] * layers if isinstance(self.top_k, int) else self.top_k
+        if len(wanted) != layers:
+            raise LamellaError(
+                f"top_k has {len(wanted)} entries but the stack has {layers} blocks; give one per block."
+            )
+        notes = []
+        top_k = []
+        for layer, (count, k) in enumerate(zip(experts, wanted, strict=True)):
+            # One expert has no router: it is plain LoRA, always used, whatever top-k says.
+            if k > count and self.expert_budget is not None:
+                notes.append(f"block {layer} has {count} experts after scaling, so its top_k is {count} instead of {k}")
+            elif k > count > 1:
+                raise LamellaError(
+                    f"top_k={k} is more than the {count} experts of block {layer} (num_experts={self.num_experts!r}); "
+                    "lower top_k, give it as a list with one entry per block, or raise num_experts."
+                )
+            top_k.append(min(k, count))
+        return experts, top_k, notes
+
+    def _check_ranges(self) -> None:
+        checks: list[tuple[str, Any, bool, str]] = [
+            ("r", self.r, isinstance(self.r, int) and self.r > 0, "a positive whole number"),
+            ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "at least 0 and below 1"),
+            ("router", self.router, self.router in ("linear", "cosine"), "'linear' or 'cosine'"),
+            ("balance_coef", self.balance_coef, self.balance_coef >= 0, "0 or more"),
+            ("z_coef", self.z_coef, self.z_coef >= 0, "0 or more"),
+        ]
+        for name, value, holds, expected in checks:
+            if not holds:
+                raise LamellaError(f"{name}={value!r} must be {expected}.")
+
+    def _check_counts(self) -> None:
+        """What can be said before the depth of the model is known."""
+        top_k = self.top_k if isinstance(self.top_k, list) else [self.top_k]
+        if not top_k or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in top_k):
+            raise LamellaError(f"top_k={self.top_k!r} must be a whole number of at least 1, or a list of such numbers.")
+        if isinstance(self.num_experts, int):
+            allocate(self.num_experts, 1, self.expert_budget)
+            if max(top_k) > self.num_experts > 1:
+                raise LamellaError(f"top_k={self.top_k!r} is more than num_experts={self.num_experts}.")
+        elif isinstance(self.num_experts, str):
+            groups = SHAPES.get(self.num_experts, ())
+            allocate(self.num_experts, max(len(groups), self.num_experts.count("-") + 1), self.expert_budget)
+        else:
+            allocate(self.num_experts, len(self.num_experts), self.expert_budget)

@@ -1,0 +1,261 @@
+"""One linear module with its LoRA experts and its router."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lamella.backbones import Place
+from lamella.errors import CannotMergeError, LamellaError
+from lamella.mixing import choose_form, mix_dense, mix_sorted, project
+from lamella.routing import Frame, Router, Routing, attach, balance_loss, current_frame, make_router, z_loss
+from lamella.routing.attachment import refuse_reentrant_collection
+from lamella.tuners.mola.config import MolaConfig
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """One adapter's settings in this module."""
+
+    num_experts: int
+    top_k: int
+    r: int
+    scaling: float
+    balance_coef: float
+    z_coef: float
+
+    @property
+    def is_dense(self) -> bool:
+        return choose_form(self.num_experts, self.r, self.top_k) == "dense"
+
+
+class MolaLayer(nn.Module, BaseTunerLayer):
+    """``y = W0 x + s * sum_{e in top-k} g_e B_e A_e x`` (MoLA eq. 3-4), with one expert and no router as plain LoRA.
+
+    Tensors per adapter: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
+    ``lamella_mola_router.weight (E, in)``; no router where E is 1.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lamella_mola_lora_A", "lamella_mola_lora_B", "lamella_mola_router")
+    other_param_names: tuple[str, ...] = ("experts", "balance_share", "lamella_mola_dropout")
+
+    # What BaseTunerLayer, which is untyped, brings along.
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(self, base_layer: nn.Module, place: Place) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.place = place
+        self.lamella_mola_lora_A = nn.ParameterDict()
+        self.lamella_mola_lora_B = nn.ParameterDict()
+        self.lamella_mola_router = nn.ModuleDict()
+        self.lamella_mola_dropout = nn.ModuleDict()
+        self.experts: dict[str, _Experts] = {}
+        self.balance_share: dict[str, float] = {}
+        # The modules given the same input as this one, in the order they run, this one among them. A list, so that
+        # they are not registered as submodules.
+        self.same_input: list[MolaLayer] = [self]
+        self.merged_adapters: list[str] = []
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise LamellaError(
+                f"{place.stack}.{place.layer}.{place.module} is a {type(base_layer).__name__}, which is no linear layer; "
+                "name linear modules in target_modules, or put it into exclude_modules."
+            )
+        self.in_features, self.out_features = in_features, out_features
+
+    def update_layer(self, adapter: str, config: MolaConfig, num_experts: int, top_k: int) -> None:
+        """Gives this module the experts of an adapter."""
+        self.experts[adapter] = _Experts(
+            num_experts, top_k, config.r, config.scaling, config.balance_coef, config.z_coef
+        )
+        A = torch.empty(num_experts, config.r, self.in_features)
+        B = torch.zeros(num_experts, self.out_features, config.r)
+        for expert in range(num_experts):
+            nn.init.kaiming_uniform_(A[expert], a=math.sqrt(5))
+            if not config.init_weights:
+                nn.init.kaiming_uniform_(B[expert], a=math.sqrt(5))
+        self.lamella_mola_lora_A[adapter] = nn.Parameter(A)
+        self.lamella_mola_lora_B[adapter] = nn.Parameter(B)
+        self.lamella_mola_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        if num_experts > 1:
+            self.lamella_mola_router[adapter] = make_router(config.router, self.in_features, num_experts)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Maps ``x (..., in)`` to ``(..., out)``."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise LamellaError(
+                "MoLA cannot use a different adapter per row of a batch; call the model once per adapter."
+            )
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        for adapter in self.active_adapters:
+            if adapter in self.experts:
+                y = self._add_experts(adapter, x, y)
+        return y
+
+    def _add_experts(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        experts = self.experts[adapter]
+        dtype = _compute_dtype(x, self.lamella_mola_lora_A[adapter])
+        frame = current_frame()
+        h, logits = self._project(adapter, x, dtype, frame)  # (N, E*r) or None, (N, E) or None
+        routing = self._route(adapter, x, logits, frame)
+        flat_y = y.reshape(-1, self.out_features)  # (N, out)
+        B = self.lamella_mola_lora_B[adapter].to(dtype)
+        if h is not None:
+            weights = None if routing is None else routing.dense_weights()
+            in_place = y.dtype == dtype and self._owns_its_output
+            target = flat_y if in_place else flat_y.to(dtype)
+            mixed = mix_dense(target, h, weights, B, experts.scaling, in_place)
+        else:
+            assert routing is not None  # the sorted form is for many experts
+            dropped = self._flat(self.lamella_mola_dropout[adapter](x), dtype)
+            A = self.lamella_mola_lora_A[adapter].to(dtype)
+            mixed = mix_sorted(flat_y.to(dtype), dropped, routing.weights, routing.indices, A, B, experts.scaling)
+        return mixed.view(y.shape).to(y.dtype)
+
+    @property
+    def _owns_its_output(self) -> bool:
+        """Whether nobody but this layer can hold what the base layer returned, so that it may be added into."""
+        return type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
+
+    def _flat(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.reshape(-1, self.in_features).to(dtype)  # (N, in)
+
+    def _project(
+        self, adapter: str, x: Tensor, dtype: torch.dtype, frame: Frame | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``A x`` of all experts where the form is dense, and the router's product where there is one."""
+        handed = frame.handed_over.pop((id(self), adapter), None) if frame is not None else None
+        if handed is not None and handed[0] is x:
+            return handed[1], handed[2]
+        dropout = self.lamella_mola_dropout[adapter]
+        assert isinstance(dropout, nn.Dropout)
+        if self.training and dropout.p > 0:
+            h = None
+            if self.experts[adapter].is_dense:
+                (h,) = project(self._flat(dropout(x), dtype), self._down(adapter, dtype))
+            return h, self._router_product(adapter, self._flat(x, dtype))
+        # The first of the modules that share this input computes for all of them, in one GEMM.
+        together = [self] if frame is None or handed is not None else self._sharing(adapter)
+        factors = [layer._down(adapter, dtype) + layer._router_weight(adapter, dtype) for layer in together]
+        flat = [factor for own in factors for factor in own]
+        products = iter(project(self._flat(x, dtype), flat) if flat else [])
+        results = [
+            (next(products) if layer.experts[adapter].is_dense else None, _next_if(products, layer, adapter))
+            for layer in together
+        ]
+        for layer, (h, product) in zip(together[1:], results[1:], strict=True):
+            assert frame is not None
+            frame.handed_over[id(layer), adapter] = (x, h, product)
+        return results[0]
+
+    def _sharing(self, adapter: str) -> "list[MolaLayer]":
+        """This layer and those after it that are given the same input and can take part in its GEMM."""
+        after = self.same_input[self.same_input.index(self) + 1 :]
+        return [self] + [
+            layer
+            for layer in after
+            if adapter in layer.experts and adapter in layer.active_adapters and not layer.disable_adapters
+        ]
+
+    def _down(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
+        if not self.experts[adapter].is_dense:
+            return []
+        return [self.lamella_mola_lora_A[adapter].to(dtype).reshape(-1, self.in_features)]  # (E*r, in)
+
+    def _router_weight(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
+        if adapter not in self.lamella_mola_router:
+            return []
+        return [self._router(adapter).weight.to(dtype)]  # (E, in)
+
+    def _router_product(self, adapter: str, flat_x: Tensor) -> Tensor | None:
+        weight = self._router_weight(adapter, flat_x.dtype)
+        return project(flat_x, weight)[0] if weight else None
+
+    def _route(self, adapter: str, x: Tensor, product: Tensor | None, frame: Frame | None) -> Routing | None:
+        """The router's decision, with its balance loss attached and its observers told."""
+        experts = self.experts[adapter]
+        if product is None:
+            return None
+        router = self._router(adapter)
+        routing = router.route(router.logits(x.reshape(-1, self.in_features), product), experts.top_k)
+        observers = frame.observers if frame is not None else ()
+        trains = self.training and router.weight.requires_grad and (experts.balance_coef > 0 or experts.z_coef > 0)
+        if not observers and not trains:
+            return routing
+        mask = frame.token_mask(x, of_encoder=self.place.reads_encoder) if frame is not None else None
+        for observe in observers:
+            observe(self, adapter, routing, mask)
+        return self._attach_losses(adapter, routing, mask, frame) if trains else routing
+
+    def _attach_losses(self, adapter: str, routing: Routing, mask: Tensor | None, frame: Frame | None) -> Routing:
+        refuse_reentrant_collection(frame)
+        if not torch.is_grad_enabled():
+            return routing
+        if frame is None:
+            raise LamellaError(
+                f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
+                "unknown to its balance loss. Call the model itself, checkpoint with gradient_checkpointing_enable(), or "
+                "set balance_coef=0 and z_coef=0."
+            )
+        experts = self.experts[adapter]
+        loss = routing.logits.new_zeros(())
+        if experts.balance_coef:
+            loss = loss + experts.balance_coef * balance_loss(routing, mask)
+        if experts.z_coef:
+            loss = loss + experts.z_coef * z_loss(routing, mask)
+        weights = attach(routing.weights, loss * self.balance_share[adapter], frame, self.name)
+        return Routing(routing.logits, weights, routing.indices)
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name in the model."""
+        return f"{self.place.stack}.{self.place.layer}.{self.place.module}"
+
+    def _router(self, adapter: str) -> Router:
+        router = self.lamella_mola_router[adapter]
+        assert isinstance(router, Router)
+        return router
+
+    def routed(self, adapter: str) -> bool:
+        """Whether this module has a router for the adapter."""
+        return adapter in self.lamella_mola_router
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        raise CannotMergeError(
+            f"MoLA chooses experts per token, so {self.name} has no single weight to merge into its base. Use "
+            "lamella.collapse(model, batches) for one plain LoRA with measured error, or lamella.export_experts(model, "
+            "folder) for each expert as a LoRA. A trainer that syncs weights by merging (TRL with vLLM) needs the "
+            "collapsed LoRA."
+        )
+
+    def unmerge(self) -> None:
+        raise CannotMergeError(f"{self.name} is never merged, so there is nothing to unmerge.")
+
+    def __repr__(self) -> str:
+        return "mola." + super().__repr__()
+
+
+def _next_if(products: Iterator[Tensor], layer: MolaLayer, adapter: str) -> Tensor | None:
+    return next(products) if layer.routed(adapter) else None
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The precision of the experts' GEMMs: autocast's where it is on, otherwise the adapter's own, as in PEFT's LoRA."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype

@@ -1,0 +1,163 @@
+"""MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
+
+import difflib
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
+from lamella.errors import CannotMergeError, LamellaError
+from lamella.routing import track_calls
+from lamella.tuners.loading import check_tensors
+from lamella.tuners.mola.config import MolaConfig
+from lamella.tuners.mola.layer import MolaLayer
+from lamella.tuners.summary import Summary
+
+
+class MolaModel(BaseTuner):
+    """Puts LoRA experts and routers on the linear modules inside the blocks of a model.
+
+    Built by ``get_peft_model(model, MolaConfig(...))``, ``PeftModel.from_pretrained`` or transformers' ``add_adapter``.
+    """
+
+    prefix: str = "lamella_mola_"
+    tuner_layer_cls = MolaLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Checks the whole request before the first module is touched, injects, and connects the new layers."""
+        config: MolaConfig = self.peft_config[adapter_name]
+        stacks = locate_stacks(model)
+        self._allocations = {stack.name: config.allocation(stack.depth) for stack in stacks}
+        self._stacks = stacks
+        self._skipped: list[tuple[str, str]] = []
+        _refuse_unmatched_targets(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [layer for layer in _layers(model) if adapter_name in layer.experts]
+        if not layers:
+            raise LamellaError(
+                f"target_modules={config.target_modules!r} matched only modules outside the blocks of "
+                f"{', '.join(stack.name for stack in stacks)}; name linear modules inside the blocks."
+            )
+        self.targeted_module_names[:] = [
+            name for name in self.targeted_module_names if name not in {name for name, _ in self._skipped}
+        ]
+        _connect(layers, adapter_name)
+        _track(model)
+        self.summaries[adapter_name] = self._summarise(adapter_name, layers)
+
+    @property
+    def summaries(self) -> dict[str, Summary]:
+        """What each injection did, by adapter name."""
+        return self.__dict__.setdefault("_summaries", {})
+
+    def summary(self, adapter_name: str | None = None) -> Summary:
+        """What the injection of an adapter did; of the first active one when no name is given."""
+        return self.summaries[adapter_name or self.active_adapters[0]]
+
+    def _create_and_replace(
+        self,
+        peft_config: MolaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        place = find_place(current_key, self._stacks)
+        if place is None:
+            self._skipped.append((current_key, "outside the blocks, so it belongs to no layer"))
+            return
+        experts, top_k, _ = self._allocations[place.stack]
+        layer = target if isinstance(target, MolaLayer) else MolaLayer(target, place)
+        layer.update_layer(adapter_name, peft_config, experts[place.layer], top_k[place.layer])
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _summarise(self, adapter_name: str, layers: list[MolaLayer]) -> Summary:
+        config = self.peft_config[adapter_name]
+        modules = {stack.name: [0] * stack.depth for stack in self._stacks}
+        for layer in layers:
+            modules[layer.place.stack][layer.place.layer] += 1
+        notes = [f"{stack.name}: {note}" for stack in self._stacks for note in self._allocations[stack.name][2]]
+        return Summary(
+            method=f"MoLA r={config.r}",
+            adapter=adapter_name,
+            stacks=tuple(self._stacks),
+            experts={stack.name: self._allocations[stack.name][0] for stack in self._stacks},
+            top_k={stack.name: self._allocations[stack.name][1] for stack in self._stacks},
+            modules=modules,
+            skipped=tuple(self._skipped),
+            notes=tuple(notes),
+            trainable=sum(p.numel() for layer in layers for p in _adapter_parameters(layer, adapter_name)),
+        )
+
+    def _check_merge_allowed(self) -> None:
+        raise CannotMergeError(
+            "MoLA chooses experts per token, so there is no single weight to merge into the base. Use "
+            "lamella.collapse(model, batches) for one plain LoRA with measured error, or lamella.export_experts(model, "
+            "folder) for each expert as a LoRA. A trainer that syncs weights by merging (TRL with vLLM) needs the "
+            "collapsed LoRA."
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(model, cls.prefix, adapter_name, tensors)
+        return tensors
+
+
+def _layers(model: nn.Module) -> list[MolaLayer]:
+    return [module for module in model.modules() if isinstance(module, MolaLayer)]
+
+
+def _adapter_parameters(layer: MolaLayer, adapter: str) -> list[nn.Parameter]:
+    own = [layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter]]
+    return own + (list(layer.lamella_mola_router[adapter].parameters()) if layer.routed(adapter) else [])
+
+
+def _connect(layers: list[MolaLayer], adapter: str) -> None:
+    """Tells each layer its share of its block's balance loss and which layers are given the same input."""
+    by_place = {layer.place: layer for layer in layers}
+    routers: dict[tuple[str, int], int] = {}
+    for layer in layers:
+        block = (layer.place.stack, layer.place.layer)
+        routers[block] = routers.get(block, 0) + layer.routed(adapter)
+    for layer in layers:
+        place = layer.place
+        layer.balance_share[adapter] = 1 / max(routers[place.stack, place.layer], 1)
+        names = siblings_with_same_input(place)
+        siblings = [by_place.get(Place(place.stack, place.layer, name)) for name in names]
+        same = [s for s in siblings if s is not None and s.in_features == layer.in_features]
+        if len(same) > len(layer.same_input):
+            layer.same_input = same
+
+
+def _track(model: nn.Module) -> None:
+    # The transformers inside are given attention masks of their own: an encoder's, a decoder's.
+    stacks = [m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel)]
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
+    track_calls(model, stacks, shifts_labels=loss is ForCausalLMLoss and not is_encoder_decoder)
+
+
+def _refuse_unmatched_targets(model: nn.Module, config: MolaConfig) -> None:
+    """Each name in a list of targets must match a module: a misspelt one would silently train less than asked."""
+    targets = config.target_modules
+    if not isinstance(targets, set | list) or not targets:
+        return
+    names = [name for name, _ in model.named_modules()]
+    ends = {name.rpartition(".")[2] for name in names}
+    missing = sorted(t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names))
+    if missing:
+        near = {t: difflib.get_close_matches(t, ends, n=1) for t in missing}
+        said = ", ".join(f"{t!r}" + (f" (did you mean {near[t][0]!r}?)" if near[t] else "") for t in missing)
+        raise LamellaError(f"target_modules names {said}, which no module of {type(model).__name__} matches.")

@@ -1,0 +1,31 @@
+"""How lamella's methods become PEFT methods.
+
+``peft.register_peft_method`` refuses names that are not members of PEFT's own enum, so the three tables it would fill
+are filled here, with members of our enum: everything in PEFT and transformers looks a method up in those tables.
+"""
+
+from enum import Enum
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+
+
+class LamellaType(str, Enum):
+    """The ``peft_type`` of lamella's methods."""
+
+    MOLA = "LAMELLA_MOLA"
+
+
+def register(peft_type: LamellaType, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Makes a method known to ``get_peft_model``, ``PeftModel.from_pretrained`` and transformers' ``load_adapter``.
+
+    Raises:
+        RuntimeError: another package has registered the same name.
+    """
+    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if present is not None and present.__module__ != config.__module__:
+        raise RuntimeError(f"{peft_type.value} is already registered with PEFT by {present.__module__}.")
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix
