@@ -37,9 +37,27 @@ FAMILIES: tuple[BlockFamily, ...] = (
     BlockFamily(("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "bloom", "falcon"), decoder="h"),
     BlockFamily(("gpt_neox", "pythia"), decoder="layers"),
     BlockFamily(
-        tuple(
-            "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi "
-            "phi3 olmo olmo2 olmoe granite smollm3 stablelm starcoder2 cohere".split()
+        (
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen2_moe",
+            "qwen3",
+            "qwen3_moe",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi",
+            "phi3",
+            "olmo",
+            "olmo2",
+            "olmoe",
+            "granite",
+            "smollm3",
+            "stablelm",
+            "starcoder2",
+            "cohere",
         ),
         decoder="layers",
     ),
@@ -152,7 +170,8 @@ def _stacks_by_structure(model: nn.Module, lists: dict[str, nn.ModuleList], mode
         raise LamellaError(
             f"No stack of blocks was found in {type(model).__name__} (model_type={model_type!r}): there is no "
             "list of at least two alike modules that contain linear layers. lamella needs to know which layer a module "
-            "belongs to; add the family to lamella.backbones.blocks.FAMILIES, or apply the adapter to the transformer inside."
+            "belongs to; add the family to lamella.backbones.blocks.FAMILIES, or apply the adapter to the "
+            "transformer inside."
         )
     size = {name: sum(p.numel() for p in lists[name].parameters()) for name in candidates}
     largest = max(size.values())

@@ -28,8 +28,8 @@ class Collapsed:
 
     Attributes:
         model: a PeftModel with a LoraConfig, on a copy of the base.
-        error: how much of the mixture's effect on the model's output is lost: the norm of (collapsed - mixture) over the
-            norm of (mixture - base), over the real tokens of the measured batches; 0 is exact.
+        error: how much of the mixture's effect on the model's output is lost: the norm of (collapsed - mixture) over
+            the norm of (mixture - base), over the real tokens of the measured batches; 0 is exact.
         per_module: the same for each module's own output, by module name.
         held_out: whether the error was measured on batches that were not fitted (there were at least four).
     """

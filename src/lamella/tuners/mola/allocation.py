@@ -41,14 +41,16 @@ def allocate(num_experts: NumExperts, layers: int, expert_budget: float | None =
         groups = _parse_shape(num_experts)
         if len(groups) > layers:
             raise LamellaError(
-                f"num_experts={num_experts!r} names {len(groups)} groups but there are only {layers} layers; use a list "
+                f"num_experts={num_experts!r} names {len(groups)} groups but there are only {layers} "
+                "layers; use a list "
                 "with one entry per layer."
             )
         counts = [groups[layer * len(groups) // layers] for layer in range(layers)]
         return counts if expert_budget is None else _scale(counts, expert_budget)
     if expert_budget is not None:
         raise LamellaError(
-            f"expert_budget={expert_budget} scales a shape, but num_experts={num_experts!r} is explicit; drop one of them."
+            f"expert_budget={expert_budget} scales a shape, but num_experts={num_experts!r} is explicit; "
+            "drop one of them."
         )
     counts = [num_experts] * layers if isinstance(num_experts, int) else list(num_experts)
     if len(counts) != layers:
@@ -83,7 +85,8 @@ def _scale(counts: list[int], expert_budget: float) -> list[int]:
     total = round(expert_budget * len(counts))
     if total < len(counts):
         raise LamellaError(
-            f"expert_budget={expert_budget} is a mean of less than one expert per layer over {len(counts)} layers; it must "
+            f"expert_budget={expert_budget} is a mean of less than one expert per layer over {len(counts)} "
+            "layers; it must "
             "be at least 1."
         )
     scaled = [1] * len(counts)

@@ -68,7 +68,8 @@ class MolaLayer(nn.Module, BaseTunerLayer):
         in_features, out_features = _get_in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
             raise LamellaError(
-                f"{place.stack}.{place.layer}.{place.module} is a {type(base_layer).__name__}, which is no linear layer; "
+                f"{place.stack}.{place.layer}.{place.module} is a {type(base_layer).__name__}, which is no "
+                "linear layer; "
                 "name linear modules in target_modules, or put it into exclude_modules."
             )
         self.in_features, self.out_features = in_features, out_features
@@ -208,7 +209,8 @@ class MolaLayer(nn.Module, BaseTunerLayer):
         if frame is None:
             raise LamellaError(
                 f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
-                "unknown to its balance loss. Call the model itself, checkpoint with gradient_checkpointing_enable(), or "
+                "unknown to its balance loss. Call the model itself, checkpoint with "
+                "gradient_checkpointing_enable(), or "
                 "set balance_coef=0 and z_coef=0."
             )
         experts = self.experts[adapter]
@@ -254,7 +256,7 @@ def _next_if(products: Iterator[Tensor], layer: MolaLayer, adapter: str) -> Tens
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The precision of the experts' GEMMs: autocast's where it is on, otherwise the adapter's own, as in PEFT's LoRA."""
+    """The precision of the experts' GEMMs: autocast's where it is on, otherwise the adapter's own, as in PEFT."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -1,0 +1,54 @@
+"""A small report and a trace generator shared by the reporting tests."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from lamella.reporting import Report
+from lamella.reporting.heatmap import COLUMNS
+
+
+def make_trace(num_experts, modules, stack="encoder", share=None, entropy=None):
+    """A routing frame: even shares at full entropy unless told otherwise; `share` maps (layer, module) to shares."""
+    rows = []
+    for layer, experts in enumerate(num_experts):
+        for module in modules:
+            shares = (share or {}).get((layer, module), [1 / experts] * experts)
+            nats = math.log(experts) if entropy is None else entropy
+            rows += [(stack, layer, module, e, experts, shares[e], 0.5, nats, 4096) for e in range(experts)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+@pytest.fixture
+def trace():
+    """The trace generator."""
+    return make_trace
+
+
+@pytest.fixture
+def results():
+    return pd.DataFrame(
+        {
+            "method": ["TF-IDF floor", "LoRA", "MoLA 2-4-6-8", "full fine-tuning"],
+            "task": "trec",
+            "metric": "accuracy",
+            "mean": [0.746, 0.874, 0.892, None],
+            "seed 0": [0.746, 0.870, 0.886, None],
+            "seed 1": [None, 0.878, 0.898, None],
+            "interval": [None, (0.851, 0.897), (0.868, 0.915), None],
+        }
+    )
+
+
+@pytest.fixture
+def report(results):
+    return Report(
+        title="MoLA on TREC",
+        summary="MoLA reaches 0.892, LoRA 0.874, the floor 0.746.",
+        results=results,
+        cost=pd.DataFrame({"method": ["LoRA", "MoLA 2-4-6-8"], "trainable parameters": [2304112, None]}),
+        routing=make_trace([2, 4], ["q", "k"]),
+        settings={"task": "trec", "method": {"r": 8, "lora": {"alpha": 16}}},
+        notes=["Full fine-tuning was not run."],
+    )
