@@ -5,6 +5,19 @@ transformers' ``load_adapter`` know them.
 """
 
 from lamella.errors import CannotMergeError, LamellaError
+from lamella.tracing import Trace, record_routing
+from lamella.training.optimization import param_groups
 from lamella.tuners import Collapsed, MolaConfig, allocate, collapse, export_experts
 
-__all__ = ["CannotMergeError", "Collapsed", "LamellaError", "MolaConfig", "allocate", "collapse", "export_experts"]
+__all__ = [
+    "CannotMergeError",
+    "Collapsed",
+    "LamellaError",
+    "MolaConfig",
+    "Trace",
+    "allocate",
+    "collapse",
+    "export_experts",
+    "param_groups",
+    "record_routing",
+]

@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything on a fresh machine, the virtual environment included.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?=
+
+.PHONY: demo test lint types imports check bench clean
+
+demo: .venv/installed
+	$(BIN)/lamella demo --output runs/demo $(DEMO)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+imports: .venv/installed
+	$(BIN)/lint-imports
+
+check: lint types imports test
+
+bench: .venv/installed
+	$(BIN)/lamella bench mola
+
+clean:
+	rm -rf .venv runs
+
+# torch is installed first and by its exact version: an open range would choose another, far larger build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,146 @@
+"""The trace against an independent count of every router's decisions, made from the routers' own inputs."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from lamella import LamellaError, MolaConfig
+from lamella.tracing import COLUMNS, record_routing
+from lamella.tuners.mola import MolaLayer
+from tests import tiny
+
+TOP_K = 2
+
+
+def mixture(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, MolaConfig(r=2, num_experts=4, top_k=TOP_K, init_weights=False)).eval()
+
+
+class Truth:
+    """Counts, by hand, what each router chooses: softmax, sort, the first k, real rows only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.counts: dict[str, Tensor] = {}
+        self.entropies: dict[str, list[float]] = {}
+        self.mask_of = lambda layer, x: torch.ones(x.shape[:-1], dtype=torch.bool)
+        for layer in (m for m in model.modules() if isinstance(m, MolaLayer)):
+            layer.register_forward_pre_hook(self.count)
+
+    def count(self, layer: MolaLayer, args: tuple[Tensor, ...]) -> None:
+        (x,) = args
+        probs = torch.softmax(x @ layer.lamella_mola_router["default"].weight.t(), dim=-1)
+        real = probs[self.mask_of(layer, x)]  # (N, E)
+        counts = self.counts.setdefault(layer.name, torch.zeros(probs.shape[-1], dtype=torch.long))
+        for row in real:
+            for expert in row.argsort(descending=True)[:TOP_K].tolist():
+                counts[expert] += 1
+            self.entropies.setdefault(layer.name, []).append(-sum(p * math.log(p) for p in row.tolist()))
+
+
+def assert_trace_is(trace, truth: Truth) -> None:
+    found = {f"{stack}.{layer}.{module}": counts for (_, stack, layer, module), counts in trace.counts.items()}
+    assert found.keys() == truth.counts.keys()
+    for name, counts in truth.counts.items():
+        assert found[name].tolist() == counts.tolist(), name
+    entropy = {f"{stack}.{layer}.{module}": value for (_, stack, layer, module), value in trace.entropy.items()}
+    for name, values in truth.entropies.items():
+        assert entropy[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+@torch.no_grad()
+def test_encoder_with_padding():
+    model = mixture(tiny.bert())
+    ids = torch.randint(3, tiny.VOCAB, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0  # right padding
+    mask[1, :2] = 0  # left padding
+    truth = Truth(model)
+    truth.mask_of = lambda layer, x: mask.bool()
+    with record_routing(model) as trace:
+        model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids, attention_mask=mask)
+    assert_trace_is(trace, truth)
+    assert set(trace.frame.tokens) == {2 * int(mask.sum())}
+
+
+@torch.no_grad()
+def test_decoder_generating_with_a_cache():
+    model = mixture(tiny.llama())
+    ids = torch.randint(3, tiny.VOCAB, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    truth = Truth(model)
+    truth.mask_of = lambda layer, x: mask.bool() if x.shape[1] == 6 else torch.ones(x.shape[:2], dtype=torch.bool)
+    with record_routing(model) as trace:
+        model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True
+        )
+    assert_trace_is(trace, truth)
+    assert set(trace.frame.tokens) == {int(mask.sum()) + 2 * 3}  # the last new token is never fed back
+
+
+@torch.no_grad()
+def test_encoder_decoder_counts_each_stack_by_its_own_mask():
+    model = mixture(tiny.t5())
+    source, target = torch.randint(3, tiny.VOCAB, (2, 6)), torch.randint(3, tiny.VOCAB, (2, 4))
+    source_mask = torch.ones_like(source)
+    source_mask[1, 3:] = 0
+    labels = target.clone()
+    labels[0, 2:] = -100
+    truth = Truth(model)
+    truth.mask_of = lambda layer, x: source_mask.bool() if x.shape[1] == 6 else labels.ne(-100)
+    with record_routing(model) as trace:
+        model(input_ids=source, attention_mask=source_mask, labels=labels)
+    assert_trace_is(trace, truth)
+    crossing = trace.frame[trace.frame.module.str.contains("EncDecAttention")]
+    by_module = crossing.groupby("module").tokens.first()
+    assert by_module["layer.1.EncDecAttention.k"] == int(source_mask.sum())
+    assert by_module["layer.1.EncDecAttention.q"] == int(labels.ne(-100).sum())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_each_token_once(use_reentrant):
+    model = mixture(tiny.llama()).train()
+    model.enable_input_require_grads()
+    ids = torch.randint(3, tiny.VOCAB, (2, 5))
+    with record_routing(model) as plain:
+        model(input_ids=ids, labels=ids).loss.backward()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    with record_routing(model) as checkpointed:
+        model(input_ids=ids, labels=ids).loss.backward()
+    pd.testing.assert_frame_equal(plain.frame, checkpointed.frame)
+
+
+def test_frame_and_parquet(tmp_path):
+    model = mixture(tiny.bert())
+    with record_routing(model) as trace, torch.no_grad():
+        model(input_ids=torch.randint(3, tiny.VOCAB, (2, 5)))
+    frame = trace.frame
+    assert tuple(frame.columns) == COLUMNS
+    per_router = frame.groupby(["stack", "layer", "module"])
+    assert per_router["share"].sum().to_numpy() == pytest.approx(1)
+    assert per_router["mean_weight"].sum().to_numpy() == pytest.approx(1)
+    assert (frame.entropy <= math.log(4) + 1e-9).all()
+    trace.save(tmp_path / "trace.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "trace.parquet"), frame)
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.parquet"]
+
+
+def test_recording_ends_with_the_context_also_after_an_error():
+    model = mixture(tiny.bert())
+    ids = torch.randint(3, tiny.VOCAB, (2, 5))
+    with pytest.raises(KeyboardInterrupt), record_routing(model) as trace:
+        model(input_ids=ids)
+        raise KeyboardInterrupt
+    before = trace.counts
+    model(input_ids=ids)
+    assert all(torch.equal(before[key], counts) for key, counts in trace.counts.items())
+
+
+def test_a_model_without_an_adapter_is_an_error():
+    with pytest.raises(LamellaError, match="no lamella adapter"), record_routing(tiny.bert()):
+        pass
