@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
+from tests import tiny
 from torch import Tensor, nn
 
 from lamella import LamellaError, MolaConfig
-from lamella.tracing import COLUMNS, record_routing
+from lamella.tracing import COLUMNS, TOKEN_COLUMNS, record_routing
 from lamella.tuners.mola import MolaLayer
-from tests import tiny
 
 TOP_K = 2
 
@@ -130,12 +130,38 @@ def test_frame_and_parquet(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trace.parquet"]
 
 
+@torch.no_grad()
+def test_tokens_are_the_choices_behind_the_counts():
+    model = mixture(tiny.bert())
+    ids = torch.randint(3, tiny.VOCAB, (2, 5))
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    with record_routing(model, per_token=True) as trace:
+        model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids, attention_mask=mask)
+    tokens = trace.tokens
+    assert tuple(tokens.columns) == TOKEN_COLUMNS
+    one = tokens[(tokens["layer"] == 1) & (tokens["module"] == "output.dense")]
+    seen = set(zip(one.call, one.sequence, one.position, strict=True))
+    assert seen == {(c, s, p) for c in (0, 1) for s, p in mask.nonzero().tolist()}
+    assert one.groupby(["call", "sequence", "position"]).weight.sum().to_numpy() == pytest.approx(1)
+    counts = next(v for (_, _, layer, module), v in trace.counts.items() if layer == 1 and module == "output.dense")
+    assert one.expert.value_counts().reindex(range(4), fill_value=0).tolist() == counts.tolist()
+
+
 def test_recording_ends_with_the_context_also_after_an_error():
     model = mixture(tiny.bert())
     ids = torch.randint(3, tiny.VOCAB, (2, 5))
-    with pytest.raises(KeyboardInterrupt), record_routing(model) as trace:
-        model(input_ids=ids)
-        raise KeyboardInterrupt
+
+    def interrupted(trace_of: list[object]) -> None:
+        with record_routing(model) as trace:
+            trace_of.append(trace)
+            model(input_ids=ids)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(traces := [])
+    (trace,) = traces
     before = trace.counts
     model(input_ids=ids)
     assert all(torch.equal(before[key], counts) for key, counts in trace.counts.items())

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from lamella.errors import LamellaError
 from lamella.routing import Routing
-from lamella.routing.context import find_tracker
+from lamella.routing.context import RoutedCall, current_frame, find_tracker
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("adapter", "stack", "layer", "module", "expert", "num_experts", "share", "mean_weight", "entropy", "tokens")
+TOKEN_COLUMNS = (
+    "adapter", "stack", "layer", "module", "call", "sequence", "position", "rank", "expert", "weight",
+)  # fmt: skip
+Key = tuple[str, str, int, str]  # adapter, stack, layer, module
 
 
 @dataclass
@@ -46,24 +50,39 @@ class _Router:
 class Trace:
     """What the routers did while it was recorded, per adapter, stack, layer and module."""
 
-    def __init__(self) -> None:
-        self._routers: dict[tuple[str, str, int, str], _Router] = {}
+    def __init__(self, per_token: bool = False) -> None:
+        self._routers: dict[Key, _Router] = {}
+        self._per_token = per_token
+        self._choices: list[tuple[Key, int, Tensor, Tensor, Tensor]] = []
+        self._calls: list[RoutedCall] = []
 
-    def observe(self, layer: Any, adapter: str, routing: Routing, mask: Tensor | None) -> None:
-        """Takes in one router's decision; called by the layers."""
+    def observe(self, layer: Any, adapter: str, routing: Routing, mask: Tensor | None, shape: torch.Size) -> None:
+        """Takes in one router's decision for tokens of that shape, ``(batch, tokens)``; called by the layers."""
         key = (adapter, layer.place.stack, layer.place.layer, layer.place.module)
         if key not in self._routers:
             self._routers[key] = _Router.empty(routing.num_experts, routing.logits.device)
         with torch.no_grad():
             self._routers[key].add(routing, mask)
+        if self._per_token:
+            self._keep(key, routing, mask, shape)
+
+    def _keep(self, key: Key, routing: Routing, mask: Tensor | None, shape: torch.Size) -> None:
+        frame = current_frame()
+        assert frame is not None  # observers are told inside a forward
+        if frame.call not in self._calls:
+            self._calls.append(frame.call)
+        at = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))  # (N, 2)
+        real = torch.ones(len(at), dtype=torch.bool) if mask is None else mask.cpu()
+        indices, weights = routing.indices.cpu()[real], routing.weights.detach().float().cpu()[real]
+        self._choices.append((key, self._calls.index(frame.call), at[real], indices, weights))
 
     @property
-    def counts(self) -> dict[tuple[str, str, int, str], Tensor]:
+    def counts(self) -> dict[Key, Tensor]:
         """Selections per expert, ``(E,)``, by (adapter, stack, layer, module)."""
         return {key: router.counts.cpu() for key, router in self._routers.items()}
 
     @property
-    def entropy(self) -> dict[tuple[str, str, int, str], float]:
+    def entropy(self) -> dict[Key, float]:
         """Mean entropy of a token's probabilities over all experts, in nats; at most ln E."""
         return {key: float(router.entropy / router.tokens.clamp_min(1)) for key, router in self._routers.items()}
 
@@ -87,6 +106,39 @@ class Trace:
                 rows.append((adapter, stack, layer, module, expert, len(share), part, weight, entropy, tokens))
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
+    @property
+    def tokens(self) -> "pd.DataFrame":
+        """A row per token, router and chosen expert: where the token is, the expert's rank among the k, its weight.
+
+        ``call`` counts the forwards recorded, ``sequence`` and ``position`` say where the token lies in that forward's
+        input (with a cache, a forward's input is only the new tokens).
+
+        Raises:
+            LamellaError: it was not asked for.
+        """
+        import pandas as pd
+
+        if not self._per_token:
+            raise LamellaError("Tokens were not kept; record with record_routing(model, per_token=True).")
+        parts = []
+        for (adapter, stack, layer, module), call, at, indices, weights in self._choices:
+            top_k = indices.shape[1]
+            sequence, position = (at[:, 0], at[:, 1]) if at.shape[1] == 2 else (torch.zeros(len(at)), at[:, 0])
+            columns = {
+                "adapter": adapter,
+                "stack": stack,
+                "layer": layer,
+                "module": module,
+                "call": call,
+                "sequence": sequence.long().repeat_interleave(top_k).numpy(),
+                "position": position.repeat_interleave(top_k).numpy(),
+                "rank": torch.arange(top_k).repeat(len(at)).numpy(),
+                "expert": indices.flatten().numpy(),
+                "weight": weights.flatten().numpy(),
+            }
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(TOKEN_COLUMNS))
+
     def save(self, path: str | Path) -> None:
         """Writes ``frame`` as Parquet, whole or not at all."""
         path = Path(path)
@@ -96,11 +148,12 @@ class Trace:
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[Trace]:
+def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]:
     """Records what the routers of a model do inside the context; outside it, recording costs nothing.
 
     Args:
         model: a model with a lamella adapter.
+        per_token: also keep every token's experts and weights, for ``Trace.tokens``; memory grows with the tokens.
 
     Raises:
         LamellaError: the model has no lamella adapter.
@@ -111,7 +164,7 @@ def record_routing(model: nn.Module) -> Iterator[Trace]:
             f"{type(model).__name__} has no lamella adapter, so there is no routing to record; apply one with "
             "get_peft_model(model, MolaConfig(...)) first."
         )
-    trace = Trace()
+    trace = Trace(per_token)
     tracker.observers.append(trace.observe)
     try:
         yield trace

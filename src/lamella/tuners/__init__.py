@@ -2,9 +2,10 @@
 
 from lamella.tuners.exporting import Collapsed, collapse, export_experts
 from lamella.tuners.mola import MolaConfig, MolaModel, allocate
-from lamella.tuners.registry import LamellaType, register
+from lamella.tuners.registry import LamellaType, register, say_what_was_done
 from lamella.tuners.summary import Summary
 
 register(LamellaType.MOLA, MolaConfig, MolaModel)
+say_what_was_done()
 
 __all__ = ["Collapsed", "LamellaType", "MolaConfig", "MolaModel", "Summary", "allocate", "collapse", "export_experts"]

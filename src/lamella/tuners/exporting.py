@@ -185,7 +185,7 @@ def _moments(
     }
     routings: dict[int, tuple[Routing, Tensor | None]] = {}
 
-    def observe(layer: MolaLayer, observed: str, routing: Routing, mask: Tensor | None) -> None:
+    def observe(layer: MolaLayer, observed: str, routing: Routing, mask: Tensor | None, _: torch.Size) -> None:
         if observed == adapter:
             routings[id(layer)] = (routing, mask)
 

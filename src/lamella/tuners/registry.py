@@ -4,9 +4,10 @@
 are filled here, with members of our enum: everything in PEFT and transformers looks a method up in those tables.
 """
 
+import functools
 from enum import Enum
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
@@ -29,3 +30,22 @@ def register(peft_type: LamellaType, config: type[PeftConfig], tuner: type[BaseT
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix
+
+
+def say_what_was_done() -> None:
+    """Makes ``print_trainable_parameters`` also print the injection's summary, for lamella's adapters alone.
+
+    PEFT has no hook there, and a count without the layers it comes from is where experts get lost unseen.
+    """
+    original = PeftModel.print_trainable_parameters
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def print_trainable_parameters(model: PeftModel) -> None:
+        original(model)
+        for adapter, summary in getattr(model.base_model, "summaries", {}).items():
+            if adapter in model.active_adapters:
+                print(summary)
+
+    PeftModel.print_trainable_parameters = print_trainable_parameters

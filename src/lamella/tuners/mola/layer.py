@@ -199,7 +199,7 @@ class MolaLayer(nn.Module, BaseTunerLayer):
             return routing
         mask = frame.token_mask(x, of_encoder=self.place.reads_encoder) if frame is not None else None
         for observe in observers:
-            observe(self, adapter, routing, mask)
+            observe(self, adapter, routing, mask, x.shape[:-1])
         return self._attach_losses(adapter, routing, mask, frame) if trains else routing
 
     def _attach_losses(self, adapter: str, routing: Routing, mask: Tensor | None, frame: Frame | None) -> Routing:

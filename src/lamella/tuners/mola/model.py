@@ -1,6 +1,7 @@
 """MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
 
 import difflib
+import logging
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -15,6 +16,8 @@ from lamella.tuners.loading import check_tensors
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLayer
 from lamella.tuners.summary import Summary
+
+logger = logging.getLogger(__name__)
 
 
 class MolaModel(BaseTuner):
@@ -48,6 +51,7 @@ class MolaModel(BaseTuner):
         _connect(layers, adapter_name)
         _track(model)
         self.summaries[adapter_name] = self._summarise(adapter_name, layers)
+        logger.info("%s", self.summaries[adapter_name])  # add_adapter leaves no tuner behind to ask
 
     @property
     def summaries(self) -> dict[str, Summary]:
