@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lamella import LamellaError, MolaConfig
 from lamella.tracing import COLUMNS, TOKEN_COLUMNS, record_routing
-from lamella.tuners.mola import MolaLayer
+from lamella.tuners.mola import MolaLinear
 
 TOP_K = 2
 
@@ -27,10 +27,10 @@ class Truth:
         self.counts: dict[str, Tensor] = {}
         self.entropies: dict[str, list[float]] = {}
         self.mask_of = lambda layer, x: torch.ones(x.shape[:-1], dtype=torch.bool)
-        for layer in (m for m in model.modules() if isinstance(m, MolaLayer)):
+        for layer in (m for m in model.modules() if isinstance(m, MolaLinear)):
             layer.register_forward_pre_hook(self.count)
 
-    def count(self, layer: MolaLayer, args: tuple[Tensor, ...]) -> None:
+    def count(self, layer: MolaLinear, args: tuple[Tensor, ...]) -> None:
         (x,) = args
         probs = torch.softmax(x @ layer.lamella_mola_router["default"].weight.t(), dim=-1)
         real = probs[self.mask_of(layer, x)]  # (N, E)

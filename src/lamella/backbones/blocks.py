@@ -34,8 +34,9 @@ FAMILIES: tuple[BlockFamily, ...] = (
     BlockFamily(("distilbert",), encoder="transformer.layer"),
     BlockFamily(("modernbert",), encoder="layers"),
     BlockFamily(("vit", "deit", "dinov2"), encoder="layer"),
+    BlockFamily(("vit", "deit"), encoder="layers"),  # renamed in transformers 5
     BlockFamily(("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "bloom", "falcon"), decoder="h"),
-    BlockFamily(("gpt_neox", "pythia"), decoder="layers"),
+    BlockFamily(("gpt_neox",), decoder="layers"),
     BlockFamily(
         (
             "llama",

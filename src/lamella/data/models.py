@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 
 KNOWN_BACKBONES = ("minilm", "mpnet", "smollm2")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+# Where the demo assets are published: what an adapter trained on one names as its base, instead of a cache folder here.
+# SmolLM2's asset is a Q4_1 file, so its weights differ a little from those published under the name.
+_PUBLISHED = {
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "mpnet": "sentence-transformers/all-mpnet-base-v2",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -97,6 +104,7 @@ def load_backbone(
         raise LamellaError(_not_loaded(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    model.name_or_path = tokenizer.name_or_path = _PUBLISHED.get(name, path)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Backbone(

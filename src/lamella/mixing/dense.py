@@ -98,8 +98,7 @@ def _weigh(h: Tensor, weights: Tensor | None) -> Tensor:
     """Each expert's r columns of ``h (N, E*r)`` times its weight ``(N, E)``."""
     if weights is None:
         return h
-    num_tokens, num_experts = weights.shape
-    return (h.view(num_tokens, num_experts, -1) * weights.to(h.dtype)[..., None]).view(num_tokens, -1)
+    return (h.unflatten(-1, (weights.shape[1], -1)) * weights.to(h.dtype)[..., None]).flatten(1)
 
 
 def _up(B: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     num_experts = routing.num_experts
     if mask is None:
         selections = torch.bincount(routing.indices.flatten(), minlength=num_experts)  # (E,)
-        mean_probs = routing.probs.mean(dim=0)  # (E,)
+        mean_probs = routing.probs.sum(dim=0) / max(len(routing.logits), 1)  # (E,)
     else:
         weight = mask.to(routing.logits.dtype)  # (N,)
         picked = weight[:, None].expand_as(routing.indices).flatten()  # (N*k,)
@@ -37,6 +37,6 @@ def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     """Mean squared log-partition of one router's logits (ST-MoE, eq. 5), over real tokens; a scalar."""
     squared = torch.logsumexp(routing.logits, dim=-1).square()  # (N,)
     if mask is None:
-        return squared.mean()
+        return squared.sum() / max(len(squared), 1)
     weight = mask.to(squared.dtype)  # (N,)
     return torch.dot(weight, squared) / weight.sum().clamp_min(1)

@@ -182,10 +182,25 @@ def find_tracker(model: nn.Module) -> CallTracker | None:
     """The tracker set on ``model`` or on the first module inside it that has one."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, CallTracker):
-                return owner
+            if _is_trackers(hook):
+                tracker: CallTracker = hook.__self__  # type: ignore[attr-defined]
+                return tracker
     return None
+
+
+def untrack_calls(model: nn.Module) -> None:
+    """Takes away what ``track_calls`` set on a model and what its calls left on the blocks."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if _is_trackers(hook)]:
+                del hooks[key]
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, _CarryFrame):
+            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+
+
+def _is_trackers(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), CallTracker)
 
 
 @contextmanager

@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamella.errors import LamellaError
 from lamella.routing import Routing
 from lamella.routing.context import find_tracker
-from lamella.tuners.mola.layer import MolaLayer
+from lamella.tuners.mola.layer import MolaLinear
 
 Batch = Mapping[str, Any]
 
@@ -92,7 +92,7 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
     held_out = len(held) >= 4
     measured = held[3::4] if held_out else held
     fitted = [batch for i, batch in enumerate(held) if i % 4 != 3] if held_out else held
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         fit = _moments(model, adapter, layers, fitted)
@@ -110,7 +110,8 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
         collapsed = _as_lora(model, adapter, factors)
         error = _output_error(model, collapsed, measured)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     return Collapsed(collapsed, error, per_module, held_out)
 
 
@@ -152,9 +153,9 @@ def export_experts(model: PeftModel, folder: str | Path) -> list[Path]:
     return paths
 
 
-def _mola_layers(model: PeftModel) -> tuple[str, dict[str, MolaLayer]]:
+def _mola_layers(model: PeftModel) -> tuple[str, dict[str, MolaLinear]]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, MolaLayer)}
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, MolaLinear)}
     if not layers or not isinstance(model, PeftModel):
         raise LamellaError(
             f"{type(model).__name__} is no PeftModel with a MoLA adapter; there are no experts to export."
@@ -168,7 +169,7 @@ def _mola_layers(model: PeftModel) -> tuple[str, dict[str, MolaLayer]]:
     return adapter, {name: layer for name, layer in layers.items() if adapter in layer.experts}
 
 
-def _stacked(layer: MolaLayer, adapter: str) -> tuple[Tensor, Tensor]:
+def _stacked(layer: MolaLinear, adapter: str) -> tuple[Tensor, Tensor]:
     """All experts of a module as one wide LoRA: ``(E*r, in)`` and ``(out, E*r)`` with the scaling, in float64."""
     A = layer.lamella_mola_lora_A[adapter].double().cpu().flatten(0, 1)
     B = layer.lamella_mola_lora_B[adapter].double().cpu().transpose(1, 2).flatten(0, 1).t()
@@ -176,7 +177,7 @@ def _stacked(layer: MolaLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def _moments(
-    model: PeftModel, adapter: str, layers: dict[str, MolaLayer], batches: list[dict[str, Any]]
+    model: PeftModel, adapter: str, layers: dict[str, MolaLinear], batches: list[dict[str, Any]]
 ) -> dict[str, _Moments]:
     """What each module's rank space sees on the batches: its inputs by a hook, its weights as an observer."""
     names = {id(layer): name for name, layer in layers.items()}
@@ -185,11 +186,11 @@ def _moments(
     }
     routings: dict[int, tuple[Routing, Tensor | None]] = {}
 
-    def observe(layer: MolaLayer, observed: str, routing: Routing, mask: Tensor | None, _: torch.Size) -> None:
+    def observe(layer: MolaLinear, observed: str, routing: Routing, mask: Tensor | None, _: torch.Size) -> None:
         if observed == adapter:
             routings[id(layer)] = (routing, mask)
 
-    def add(layer: MolaLayer, args: tuple[Tensor, ...], _: Tensor) -> None:
+    def add(layer: MolaLinear, args: tuple[Tensor, ...], _: Tensor) -> None:
         A = layer.lamella_mola_lora_A[adapter].flatten(0, 1)  # (E*r, in)
         h = args[0].reshape(-1, layer.in_features).to(A.dtype) @ A.t()  # (N, E*r)
         u = h
@@ -276,11 +277,14 @@ def _output_error(model: PeftModel, collapsed: PeftModel, batches: list[dict[str
     return math.sqrt(lost / effect) if effect > 0 else 0.0
 
 
-def _output(model: nn.Module, batch: Batch) -> Tensor:
+def _output(model: PeftModel, batch: Batch) -> Tensor:
     """The logits, or the last hidden states of a model without a head, at real positions."""
     output = model(**batch)
     values: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
     mask = batch.get("attention_mask")
+    if getattr(model.config, "is_encoder_decoder", False):  # its logits are at the decoder's positions
+        labels = batch.get("labels")
+        mask = batch.get("decoder_attention_mask") if labels is None else labels.ne(-100)
     if mask is not None and values.dim() == 3 and values.shape[:2] == mask.shape:
         values = values[mask.bool()]
     return values.double()

@@ -2,7 +2,7 @@
 
 from lamella.tuners.mola.allocation import allocate
 from lamella.tuners.mola.config import MolaConfig
-from lamella.tuners.mola.layer import MolaLayer
+from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.mola.model import MolaModel
 
-__all__ = ["MolaConfig", "MolaLayer", "MolaModel", "allocate"]
+__all__ = ["MolaConfig", "MolaLinear", "MolaModel", "allocate"]

@@ -34,10 +34,10 @@ class _Experts:
         return choose_form(self.num_experts, self.r, self.top_k) == "dense"
 
 
-class MolaLayer(nn.Module, BaseTunerLayer):
+class MolaLinear(nn.Module, BaseTunerLayer):
     """``y = W0 x + s * sum_{e in top-k} g_e B_e A_e x`` (MoLA eq. 3-4), with one expert and no router as plain LoRA.
 
-    Tensors per adapter: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
+    PEFT knows from "Linear" in the name that a further adapter may go here. Tensors per adapter: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
     ``lamella_mola_router.weight (E, in)``; no router where E is 1.
     """
 
@@ -63,15 +63,11 @@ class MolaLayer(nn.Module, BaseTunerLayer):
         self.balance_share: dict[str, float] = {}
         # The modules given the same input as this one, in the order they run, this one among them. A list, so that
         # they are not registered as submodules.
-        self.same_input: list[MolaLayer] = [self]
+        self.same_input: list[MolaLinear] = [self]
         self.merged_adapters: list[str] = []
         in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise LamellaError(
-                f"{place.stack}.{place.layer}.{place.module} is a {type(base_layer).__name__}, which is no "
-                "linear layer; "
-                "name linear modules in target_modules, or put it into exclude_modules."
-            )
+        assert in_features is not None  # the tuner lets only linear modules through
+        assert out_features is not None
         self.in_features, self.out_features = in_features, out_features
 
     def update_layer(self, adapter: str, config: MolaConfig, num_experts: int, top_k: int) -> None:
@@ -95,10 +91,6 @@ class MolaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise LamellaError(
-                "MoLA cannot use a different adapter per row of a batch; call the model once per adapter."
-            )
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
@@ -163,7 +155,7 @@ class MolaLayer(nn.Module, BaseTunerLayer):
             frame.handed_over[id(layer), adapter] = (x, h, product)
         return results[0]
 
-    def _sharing(self, adapter: str) -> "list[MolaLayer]":
+    def _sharing(self, adapter: str) -> "list[MolaLinear]":
         """This layer and those after it that are given the same input and can take part in its GEMM."""
         after = self.same_input[self.same_input.index(self) + 1 :]
         return [self] + [
@@ -251,7 +243,7 @@ class MolaLayer(nn.Module, BaseTunerLayer):
         return "mola." + super().__repr__()
 
 
-def _next_if(products: Iterator[Tensor], layer: MolaLayer, adapter: str) -> Tensor | None:
+def _next_if(products: Iterator[Tensor], layer: MolaLinear, adapter: str) -> Tensor | None:
     return next(products) if layer.routed(adapter) else None
 
 

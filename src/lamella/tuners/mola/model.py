@@ -1,9 +1,11 @@
 """MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
 
-import difflib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,11 +13,12 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
 from lamella.errors import CannotMergeError, LamellaError
-from lamella.routing import track_calls
+from lamella.routing.context import track_calls, untrack_calls
 from lamella.tuners.loading import check_tensors
 from lamella.tuners.mola.config import MolaConfig
-from lamella.tuners.mola.layer import MolaLayer
+from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.summary import Summary
+from lamella.tuners.targets import check_targets
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ class MolaModel(BaseTuner):
     """
 
     prefix: str = "lamella_mola_"
-    tuner_layer_cls = MolaLayer
+    tuner_layer_cls = MolaLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -37,14 +40,9 @@ class MolaModel(BaseTuner):
         self._allocations = {stack.name: config.allocation(stack.depth) for stack in stacks}
         self._stacks = stacks
         self._skipped: list[tuple[str, str]] = []
-        _refuse_unmatched_targets(model, config)
+        check_targets(model, config, stacks)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [layer for layer in _layers(model) if adapter_name in layer.experts]
-        if not layers:
-            raise LamellaError(
-                f"target_modules={config.target_modules!r} matched only modules outside the blocks of "
-                f"{', '.join(stack.name for stack in stacks)}; name linear modules inside the blocks."
-            )
         self.targeted_module_names[:] = [
             name for name in self.targeted_module_names if name not in {name for name, _ in self._skipped}
         ]
@@ -77,14 +75,14 @@ class MolaModel(BaseTuner):
             self._skipped.append((current_key, "outside the blocks, so it belongs to no layer"))
             return
         experts, top_k, _ = self._allocations[place.stack]
-        layer = target if isinstance(target, MolaLayer) else MolaLayer(target, place)
+        layer = target if isinstance(target, MolaLinear) else MolaLinear(target, place)
         layer.update_layer(adapter_name, peft_config, experts[place.layer], top_k[place.layer])
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _summarise(self, adapter_name: str, layers: list[MolaLayer]) -> Summary:
+    def _summarise(self, adapter_name: str, layers: list[MolaLinear]) -> Summary:
         config = self.peft_config[adapter_name]
         modules = {stack.name: [0] * stack.depth for stack in self._stacks}
         for layer in layers:
@@ -102,6 +100,20 @@ class MolaModel(BaseTuner):
             trainable=sum(p.numel() for layer in layers for p in _adapter_parameters(layer, adapter_name)),
         )
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        untrack_calls(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here whether rows of a batch may use different adapters; unanswered, it drops the wish."""
+        if kwargs.get("adapter_names") is not None:
+            raise LamellaError(
+                "MoLA cannot use a different adapter per row of a batch (adapter_names); call the model once for each."
+            )
+        yield
+
     def _check_merge_allowed(self) -> None:
         raise CannotMergeError(
             "MoLA chooses experts per token, so there is no single weight to merge into the base. Use "
@@ -115,20 +127,25 @@ class MolaModel(BaseTuner):
         cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_tensors(model, cls.prefix, adapter_name, tensors)
+        try:
+            check_tensors(model, cls.prefix, adapter_name, tensors)
+        except LamellaError:
+            if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+                model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
+            raise
         return tensors
 
 
-def _layers(model: nn.Module) -> list[MolaLayer]:
-    return [module for module in model.modules() if isinstance(module, MolaLayer)]
+def _layers(model: nn.Module) -> list[MolaLinear]:
+    return [module for module in model.modules() if isinstance(module, MolaLinear)]
 
 
-def _adapter_parameters(layer: MolaLayer, adapter: str) -> list[nn.Parameter]:
+def _adapter_parameters(layer: MolaLinear, adapter: str) -> list[nn.Parameter]:
     own = [layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter]]
     return own + (list(layer.lamella_mola_router[adapter].parameters()) if layer.routed(adapter) else [])
 
 
-def _connect(layers: list[MolaLayer], adapter: str) -> None:
+def _connect(layers: list[MolaLinear], adapter: str) -> None:
     """Tells each layer its share of its block's balance loss and which layers are given the same input."""
     by_place = {layer.place: layer for layer in layers}
     routers: dict[tuple[str, int], int] = {}
@@ -151,17 +168,3 @@ def _track(model: nn.Module) -> None:
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
     track_calls(model, stacks, shifts_labels=loss is ForCausalLMLoss and not is_encoder_decoder)
-
-
-def _refuse_unmatched_targets(model: nn.Module, config: MolaConfig) -> None:
-    """Each name in a list of targets must match a module: a misspelt one would silently train less than asked."""
-    targets = config.target_modules
-    if not isinstance(targets, set | list) or not targets:
-        return
-    names = [name for name, _ in model.named_modules()]
-    ends = {name.rpartition(".")[2] for name in names}
-    missing = sorted(t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names))
-    if missing:
-        near = {t: difflib.get_close_matches(t, ends, n=1) for t in missing}
-        said = ", ".join(f"{t!r}" + (f" (did you mean {near[t][0]!r}?)" if near[t] else "") for t in missing)
-        raise LamellaError(f"target_modules names {said}, which no module of {type(model).__name__} matches.")

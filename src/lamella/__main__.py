@@ -1,0 +1,5 @@
+"""`python -m lamella` is the command."""
+
+from lamella.cli import main
+
+main()

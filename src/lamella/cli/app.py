@@ -1,0 +1,50 @@
+"""The command's frame: which commands there are, and what an error looks like."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import textwrap
+import warnings
+
+import transformers
+import typer
+from rich.logging import RichHandler
+
+from lamella.cli.allocate import allocate
+from lamella.cli.demo import demo
+from lamella.cli.output import console
+from lamella.cli.train import train
+from lamella.errors import LamellaError
+
+app = typer.Typer(
+    help="Mixtures of experts along the depth of pretrained transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (demo, train, allocate):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command. Exit status: 0 done, 1 unexpected, 2 something given cannot be used."""
+    warnings_shown = _quiet()
+    try:
+        app()
+    except LamellaError as error:
+        print(textwrap.fill(str(error), 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        logging.getLogger().removeHandler(warnings_shown)
+
+
+def _quiet() -> logging.Handler:
+    """People see warnings; the rest is in each run's log. Libraries' bars and reports would break up the output."""
+    handler = RichHandler(logging.WARNING, console=console, show_time=False, show_path=False)
+    logging.getLogger().addHandler(handler)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    return handler

@@ -1,0 +1,46 @@
+"""`lamella train`: one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamella.cli.output import Bar, print_json, show_run
+
+
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe, and changes to its settings."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A demo model, a hub id or a path.")] = None,
+    task: Annotated[str | None, typer.Option(help="A named task, hub:NAME or file:ROWS.")] = None,
+    method: Annotated[str | None, typer.Option(help="head, lora, mola, prompt-tuning or full.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Delete an earlier run in that folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Fine-tune a model. An interrupted run goes on where it stopped; a finished one is kept.
+
+    Example: lamella train trec-mola lr=1e-3 method.num_experts=2-2-4-4 -o runs/narrow
+    """
+    from lamella.cli.pages import run_report
+    from lamella.cli.words import recipe_and_overrides
+    from lamella.reporting.report import write_report
+    from lamella.training.run import train as run
+    from lamella.training.settings import resolve
+
+    recipe, overrides = recipe_and_overrides(words or [])
+    settings = resolve(recipe, overrides, model=model, task=task, method=method)
+    bar = Bar()
+    try:
+        result = run(settings, output or Path("runs") / settings.label, force=force, callbacks=[bar])
+    finally:
+        bar.close()
+    write_report(run_report(result, settings), result.folder.path / "report.html")
+    if json:
+        print_json({"folder": str(result.folder.path), **result.metrics})
+    else:
+        show_run(result.metrics, result.folder.path)

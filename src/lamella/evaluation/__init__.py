@@ -1,0 +1,1 @@
+"""Metrics, intervals and floors on arrays and plain callables."""

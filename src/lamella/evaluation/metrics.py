@@ -1,0 +1,99 @@
+"""Scores of predictions against labels, on numpy arrays."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lamella.errors import LamellaError
+
+Array = npt.NDArray[np.generic]
+
+
+def accuracy(predictions: Array, labels: Array) -> float:
+    """Share of equal entries; both arrays (N,)."""
+    return float(np.mean(predictions == labels))
+
+
+def macro_f1(predictions: Array, labels: Array) -> float:
+    """Unweighted mean of the F1 of every class that occurs in the labels or the predictions; both arrays (N,)."""
+    scores = []
+    for value in np.union1d(predictions, labels):
+        hits = np.sum((predictions == value) & (labels == value))
+        scores.append(2.0 * hits / (np.sum(predictions == value) + np.sum(labels == value)))
+    return float(np.mean(scores))
+
+
+def matthews(predictions: Array, labels: Array) -> float:
+    """Matthews correlation of any number of classes (Gorodkin 2004); 0 if one side is constant; both arrays (N,)."""
+    values = np.union1d(predictions, labels)
+    predicted = (predictions[:, None] == values).astype(np.float64)
+    actual = (labels[:, None] == values).astype(np.float64)
+    predicted -= predicted.mean(0)
+    actual -= actual.mean(0)
+    spread = math.sqrt(float(np.sum(predicted**2)) * float(np.sum(actual**2)))
+    return float(np.sum(predicted * actual)) / spread if spread > 0.0 else 0.0
+
+
+def pearson(predictions: Array, labels: Array) -> float:
+    """Linear correlation; 0 where one side is constant; both arrays (N,)."""
+    x = predictions.astype(np.float64) - predictions.astype(np.float64).mean()
+    y = labels.astype(np.float64) - labels.astype(np.float64).mean()
+    spread = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / spread if spread > 0.0 else 0.0
+
+
+def spearman(predictions: Array, labels: Array) -> float:
+    """Rank correlation, ties sharing their mean rank; 0 where one side is constant; both arrays (N,)."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(predictions), rankdata(labels))
+
+
+def mean_squared_error(predictions: Array, labels: Array) -> float:
+    """Mean of the squared differences; both arrays (N,)."""
+    return float(np.mean((predictions.astype(np.float64) - labels.astype(np.float64)) ** 2))
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """Exponential of the negative log-likelihood per token; ``nll`` in nats, summed over ``tokens`` tokens."""
+    if tokens == 0:
+        raise LamellaError("Perplexity needs at least one predicted token; every label here is masked or missing.")
+    # beyond this the float overflows; the honest value is then infinity
+    return math.exp(nll / tokens) if nll / tokens < 700.0 else math.inf
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score by name; ``function`` takes predictions (N,) and labels (N,)."""
+
+    name: str
+    function: Callable[[Array, Array], float]
+    greater_is_better: bool = True
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", accuracy),
+        Metric("macro_f1", macro_f1),
+        Metric("matthews", matthews),
+        Metric("pearson", pearson),
+        Metric("spearman", spearman),
+        Metric("mean_squared_error", mean_squared_error, greater_is_better=False),
+    )
+}
+
+
+def metric_for(name: str) -> Metric:
+    """The metric of that name; raises `LamellaError` with the nearest known name."""
+    if name in METRICS:
+        return METRICS[name]
+    near = difflib.get_close_matches(name, METRICS, n=1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    raise LamellaError(f"There is no metric '{name}'. {hint}Known are {', '.join(METRICS)}.")

@@ -1,0 +1,55 @@
+"""The base of all settings: every key is known, and an error says which key and which one was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
+
+from lamella.errors import LamellaError
+
+
+class Settings(BaseModel):
+    """Validated values; unknown keys are refused."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Settings from plain values.
+
+        Args:
+            values: what a recipe or an override gives.
+            where: what comes before these keys in the user's file, such as ``method.``.
+
+        Raises:
+            LamellaError: an unknown key (with the nearest known one) or a value that does not fit.
+        """
+        unknown = [key for key in values if key not in cls.model_fields]
+        if unknown:
+            raise LamellaError(unknown_key(unknown[0], cls.model_fields, where))
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise LamellaError(_explain(error, where)) from error
+
+
+def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
+    """The paragraph that refuses ``key`` and names the nearest of the known ones."""
+    known = list(known)
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    hint = f"Did you mean '{where}{near[0]}'? " if near else ""
+    return f"There is no setting '{where}{key}'. {hint}Known here are: {', '.join(known)}."
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, LamellaError):
+        return str(cause)
+    place = where + ".".join(str(part) for part in first["loc"])
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"The setting '{place}' cannot be {first['input']!r}: {reason}."

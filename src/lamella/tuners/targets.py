@@ -1,0 +1,65 @@
+"""Which modules a config asks for, checked before the first one is touched."""
+
+import difflib
+from collections.abc import Sequence
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lamella.backbones import Stack, find_place
+from lamella.errors import LamellaError
+from lamella.tuners.config import LamellaConfig
+
+
+def check_targets(model: nn.Module, config: LamellaConfig, stacks: Sequence[Stack]) -> None:
+    """Refuses targets that would adapt less than was asked for, or something that is no linear module.
+
+    Raises:
+        LamellaError: nothing matches, one of several names matches nothing, all matches lie outside the blocks, or a
+            match inside them is not linear.
+    """
+    targets = config.target_modules
+    if targets == "all-linear":
+        return
+    modules = {name: module for name, module in _outside_adapters(model).items() if name}
+    if isinstance(targets, set | list):
+        _refuse_misspelt(targets, list(modules), type(model).__name__)
+    matched = [name for name in modules if check_target_module_exists(config, name)]
+    if not matched:
+        raise LamellaError(
+            f"target_modules={targets!r} matches no module of {type(model).__name__}, given exclude_modules, "
+            "modules_to_save and layers_to_transform. Name linear modules inside the blocks, or use 'all-linear'."
+        )
+    inside = [name for name in matched if find_place(name, stacks) is not None]
+    if not inside:
+        raise LamellaError(
+            f"target_modules={targets!r} matches only modules outside the blocks of "
+            f"{', '.join(stack.name for stack in stacks)}, such as {matched[0]}; name linear modules inside the blocks."
+        )
+    for name in inside:
+        module = modules[name]
+        base: nn.Module = BaseTunerLayer.get_base_layer(module)  # itself where it has no adapter
+        if not isinstance(base, Conv1D) and not hasattr(base, "in_features"):  # quantised layers have it too
+            raise LamellaError(
+                f"{name} is a {type(base).__name__}, which is no linear layer; name linear modules in target_modules, "
+                "or put it into exclude_modules."
+            )
+
+
+def _outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name, without what lies inside the layers of adapters that are already there."""
+    modules = dict(model.named_modules())
+    adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return {name: module for name, module in modules.items() if not name.startswith(adapted)}
+
+
+def _refuse_misspelt(targets: set[str] | list[str], names: list[str], model: str) -> None:
+    """Each name must match a module: a misspelt one would silently train less than asked."""
+    missing = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+    if not missing:
+        return
+    ends = {name.rpartition(".")[2] for name in names}
+    near = {t: difflib.get_close_matches(t, ends, n=1) for t in missing}
+    said = ", ".join(f"{t!r}" + (f" (did you mean {near[t][0]!r}?)" if near[t] else "") for t in missing)
+    raise LamellaError(f"target_modules names {said}, which no module of {model} matches.")

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from tests import tiny
+from torch import nn
+from transformers import (
+    AutoModel,
+    BartConfig,
+    DistilBertConfig,
+    GPTNeoXConfig,
+    ModernBertConfig,
+    OPTConfig,
+    Qwen2Config,
+    RobertaConfig,
+    ViTConfig,
+)
+
+from lamella import LamellaError
+from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
+
+
+def found(model: nn.Module) -> list[tuple[str, str, int]]:
+    return [(stack.name, stack.role, stack.depth) for stack in locate_stacks(model)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bert", [("bert.encoder.layer", "encoder", 3)]),
+        ("mpnet", [("mpnet.encoder.layer", "encoder", 3)]),
+        ("gpt2", [("transformer.h", "decoder", 3)]),
+        ("llama", [("model.layers", "decoder", 3)]),
+        ("t5", [("encoder.block", "encoder", 3), ("decoder.block", "decoder", 3)]),
+    ],
+)
+def test_the_stacks_of_the_families_we_train(name: str, expected: list[tuple[str, str, int]]) -> None:
+    model = tiny.MODELS[name](layers=3)
+    assert found(model) == expected
+    assert {stack.found for stack in locate_stacks(model)} == {f"family {model.config.model_type}"}
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+ENCODER, DECODER = [("encoder", 2)], [("decoder", 2)]
+OTHERS = [
+    (RobertaConfig(**SMALL), ENCODER),
+    (ModernBertConfig(**SMALL), ENCODER),
+    (DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24), ENCODER),
+    (ViTConfig(**SMALL, image_size=8, patch_size=4), ENCODER),
+    (Qwen2Config(**SMALL, num_key_value_heads=1), DECODER),
+    (GPTNeoXConfig(**SMALL), DECODER),
+    (
+        OPTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16),
+        DECODER,
+    ),
+    (
+        BartConfig(
+            d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=24, decoder_ffn_dim=24,
+        ),
+        ENCODER + DECODER,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "expected"), OTHERS, ids=lambda value: getattr(value, "model_type", ""))
+def test_the_stacks_of_other_families_are_where_the_table_says(config, expected) -> None:
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    stacks = locate_stacks(model)
+    assert [(stack.role, stack.depth) for stack in stacks] == expected
+    assert {stack.found for stack in stacks} == {f"family {config.model_type}"}
+
+
+def block(features: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Linear(features, features), nn.ReLU())
+
+
+class Unknown(nn.Module):
+    """A backbone of no known family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList([block(), block()])}) for _ in range(3))
+        self.small_heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(5))
+
+
+def test_an_unknown_model_is_searched_by_structure_and_says_so() -> None:
+    (stack,) = locate_stacks(Unknown())
+    assert (stack.name, stack.depth) == ("blocks", 3)
+    assert "structure" in stack.found
+    assert "model_type=None" in stack.found
+
+
+def test_two_large_lists_are_two_stacks() -> None:
+    model = nn.ModuleDict(
+        {"encoder": nn.ModuleList([block(), block()]), "decoder": nn.ModuleList([block(), block(), block()])}
+    )
+    assert found(model) == [("encoder", "encoder", 2), ("decoder", "decoder", 3)]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ModuleList([block()]), nn.ModuleList([block(), nn.ReLU()])])
+def test_a_model_without_a_stack_is_refused_by_name(model: nn.Module) -> None:
+    with pytest.raises(LamellaError, match=rf"No stack of blocks was found in {type(model).__name__}"):
+        locate_stacks(model)
+
+
+def test_places() -> None:
+    stacks = locate_stacks(tiny.t5(layers=2))
+    place = find_place("decoder.block.1.layer.1.EncDecAttention.k", stacks)
+    assert place == Place("decoder.block", 1, "layer.1.EncDecAttention.k")
+    for outside in (
+        "shared",
+        "lm_head",
+        "encoder.block",
+        "encoder.block.1",
+        "encoder.final_layer_norm",
+        "decoder.blocks.1.q",
+    ):
+        assert find_place(outside, stacks) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "reads"),
+    [
+        ("layer.1.EncDecAttention.k", True),
+        ("layer.1.EncDecAttention.v", True),
+        ("layer.1.EncDecAttention.q", False),
+        ("layer.0.SelfAttention.k", False),
+        ("encoder_attn.v_proj", True),
+        ("encoder_attn.out_proj", False),
+        ("crossattention.self.key", True),
+        ("key", False),
+    ],
+)
+def test_only_keys_and_values_of_cross_attention_read_the_encoder(module: str, reads: bool) -> None:
+    assert Place("decoder", 0, module).reads_encoder is reads
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("self_attn.k_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("mlp.up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ("mlp.down_proj", ("mlp.down_proj",)),
+        ("layer.0.SelfAttention.q", tuple(f"layer.0.SelfAttention.{name}" for name in "qkv")),
+        ("layer.1.EncDecAttention.q", ("layer.1.EncDecAttention.q",)),
+        ("layer.1.EncDecAttention.v", ("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v")),
+        ("q", ("q", "k", "v")),
+    ],
+)
+def test_siblings_share_an_input_and_cross_attention_keeps_its_two_apart(
+    module: str, expected: tuple[str, ...]
+) -> None:
+    assert siblings_with_same_input(Place("decoder", 0, module)) == expected
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_siblings_are_given_the_very_same_tensor(name: str) -> None:
+    model = tiny.adapted(tiny.MODELS[name]())
+    given_to: dict[int, object] = {}
+    layers = [module for module in model.modules() if isinstance(module, tiny.MolaLinear)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: given_to.update({id(module): args[0]}))
+    with torch.no_grad():
+        model(**tiny.inputs(model.get_base_model()))
+    shared = 0
+    for layer in layers:
+        for sibling in layer.same_input:
+            assert given_to[id(sibling)] is given_to[id(layer)], (layer.name, sibling.name)
+        shared += len(layer.same_input) > 1
+    assert shared == {"bert": 6, "mpnet": 6, "gpt2": 0, "llama": 10, "t5": 24}[name]

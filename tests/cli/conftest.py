@@ -1,0 +1,3 @@
+from tests.training.conftest import bert, llama, prose, questions, run_folder
+
+__all__ = ["bert", "llama", "prose", "questions", "run_folder"]

@@ -1,0 +1,158 @@
+"""Tiny random models with every dropout off, and tiny batches: built in memory, the same for the same seed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lamella import MolaConfig
+from lamella.backbones import Place
+from lamella.routing import Routing
+from lamella.routing.context import find_tracker
+from lamella.tuners.mola import MolaLinear
+
+VOCAB = 48
+PAD = 0
+HIDDEN = 16
+
+
+def bert(layers: int = 2, labels: int = 3, seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=labels,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def mpnet(layers: int = 2, labels: int = 3, seed: int = 0) -> MPNetForSequenceClassification:
+    torch.manual_seed(seed)
+    config = MPNetConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=labels,
+    )  # fmt: skip
+    return MPNetForSequenceClassification(config).eval()
+
+
+def gpt2(layers: int = 2, seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=64, n_embd=HIDDEN, n_layer=layers, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=PAD,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def llama_config(layers: int = 2) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=PAD,
+    )  # fmt: skip
+
+
+def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(layers)).eval()
+
+
+def llama_classifier(layers: int = 2, seed: int = 0) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    config = llama_config(layers)
+    config.num_labels = 3
+    return LlamaForSequenceClassification(config).eval()
+
+
+def t5(layers: int = 2, seed: int = 0) -> T5ForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=24, num_layers=layers, num_decoder_layers=layers, num_heads=2,
+        dropout_rate=0.0, feed_forward_proj="gated-gelu", decoder_start_token_id=PAD, pad_token_id=PAD, eos_token_id=2,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+MODELS = {"bert": bert, "mpnet": mpnet, "gpt2": gpt2, "llama": llama, "t5": t5}
+
+
+def batch(model: PreTrainedModel, rows: int = 3, tokens: int = 7, pad: int = 2, seed: int = 1) -> dict[str, Tensor]:
+    """Inputs and labels that suit the model; row i > 0 is padded on the right by up to ``pad`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, tokens - min(row, pad) :] = 0
+    ids = ids.masked_fill(mask == 0, PAD)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if type(model).__name__.endswith("SequenceClassification"):
+        return {**inputs, "labels": torch.arange(rows) % 3}
+    if model.config.is_encoder_decoder:
+        labels = torch.randint(3, VOCAB, (rows, tokens - 2), generator=generator)
+        labels[-1, -2:] = -100
+        return {**inputs, "labels": labels}
+    return {**inputs, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def inputs(model: PreTrainedModel, **options: Any) -> dict[str, Tensor]:
+    """The same without labels; an encoder-decoder is given the decoder's ids instead."""
+    given = batch(model, **options)
+    labels = given.pop("labels")
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = labels.clamp_min(PAD)
+    return given
+
+
+def adapted(model: PreTrainedModel, **config: Any) -> PeftModel:
+    """A MoLA adapter that already does something: three experts, top-2, B at random."""
+    torch.manual_seed(17)
+    settings = {"r": 2, "lora_alpha": 6, "num_experts": 3, "top_k": 2, "init_weights": False, "balance_coef": 0.0}
+    return get_peft_model(model, MolaConfig(**{**settings, **config}))
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[list[tuple[Place, Routing, Tensor | None]]]:
+    """Every routing of the forwards inside, with where it was taken and the mask it was given."""
+    seen: list[tuple[Place, Routing, Tensor | None]] = []
+
+    def observe(layer: MolaLinear, adapter: str, routing: Routing, mask: Tensor | None, shape: object) -> None:
+        seen.append((layer.place, routing, mask))
+
+    tracker = find_tracker(model)
+    assert tracker is not None
+    tracker.observers.append(observe)
+    try:
+        yield seen
+    finally:
+        tracker.observers.remove(observe)
+
+
+def gradients(model: nn.Module, part: str = "") -> dict[str, Tensor]:
+    """The gradients that have arrived at the trainable parameters whose name contains ``part``; then forgets them."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if part in name and p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+    # Looser than float64 allows: Llama and T5 take their norms in float32 whatever the model's precision.
+    tolerance = {"rtol": 1e-5, "atol": 1e-6, **tolerance}
+    assert found.keys() == expected.keys()
+    assert found, "nothing to compare"
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")

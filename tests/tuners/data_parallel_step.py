@@ -1,0 +1,53 @@
+"""Run by torchrun on two processes: one Trainer step, each process on its own rows; rank 0 writes the gradients."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from safetensors.torch import save_file
+from tests import tiny
+from transformers import Trainer, TrainingArguments
+
+ROWS = 4
+
+
+def rows_of(model: torch.nn.Module) -> list[dict[str, list[int]]]:
+    """Two rows for each process; those of the first are shorter, so that label counts differ."""
+    given = tiny.batch(model, rows=ROWS, pad=0)
+    given["attention_mask"][:2, 5:] = 0
+    if given["labels"].dim() == 2:
+        given["labels"][:2, 3:] = -100
+    return [{key: value[row].tolist() for key, value in given.items()} for row in range(ROWS)]
+
+
+def step(folder: Path, name: str, copies: int, processes: int) -> dict[str, torch.Tensor]:
+    """Gradients of one step over all rows, two at a time."""
+    torch.set_num_threads(1)
+    model = tiny.adapted(tiny.MODELS[name]().double(), balance_coef=0.5).double().train()
+    arguments = TrainingArguments(
+        str(folder), use_cpu=True, report_to=[], save_strategy="no", per_device_train_batch_size=2, max_steps=1,
+        gradient_accumulation_steps=copies, optim="sgd", max_grad_norm=0.0, disable_tqdm=True,
+        remove_unused_columns=False, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    rows = Dataset.from_list(rows_of(model.get_base_model())).with_format("torch")
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    assert trainer.args.world_size == processes
+    found: dict[str, torch.Tensor] = {}
+    trainer.create_optimizer().register_step_pre_hook(
+        lambda *_: found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    )
+    trainer.train()
+    return found
+
+
+if __name__ == "__main__":
+    folder, *names = sys.argv[1:]
+    for name in names:
+        gradients = step(Path(folder), name, copies=1, processes=2)
+        assert dist.get_world_size() == 2
+        assert dist.get_backend() == "gloo"
+        if dist.get_rank() == 0:
+            save_file(gradients, Path(folder) / f"{name}.safetensors")
+    dist.destroy_process_group()
