@@ -1,11 +1,13 @@
 """A small report and a trace generator shared by the reporting tests."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from lamella.reporting import Report
+from lamella.reporting import Report, TokenLayer, TokenText
 from lamella.reporting.heatmap import COLUMNS
 
 
@@ -51,4 +53,53 @@ def report(results):
         routing=make_trace([2, 4], ["q", "k"]),
         settings={"task": "trec", "method": {"r": 8, "lora": {"alpha": 16}}},
         notes=["Full fine-tuning was not run."],
+    )
+
+
+@pytest.fixture
+def entropy():
+    """Two runs whose entropy falls."""
+    rows = [(f"MoLA, seed {seed}", step, 1 - step / 200 - seed / 100) for seed in (0, 1) for step in range(0, 50, 10)]
+    return pd.DataFrame(rows, columns=["run", "step", "entropy"])
+
+
+@pytest.fixture
+def redundancy():
+    """Three layers of two modules; the normalised distance grows with the layer."""
+    rows = [
+        ("encoder", layer, module, 0.1 * (layer + 1), 0.5 + 0.3 * layer)
+        for layer in range(3)
+        for module in ("query", "key")
+    ]
+    return pd.DataFrame(rows, columns=["stack", "layer", "module", "raw", "normalised"])
+
+
+@pytest.fixture
+def texts():
+    """Two texts of two layers."""
+    layers = ([[0.75, 0.25], [0.0, 1.0]], [[0.1, 0.2, 0.7], [1.0, 0.0, 0.0]])
+    named = [TokenLayer(f"layer {at}", len(weights[0]), weights) for at, weights in enumerate(layers)]
+    return [TokenText("a place", ["where", " is"], named), TokenText("a person", ["who", " was"], named)]
+
+
+@pytest.fixture
+def finding():
+    """The generator of findings; a finding is any object with these attributes."""
+
+    def make(severity, what="Expert 1 never fires"):
+        return SimpleNamespace(severity=severity, what=what, where="layer 3", why="It costs memory.", fix="Raise it.")
+
+    return make
+
+
+@pytest.fixture
+def full_report(report, entropy, redundancy, texts, finding):
+    """A report with every section."""
+    return replace(
+        report,
+        entropy=entropy,
+        texts=texts,
+        redundancy=redundancy,
+        findings=[finding("error", "The router gets no gradient"), finding("warning")],
+        findings_checked=True,
     )

@@ -1,5 +1,7 @@
 """The report of a run: one HTML file that opens offline."""
 
+from lamella.reporting.findings import Finding
 from lamella.reporting.report import Report, render, write_report
+from lamella.reporting.tokens import TokenLayer, TokenText, token_texts
 
-__all__ = ["Report", "render", "write_report"]
+__all__ = ["Finding", "Report", "TokenLayer", "TokenText", "render", "token_texts", "write_report"]

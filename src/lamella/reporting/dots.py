@@ -8,25 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from lamella.reporting.axis import Axis, round_axis
 from lamella.reporting.formatting import as_interval, is_number, number_text
 
 _SEED = re.compile(r"seed[ _]?\d+", re.IGNORECASE)
 _FLOOR = re.compile(r"\bfloor\b", re.IGNORECASE)
-_SAME = 1e-9  # values closer than this stand on one spot
-_MARGIN = 3.0  # percent kept free at both ends, so that a dot at the end is drawn whole
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear axis from `low` to `high` with a few round ticks."""
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-
-    def at(self, value: float) -> float:
-        """The place of a value, in percent of the axis' width."""
-        return round(_MARGIN + (100 - 2 * _MARGIN) * (value - self.low) / (self.high - self.low), 2)
 
 
 @dataclass(frozen=True)
@@ -69,12 +55,12 @@ def dot_plots(results: pd.DataFrame) -> tuple[DotPlot, ...]:
 
 
 def _plot(title: str, rows: list[dict[str, Any]]) -> DotPlot:
-    axis = _axis([value for row in rows for value in _values(row)])
+    axis = round_axis(value for row in rows for value in _values(row))
     floors = [row["mean"] for row in rows if _FLOOR.search(str(row["method"])) and is_number(row["mean"])]
     return DotPlot(
         title=title,
         marks=tuple(_mark(row, axis) for row in rows),
-        ticks=tuple((axis.at(tick), f"{tick:,.10g}") for tick in axis.ticks),
+        ticks=axis.marks(),
         floor=(axis.at(floors[0]), number_text(floors[0])) if floors else None,
     )
 
@@ -108,17 +94,3 @@ def _mark(row: dict[str, Any], axis: Axis) -> Mark:
         interval=(axis.at(interval[0]), axis.at(interval[1])) if interval else None,
         words=", ".join(words),
     )
-
-
-def _axis(values: list[float]) -> Axis:
-    """Round ends just outside the values, four to seven ticks 1, 2 or 5 times a power of ten apart."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    if math.isclose(low, high, rel_tol=1e-9, abs_tol=_SAME):
-        reach = abs(low) * 0.05 if abs(low) > _SAME else 0.5
-        low, high = low - reach, high + reach
-    rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = tuple(round(number * step, 12) for number in range(first, last + 1))
-    return Axis(ticks[0], ticks[-1], ticks)

@@ -1,5 +1,7 @@
-"""A run as one HTML page: the verdict, the results and their plot, cost, routing, settings and notes."""
+"""A run as one HTML page: verdict, results, cost, routing, training, tokens, redundancy, findings, settings, notes."""
 
+import base64
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +13,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lamella.errors import LamellaError
 from lamella.reporting.dots import dot_plots
+from lamella.reporting.findings import Finding, findings_words, worst_first
 from lamella.reporting.heatmap import BANDS, routing_view
+from lamella.reporting.redundancy import redundancy_view
 from lamella.reporting.tables import frame_table, settings_sections
+from lamella.reporting.tokens import TokenText
+from lamella.reporting.tokenview import token_view
+from lamella.reporting.training import training_charts
+
+_ABSENT = {
+    "training": "entropy over training",
+    "texts": "texts coloured token by token",
+    "redundancy": "redundancy per layer",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,13 @@ class Report:
             share (sums to 1 over a router's experts), mean_weight, entropy (nats), tokens. None: nothing was traced.
         settings: what the run was given, nested.
         notes: what was skipped, adjusted or not run.
+        entropy: the routers' entropy over training: run, step, entropy (share of its maximum, 0..1), and where logged
+            balance and dead_experts.
+        texts: texts to colour token by token; `token_texts` makes them from a trace.
+        redundancy: how far apart a layer's experts are: stack, layer, module, raw and normalised (mean over pairs of
+            the Frobenius distance between their deltas).
+        findings: what the doctor found.
+        findings_checked: whether the doctor looked, so that no finding means a healthy run.
     """
 
     title: str
@@ -39,15 +59,44 @@ class Report:
     routing: pd.DataFrame | None
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
+    entropy: pd.DataFrame | None = None
+    texts: Sequence[TokenText] = ()
+    redundancy: pd.DataFrame | None = None
+    findings: Sequence[Finding] = ()
+    findings_checked: bool = False
 
 
 def render(report: Report) -> str:
-    """The whole page: no script and nothing loaded from elsewhere, every text of the report escaped.
+    """The whole page: nothing loaded from elsewhere, every text of the report escaped, and no script but our own.
 
     Raises:
-        LamellaError: a table lacks a column it must have.
+        LamellaError: a table lacks a column it must have, or weights do not fit their tokens.
     """
-    # Autoescaping holds for every template, and no value is ever marked as safe.
+    pages = _environment()
+    parts = {
+        "routing": None if report.routing is None else routing_view(report.routing),
+        "training": () if report.entropy is None else training_charts(report.entropy),
+        "texts": token_view(report.texts),
+        "redundancy": None if report.redundancy is None else redundancy_view(report.redundancy),
+    }
+    return pages.get_template("report.html.j2").render(
+        report=report,
+        results=frame_table(report.results, "Scores, a row per method", missing="not run"),
+        plots=dot_plots(report.results),
+        cost=frame_table(report.cost, "What each method needs, a row per method", missing="not measured"),
+        bands=BANDS,
+        found=worst_first(report.findings),
+        findings_words=findings_words(report.findings, report.findings_checked),
+        sections=settings_sections(report.settings),
+        contents=_contents(report, parts),
+        absent=[words for name, words in _ABSENT.items() if not parts[name]],
+        policy=_policy(pages, bool(parts["texts"])),
+        **parts,
+    )
+
+
+def _environment() -> Environment:
+    """Autoescaping holds for every template, and no value is ever marked as safe; `tojson` escapes for a script."""
     pages = Environment(
         loader=PackageLoader("lamella.reporting", ""),
         autoescape=True,
@@ -55,15 +104,24 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return pages.get_template("report.html.j2").render(
-        report=report,
-        results=frame_table(report.results, "Scores, a row per method", missing="not run"),
-        plots=dot_plots(report.results),
-        cost=frame_table(report.cost, "What each method needs, a row per method", missing="not measured"),
-        routing=None if report.routing is None else routing_view(report.routing),
-        bands=BANDS,
-        sections=settings_sections(report.settings),
-    )
+    pages.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return pages
+
+
+def _contents(report: Report, parts: Mapping[str, Any]) -> list[str]:
+    """The headings of the sections below the verdict, in the page's order."""
+    shown = [name for name in ("training", "texts", "redundancy") if parts[name]]
+    middle = ["Tokens" if name == "texts" else name.capitalize() for name in shown]
+    return ["Results", "Cost", "Routing", *middle, "Findings", "Settings", *["Notes"] * bool(report.notes)]
+
+
+def _policy(pages: Environment, with_script: bool) -> str:
+    """The content security policy: nothing is loaded, and only the script with this very text runs."""
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
+    if not with_script:
+        return policy
+    digest = hashlib.sha256(pages.get_template("tokens.js").render().encode()).digest()
+    return f"{policy}; script-src 'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def write_report(report: Report, path: Path) -> Path:

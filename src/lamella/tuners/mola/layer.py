@@ -37,8 +37,9 @@ class _Experts:
 class MolaLinear(nn.Module, BaseTunerLayer):
     """``y = W0 x + s * sum_{e in top-k} g_e B_e A_e x`` (MoLA eq. 3-4), with one expert and no router as plain LoRA.
 
-    PEFT knows from "Linear" in the name that a further adapter may go here. Tensors per adapter: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
+    Tensors per adapter: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
     ``lamella_mola_router.weight (E, in)``; no router where E is 1.
+    PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lamella_mola_lora_A", "lamella_mola_lora_B", "lamella_mola_router")

@@ -1,0 +1,68 @@
+"""How alike the experts of a module are, whatever basis their factors happen to be written in."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import LamellaError
+from lamella.tuners.mola.layer import MolaLinear
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("stack", "layer", "module", "raw", "normalised")
+
+
+@torch.no_grad()
+def redundancy(model: nn.Module, adapter: str | None = None) -> "pd.DataFrame":
+    """Distance between the experts of each module, a row per module with at least two.
+
+    ``raw`` is the mean over pairs of ``s * ||B_a A_a - B_b A_b||_F``, with s the adapter's scaling; it grows with the
+    size of the updates, so ``normalised`` divides it by their mean norm: 0 where all experts do the same, about 1.4 for
+    orthogonal ones of one size, NaN where all are zero still. Both depend on the products B A alone, not on how they
+    are factored. Computed in float64 from r x r Gram matrices; nothing of size out x in is formed.
+    Source: MoLA, definition 6.1, which leaves open whether A, B or B A is meant.
+
+    Args:
+        model: with a MoLA adapter.
+        adapter: its name; the active one when None.
+
+    Returns:
+        Columns stack, layer, module, raw, normalised.
+
+    Raises:
+        LamellaError: the model has no such adapter.
+    """
+    import pandas as pd
+
+    layers = [module for module in model.modules() if isinstance(module, MolaLinear)]
+    chosen = adapter if adapter is not None or not layers else next(iter(layers[0].active_adapters), None)
+    having = [layer for layer in layers if chosen in layer.experts]
+    if not having or chosen is None:
+        named = "active MoLA adapter" if adapter is None else f"MoLA adapter {adapter!r}"
+        raise LamellaError(f"{type(model).__name__} has no {named}, so there are no experts to compare.")
+    rows = [
+        (layer.place.stack, layer.place.layer, layer.place.module, *_distances(layer, chosen))
+        for layer in having
+        if layer.experts[chosen].num_experts > 1
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _distances(layer: MolaLinear, adapter: str) -> tuple[float, float]:
+    A, B = layer.lamella_mola_lora_A[adapter].double(), layer.lamella_mola_lora_B[adapter].double()
+    products = _inner_products(A, B)  # (E, E)
+    squares = products.diagonal()  # (E,)
+    squared = squares[:, None] + squares[None, :] - 2 * products  # (E, E)
+    first, second = torch.triu_indices(len(A), len(A), offset=1)
+    raw = layer.experts[adapter].scaling * float(squared[first, second].clamp_min(0).sqrt().mean())
+    norm = layer.experts[adapter].scaling * float(squares.clamp_min(0).sqrt().mean())
+    return raw, raw / norm if norm > 0 else float("nan")
+
+
+def _inner_products(A: Tensor, B: Tensor) -> Tensor:
+    """``<B_a A_a, B_b A_b> = sum((B_a^T B_b) * (A_a A_b^T))`` of all pairs, ``(E, E)``."""
+    down = torch.einsum("ari,bsi->abrs", A, A)
+    up = torch.einsum("aor,bos->abrs", B, B)
+    return (up * down).sum(dim=(2, 3))
