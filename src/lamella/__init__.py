@@ -6,18 +6,25 @@ transformers' ``load_adapter`` know them.
 
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.tracing import Trace, record_routing
+from lamella.training.doctor import Diagnosis, Finding, doctor
 from lamella.training.optimization import param_groups
-from lamella.tuners import Collapsed, MolaConfig, allocate, collapse, export_experts
+from lamella.training.preflight import preflight
+from lamella.tuners import Collapsed, MolaConfig, allocate, collapse, export_experts, redundancy
 
 __all__ = [
     "CannotMergeError",
     "Collapsed",
+    "Diagnosis",
+    "Finding",
     "LamellaError",
     "MolaConfig",
     "Trace",
     "allocate",
     "collapse",
+    "doctor",
     "export_experts",
     "param_groups",
+    "preflight",
     "record_routing",
+    "redundancy",
 ]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.evaluation.intervals import paired_interval
+from lamella.evaluation.intervals import holm, paired_interval
 
 
 def test_equal_scores_have_an_interval_of_zero():
@@ -58,3 +58,30 @@ def test_the_draws_follow_the_seed():
 def test_unlike_shapes_are_refused():
     with pytest.raises(LamellaError, match=r"\(1, 3\) and \(1, 4\)"):
         paired_interval(np.zeros(3), np.zeros(4))
+
+
+def test_the_p_value_belongs_to_the_interval():
+    generator = np.random.default_rng(0)
+    for shift in (0.0, 0.03, 0.06, 0.1, 0.2):
+        first = (generator.random((3, 200)) < 0.6 + shift).astype(float)
+        second = (generator.random((3, 200)) < 0.6).astype(float)
+        found = paired_interval(first, second, resamples=4000)
+        assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)
+        assert paired_interval(second, first, resamples=4000).p_value == found.p_value
+    assert paired_interval(first, first).p_value == 1.0
+    assert paired_interval(np.ones(50), np.zeros(50), resamples=999).p_value == 2 / 1000
+
+
+def test_without_a_difference_the_p_value_is_rarely_small():
+    generator = np.random.default_rng(1)
+    values = [
+        paired_interval(*(generator.random((2, 1, 300)) < 0.7), resamples=400, seed=i).p_value for i in range(400)
+    ]
+    assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

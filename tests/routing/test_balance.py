@@ -5,11 +5,21 @@ from hypothesis import strategies as st
 from tests.reference import mola
 from torch import Tensor
 
-from lamella.routing import LinearRouter, Routing, balance_loss, pool_mean, pool_mode, z_loss
+from lamella.routing import LinearRouter, RouterLoss, Routing, pool_mean, pool_mode
+from lamella.routing import balance_loss as balance_of
+from lamella.routing import z_loss as z_of
 
 
 def routed(logits: Tensor, top_k: int) -> Routing:
     return LinearRouter(1, logits.shape[1]).route(logits, top_k)
+
+
+def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    return balance_of(routing.logits, routing.indices, mask)
+
+
+def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    return z_of(routing.logits, mask)
 
 
 @st.composite
@@ -34,6 +44,17 @@ def test_both_losses_equal_the_loops_in_value_and_gradient(decision: tuple[Tenso
         torch.testing.assert_close(found, expected)
         gradient, oracle = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
         torch.testing.assert_close(gradient, oracle)
+
+
+@settings(max_examples=60, deadline=None)
+@given(decisions(), st.floats(0, 2), st.floats(0, 2))
+def test_the_closed_gradient_is_the_gradient(
+    decision: tuple[Tensor, int, Tensor | None], balance_coef: float, z_coef: float
+) -> None:
+    logits, top_k, mask = decision
+    own, indices = RouterLoss(balance_coef, z_coef), routed(logits, top_k).indices
+    (expected,) = torch.autograd.grad(own.value(logits, indices, mask), logits)
+    torch.testing.assert_close(own.gradient(logits.detach(), indices, mask), expected)
 
 
 @pytest.mark.parametrize("experts", [2, 4, 7])

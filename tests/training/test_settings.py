@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamella.errors import LamellaError
+from lamella.training.grid import cells_of, read_grid
 from lamella.training.methods import Lora, Mola
 from lamella.training.settings import RunSettings, read_recipe, recipe_names, resolve
 
@@ -76,9 +77,12 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
 
 
 def test_every_packaged_recipe_is_valid():
-    assert {"trec-mola", "trec-lora"} <= set(recipe_names())
+    assert {"trec-mola", "trec-lora", "trec-shapes"} <= set(recipe_names())
     for name in recipe_names():
-        assert isinstance(resolve(name), RunSettings)
+        if "methods" in read_recipe(name):
+            assert cells_of(read_grid(name))
+        else:
+            assert isinstance(resolve(name), RunSettings)
 
 
 def test_the_demo_recipes_differ_in_the_method_and_its_own_rate():

@@ -12,7 +12,10 @@ import typer
 from rich.logging import RichHandler
 
 from lamella.cli.allocate import allocate
+from lamella.cli.bench import bench
+from lamella.cli.compare import compare
 from lamella.cli.demo import demo
+from lamella.cli.doctor import doctor
 from lamella.cli.output import console
 from lamella.cli.train import train
 from lamella.errors import LamellaError
@@ -24,12 +27,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, allocate):
+for command in (demo, train, compare, doctor, allocate):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
-    """Run the command. Exit status: 0 done, 1 unexpected, 2 something given cannot be used."""
+    """Run the command. Exit status: 0 done, 1 unexpected or findings, 2 something given cannot be used."""
     warnings_shown = _quiet()
     try:
         app()

@@ -15,6 +15,8 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lamella.training.comparison import Comparison
 
 # people read standard error while a program reads standard output
@@ -29,22 +31,41 @@ def print_json(value: Any) -> None:
 
 def show_comparison(comparison: Comparison) -> None:
     """The results and costs of a comparison as one table, and the answer in words."""
+    show_results(comparison.results, comparison.cost, comparison.summary)
+
+
+def show_results(results: pd.DataFrame, cost: pd.DataFrame, summary: str) -> None:
+    """A row per method with its scores and costs, and the answer in words."""
     table = Table(title="test scores, with 95 % intervals", title_justify="left")
-    seeds = [column for column in comparison.results.columns if column.startswith("seed ")]
-    for column in ("method", "validation", *seeds, "mean", "interval", "trainable", "s/step"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    costs = {row["method"]: row for row in comparison.cost.to_dict("records")}
-    for row in comparison.results.to_dict("records"):
-        cost = costs.get(row["method"])
+    several = results["task"].nunique() > 1
+    words = ["method", *["task"] * several, *[name for name in ("difference", "p") if name in results.columns]]
+    # a study's seeds are in its report: beside the differences they would be too wide for a terminal
+    seeds = [column for column in results.columns if column.startswith("seed ") and len(words) == 1 + several]
+    shown = ["method", *["task"] * several, "validation", *seeds, "mean", "interval", *words[1 + several :]]
+    for column in [*shown, "trainable", "s/step"]:
+        table.add_column(column, justify="left" if column in ("method", "task") else "right", no_wrap=column == "p")
+    costs = {row["method"]: row for row in cost.to_dict("records")}
+    for row in results.to_dict("records"):
+        own = {} if several else costs.get(row["method"], {})
         table.add_row(
-            row["method"],
-            *(_number(row[column]) for column in ("validation", *seeds, "mean")),
-            f"{row['interval'][0]:.3f}-{row['interval'][1]:.3f}" if row["interval"] else "",
-            f"{cost['trainable parameters']:,}" if cost else "",
-            f"{cost['seconds per step']:.2f}" if cost else "",
+            *(_cell(row[column], text=column in words) for column in shown),
+            _count(own.get("trainable parameters")),
+            _number(own.get("seconds per step")),
         )
     console.print(table)
-    console.print(comparison.summary, highlight=False)
+    console.print(summary, highlight=False)
+
+
+def _cell(value: Any, *, text: bool) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:.3f}-{value[1]:.3f}"
+    if text:
+        return value if isinstance(value, str) else ""
+    return _number(value)
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 def show_run(metrics: Mapping[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@ from lamella.reporting.report import Report
 from lamella.training.comparison import Comparison
 from lamella.training.run import RunResult
 from lamella.training.settings import RunSettings
+from lamella.training.study import Study
 
 
 def comparison_report(title: str, comparison: Comparison, arms: Mapping[str, RunSettings]) -> Report:
@@ -22,6 +23,19 @@ def comparison_report(title: str, comparison: Comparison, arms: Mapping[str, Run
         routing=comparison.routing,
         settings={name: settings.model_dump(mode="json") for name, settings in arms.items()},
         notes=comparison.notes,
+    )
+
+
+def study_report(title: str, study: Study) -> Report:
+    """The page of a study."""
+    return Report(
+        title=title,
+        summary=study.summary,
+        results=study.results,
+        cost=study.cost,
+        routing=study.routing,
+        settings=study.settings,
+        notes=study.notes,
     )
 
 

@@ -19,6 +19,9 @@ def train(
     task: Annotated[str | None, typer.Option(help="A named task, hub:NAME or file:ROWS.")] = None,
     method: Annotated[str | None, typer.Option(help="head, lora, mola, prompt-tuning or full.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Assert the run's effects and estimate its cost; train nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Delete an earlier run in that folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -29,11 +32,19 @@ def train(
     from lamella.cli.pages import run_report
     from lamella.cli.words import recipe_and_overrides
     from lamella.reporting.report import write_report
+    from lamella.training.preflight import preflight_of
     from lamella.training.run import train as run
     from lamella.training.settings import resolve
 
     recipe, overrides = recipe_and_overrides(words or [])
     settings = resolve(recipe, overrides, model=model, task=task, method=method)
+    if check:
+        found = preflight_of(settings)
+        if json:
+            print_json(found.as_dict())
+        else:
+            typer.echo(str(found))
+        raise typer.Exit(0 if found.ok else 1)
     bar = Bar()
     try:
         result = run(settings, output or Path("runs") / settings.label, force=force, callbacks=[bar])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +15,18 @@ _CHUNK_ENTRIES = 2_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference with the percentile interval of its bootstrap distribution."""
+    """A mean difference with the percentile interval of its bootstrap distribution.
+
+    ``p_value`` is two-sided and belongs to the interval: it is below 1 - level where the interval excludes zero. It is
+    twice the share of draws on the rarer side of zero, each side counting one draw more than it had, so never 0.
+    """
 
     difference: float
     low: float
     high: float
     level: float
     resamples: int
+    p_value: float
 
     def __str__(self) -> str:
         return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
@@ -56,7 +62,22 @@ def paired_interval(
         [_resampled_means(difference, min(chunk, resamples - done), generator) for done in range(0, resamples, chunk)]
     )
     low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Interval(float(difference.mean()), float(low), float(high), level, resamples)
+    rarer = min(int((means <= 0.0).sum()), int((means >= 0.0).sum()))
+    p_value = min(1.0, 2.0 * (rarer + 1) / (resamples + 1))
+    return Interval(float(difference.mean()), float(low), float(high), level, resamples, p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number, in the order given: the chance of any false alarm among them is held.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[at]))
+        corrected[at] = largest
+    return corrected
 
 
 def _resampled_means(

@@ -51,10 +51,7 @@ class _MixDense(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(h, weights, B)
         ctx.scaling = scaling
-        if in_place:
-            ctx.mark_dirty(y)
-            return y.addmm_(_weigh(h, weights), _up(B), alpha=scaling)  # (N, out)
-        return torch.addmm(y, _weigh(h, weights), _up(B), alpha=scaling)  # (N, out)
+        return target(y, in_place).addmm_(_weigh(h, weights), _up(B), alpha=scaling)  # (N, out)
 
     @staticmethod
     @once_differentiable
@@ -88,10 +85,19 @@ def mix_dense(
         in_place: add into ``y``, which then must be nobody else's: no saved output, no reference kept.
 
     Returns:
-        ``(N, out)``; ``y`` itself where ``in_place``.
+        ``(N, out)``; in the memory of ``y`` where ``in_place``.
     """
     mixed: Tensor = _MixDense.apply(y, h, weights, B, scaling, in_place)
     return mixed
+
+
+def target(y: Tensor, in_place: bool) -> Tensor:
+    """What a form adds into: y's own memory where nobody else can hold it, otherwise a copy.
+
+    Not y itself: a linear layer's output is a view, and marking a view as changed in place makes autograd copy the
+    whole gradient once more. ``data`` is the same memory without that history.
+    """
+    return y.data if in_place else y.clone()
 
 
 def _weigh(h: Tensor, weights: Tensor | None) -> Tensor:

@@ -11,17 +11,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lamella.mixing.dense import target
+
 
 class _MixSorted(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, weights: Tensor, indices: Tensor, A: Tensor, B: Tensor, scaling: float
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        indices: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        in_place: bool,
     ) -> Tensor:
         order = indices.flatten().argsort(stable=True)  # (N*k,), slots of (N, k) by expert
         counts = torch.bincount(indices.flatten(), minlength=len(A)).tolist()
         ctx.save_for_backward(x, weights, order, A, B)
         ctx.counts, ctx.scaling = counts, scaling
-        mixed = y.clone()  # (N, out)
+        mixed = target(y, in_place)  # (N, out)
         for expert, slots, tokens in _groups(order, counts, weights.shape[1]):
             h = x[tokens] @ A[expert].t()  # (n, r)
             weighed = h * weights.flatten()[slots, None].to(h.dtype)  # (n, r)
@@ -45,10 +55,12 @@ class _MixSorted(torch.autograd.Function):
             grad_h = grad_weighed * weight  # (n, r)
             grad_A[expert] = grad_h.t() @ x_e  # (r, in)
             grad_x.index_add_(0, tokens, grad_h @ A[expert])
-        return grad, grad_x, grad_weights.view_as(weights), None, grad_A, grad_B, None
+        return grad, grad_x, grad_weights.view_as(weights), None, grad_A, grad_B, None, None
 
 
-def mix_sorted(y: Tensor, x: Tensor, weights: Tensor, indices: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def mix_sorted(
+    y: Tensor, x: Tensor, weights: Tensor, indices: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool = False
+) -> Tensor:
     """``y + scaling * sum_{j<k} weights_j B_{e_j} A_{e_j} x`` with each token visiting only its experts.
 
     Args:
@@ -59,11 +71,12 @@ def mix_sorted(y: Tensor, x: Tensor, weights: Tensor, indices: Tensor, A: Tensor
         A: down projections, ``(E, r, in)``.
         B: up projections, ``(E, out, r)``.
         scaling: LoRA's ``lora_alpha / r``.
+        in_place: add into ``y``, which then must be nobody else's: no saved output, no reference kept.
 
     Returns:
-        ``(N, out)``.
+        ``(N, out)``; in the memory of ``y`` where ``in_place``.
     """
-    mixed: Tensor = _MixSorted.apply(y, x, weights, indices, A, B, scaling)
+    mixed: Tensor = _MixSorted.apply(y, x, weights, indices, A, B, scaling, in_place)
     return mixed
 
 

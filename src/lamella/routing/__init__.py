@@ -1,7 +1,8 @@
 """Decisions: which experts a token uses, with which weights, and what a router pays for imbalance. Plain torch."""
 
-from lamella.routing.attachment import CollectedLoss, attach, collect_losses
-from lamella.routing.balance import balance_loss, z_loss
+from lamella.routing.attachment import attach
+from lamella.routing.balance import RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
+from lamella.routing.collecting import CollectedLoss, collect_losses
 from lamella.routing.context import Frame, RoutedCall, current_frame, loss_scale, track_calls
 from lamella.routing.pooling import pool_mean, pool_mode
 from lamella.routing.router import CosineRouter, LinearRouter, Router, Routing, make_router
@@ -13,8 +14,10 @@ __all__ = [
     "LinearRouter",
     "RoutedCall",
     "Router",
+    "RouterLoss",
     "Routing",
     "attach",
+    "balance_gradient",
     "balance_loss",
     "collect_losses",
     "current_frame",
@@ -23,5 +26,6 @@ __all__ = [
     "pool_mean",
     "pool_mode",
     "track_calls",
+    "z_gradient",
     "z_loss",
 ]

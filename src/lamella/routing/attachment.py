@@ -1,15 +1,12 @@
 """How a loss that belongs to a layer reaches the optimiser, whatever trainer, checkpointing or loss function is used.
 
-Attachment: an autograd function on a tensor of the layer adds the layer's own loss to the backward pass. The loss needs
-no way out of the model, so it also reaches trainers that build their loss from logits, and a checkpointed block that is
-recomputed attaches it anew. Its gradient is multiplied by the scale of the task loss, which the call learns in the same
-backward pass (see ``lamella.routing.context``).
+Attachment: an autograd function on a tensor of the layer adds the gradient of the layer's own loss to the backward
+pass. The loss needs no way out of the model, so it also reaches trainers that build their loss from logits, and a
+checkpointed block that is recomputed attaches it anew. Its gradient is multiplied by the scale of the task loss, which
+the call learns in the same backward pass (see ``lamella.routing.context``).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,74 +15,62 @@ from torch import Tensor
 from lamella.errors import LamellaError
 from lamella.routing.context import Frame, RoutedCall
 
+Gradient = Callable[..., Tensor]
+
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, loss: Tensor, call: RoutedCall) -> Tensor:
-        ctx.call = call
-        ctx.loss_options = {"dtype": loss.dtype, "device": loss.device}
+    def forward(
+        ctx: Any, carrier: Tensor, into: Tensor, gradient: Gradient, call: RoutedCall, *others: Tensor | None
+    ) -> Tensor:
+        ctx.gradient, ctx.call, ctx.others = gradient, call, len(others)
+        ctx.save_for_backward(into, *others)
         return carrier.view_as(carrier)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.as_tensor(ctx.call.attached_scale(), **ctx.loss_options), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own = ctx.gradient(*ctx.saved_tensors).mul_(ctx.call.attached_scale())
+        return grad, own, None, None, *(None for _ in range(ctx.others))
 
 
-@dataclass
-class CollectedLoss:
-    """The layers' own losses of the forwards inside ``collect_losses``, as differentiable scalars, by module name."""
+def attach(
+    carrier: Tensor,
+    into: Tensor,
+    loss: Callable[..., Tensor],
+    gradient: Gradient,
+    others: Sequence[Tensor | None],
+    frame: Frame,
+    name: str,
+) -> Tensor:
+    """Adds the gradient of a layer's own loss to the backward pass through ``carrier``, or hands the loss over.
 
-    by_name: list[tuple[str, Tensor]] = field(default_factory=list)
-
-    def total(self) -> Tensor:
-        """Their sum, each already multiplied by its coefficient and its router's share of the block."""
-        if not self.by_name:
-            raise LamellaError(
-                "No balance loss was collected: run a training-mode forward with gradients of a model whose config has "
-                "balance_coef or z_coef above 0 inside `with collect_losses() as losses:`."
-            )
-        return torch.stack([loss for _, loss in self.by_name]).sum()
-
-
-_COLLECTING: ContextVar[CollectedLoss | None] = ContextVar("lamella_collecting", default=None)
-
-
-@contextmanager
-def collect_losses() -> Iterator[CollectedLoss]:
-    """Returns the layers' losses instead of attaching them, for a training loop that adds them itself."""
-    collected = CollectedLoss()
-    token = _COLLECTING.set(collected)
-    try:
-        yield collected
-    finally:
-        _COLLECTING.reset(token)
-
-
-def attach(carrier: Tensor, loss: Tensor, frame: Frame, name: str) -> Tensor:
-    """Adds ``loss`` to the backward pass through ``carrier``, or hands it to ``collect_losses``.
+    The gradient is computed in the backward pass, so that the forward pays nothing for it and keeps only tensors that
+    are there anyway.
 
     Args:
         carrier: a tensor of the layer that the task loss depends on; returned with the same values.
-        loss: a scalar, already multiplied by its coefficient.
+        into: the tensor the loss is a function of.
+        loss: the loss, a scalar with its coefficient, from ``into`` and ``others``; called where losses are collected.
+        gradient: its gradient with respect to ``into``, from the same arguments.
+        others: further tensors that both need.
         frame: the running call.
         name: the module the loss belongs to.
-
-    Raises:
-        LamellaError: losses are collected inside a reentrant checkpoint, where they would carry no gradient.
     """
-    collected = _COLLECTING.get()
+    collected = frame.call.collected
     if collected is None:
-        attached: Tensor = _Attach.apply(carrier, loss, frame.call)
+        attached: Tensor = _Attach.apply(carrier, into, gradient, frame.call, *others)
         return attached
+    value = loss(into, *others)  # also when recomputing: a checkpoint must save the same tensors twice
     if not frame.recomputing:
-        collected.by_name.append((name, loss))
+        collected.by_name.append((name, value))
     return carrier
 
 
 def refuse_reentrant_collection(frame: Frame | None) -> None:
     """Raises where ``collect_losses`` would silently return losses without a gradient."""
-    inside_reentrant = frame is not None and frame.checkpointed and not torch.is_grad_enabled()
-    if _COLLECTING.get() is not None and inside_reentrant:
+    if frame is None or frame.call.collected is None:
+        return
+    if frame.checkpointed and not torch.is_grad_enabled():
         raise LamellaError(
             "collect_losses cannot see through reentrant gradient checkpointing: its losses would carry no gradient. "
             "Use gradient_checkpointing_kwargs={'use_reentrant': False}, or leave the losses attached."

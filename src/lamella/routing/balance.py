@@ -1,12 +1,12 @@
 """What one router pays for using its experts unevenly, over real tokens only."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lamella.routing.router import Routing
 
-
-def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+def balance_loss(logits: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
     """Switch-style balance of one router: ``E * sum_e f_e P_e``, which is 1 when all experts are used alike.
 
     ``f_e`` is the share of all top-k selections that fall on expert e (no gradient), ``P_e`` the mean probability of e.
@@ -14,29 +14,66 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     different favourites look balanced; here for each router by itself.
 
     Args:
-        routing: the decision for N tokens.
+        logits: the router's scores for N tokens, ``(N, E)``.
+        indices: the experts it chose, ``(N, k)``.
         mask: True for real tokens, ``(N,)``; None when all are real.
 
     Returns:
         A scalar.
     """
-    num_experts = routing.num_experts
-    if mask is None:
-        selections = torch.bincount(routing.indices.flatten(), minlength=num_experts)  # (E,)
-        mean_probs = routing.probs.sum(dim=0) / max(len(routing.logits), 1)  # (E,)
-    else:
-        weight = mask.to(routing.logits.dtype)  # (N,)
-        picked = weight[:, None].expand_as(routing.indices).flatten()  # (N*k,)
-        selections = weight.new_zeros(num_experts).index_add_(0, routing.indices.flatten(), picked)  # (E,)
-        mean_probs = weight @ routing.probs / weight.sum().clamp_min(1)  # (E,)
-    share = selections / selections.sum().clamp_min(1)  # (E,)
-    return num_experts * torch.dot(share.to(mean_probs.dtype), mean_probs)
+    probs = torch.softmax(logits, dim=-1)  # (N, E)
+    weight = _token_weight(logits, mask)  # (N, 1)
+    return logits.shape[-1] * (_share(logits, indices, mask) * (weight * probs).sum(dim=0)).sum()
 
 
-def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+def balance_gradient(logits: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Gradient of ``balance_loss`` with respect to the logits, ``E w_n p_n (f - p_n . f)``, ``(N, E)``."""
+    probs = torch.softmax(logits, dim=-1)  # (N, E)
+    share = _share(logits, indices, mask)  # (E,)
+    excess = share - (probs @ share)[:, None]  # (N, E)
+    return excess.mul_(probs).mul_(_token_weight(logits, mask) * logits.shape[-1])
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared log-partition of one router's logits (ST-MoE, eq. 5), over real tokens; a scalar."""
-    squared = torch.logsumexp(routing.logits, dim=-1).square()  # (N,)
+    squared = torch.logsumexp(logits, dim=-1, keepdim=True).square()  # (N, 1)
+    return (_token_weight(logits, mask) * squared).sum()
+
+
+def z_gradient(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Gradient of ``z_loss`` with respect to the logits, ``2 w_n log Z_n p_n``, ``(N, E)``."""
+    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)  # (N, 1)
+    return torch.softmax(logits, dim=-1).mul_(2 * _token_weight(logits, mask) * log_z)
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The weighted sum of both, as a function of the router's logits, its choices and the mask."""
+
+    balance_coef: float
+    z_coef: float
+
+    def value(self, logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+        """A scalar."""
+        loss = self.balance_coef * balance_loss(logits, indices, mask)
+        return loss + self.z_coef * z_loss(logits, mask) if self.z_coef else loss
+
+    def gradient(self, logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+        """With respect to the logits, ``(N, E)``."""
+        gradient = balance_gradient(logits, indices, mask).mul_(self.balance_coef)
+        return gradient.add_(z_gradient(logits, mask), alpha=self.z_coef) if self.z_coef else gradient
+
+
+def _token_weight(logits: Tensor, mask: Tensor | None) -> Tensor | float:
+    """What a token counts in a mean over real tokens, ``(N, 1)`` or one number for all."""
     if mask is None:
-        return squared.sum() / max(len(squared), 1)
-    weight = mask.to(squared.dtype)  # (N,)
-    return torch.dot(weight, squared) / weight.sum().clamp_min(1)
+        return 1 / max(len(logits), 1)
+    weight = mask.to(logits.dtype)[:, None]  # (N, 1)
+    return weight / weight.sum().clamp_min(1)
+
+
+def _share(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+    """The share of the real tokens' selections that falls on each expert, ``(E,)``."""
+    picked = None if mask is None else mask.to(logits.dtype).repeat_interleave(indices.shape[1])  # (N*k,)
+    counts = torch.bincount(indices.flatten(), picked, logits.shape[-1]).to(logits.dtype)  # (E,)
+    return counts / counts.sum().clamp_min(1)

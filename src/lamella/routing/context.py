@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
+from lamella.routing.collecting import CollectedLoss, current_collection
 
 Observer = Callable[..., None]
 
@@ -31,6 +32,7 @@ class RoutedCall:
         label_share: labels of this batch over the labels the trainer normalises by; 1 where it does not say.
         decoder_mask: where an encoder-decoder has labels, the positions that predict one, ``(batch, tokens)``.
         half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
+        collected: where the layers' own losses go instead of being attached.
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
     """
 
@@ -38,6 +40,7 @@ class RoutedCall:
     label_share: Tensor | float = 1.0
     decoder_mask: Tensor | None = None
     half: bool = False
+    collected: CollectedLoss | None = None
     recorded_scale: Tensor | None = None
 
     def attached_scale(self) -> Tensor | float:
@@ -111,10 +114,14 @@ def current_frame() -> Frame | None:
 
 
 class CallTracker:
-    """The hooks of one model and what outlives a call: its observers and a trainer's loss scale."""
+    """The hooks of one model and what outlives a call: its observers and a trainer's loss scale.
 
-    def __init__(self, shifts_labels: bool) -> None:
+    ``checkpointed`` are the modules that transformers gives a checkpoint function when checkpointing is enabled.
+    """
+
+    def __init__(self, shifts_labels: bool, checkpointed: Sequence[nn.Module]) -> None:
         self.shifts_labels = shifts_labels
+        self.checkpointed = checkpointed
         self.observers: list[Observer] = []
         self.scale: float | None = None
 
@@ -123,7 +130,8 @@ class CallTracker:
         arguments = _named_arguments(module, args, kwargs)
         parent = _FRAME.get()
         if parent is None or parent.call.tracker is not self:
-            _carry_frames_through_checkpoints(module)
+            if module.training:
+                _carry_frames(self.checkpointed)
             call = self._start_call(arguments)
         else:
             call = parent.call
@@ -147,6 +155,7 @@ class CallTracker:
             tracker=self,
             label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
             decoder_mask=predicts if is_encoder_decoder else None,
+            collected=current_collection(),
             half=any(
                 torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
                 for kind in ("cpu", "cuda")
@@ -171,7 +180,7 @@ def track_calls(model: nn.Module, stacks: Sequence[nn.Module] = (), shifts_label
     existing = find_tracker(model)
     if existing is not None:
         return existing
-    tracker = CallTracker(shifts_labels)
+    tracker = CallTracker(shifts_labels, [m for m in model.modules() if hasattr(m, "gradient_checkpointing")])
     for module in (model, *stacks):
         module.register_forward_pre_hook(tracker.open, with_kwargs=True)
         module.register_forward_hook(tracker.close, always_call=True)
@@ -300,11 +309,9 @@ class _CarryFrame:
         return self.checkpoint(run, *args, **kwargs)
 
 
-def _carry_frames_through_checkpoints(model: nn.Module) -> None:
-    """Wraps the checkpoint function of each block: it is set on the blocks when checkpointing is enabled."""
-    if not model.training:
-        return
-    for module in model.modules():
+def _carry_frames(modules: Sequence[nn.Module]) -> None:
+    """Wraps the checkpoint function of each block, wherever it has been set since the last forward."""
+    for module in modules:
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, _CarryFrame):
             module._gradient_checkpointing_func = _CarryFrame(checkpoint)  # type: ignore[assignment]

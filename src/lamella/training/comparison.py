@@ -14,17 +14,13 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from lamella.data import Task, load_task
-from lamella.evaluation.floor import linear_floor
 from lamella.evaluation.intervals import Interval, paired_interval
 from lamella.evaluation.metrics import metric_for
+from lamella.training.examples import example_scores, interval_around
+from lamella.training.floors import FLOOR, floor_predictions
 from lamella.training.folder import RunFolder
 from lamella.training.run import RunResult, limited, train
 from lamella.training.settings import RunSettings, resolve
-
-FLOOR = "floor (TF-IDF)"
-# metrics that are the mean of a column of predictions.parquet: what a bootstrap over examples can resample
-_COLUMNS = {"accuracy": "correct", "mean_squared_error": "squared_error"}
-_TEXTS = {"classification": ("text",), "pair-classification": ("text1", "text2"), "regression": ("text1", "text2")}
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def _run(settings: RunSettings, folder: Path, *, force: bool, callbacks: Sequenc
 
 
 def _compared(task: Task, runs: dict[str, list[RunResult]], seeds: Sequence[int]) -> Comparison:
-    examples = [scores for results in runs.values() if (scores := _examples(results)) is not None]
+    examples = [scores for results in runs.values() if (scores := _examples_of(results)) is not None]
     difference = paired_interval(examples[0], examples[1]) if len(examples) > 1 else None
     floor = _floor_row(task)
     rows = [_result_row(name, task, results, seeds) for name, results in runs.items()]
@@ -135,19 +131,14 @@ def _compared(task: Task, runs: dict[str, list[RunResult]], seeds: Sequence[int]
     )
 
 
-def _examples(results: Sequence[RunResult]) -> npt.NDArray[np.float64] | None:
-    """Per-example test scores (seeds, examples), where the metric is their mean."""
-    column = _COLUMNS.get(results[0].metrics["metric"])
-    if column is None:
-        return None
-    frames = [pd.read_parquet(result.folder.path / "predictions.parquet") for result in results]
-    return np.stack([frame.loc[frame["split"] == "test", column].to_numpy(np.float64) for frame in frames])
+def _examples_of(results: Sequence[RunResult]) -> npt.NDArray[np.float64] | None:
+    return example_scores(results[0].metrics["metric"], [result.folder.path for result in results])
 
 
 def _result_row(name: str, task: Task, results: Sequence[RunResult], seeds: Sequence[int]) -> dict[str, Any]:
     metric = results[0].metrics["metric"]
     tests = [result.metrics["test"][metric] for result in results]
-    examples = _examples(results)
+    examples = _examples_of(results)
     return {
         "method": name,
         "task": task.name,
@@ -155,23 +146,15 @@ def _result_row(name: str, task: Task, results: Sequence[RunResult], seeds: Sequ
         "validation": float(np.mean([result.metrics["validation"][metric] for result in results])),
         **{f"seed {seed}": score for seed, score in zip(seeds, tests, strict=True)},
         "mean": float(np.mean(tests)),
-        "interval": None if examples is None else _around(examples),
+        "interval": None if examples is None else interval_around(examples),
     }
 
 
 def _floor_row(task: Task) -> dict[str, Any] | None:
     """Scores of the linear model; None for tasks without labels to predict from a text."""
-    if task.kind not in _TEXTS:
+    predictions = floor_predictions(task).get(FLOOR)
+    if predictions is None:
         return None
-    predictions = {
-        split: linear_floor(
-            _texts(task, "train"),
-            task.splits["train"]["label"],
-            _texts(task, split),
-            regression=task.kind == "regression",
-        )
-        for split in ("validation", "test")
-    }
     metric = metric_for(task.metric)
     labels = {split: np.asarray(task.splits[split]["label"]) for split in predictions}
     correct = (predictions["test"] == labels["test"]).astype(np.float64)
@@ -181,19 +164,8 @@ def _floor_row(task: Task) -> dict[str, Any] | None:
         "metric": metric.name,
         "validation": metric.function(predictions["validation"], labels["validation"]),
         "mean": metric.function(predictions["test"], labels["test"]),
-        "interval": _around(correct) if metric.name == "accuracy" else None,
+        "interval": interval_around(correct) if metric.name == "accuracy" else None,
     }
-
-
-def _texts(task: Task, split: str) -> list[str]:
-    rows = task.splits[split]
-    columns = [column for column in _TEXTS[task.kind] if column in rows.column_names]
-    return [" ".join(texts) for texts in zip(*(rows[column] for column in columns), strict=True)]
-
-
-def _around(examples: npt.NDArray[np.float64]) -> tuple[float, float]:
-    interval = paired_interval(examples, np.zeros_like(examples))
-    return interval.low, interval.high
 
 
 def _cost_row(name: str, results: Sequence[RunResult]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lamella.training.folder import RunFolder
 from lamella.training.memory import peak_memory, reset_peak_memory
 from lamella.training.methods import trainable_parameters
 from lamella.training.optimization import is_routed
+from lamella.training.preflight import FirstStep
 from lamella.training.saving import check_saved, load_weights, save_trained
 from lamella.training.scoring import Scores, score, selection
 from lamella.training.settings import RunSettings
@@ -113,7 +114,7 @@ class _Run:
             self.rows,
             self.encoded,
             place,
-            callbacks=[self.watch, routing, LogLines(), *callbacks],
+            callbacks=[self.watch, routing, LogLines(), FirstStep(), *callbacks],
             log_sources=[self.watch.latest, routing.latest],
         )
 

@@ -92,12 +92,21 @@ def resolve(recipe: str | None, overrides: Iterable[str] = (), **values: Any) ->
     for key, value in values.items():
         if value is not None:
             _place(tree, key, value)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise LamellaError(f"'{override}' is not an override; write it as key=value, for example lr=1e-3.")
-        _place(tree, key.strip(), _scalar(text))
+    override(tree, overrides)
     return RunSettings.parse(tree)
+
+
+def override(tree: dict[str, Any], words: Iterable[str]) -> None:
+    """Put ``key=value`` words, keys dotted and values in YAML, into the tree of a recipe.
+
+    Raises:
+        LamellaError: a word without ``=``, or a value that is not YAML.
+    """
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise LamellaError(f"'{word}' is not an override; write it as key=value, for example lr=1e-3.")
+        _place(tree, key.strip(), _scalar(text))
 
 
 def read_recipe(name: str) -> dict[str, Any]:

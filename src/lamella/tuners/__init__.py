@@ -1,11 +1,21 @@
 """The PEFT methods. Importing this package registers them with PEFT."""
 
 from lamella.tuners.exporting import Collapsed, collapse, export_experts
-from lamella.tuners.mola import MolaConfig, MolaModel, allocate
+from lamella.tuners.mola import MolaConfig, MolaModel, allocate, redundancy
 from lamella.tuners.registry import LamellaType, register, say_what_was_done
 from lamella.tuners.summary import Summary
 
 register(LamellaType.MOLA, MolaConfig, MolaModel)
 say_what_was_done()
 
-__all__ = ["Collapsed", "LamellaType", "MolaConfig", "MolaModel", "Summary", "allocate", "collapse", "export_experts"]
+__all__ = [
+    "Collapsed",
+    "LamellaType",
+    "MolaConfig",
+    "MolaModel",
+    "Summary",
+    "allocate",
+    "collapse",
+    "export_experts",
+    "redundancy",
+]

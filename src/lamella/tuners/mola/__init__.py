@@ -4,5 +4,6 @@ from lamella.tuners.mola.allocation import allocate
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.mola.model import MolaModel
+from lamella.tuners.mola.redundancy import redundancy
 
-__all__ = ["MolaConfig", "MolaLinear", "MolaModel", "allocate"]
+__all__ = ["MolaConfig", "MolaLinear", "MolaModel", "allocate", "redundancy"]

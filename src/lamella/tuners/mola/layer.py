@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.mixing import choose_form, mix_dense, mix_sorted, project
-from lamella.routing import Frame, Router, Routing, attach, balance_loss, current_frame, make_router, z_loss
+from lamella.routing import Frame, Router, RouterLoss, Routing, attach, current_frame, make_router
 from lamella.routing.attachment import refuse_reentrant_collection
 from lamella.tuners.mola.config import MolaConfig
 
@@ -108,16 +108,16 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         routing = self._route(adapter, x, logits, frame)
         flat_y = y.reshape(-1, self.out_features)  # (N, out)
         B = self.lamella_mola_lora_B[adapter].to(dtype)
+        in_place = y.dtype == dtype and self._owns_its_output
         if h is not None:
             weights = None if routing is None else routing.dense_weights()
-            in_place = y.dtype == dtype and self._owns_its_output
-            target = flat_y if in_place else flat_y.to(dtype)
-            mixed = mix_dense(target, h, weights, B, experts.scaling, in_place)
+            mixed = mix_dense(flat_y.to(dtype), h, weights, B, experts.scaling, in_place)
         else:
             assert routing is not None  # the sorted form is for many experts
             dropped = self._flat(self.lamella_mola_dropout[adapter](x), dtype)
             A = self.lamella_mola_lora_A[adapter].to(dtype)
-            mixed = mix_sorted(flat_y.to(dtype), dropped, routing.weights, routing.indices, A, B, experts.scaling)
+            chosen = (routing.weights, routing.indices)
+            mixed = mix_sorted(flat_y.to(dtype), dropped, *chosen, A, B, experts.scaling, in_place)
         return mixed.view(y.shape).to(y.dtype)
 
     @property
@@ -206,13 +206,10 @@ class MolaLinear(nn.Module, BaseTunerLayer):
                 "gradient_checkpointing_enable(), or "
                 "set balance_coef=0 and z_coef=0."
             )
-        experts = self.experts[adapter]
-        loss = routing.logits.new_zeros(())
-        if experts.balance_coef:
-            loss = loss + experts.balance_coef * balance_loss(routing, mask)
-        if experts.z_coef:
-            loss = loss + experts.z_coef * z_loss(routing, mask)
-        weights = attach(routing.weights, loss * self.balance_share[adapter], frame, self.name)
+        experts, share = self.experts[adapter], self.balance_share[adapter]
+        own = RouterLoss(experts.balance_coef * share, experts.z_coef * share)
+        others = (routing.indices, mask)
+        weights = attach(routing.weights, routing.logits, own.value, own.gradient, others, frame, self.name)
         return Routing(routing.logits, weights, routing.indices)
 
     @property

@@ -1,0 +1,19 @@
+"""Speed and memory as ratios: every arm in one interleaved run on one machine, its results compared first."""
+
+from lamella.bench.forms import bench_forms
+from lamella.bench.mola import bench_mola
+from lamella.bench.results import BenchResult, load_result, write_result
+from lamella.bench.settings import FormsSettings, MolaSettings
+from lamella.bench.tables import render_result, render_table
+
+__all__ = [
+    "BenchResult",
+    "FormsSettings",
+    "MolaSettings",
+    "bench_forms",
+    "bench_mola",
+    "load_result",
+    "render_result",
+    "render_table",
+    "write_result",
+]

@@ -1,0 +1,98 @@
+"""A benchmark's record as Markdown, the form in which it stands in docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lamella.bench.results import BenchResult, Case, load_result
+from lamella.bench.timing import Ratio
+
+# What the first release is measured against, for the train step of `lamella bench mola`.
+MOST_TIME = 1.00  # of PEFT LoRA of equal size
+MOST_KEPT = 1.05  # of the activations that LoRA keeps
+LEAST_GAIN = 1.5  # of the naive form's time over ours
+
+
+def render_table(path: Path) -> str:
+    """The Markdown of a benchmark's JSON file.
+
+    Raises:
+        LamellaError: the file is no record of a benchmark.
+    """
+    return render_result(load_result(path))
+
+
+def render_result(result: BenchResult) -> str:
+    """The Markdown of a record: on what it ran, its table and, for the train step, its targets."""
+    parts = [_conditions(result)]
+    parts += [*map(_train_step, result.cases), *map(_targets, result.cases)] if result.bench == "mola" else []
+    parts += [_forms(result.cases)] if result.bench == "forms" else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _conditions(result: BenchResult) -> str:
+    machine, settings = result.machine, result.settings
+    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    shape = f"{settings['layers']} layers of {settings['hidden']}, " if result.bench == "mola" else ""
+    shape += f"r={settings['r']}, top-{settings['top_k']}, {settings['tokens']:,} tokens, none of them padding"
+    device = machine["processor"] if settings["device"] == "cpu" else machine["accelerators"][0]
+    worst = max(max(case.equality.output, case.equality.gradient) for case in result.cases)
+    return (
+        f"{shape}; {settings['dtype']}, dropout 0; {device}, {settings['threads']} of {machine['cores']} cores, "
+        f"{versions}; {result.date}. {settings['rounds']} rounds, {result.clock}. "
+        f"Outputs and gradients agree in float64 to {worst:.1e} of the largest entry."
+    )
+
+
+def _train_step(case: Case) -> str:
+    lora = case.arm("lora")
+    rows = []
+    for arm in case.arms:
+        frozen = "1" if arm.name == "frozen" else _shown(case.ratio(arm.name, "frozen"))
+        equal = "1" if arm.name == "lora" else ""
+        if arm.name.startswith("mola"):
+            equal = _shown(case.ratio(arm.name, "lora"))
+        kept = f"{arm.kept_mb:.1f}", f"{arm.kept_mb / lora.kept_mb:.3f}"
+        peak = [] if arm.peak_mb is None else [f"{arm.peak_mb:.1f}"]
+        cells = [arm.name, arm.what, f"{arm.trainable_parameters:,}", f"{arm.median_seconds:.3f}", frozen, equal]
+        rows.append([*cells, *kept, *peak])
+    heads = ["arm", "what it is", "trainable", "s per step", "time / frozen", "time / lora", "kept MB", "kept / lora"]
+    return _table(heads + (["peak MB"] if lora.peak_mb is not None else []), rows)
+
+
+def _targets(case: Case) -> str:
+    time, gain, alike = (
+        case.ratio(*pair) for pair in (("mola", "lora"), ("naive", "mola"), ("naive", "mola balance off"))
+    )
+    kept = case.arm("mola").kept_mb / case.arm("lora").kept_mb
+    rows = [
+        ["train step, mola / lora", _shown(time), f"<= {MOST_TIME:.2f}", _verdict(time.median <= MOST_TIME)],
+        ["activations kept, mola / lora", f"{kept:.3f}", f"<= {MOST_KEPT:.2f}", _verdict(kept <= MOST_KEPT)],
+        ["train step, naive / mola", _shown(gain), f">= {LEAST_GAIN:.2f}", _verdict(gain.median >= LEAST_GAIN)],
+        ["the same, neither with a balance loss", _shown(alike), "", ""],
+    ]
+    return _table(["figure", "measured", "target", ""], rows)
+
+
+def _forms(cases: Sequence[Case]) -> str:
+    rows = []
+    for case in cases:
+        pairs = (("dense", "frozen"), ("sorted", "frozen"), ("lora", "frozen"), ("sorted", "dense"))
+        faster = "sorted" if case.ratio("sorted", "dense").median < 1 else "dense"
+        rows.append([case.name, *(_shown(case.ratio(*pair)) for pair in pairs), faster])
+    heads = ["layer", "dense / frozen", "sorted / frozen", "lora of rank E·r / frozen", "sorted / dense", "faster"]
+    return _table(heads, rows)
+
+
+def _shown(ratio: Ratio) -> str:
+    return f"{ratio.median:.3f} ({ratio.quartiles[0]:.3f}-{ratio.quartiles[1]:.3f}; min {ratio.minima:.3f})"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

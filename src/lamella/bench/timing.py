@@ -1,0 +1,87 @@
+"""One interleaved run of several arms, and ratios of their times that survive a busy machine."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pydantic import BaseModel
+
+Clock = Literal["process CPU time", "wall time", "wall time, device synchronised"]
+
+
+class Ratio(BaseModel):
+    """How the times of one arm relate to those of another in the same rounds.
+
+    Attributes:
+        arm: the arm measured.
+        over: the arm it is compared with.
+        median: median over the rounds of the ratio within a round.
+        quartiles: first and third quartile of those ratios.
+        minima: ratio of the two arms' fastest rounds.
+    """
+
+    arm: str
+    over: str
+    median: float
+    quartiles: tuple[float, float]
+    minima: float
+
+
+def clock_for(threads: int, device: str) -> Clock:
+    """Which time is measured: other processes do not count in a single thread's CPU time."""
+    if device != "cpu":
+        return "wall time, device synchronised"
+    return "process CPU time" if threads == 1 else "wall time"
+
+
+def time_rounds(steps: Mapping[str, Callable[[], None]], rounds: int, clock: Clock) -> dict[str, list[float]]:
+    """Seconds of each arm's step in each round, after a round that is not counted.
+
+    All arms run in every round, and each round starts with another arm.
+    """
+    names = list(steps)
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            gc.collect()  # else one arm pays for what another left behind
+            before = _now(clock)
+            steps[name]()
+            seconds[name].append(_now(clock) - before)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], arm: str, over: str) -> Ratio:
+    """The ratio of two arms of one interleaved run."""
+    per_round = [a / b for a, b in zip(seconds[arm], seconds[over], strict=True)]
+    first, median, third = statistics.quantiles(per_round, n=4, method="inclusive")
+    return Ratio(
+        arm=arm, over=over, median=median, quartiles=(first, third), minima=min(seconds[arm]) / min(seconds[over])
+    )
+
+
+@contextmanager
+def using_threads(threads: int) -> Iterator[None]:
+    """Torch's CPU threads, put back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _now(clock: Clock) -> float:
+    if clock == "process CPU time":
+        return time.process_time()
+    if clock == "wall time, device synchronised":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,93 @@
+"""`lamella bench`: speed and memory, as ratios."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lamella.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from lamella.bench import BenchResult
+
+bench = typer.Typer(
+    help="Speed and memory as ratios of one interleaved run; nothing is timed that does not compute the same.",
+    no_args_is_help=True,
+)
+
+_Rounds = Annotated[int, typer.Option(min=2, help="Rounds; every arm runs in each.")]
+_Threads = Annotated[int, typer.Option(min=1, help="CPU threads. With one, process CPU time is measured.")]
+_Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, none of them padding.")]
+_Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of weights and activations.")]
+_Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")]
+_Output = Annotated[Path | None, typer.Option("-o", "--output", help="JSON file of the record.")]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+@bench.command()
+def mola(
+    rounds: _Rounds = 7,
+    threads: _Threads = 1,
+    tokens: _Tokens = 1024,
+    hidden: Annotated[int, typer.Option(help="Features of the encoder, a multiple of 32.")] = 384,
+    layers: Annotated[int, typer.Option(help="Layers of the encoder, at least 4.")] = 12,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    output: _Output = None,
+    json: _Json = False,
+) -> None:
+    """A train step of MoLA beside PEFT's LoRA of equal size, the frozen base and the published loop over experts.
+
+    Example: lamella bench mola --rounds 7 --threads 1 -o bench-mola.json
+    """
+    from lamella.bench import MolaSettings, bench_mola
+
+    given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device}
+    settings = MolaSettings.parse({**given, "hidden": hidden, "layers": layers})
+    _finish(bench_mola(settings, starting=console.print), output, json)
+
+
+@bench.command()
+def forms(
+    rounds: _Rounds = 7,
+    threads: _Threads = 1,
+    tokens: _Tokens = 2048,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    output: _Output = None,
+    json: _Json = False,
+) -> None:
+    """One layer with 2 to 64 experts of rank 8, dense and sorted: where does the faster form change?
+
+    Example: lamella bench forms -o bench-forms.json
+    """
+    from lamella.bench import FormsSettings, bench_forms
+
+    given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device}
+    _finish(bench_forms(FormsSettings.parse(given), starting=console.print), output, json)
+
+
+@bench.command()
+def table(files: Annotated[list[Path], typer.Argument(help="Records written with -o.")]) -> None:
+    """Print records as Markdown, as they stand in docs/performance.md.
+
+    Example: lamella bench table docs/results/bench-mola-cpu.json
+    """
+    from lamella.bench import render_table
+
+    for file in files:
+        typer.echo(render_table(file))
+
+
+def _finish(result: BenchResult, output: Path | None, json: bool) -> None:
+    from lamella.bench import render_result, write_result
+
+    if output is not None:
+        write_result(result, output)
+        console.print(f"Record: {output}")
+    if json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        typer.echo(render_result(result))

@@ -1,0 +1,1 @@
+"""What doctor and preflight examine: one family of checks per file, each adding to an `Examination`."""

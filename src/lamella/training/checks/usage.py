@@ -1,0 +1,127 @@
+"""How routers use their experts on real data: collapse, entropy, experts that never fire."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lamella.tracing import record_routing
+from lamella.training.checks.finding import Examination
+from lamella.training.checks.parts import device_of, routed_layers, to_device
+from lamella.training.checks.undisturbed import undisturbed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# part of the real tokens that use the router's favourite expert
+COLLAPSED = 0.99
+# part of the largest entropy there can be, ln N
+NEAR_ZERO = 0.05
+# an expert is missed only where it would have fired this often under even use
+_EXPECTED = 20
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One router over the tokens of a trace: `favourite` is the part of them that use its most used expert."""
+
+    name: str
+    tokens: int
+    num_experts: int
+    top_k: int
+    favourite: float
+    entropy: float
+    silent: tuple[int, ...]
+
+    @property
+    def enough(self) -> bool:
+        return self.tokens * self.top_k >= _EXPECTED * self.num_experts
+
+
+def examine_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]], examination: Examination) -> None:
+    """Routes real batches in evaluation mode and judges what is seen; the model is left as it was."""
+    layers = routed_layers(model)
+    if not layers:
+        return
+    with undisturbed(model), torch.no_grad(), record_routing(model) as trace:
+        model.eval()
+        for batch in batches:
+            model(**to_device(batch, device_of(model)))
+    judge_usage(trace.frame, model, "the given batches", examination)
+
+
+def judge_usage(frame: pd.DataFrame, model: nn.Module, source: str, examination: Examination) -> None:
+    """Judges the frame of a trace of this model.
+
+    Args:
+        frame: of a trace.
+        model: tells each router's top-k and whether its experts have been trained.
+        source: what was traced, in words.
+        examination: takes the findings.
+    """
+    layers = {(layer.adapter, *layer.key): layer for layer in routed_layers(model)}
+    if layers and all(layer.untrained for layer in layers.values()):
+        examination.saw(f"routing on {source}: not judged, the experts have not been trained (B is zero everywhere)")
+        return
+    uses = []
+    for key, rows in frame.groupby(["adapter", "stack", "layer", "module"], sort=False):
+        if key in layers:
+            uses.append(_use(layers[key].name, layers[key].top_k, rows))
+    judged = [use for use in uses if use.enough]
+    tokens = max((use.tokens for use in uses), default=0)
+    few = f"; {len(uses) - len(judged)} saw too few tokens to judge" if len(judged) < len(uses) else ""
+    examination.saw(f"routing on {source}: {len(judged)} of {len(layers)} routers judged, {tokens:,} real tokens{few}")
+    _report(judged, examination)
+
+
+def _use(name: str, top_k: int, rows: pd.DataFrame) -> _Use:
+    shares: Sequence[float] = rows["share"].tolist()  # of selections; k of them per token
+    return _Use(
+        name=name,
+        tokens=int(rows["tokens"].iloc[0]),
+        num_experts=len(shares),
+        top_k=top_k,
+        favourite=max(shares) * top_k,
+        entropy=float(rows["entropy"].iloc[0]),
+        silent=tuple(expert for expert, share in zip(rows["expert"], shares, strict=True) if share == 0),
+    )
+
+
+def _report(uses: Sequence[_Use], examination: Examination) -> None:
+    balance = "raise balance_coef, lower router_lr, or give these layers fewer experts"
+    if found := _those(uses, lambda use: use.top_k < use.num_experts and use.favourite >= COLLAPSED):
+        examination.warning(
+            "router-collapsed",
+            f"{len(found)} router(s) have collapsed: at least {min(use.favourite for use in found):.1%} of the tokens "
+            "use the same expert",
+            [f"{use.name} ({use.favourite:.1%})" for use in found],
+            "whatever the token is, the same expert answers: the router decides nothing, and the others cost for "
+            "nothing",
+            balance,
+        )
+    if found := _those(uses, lambda use: use.entropy < NEAR_ZERO * math.log(use.num_experts)):
+        examination.warning(
+            "entropy-near-zero",
+            f"{len(found)} router(s) are certain of every choice: entropy below {NEAR_ZERO:.0%} of ln N",
+            [f"{use.name} ({use.entropy:.3f} of {math.log(use.num_experts):.3f} nats)" for use in found],
+            "a saturated softmax passes no gradient on, so such a router can no longer change its mind",
+            "lower router_lr, set z_coef above 0 (1e-3 is usual), or use router='cosine'",
+        )
+    if found := _those(uses, lambda use: bool(use.silent)):
+        count = sum(len(use.silent) for use in found)
+        examination.warning(
+            "expert-never-fires",
+            f"{count} expert(s) never fire",
+            [f"{use.name} (expert {', '.join(map(str, use.silent))})" for use in found],
+            "they take memory and training time and do nothing; their last gradient may lie far back",
+            balance,
+        )
+
+
+def _those(uses: Sequence[_Use], holds: Callable[[_Use], bool]) -> list[_Use]:
+    return [use for use in uses if holds(use)]

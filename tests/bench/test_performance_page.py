@@ -1,0 +1,19 @@
+from pathlib import Path
+
+import pytest
+
+from lamella.bench import render_table
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("record", sorted(DOCS.glob("results/bench-*.json")), ids=lambda path: path.name)
+def test_the_page_shows_the_committed_records(record):
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    begin, end = f"<!-- {record.name} -->\n", "<!-- end -->"
+    assert page.count(begin) == 1
+    assert page.partition(begin)[2].partition(end)[0].strip() == render_table(record).strip()
+
+
+def test_there_is_a_record_of_the_train_step():
+    assert (DOCS / "results" / "bench-mola-cpu.json").is_file()

@@ -1,0 +1,54 @@
+import json
+
+import pandas as pd
+import pytest
+from tests.cli.test_commands import lamella  # noqa: F401
+from tests.training.tiny_studies import write_study
+
+
+@pytest.fixture
+def recipe(bert, questions, tmp_path):
+    return write_study(tmp_path / "study.yaml", bert, questions, max_steps=2)
+
+
+def test_compare_leaves_table_and_report(lamella, recipe, tmp_path):  # noqa: F811
+    words = ["compare", recipe, "seeds=1", "-o", tmp_path / "out"]
+
+    status, out, _ = lamella(*words, "--plan", "--json")
+    assert status == 0
+    assert json.loads(out)["cells"] == 4
+    assert not (tmp_path / "out").exists()
+
+    status, out, _ = lamella(*words, "--json")
+    assert status == 0
+    printed = json.loads(out)
+    assert printed["not_run"] == []
+    assert [row["method"] for row in printed["results"][2:]] == ["MoLA", "LoRA", "again", "head"]
+    assert len(pd.read_parquet(tmp_path / "out" / "results.parquet")) == 4 * 2 * 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Not told apart from LoRA" in page
+    assert "floor (majority)" in page
+
+    status, out, err = lamella(*words)
+    assert (status, out) == (0, "")
+    assert "3 done, 0 to run" in err
+    assert "again" in err
+
+
+def test_a_cell_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa: F811
+    status, _, err = lamella("compare", recipe, "seeds=1", "methods.head.router_lr=1", "-o", tmp_path / "out")
+
+    assert status == 1
+    assert "Not run: 1 cell(s), the first: head" in err
+    assert "not run" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["seeds=1"], "Name the recipe"), (["trec-mola"], "lamella train"), (["shapes"], "trec-shapes")],
+)
+def test_what_is_no_study_is_status_2(lamella, words, message):  # noqa: F811
+    status, _, err = lamella("compare", *words)
+
+    assert status == 2
+    assert message in " ".join(err.split())
