@@ -48,6 +48,7 @@ class Backbone:
         source: where the weights come from; a sentence for the model card.
         revision: package version or commit, where known.
         path: the `name_or_path` by which a later process loads the same weights.
+        published: the name under which others find them; the path where there is none.
     """
 
     model: PreTrainedModel
@@ -56,6 +57,7 @@ class Backbone:
     source: str
     revision: str | None
     path: str
+    published: str
 
     @property
     def decoder(self) -> bool:
@@ -104,7 +106,6 @@ def load_backbone(
         raise LamellaError(_not_loaded(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    model.name_or_path = tokenizer.name_or_path = _PUBLISHED.get(name, path)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Backbone(
@@ -114,6 +115,7 @@ def load_backbone(
         source=source,
         revision=known_revision or getattr(model.config, "_commit_hash", None),
         path=path,
+        published=_PUBLISHED.get(name, path),
     )
 
 

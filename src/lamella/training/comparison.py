@@ -116,7 +116,7 @@ def _run(settings: RunSettings, folder: Path, *, force: bool, callbacks: Sequenc
 def _compared(task: Task, runs: dict[str, list[RunResult]], seeds: Sequence[int]) -> Comparison:
     examples = [scores for results in runs.values() if (scores := _examples_of(results)) is not None]
     difference = paired_interval(examples[0], examples[1]) if len(examples) > 1 else None
-    floor = _floor_row(task)
+    floor = _floor_row(task, seeds)
     rows = [_result_row(name, task, results, seeds) for name, results in runs.items()]
     notes = [_matched(name, results[0].metrics) for name, results in runs.items()]
     routed = next((results[0] for results in runs.values() if results[0].metrics["routing"]), None)
@@ -150,20 +150,22 @@ def _result_row(name: str, task: Task, results: Sequence[RunResult], seeds: Sequ
     }
 
 
-def _floor_row(task: Task) -> dict[str, Any] | None:
-    """Scores of the linear model; None for tasks without labels to predict from a text."""
+def _floor_row(task: Task, seeds: Sequence[int]) -> dict[str, Any] | None:
+    """Scores of the linear model, which no seed changes; None for tasks without labels to predict from a text."""
     predictions = floor_predictions(task).get(FLOOR)
     if predictions is None:
         return None
     metric = metric_for(task.metric)
     labels = {split: np.asarray(task.splits[split]["label"]) for split in predictions}
     correct = (predictions["test"] == labels["test"]).astype(np.float64)
+    test = metric.function(predictions["test"], labels["test"])
     return {
         "method": FLOOR,
         "task": task.name,
         "metric": metric.name,
         "validation": metric.function(predictions["validation"], labels["validation"]),
-        "mean": metric.function(predictions["test"], labels["test"]),
+        **{f"seed {seed}": test for seed in seeds},
+        "mean": test,
         "interval": interval_around(correct) if metric.name == "accuracy" else None,
     }
 

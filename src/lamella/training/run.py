@@ -204,7 +204,7 @@ class _Run:
         if frames:
             with self.place.whole("predictions.parquet") as path:
                 pd.concat(frames, ignore_index=True).to_parquet(path)
-        save_trained(self.model, self.backbone.tokenizer, self.place)
+        save_trained(self.model, self.backbone, self.place)
         batch = self.encoded.collator([self.rows[i] for i in range(min(4, len(self.rows)))])
         equal = check_saved(self.model, self.place, self.settings.model, self.task, batch)
         self.place.write_json("metrics.json", metrics | {"saved_equals_loaded": equal})

@@ -16,17 +16,25 @@ from lamella.errors import LamellaError
 from lamella.training.folder import RunFolder
 
 if TYPE_CHECKING:
-    from lamella.data import Task
+    from lamella.data import Backbone, Task
 
 # kernels may differ between two loads on an accelerator; on a CPU the difference is 0
 _TOLERANCE = 1e-5
 
 
-def save_trained(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: RunFolder) -> None:
-    """Write ``adapter/`` (PEFT's format) or, for a model without adapter, ``model/``, with the tokenizer beside it."""
+def save_trained(model: PreTrainedModel | PeftModel, backbone: Backbone, folder: RunFolder) -> None:
+    """Write ``adapter/`` (PEFT's format) or, for a model without adapter, ``model/``, with the tokenizer beside it.
+
+    An adapter names its base as others know it, not a folder of this machine.
+    """
     with folder.whole(_name(model)) as path:
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+        if isinstance(model, PeftModel):
+            model.active_peft_config.base_model_name_or_path = backbone.published
+            # runs never resize the vocabulary, and to find out PEFT would ask the hub
+            model.save_pretrained(path, save_embedding_layers=False)
+        else:
+            model.save_pretrained(path)
+        backbone.tokenizer.save_pretrained(path)
 
 
 def load_weights(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:

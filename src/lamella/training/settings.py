@@ -65,6 +65,8 @@ class RunSettings(Settings):
             raise LamellaError(
                 f"max_steps={self.max_steps} and epochs={self.epochs:g} both say when to stop. Give one of them."
             )
+        if self.max_steps is None and self.epochs is None:
+            self.epochs = 1.0
         return self
 
     @property
