@@ -6,8 +6,8 @@ import torch
 
 from lamella.data import encode, load_backbone, load_task
 from lamella.errors import LamellaError
-from lamella.training.run import limited
 from lamella.training.scoring import score
+from lamella.training.tasks import limited
 
 
 def write(folder, rows):

@@ -136,6 +136,15 @@ def test_the_model_given_is_not_changed() -> None:
     assert not own & {p.data_ptr() for p in collapsed.model.parameters()}
 
 
+def test_the_error_has_nothing_to_do_with_the_heads_state_before_training() -> None:
+    model = tiny.adapted(tiny.bert(), task_type="SEQ_CLS")
+    given = batches(model, 3)
+    error = lamella.collapse(model, given).error
+    with torch.no_grad():
+        model.get_base_model().classifier.original_module.weight.mul_(100)
+    assert lamella.collapse(model, given).error == error
+
+
 def test_a_collapsed_model_is_saved_and_loaded_as_any_lora(tmp_path: Path) -> None:
     model = tiny.adapted(tiny.bert(), task_type="SEQ_CLS")
     with torch.no_grad():

@@ -16,7 +16,10 @@ from lamella.cli.bench import bench
 from lamella.cli.compare import compare
 from lamella.cli.demo import demo
 from lamella.cli.doctor import doctor
+from lamella.cli.evaluate import evaluate
+from lamella.cli.export import export
 from lamella.cli.output import console
+from lamella.cli.trace import trace
 from lamella.cli.train import train
 from lamella.errors import LamellaError
 
@@ -27,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compare, doctor, allocate):
+for command in (demo, train, compare, doctor, evaluate, trace, export, allocate):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
@@ -51,4 +54,6 @@ def _quiet() -> logging.Handler:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # PEFT looks on the hub for an adapter's base, which lies here
+    warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", module="peft")
     return handler

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pandas as pd
 
 from lamella.reporting.report import Report
+from lamella.reporting.tokens import token_texts
 from lamella.training.comparison import Comparison
+from lamella.training.doctor import Diagnosis, doctor
+from lamella.training.evaluating import Traced
 from lamella.training.run import RunResult
 from lamella.training.settings import RunSettings
 from lamella.training.study import Study
+from lamella.training.trained import load_trained
+from lamella.tuners import redundancy
 
 
 def comparison_report(title: str, comparison: Comparison, arms: Mapping[str, RunSettings]) -> Report:
-    """The page of a comparison."""
+    """The page of a comparison, with every run examined by the doctor."""
+    places = {
+        f"{name}, seed {run.metrics['seed']}": run for name, results in comparison.runs.items() for run in results
+    }
     return Report(
         title=title,
         summary=comparison.summary,
@@ -23,6 +32,13 @@ def comparison_report(title: str, comparison: Comparison, arms: Mapping[str, Run
         routing=comparison.routing,
         settings={name: settings.model_dump(mode="json") for name, settings in arms.items()},
         notes=comparison.notes,
+        redundancy=_redundancy(places.values()),
+        findings=[
+            replace(finding, where=f"{name}: {finding.where}")
+            for name, run in places.items()
+            for finding in doctor(run.folder.path).findings
+        ],
+        findings_checked=True,
     )
 
 
@@ -40,7 +56,7 @@ def study_report(title: str, study: Study) -> Report:
 
 
 def run_report(result: RunResult, settings: RunSettings) -> Report:
-    """The page of a single run."""
+    """The page of a single run, examined by the doctor."""
     metrics = result.metrics
     scores = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     name, main = metrics["method"], metrics["metric"]
@@ -67,4 +83,38 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         routing=pd.read_parquet(trace) if trace.is_file() else None,
         settings=settings.model_dump(mode="json"),
         notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
+        redundancy=_redundancy([result]),
+        findings=doctor(result.folder.path).findings,
+        findings_checked=True,
     )
+
+
+def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
+    """The page of a model's routing on a task."""
+    found, routing = traced.evaluation, traced.summary
+    name = traced.trained.place.label
+    row = {"method": name, "task": found.task, "split": found.split, **found.metrics}
+    return Report(
+        title=f"Routing of {name} on {found.task}",
+        summary=(
+            f"On {found.rows:,} {found.split} rows of {found.task} it reaches {found.metric} "
+            f"{found.metrics[found.metric]:.3f}. Its routers' mean entropy is {routing['entropy']:.2f} nats, their "
+            f"balance {routing['balance']:.2f} (1 is even), and {routing['dead_experts']:.0f} expert(s) are nearly "
+            "unused."
+        ),
+        results=pd.DataFrame([row]),
+        cost=pd.DataFrame([{"method": name, "trainable parameters": traced.trained.size}]),
+        routing=traced.frame,
+        settings={} if (own := traced.trained.place.settings) is None else own.model_dump(mode="json"),
+        notes=found.notes,
+        texts=token_texts(traced.tokens, traced.texts, traced.num_experts),
+        redundancy=redundancy(traced.trained.model),
+        findings=diagnosis.findings,
+        findings_checked=True,
+    )
+
+
+def _redundancy(runs: Iterable[RunResult]) -> pd.DataFrame | None:
+    """Of the first run with routers, whose routing the page shows."""
+    routed = next((run for run in runs if run.metrics["routing"]), None)
+    return None if routed is None else redundancy(load_trained(routed.folder.path).model)

@@ -13,14 +13,15 @@ import numpy.typing as npt
 import pandas as pd
 from transformers import TrainerCallback
 
-from lamella.data import Task, load_task
+from lamella.data import Task
 from lamella.evaluation.intervals import Interval, paired_interval
 from lamella.evaluation.metrics import metric_for
 from lamella.training.examples import example_scores, interval_around
 from lamella.training.floors import FLOOR, floor_predictions
 from lamella.training.folder import RunFolder
-from lamella.training.run import RunResult, limited, train
+from lamella.training.run import RunResult, train
 from lamella.training.settings import RunSettings, resolve
+from lamella.training.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def compare(
             starting(f"{name}, seed {seed}")
             runs[name].append(_run(chosen, place, force=force, callbacks=callbacks))
     settings = next(iter(arms.values()))
-    task = limited(load_task(settings.task), settings.limit)
+    task = task_of(settings)
     return _compared(task, runs, seeds)
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lamella.data import Task, load_task
+from lamella.data import Task
 from lamella.evaluation.intervals import Interval, holm, paired_interval
 from lamella.evaluation.metrics import METRICS, metric_for
 from lamella.training.examples import example_scores, interval_around
 from lamella.training.floors import FLOOR, MAJORITY, floor_predictions
 from lamella.training.grid import Cell, Grid
 from lamella.training.rows import StudyFolder
-from lamella.training.run import limited
 from lamella.training.scoring import selection
+from lamella.training.tasks import task_of
 
 _COSTS = (
     "trainable_parameters",
@@ -80,7 +80,7 @@ def contests(grid: Grid, cells: Sequence[Cell], folder: StudyFolder) -> list[Con
     for backbone, name in product(grid.backbones, grid.tasks):
         here = [cell for cell in cells if (cell.backbone, cell.task) == (backbone, name)]
         if name not in floors:
-            task = limited(load_task(name), here[0].settings.limit)
+            task = task_of(here[0].settings)
             floors[name] = (task, *_floors(task))
         found.append(_contest(grid, backbone, *floors[name], here, folder))
     return found

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from lamella.data import load_backbone, load_task
+from lamella.data import load_backbone
 from lamella.training.grid import Cell
 from lamella.training.rows import StudyFolder
-from lamella.training.run import limited
 from lamella.training.settings import RunSettings
+from lamella.training.tasks import task_of
 
 # a guess only until a cell has finished: what one CPU core does with matrices of a small transformer
 _FLOPS = 3e10
@@ -67,7 +67,7 @@ def _known(cell: Cell, timed: Iterable[tuple[Cell, float]]) -> float | None:
 
 def _guess(settings: RunSettings) -> float:
     """Forward and backward through a frozen backbone cost about 6 operations for each of its weights and each token."""
-    task = limited(load_task(settings.task), settings.limit)
+    task = task_of(settings)
     model = load_backbone(settings.model, task).model
     rows = {name: _tokens(split, settings.max_length) for name, split in task.splits.items()}
     steps = settings.max_steps

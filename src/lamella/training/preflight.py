@@ -111,14 +111,14 @@ def preflight_of(settings: RunSettings) -> Preflight:
     Raises:
         LamellaError: the model, task or method cannot be made.
     """
-    from lamella.data import encode, load_backbone, load_task
-    from lamella.training.run import limited
+    from lamella.data import encode, load_backbone
+    from lamella.training.tasks import task_of
     from lamella.training.trainer import total_steps
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    task = limited(load_task(settings.task), settings.limit)
+    task = task_of(settings)
     backbone = load_backbone(settings.model, task)
     encoded = encode(
         task, backbone.tokenizer, max_length=settings.max_length, packing=settings.packing, decoder=backbone.decoder

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,11 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from lamella.data import Backbone, Encoded, Task, encode, load_backbone, load_task
+from lamella.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.errors import LamellaError
 from lamella.tracing import record_routing
 from lamella.training.callbacks import LogLines, RoutingLogger, Stopwatch, routing_summary
+from lamella.training.card import model_card
 from lamella.training.folder import RunFolder
 from lamella.training.memory import peak_memory, reset_peak_memory
 from lamella.training.methods import trainable_parameters
@@ -28,6 +28,7 @@ from lamella.training.preflight import FirstStep
 from lamella.training.saving import check_saved, load_weights, save_trained
 from lamella.training.scoring import Scores, score, selection
 from lamella.training.settings import RunSettings
+from lamella.training.tasks import task_of
 from lamella.training.trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class _Run:
         self.settings, self.place, self.process = settings, place, process
         set_seed(settings.seed)
         with process.main_process_first():  # one process fills the cache, the others find it full
-            self.task: Task = limited(load_task(settings.task), settings.limit)
+            self.task: Task = task_of(settings)
             self.backbone: Backbone = load_backbone(settings.model, self.task)
         self.encoded = encode(
             self.task,
@@ -204,7 +205,8 @@ class _Run:
         if frames:
             with self.place.whole("predictions.parquet") as path:
                 pd.concat(frames, ignore_index=True).to_parquet(path)
-        save_trained(self.model, self.backbone, self.place)
+        card = model_card(self.model, self.backbone, self.task, self.settings, metrics)
+        save_trained(self.model, self.backbone, self.place, card)
         batch = self.encoded.collator([self.rows[i] for i in range(min(4, len(self.rows)))])
         equal = check_saved(self.model, self.place, self.settings.model, self.task, batch)
         self.place.write_json("metrics.json", metrics | {"saved_equals_loaded": equal})
@@ -224,25 +226,6 @@ class _Run:
         )
         for note in (*self.task.notes, *self.encoded.notes):
             logger.info("%s", note)
-
-
-def limited(task: Task, limit: int | Mapping[Any, int] | None) -> Task:
-    """The task with at most ``limit`` rows of every split, or of each split that it names; always the same rows.
-
-    Raises:
-        LamellaError: a split that the task does not have.
-    """
-    if limit is None:
-        return task
-    counts: Mapping[Any, int] = dict.fromkeys(task.splits, limit) if isinstance(limit, int) else limit
-    if missing := [split for split in counts if split not in task.splits]:
-        raise LamellaError(f"limit names the split '{missing[0]}', but {task.name} has {', '.join(task.splits)}.")
-    splits = dict(task.splits)
-    for name, count in counts.items():
-        if count < len(splits[name]):
-            rows = random.Random(0).sample(range(len(splits[name])), count)
-            splits[name] = splits[name].select(sorted(rows))  # in their own order: packed prose stays prose
-    return replace(task, splits=splits)
 
 
 def _training_rows(encoded: Encoded, task: Task) -> Dataset:

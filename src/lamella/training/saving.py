@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-5
 
 
-def save_trained(model: PreTrainedModel | PeftModel, backbone: Backbone, folder: RunFolder) -> None:
-    """Write ``adapter/`` (PEFT's format) or, for a model without adapter, ``model/``, with the tokenizer beside it.
+def save_trained(model: PreTrainedModel | PeftModel, backbone: Backbone, folder: RunFolder, card: str) -> None:
+    """Write ``adapter/`` (PEFT's format) or, for a model without adapter, ``model/``, with tokenizer and model card.
 
     An adapter names its base as others know it, not a folder of this machine.
     """
@@ -35,6 +35,7 @@ def save_trained(model: PreTrainedModel | PeftModel, backbone: Backbone, folder:
         else:
             model.save_pretrained(path)
         backbone.tokenizer.save_pretrained(path)
+        (path / "README.md").write_text(card, encoding="utf-8")  # in place of the empty form that PEFT writes
 
 
 def load_weights(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:

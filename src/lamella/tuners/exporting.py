@@ -3,7 +3,8 @@
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Collapsed:
     Attributes:
         model: a PeftModel with a LoraConfig, on a copy of the base.
         error: how much of the mixture's effect on the model's output is lost: the norm of (collapsed - mixture) over
-            the norm of (mixture - base), over the real tokens of the measured batches; 0 is exact.
+            the norm of (mixture - the same model without experts), over the real tokens of the measured batches; 0 is
+            exact.
         per_module: the same for each module's own output, by module name.
         held_out: whether the error was measured on batches that were not fitted (there were at least four).
     """
@@ -108,7 +110,7 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
             factors[name] = (down, up)
             per_module[name] = math.sqrt(lost / whole) if whole > 0 else 0.0
         collapsed = _as_lora(model, adapter, factors)
-        error = _output_error(model, collapsed, measured)
+        error = _output_error(model, list(layers.values()), collapsed, measured)
     finally:
         for module in training:
             module.training = True
@@ -266,15 +268,30 @@ def _modules_to_save(model: PeftModel, adapter: str) -> dict[str, dict[str, Tens
     }
 
 
-def _output_error(model: PeftModel, collapsed: PeftModel, batches: list[dict[str, Any]]) -> float:
+def _output_error(
+    model: PeftModel, layers: list[MolaLinear], collapsed: PeftModel, batches: list[dict[str, Any]]
+) -> float:
     lost = effect = 0.0
     for batch in batches:
         mixture, plain = _output(model, batch), _output(collapsed, batch)
-        with model.disable_adapter():
+        with _without_experts(layers):
             base = _output(model, batch)
         lost += float((plain - mixture).square().sum())
         effect += float((mixture - base).square().sum())
     return math.sqrt(lost / effect) if effect > 0 else 0.0
+
+
+@contextmanager
+def _without_experts(layers: list[MolaLinear]) -> Iterator[None]:
+    """The model with its trained head and no experts: PEFT's ``disable_adapter`` would put back an untrained head."""
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def _output(model: PeftModel, batch: Batch) -> Tensor:

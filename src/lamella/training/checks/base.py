@@ -40,7 +40,7 @@ def load_base(config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> n
         LamellaError: it cannot be loaded.
     """
     loader, options = _class(config), {}
-    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (labels := _labels(tensors)):
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (labels := head_size(tensors)):
         options["num_labels"] = labels
     path = path_of(name)
     revision = config.revision if name == config.base_model_name_or_path else None
@@ -50,6 +50,14 @@ def load_base(config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> n
         first_line = str(error).strip().split("\n")[0]
         raise LamellaError(f"The base model {name!r} could not be loaded: {first_line}") from error
     return model
+
+
+def head_size(tensors: Mapping[str, Tensor]) -> int | None:
+    """Rows of the last layer of the saved head, None without one; a head's inner layers are wider."""
+    heads = [
+        t for name, t in tensors.items() if name.endswith("weight") and {"classifier", "score"} & set(name.split("."))
+    ]
+    return min((int(head.shape[0]) for head in heads), default=None)
 
 
 def path_of(name: str) -> str:
@@ -127,14 +135,6 @@ def _class(config: PeftConfig) -> Any:
     if config.task_type is None and str(mapping.get("parent_library", "")).partition(".")[0] == "transformers":
         return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
     return getattr(transformers, _CLASSES.get(str(config.task_type), "AutoModel"))
-
-
-def _labels(tensors: Mapping[str, Tensor]) -> int | None:
-    """Rows of the last layer of the saved head; a head's inner layers are wider."""
-    heads = [
-        t for name, t in tensors.items() if name.endswith("weight") and {"classifier", "score"} & set(name.split("."))
-    ]
-    return min((int(head.shape[0]) for head in heads), default=None)
 
 
 def _same(named: str, ours: str) -> bool:

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lamella.data import encode, load_backbone, load_task
+from lamella.data import encode, load_backbone
 from lamella.errors import LamellaError
 from lamella.training.checks.finding import Examination
 from lamella.training.checks.undisturbed import undisturbed
 from lamella.training.folder import RunFolder
-from lamella.training.run import limited
 from lamella.training.scoring import score
+from lamella.training.tasks import task_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,7 @@ def _examine_predictions(folder: Path, model: nn.Module, settings: RunSettings, 
     if not path.is_file():
         return "the run's predictions: not examined, the run kept none"
     kept = pd.read_parquet(path)
-    task = limited(load_task(settings.task), settings.limit)
+    task = task_of(settings)
     backbone = load_backbone(settings.model, task)
     encoded = encode(
         task, backbone.tokenizer, max_length=settings.max_length, packing=settings.packing, decoder=backbone.decoder

@@ -48,6 +48,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     # What BaseTunerLayer, which is untyped, brings along.
     active_adapters: list[str]
     disable_adapters: bool
+    _disable_adapters: bool
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]

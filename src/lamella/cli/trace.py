@@ -1,0 +1,40 @@
+"""`lamella trace`: where a trained model sends its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamella.cli.output import print_json
+
+
+def trace(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of trace.parquet and report.html.")],
+    task: Annotated[str | None, typer.Option(help="Any task that fits its head; the run's own if absent.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    rows: Annotated[int, typer.Option(min=1, help="Rows that are traced, always the same ones.")] = 256,
+    base: Annotated[str | None, typer.Option(help="Base model, if not the run's or the adapter's own.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Record the routing of a trained mixture on a task, and show it, of a few rows token by token.
+
+    Example: lamella trace runs/minilm-trec-mola-seed0 --task trec --rows 100 -o traces/trec
+    """
+    from lamella.cli.pages import trace_report
+    from lamella.reporting.report import write_report
+    from lamella.training.doctor import doctor
+    from lamella.training.evaluating import trace as traced
+
+    found = traced(path, task, split=split, rows=rows, base=base)
+    report = trace_report(found, doctor(path, base or found.trained.place.base))
+    output.mkdir(parents=True, exist_ok=True)
+    frame, page = output / "trace.parquet", output / "report.html"
+    found.save_frame(frame)
+    write_report(report, page)
+    if json:
+        print_json({"trace": str(frame), "report": str(page), **found.evaluation.as_dict(), **found.summary})
+    else:
+        typer.echo(f"{report.summary}\nTrace: {frame}\nReport: {page}")
