@@ -15,6 +15,7 @@ from tests.training.tiny_runs import tiny_settings
 from transformers import AutoTokenizer, TrainerCallback
 
 from lamella.errors import LamellaError
+from lamella.training.callbacks import entropy_over_training
 from lamella.training.run import train
 
 MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
@@ -52,7 +53,8 @@ def test_every_method_leaves_a_whole_folder(bert, questions, run_folder, method)
     name = method if isinstance(method, str) else method["name"]
     files = {path.name for path in run_folder.iterdir()}
     expected = {"run.yaml", "environment.json", "metrics.json", "predictions.parquet", "log.txt"}
-    expected |= {"model" if name == "full" else "adapter"} | ({"trace.parquet"} if name == "mola" else set())
+    expected |= {"model" if name == "full" else "adapter"}
+    expected |= {"trace.parquet", "routing.parquet"} if name == "mola" else set()
     assert files == expected
     assert result.metrics["saved_equals_loaded"]["equal"]
     assert result.metrics["steps"] == 6
@@ -116,6 +118,8 @@ def test_a_killed_run_goes_on_to_the_same_end(bert, questions, tmp_path, step, e
     ours, theirs = (load_file(run.folder.path / "adapter/adapter_model.safetensors") for run in (straight, resumed))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not (tmp_path / "killed" / "checkpoints").exists()
+    whole, continued = (pd.read_parquet(run.folder.path / "routing.parquet") for run in (straight, resumed))
+    pd.testing.assert_frame_equal(whole, continued)
 
 
 def test_a_run_killed_while_saving_a_checkpoint_goes_on_from_the_one_before(bert, questions, run_folder):
@@ -231,6 +235,12 @@ def test_the_logs_tell_how_the_routers_do(bert, questions, run_folder):
     frame = pd.read_parquet(run_folder / "trace.parquet")
     assert set(frame["num_experts"]) == {2, 4}
     assert result.metrics["routing"]["entropy"] > 0
+    history = pd.read_parquet(run_folder / "routing.parquet")
+    assert history["step"].unique().tolist() == [2, 4, 6]
+    curve = entropy_over_training(history)
+    assert curve["step"].tolist() == [2, 4, 6]
+    assert curve["entropy"].between(0, 1).all()
+    assert curve["balance"].tolist() == pytest.approx([log["routing/balance"] for log in logged])
 
 
 def test_tensorboard_gets_the_routing_too(bert, questions, run_folder):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lamella.tracing import record_routing
+from lamella.tracing import Trace, record_routing
 from lamella.training.optimization import is_routed
 
 if TYPE_CHECKING:
@@ -39,19 +41,41 @@ def routing_summary(frame: pd.DataFrame) -> dict[str, float]:
     }
 
 
-class RoutingLogger(TrainerCallback):
-    """Record the routing of every step that is logged; `latest` is what the Trainer adds to that log."""
+class RoutingHistory(TrainerCallback):
+    """Keep the trace of every step that is logged, over the whole training.
 
-    def __init__(self, model: nn.Module) -> None:
+    Works with any Trainer: ``Trainer(..., callbacks=[RoutingHistory(model, "routing.parquet")])``. The file holds the
+    columns of `Trace.frame` behind ``step``; it is written with every checkpoint and at the end, and a resumed training
+    goes on from it. In a process group each process sees its own share of a batch; the first one writes what it saw.
+
+    Args:
+        model: a model with or without routers; without, nothing is recorded or written.
+        path: the Parquet file.
+    """
+
+    def __init__(self, model: nn.Module, path: str | Path) -> None:
         self._model = model
+        self._path = Path(path)
         self._recording = contextlib.ExitStack()
-        self._trace: Any = None
+        self._trace: Trace | None = None
+        self._frames: list[pd.DataFrame] = []
         self._summary: dict[str, float] = {}
 
     def latest(self) -> dict[str, float]:
         """The summary of the step just recorded, once; empty in between."""
         summary, self._summary = self._summary, {}
         return summary
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what an interrupted training recorded before the step it goes on from."""
+        import pandas as pd
+
+        self._frames = []
+        if state.global_step and self._path.is_file():
+            earlier = pd.read_parquet(self._path)
+            self._frames.append(earlier[earlier["step"] <= state.global_step])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,8 +88,40 @@ class RoutingLogger(TrainerCallback):
         """Stop recording, before anything else runs the model."""
         if self._trace is not None:
             self._recording.close()
-            self._summary = {f"routing/{name}": value for name, value in routing_summary(self._trace.frame).items()}
-            self._trace = None
+            frame, self._trace = self._trace.frame, None
+            frame.insert(0, "step", state.global_step)
+            self._frames.append(frame)
+            self._summary = {f"routing/{name}": value for name, value in routing_summary(frame).items()}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what was recorded so far."""
+        self._write(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write what was recorded."""
+        self._write(state)
+
+    def _write(self, state: TrainerState) -> None:
+        import pandas as pd
+
+        if self._frames and state.is_world_process_zero:
+            partial = self._path.with_name(f".{self._path.name}.partial")
+            pd.concat(self._frames, ignore_index=True).to_parquet(partial, index=False)
+            partial.replace(self._path)
+
+
+def entropy_over_training(history: pd.DataFrame) -> pd.DataFrame:
+    """One row per step of a `RoutingHistory`: entropy as a share of its maximum ln E, balance and dead experts."""
+    import pandas as pd
+
+    rows = []
+    for step, frame in history.groupby("step"):
+        most = frame.groupby(["stack", "layer", "module"])["num_experts"].first().map(math.log)
+        summary = routing_summary(frame)
+        rows.append({"step": step, **summary, "entropy": summary["entropy"] / float(most.mean())})
+    return pd.DataFrame(rows)
 
 
 class Stopwatch(TrainerCallback):

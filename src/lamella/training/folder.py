@@ -26,6 +26,7 @@ _OURS = (
     "metrics.json",
     "predictions.parquet",
     "trace.parquet",
+    "routing.parquet",
     "report.html",
     "adapter",
     "model",

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from lamella.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.errors import LamellaError
 from lamella.tracing import record_routing
-from lamella.training.callbacks import LogLines, RoutingLogger, Stopwatch, routing_summary
+from lamella.training.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
 from lamella.training.card import model_card
 from lamella.training.folder import RunFolder
 from lamella.training.memory import peak_memory, reset_peak_memory
@@ -107,7 +107,7 @@ class _Run:
         self.rows = _training_rows(self.encoded, self.task)
         self.built = settings.method.build(self.backbone, self.task)
         self.model: nn.Module = self.built.model
-        self.watch, routing = Stopwatch(), RoutingLogger(self.model)
+        self.watch, routing = Stopwatch(), RoutingHistory(self.model, place.path / "routing.parquet")
         self.trainer = RunTrainer(
             settings,
             self.task,
