@@ -28,11 +28,18 @@ def test_compare_leaves_table_and_report(lamella, recipe, tmp_path):  # noqa: F8
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Not told apart from LoRA" in page
     assert "floor (majority)" in page
-
+    for heading in ("Training", "Tokens", "Redundancy"):
+        assert f">{heading}</h2>" in page
+    costs = {row["method"]: row for row in printed["costs"]}
+    assert costs["LoRA"]["step time"] == 1
+    assert costs["MoLA"]["step time"] > 0
+    assert costs["head"]["kept MB"] < costs["LoRA"]["kept MB"]
+    assert all(row["latency ms, batch 1"] < row["latency ms, batch 32"] for row in costs.values())
     status, out, err = lamella(*words)
     assert (status, out) == (0, "")
     assert "3 done, 0 to run" in err
     assert "again" in err
+    assert "measuring" not in err
 
 
 def test_a_cell_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa: F811

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
-import warnings
 
-import transformers
 import typer
 from rich.logging import RichHandler
 
@@ -17,11 +15,13 @@ from lamella.cli.compare import compare
 from lamella.cli.demo import demo
 from lamella.cli.doctor import doctor
 from lamella.cli.evaluate import evaluate
+from lamella.cli.evidence import evidence
 from lamella.cli.export import export
 from lamella.cli.output import console
 from lamella.cli.trace import trace
 from lamella.cli.train import train
 from lamella.errors import LamellaError
+from lamella.training.quiet import quiet_libraries
 
 app = typer.Typer(
     help="Mixtures of experts along the depth of pretrained transformers.",
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compare, doctor, evaluate, trace, export, allocate):
+for command in (demo, train, compare, doctor, evaluate, evidence, trace, export, allocate):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
@@ -51,9 +51,5 @@ def _quiet() -> logging.Handler:
     """People see warnings; the rest is in each run's log. Libraries' bars and reports would break up the output."""
     handler = RichHandler(logging.WARNING, console=console, show_time=False, show_path=False)
     logging.getLogger().addHandler(handler)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # PEFT looks on the hub for an adapter's base, which lies here
-    warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", module="peft")
+    quiet_libraries()
     return handler

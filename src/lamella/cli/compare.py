@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lamella.cli.output import Bar, console, print_json, show_results
-
-if TYPE_CHECKING:
-    from lamella.training.grid import Cell, Grid
-    from lamella.training.rows import StudyFolder
+from lamella.cli.output import console, print_json
+from lamella.cli.studies import finish, run_cells
 
 
 def compare(
@@ -51,43 +48,5 @@ def compare(
             print_json({"cells": estimate.cells, "done": estimate.done, "hours": estimate.hours})
         return
     folder.begin(cells, force=force)
-    _run(cells, folder, jobs)
-    _finish(recipe, grid, cells, folder, json)
-
-
-def _run(cells: list[Cell], folder: StudyFolder, jobs: int) -> None:
-    from lamella.training.planning import plan
-    from lamella.training.workers import work, work_in_processes
-
-    def starting(cell: Cell) -> None:
-        console.print(cell.label, highlight=False)
-
-    def finished(cell: Cell) -> None:
-        console.print(f"{cell.label}: done. {plan(cells, folder, jobs)}", highlight=False)
-
-    if jobs > 1:
-        work_in_processes(cells, folder, jobs, finished)
-        return
-    bar = Bar()
-    try:
-        work(cells, folder, [bar], starting)
-    finally:
-        bar.close()
-
-
-def _finish(recipe: str, grid: Grid, cells: list[Cell], folder: StudyFolder, json: bool) -> None:
-    from lamella.cli.pages import study_report
-    from lamella.reporting.report import write_report
-    from lamella.training.study import summarise
-
-    study = summarise(grid, cells, folder)
-    page = folder.path / "report.html"
-    write_report(study_report(f"lamella compare {Path(recipe).stem}", study), page)
-    if json:
-        print_json({"folder": str(folder.path), "report": str(page), **study.as_dict()})
-    else:
-        show_results(study.results, study.cost, study.summary)
-        console.print(f"Report: {page}", highlight=False)
-    if study.not_run:
-        console.print(f"Not run: {len(study.not_run)} cell(s), the first: {study.not_run[0]}", highlight=False)
-        raise typer.Exit(1)
+    run_cells(cells, folder, jobs)
+    finish(f"lamella compare {Path(recipe).stem}", grid, cells, folder, json)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lamella.cli.output import Bar, console, print_json, show_comparison
+from lamella.cli.output import console
+from lamella.cli.studies import finish, run_cells
+
+_QUICK = "run.limit={train: 320, validation: 100, test: 200}"
 
 
 def demo(
@@ -16,31 +20,24 @@ def demo(
     ),
     quick: Annotated[bool, typer.Option("--quick", help="A few hundred rows; scores then mean nothing.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method.")] = 2,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if absent.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each; all cores if absent.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Compare MoLA with LoRA of equal size on MiniLM and TREC questions, with a floor, in minutes and on any laptop.
 
-    Finished runs are kept: a demo that was interrupted goes on where it stopped.
+    It is `lamella compare demo`. Finished runs are kept: a demo that was interrupted goes on where it stopped.
 
     Example: lamella demo --seeds 3 -o runs/demo
     """
-    from lamella.cli.pages import comparison_report
-    from lamella.reporting.report import write_report
-    from lamella.training.comparison import compare
-    from lamella.training.comparison import demo as arms_of_demo
+    from lamella.training.grid import cells_of, read_grid
+    from lamella.training.planning import plan
+    from lamella.training.rows import StudyFolder
 
-    arms = arms_of_demo(quick=quick, threads=threads)
-    bar = Bar()
-    try:
-        comparison = compare(arms, range(seeds), output, force=force, callbacks=[bar], starting=console.print)
-    finally:
-        bar.close()
-    page = output / "report.html"
-    write_report(comparison_report("lamella demo: MoLA and LoRA of equal size", comparison, arms), page)
-    if json:
-        print_json({"folder": str(output), "report": str(page), **comparison.as_dict()})
-    else:
-        show_comparison(comparison)
-        console.print(f"Report: {page}")
+    grid = read_grid("demo", [f"seeds={seeds}", *[_QUICK] * quick])
+    cells, folder = cells_of(grid), StudyFolder(output)
+    jobs = jobs or min(os.cpu_count() or 1, len(cells))
+    console.print(str(plan(cells, folder, jobs)), highlight=False)
+    folder.begin(cells, force=force)
+    run_cells(cells, folder, jobs)
+    finish("lamella demo: what a mixture of experts is worth on TREC", grid, cells, folder, json)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,8 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from lamella.training.comparison import Comparison
 
 # people read standard error while a program reads standard output
 console = Console(stderr=True)
@@ -29,43 +28,44 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def show_comparison(comparison: Comparison) -> None:
-    """The results and costs of a comparison as one table, and the answer in words."""
-    show_results(comparison.results, comparison.cost, comparison.summary)
-
-
 def show_results(results: pd.DataFrame, cost: pd.DataFrame, summary: str) -> None:
-    """A row per method with its scores and costs, and the answer in words."""
-    table = Table(title="test scores, with 95 % intervals", title_justify="left")
+    """A row per method with its scores and costs, and the answer in words; the report has the rest."""
+    table = Table(title="test scores, with 95 % intervals", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     several = results["task"].nunique() > 1
-    words = ["method", *["task"] * several, *[name for name in ("difference", "p") if name in results.columns]]
-    # a study's seeds are in its report: beside the differences they would be too wide for a terminal
-    seeds = [column for column in results.columns if column.startswith("seed ") and len(words) == 1 + several]
-    shown = ["method", *["task"] * several, "validation", *seeds, "mean", "interval", *words[1 + several :]]
-    for column in [*shown, "trainable", "s/step"]:
-        table.add_column(column, justify="left" if column in ("method", "task") else "right", no_wrap=column == "p")
+    for column in ["method", *["task"] * several]:
+        table.add_column(column)
+    for column in ("mean", "interval", "difference", "p", "size", "step"):
+        table.add_column(column, justify="right", no_wrap=True)
     costs = {row["method"]: row for row in cost.to_dict("records")}
     for row in results.to_dict("records"):
         own = {} if several else costs.get(row["method"], {})
         table.add_row(
-            *(_cell(row[column], text=column in words) for column in shown),
+            row["method"],
+            *[row["task"]] * several,
+            *(_cell(row.get(column)) for column in ("mean", "interval", "difference", "p")),
             _count(own.get("trainable parameters")),
-            _number(own.get("seconds per step")),
+            _times(own.get("step time")),
         )
     console.print(table)
     console.print(summary, highlight=False)
 
 
-def _cell(value: Any, *, text: bool) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, tuple):
         return f"{value[0]:.3f}-{value[1]:.3f}"
-    if text:
-        return value if isinstance(value, str) else ""
-    return _number(value)
+    return value if isinstance(value, str) else _number(value)
 
 
 def _count(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:,.0f}"
+    """At most three digits: 884k, 1.76M."""
+    if value is None or math.isnan(value):
+        return ""
+    size, unit = next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= size), (1, ""))
+    return f"{value / size:.3g}{unit}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.2f}x"
 
 
 def show_run(metrics: Mapping[str, Any], folder: Path) -> None:

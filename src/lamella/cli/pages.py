@@ -1,57 +1,39 @@
-"""What runs and comparisons say in a report."""
+"""What runs and studies say in a report."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import pandas as pd
 
 from lamella.reporting.report import Report
 from lamella.reporting.tokens import token_texts
-from lamella.training.comparison import Comparison
+from lamella.training.callbacks import entropy_over_training
 from lamella.training.doctor import Diagnosis, doctor
-from lamella.training.evaluating import Traced
+from lamella.training.evaluating import Traced, trace
 from lamella.training.run import RunResult
 from lamella.training.settings import RunSettings
 from lamella.training.study import Study
 from lamella.training.trained import load_trained
 from lamella.tuners import redundancy
 
-
-def comparison_report(title: str, comparison: Comparison, arms: Mapping[str, RunSettings]) -> Report:
-    """The page of a comparison, with every run examined by the doctor."""
-    places = {
-        f"{name}, seed {run.metrics['seed']}": run for name, results in comparison.runs.items() for run in results
-    }
-    return Report(
-        title=title,
-        summary=comparison.summary,
-        results=comparison.results,
-        cost=comparison.cost,
-        routing=comparison.routing,
-        settings={name: settings.model_dump(mode="json") for name, settings in arms.items()},
-        notes=comparison.notes,
-        redundancy=_redundancy(places.values()),
-        findings=[
-            replace(finding, where=f"{name}: {finding.where}")
-            for name, run in places.items()
-            for finding in doctor(run.folder.path).findings
-        ],
-        findings_checked=True,
-    )
+_SHOWN = 8  # rows of a study's page that are coloured token by token
 
 
-def study_report(title: str, study: Study) -> Report:
-    """The page of a study."""
+def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
+    """The page of a study, whose runs the doctor has examined; of its first routed run some texts token by token."""
+    traced = None if study.routed is None else trace(study.routed, split="validation", rows=_SHOWN, shown=_SHOWN)
     return Report(
         title=title,
         summary=study.summary,
         results=study.results,
-        cost=study.cost,
+        cost=_without_constants(study.cost.merge(costs, how="left")),
         routing=study.routing,
+        entropy=study.entropy,
+        texts=() if traced is None else token_texts(traced.tokens, traced.texts, traced.num_experts),
+        redundancy=study.redundancy,
         settings=study.settings,
         notes=study.notes,
+        findings=study.findings,
+        findings_checked=True,
     )
 
 
@@ -61,7 +43,7 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
     scores = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     name, main = metrics["method"], metrics["metric"]
     score = ", ".join(f"{values[main]:.3f} on {split}" for split, values in scores.items())
-    trace = result.folder.path / "trace.parquet"
+    routing, history = (result.folder.path / name for name in ("trace.parquet", "routing.parquet"))
     rows = [{"method": name, "task": metrics["task"], "split": split, **values} for split, values in scores.items()]
     before = [
         {"method": f"{name}, before training", "task": metrics["task"], "split": split, **values}
@@ -80,10 +62,11 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         summary=f"{metrics['model']} with {name} reaches {main} {score} after {metrics['steps']} steps.",
         results=pd.DataFrame([*before, *rows]),
         cost=pd.DataFrame([cost]),
-        routing=pd.read_parquet(trace) if trace.is_file() else None,
+        routing=pd.read_parquet(routing) if routing.is_file() else None,
+        entropy=entropy_over_training(pd.read_parquet(history)).assign(run=name) if history.is_file() else None,
         settings=settings.model_dump(mode="json"),
         notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
-        redundancy=_redundancy([result]),
+        redundancy=redundancy(load_trained(result.folder.path).model) if metrics["routing"] else None,
         findings=doctor(result.folder.path).findings,
         findings_checked=True,
     )
@@ -114,7 +97,6 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
     )
 
 
-def _redundancy(runs: Iterable[RunResult]) -> pd.DataFrame | None:
-    """Of the first run with routers, whose routing the page shows."""
-    routed = next((run for run in runs if run.metrics["routing"]), None)
-    return None if routed is None else redundancy(load_trained(routed.folder.path).model)
+def _without_constants(cost: pd.DataFrame) -> pd.DataFrame:
+    """Without the task's and backbone's names where there is only one."""
+    return cost.drop(columns=[name for name in ("task", "backbone") if cost[name].nunique() == 1])

@@ -238,16 +238,15 @@ def _method_row(contest: Contest, name: str, grid: Grid) -> dict[str, Any]:
 
 
 def cost_table(contests: Sequence[Contest], grid: Grid) -> pd.DataFrame:
-    """A row per method, backbone and task: parameters, medians of times, the largest memory, tokens."""
+    """A row per method, backbone and task: parameters, median training time, the largest memory, tokens."""
     rows = []
     for contest in contests:
         for name, own in contest.rows.items():
             measured = [row["metrics"] for row in own.values() if row is not None]
-            row = {"method": name, "task": contest.task.name, "backbone": contest.backbone, "runs": len(measured)}
+            row = {"method": name, "task": contest.task.name, "backbone": contest.backbone}
             if measured:
                 row |= {
                     "trainable parameters": measured[0]["trainable_parameters"],
-                    "seconds per step": float(np.median([one["seconds_per_step"] for one in measured])),
                     "training seconds": float(np.median([one["train_seconds"] for one in measured])),
                     "peak memory MB": max(one["peak_memory_bytes"] for one in measured) / 1e6,
                     "tokens": measured[0]["tokens"],

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lamella.training.doctor import doctor
 from lamella.training.folder import RunFolder
 from lamella.training.grid import Cell
 from lamella.training.run import train
@@ -71,14 +72,19 @@ class StudyFolder:
             yield True
 
     def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Run a claimed cell to its end, from its last checkpoint where there is one, and write its row."""
+        """Run a claimed cell to its end, from its last checkpoint where there is one, examine it, and write its row."""
         started = time.perf_counter()
         run = RunFolder(self.run(cell.key))
         # killed between the end of the run and its row, there is nothing left to train
         metrics = run.metrics() if run.finished else train(cell.settings, run.path, callbacks=callbacks).metrics
-        settings = cell.settings.model_dump(mode="json")
         seconds = max(time.perf_counter() - started, metrics["train_seconds"])
-        self._write(self._row(cell.key), json.dumps({"settings": settings, "seconds": seconds, "metrics": metrics}))
+        row = {
+            "settings": cell.settings.model_dump(mode="json"),
+            "seconds": seconds,
+            "metrics": metrics,
+            "diagnosis": doctor(run.path).as_dict(),
+        }
+        self._write(self._row(cell.key), json.dumps(row))
 
     def fail(self, cell: Cell, reason: str) -> None:
         """Keep why a cell cannot be run, so that no other worker tries it in this attempt."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from lamella.training.callbacks import entropy_over_training
+from lamella.training.checks.finding import Finding
 from lamella.training.grid import Cell, Grid, settings_by_method
 from lamella.training.outcome import contests, cost_table, results_table, tidy
 from lamella.training.rows import StudyFolder
+from lamella.training.trained import load_trained
 from lamella.training.verdict import notes, verdict
+from lamella.tuners import redundancy
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,11 @@ class Study:
         results: as `results_table` gives it.
         cost: as `cost_table` gives it.
         routing: traces of one routed run per method, the method's name in the column stack; None without routers.
-        settings: the recipe, and what each method's runs were given.
+        entropy: the routing of the same runs over training, as `entropy_over_training`, the method's name as run.
+        redundancy: of the same runs' experts, the method's name in the column stack.
+        routed: folder of the first of these runs; None without routers.
+        findings: what the doctor found in every run, the run's label before where it is.
+        settings: the recipe, what each method's runs were given, and where they lie.
         notes: how the numbers were made.
         not_run: labels of the cells without a row.
     """
@@ -35,6 +44,10 @@ class Study:
     results: pd.DataFrame
     cost: pd.DataFrame
     routing: pd.DataFrame | None
+    entropy: pd.DataFrame | None
+    redundancy: pd.DataFrame | None
+    routed: Path | None
+    findings: list[Finding]
     settings: Mapping[str, Any]
     notes: list[str]
     not_run: list[str]
@@ -45,6 +58,7 @@ class Study:
             "summary": self.summary,
             "results": json.loads(self.results.to_json(orient="records")),
             "cost": json.loads(self.cost.to_json(orient="records")),
+            "findings": [asdict(finding) for finding in self.findings],
             "notes": self.notes,
             "not_run": self.not_run,
         }
@@ -64,22 +78,64 @@ def summarise(grid: Grid, cells: Sequence[Cell], folder: StudyFolder) -> Study:
     partial = folder.path / f".study.yaml.{os.getpid()}.partial"
     partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     partial.replace(folder.path / "study.yaml")
+    routed = _routed_runs(cells, folder)
     return Study(
         summary=verdict(found, grid),
         results=results_table(found, grid),
         cost=cost_table(found, grid),
-        routing=_routing(cells, folder),
-        settings={"study": {key: recipe[key] for key in recipe if key != "methods"}, **settings_by_method(cells)},
+        routing=_over_methods(routed, "trace.parquet"),
+        entropy=_entropy(routed),
+        redundancy=_redundancy(routed),
+        routed=next(iter(routed.values()), None),
+        findings=_findings(cells, folder),
+        settings={
+            "study": {key: recipe[key] for key in recipe if key != "methods"},
+            **settings_by_method(cells),
+            "runs": {cell.label: f"runs/{cell.key}" for cell in cells if folder.finished(cell.key)},
+        },
         notes=notes(found, grid, folder),
         not_run=[cell.label for cell in cells if not folder.finished(cell.key)],
     )
 
 
-def _routing(cells: Sequence[Cell], folder: StudyFolder) -> pd.DataFrame | None:
-    frames: dict[str, pd.DataFrame] = {}
+def _routed_runs(cells: Sequence[Cell], folder: StudyFolder) -> dict[str, Path]:
+    """The first finished run of every method that has routers."""
+    runs: dict[str, Path] = {}
     for cell in cells:
-        trace = folder.run(cell.key) / "trace.parquet"
-        if cell.method not in frames and folder.finished(cell.key) and trace.is_file():
-            frame = pd.read_parquet(trace)
-            frames[cell.method] = frame.assign(stack=cell.method + ", " + frame["stack"].astype(str))
-    return pd.concat(frames.values(), ignore_index=True) if frames else None
+        if folder.finished(cell.key) and (folder.run(cell.key) / "trace.parquet").is_file():
+            runs.setdefault(cell.method, folder.run(cell.key))
+    return runs
+
+
+def _over_methods(runs: Mapping[str, Path], name: str) -> pd.DataFrame | None:
+    return _stacked({method: pd.read_parquet(run / name) for method, run in runs.items()})
+
+
+def _redundancy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
+    return _stacked({method: redundancy(load_trained(run).model) for method, run in runs.items()})
+
+
+def _stacked(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
+    """One frame of all methods', told apart by the name of the stack."""
+    named = [frame.assign(stack=method + ", " + frame["stack"].astype(str)) for method, frame in frames.items()]
+    return pd.concat(named, ignore_index=True) if named else None
+
+
+def _entropy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
+    histories = {method: run / "routing.parquet" for method, run in runs.items()}
+    curves = [
+        entropy_over_training(pd.read_parquet(history)).assign(run=method)
+        for method, history in histories.items()
+        if history.is_file()  # a run shorter than its logging interval has none
+    ]
+    return pd.concat(curves, ignore_index=True) if curves else None
+
+
+def _findings(cells: Sequence[Cell], folder: StudyFolder) -> list[Finding]:
+    distinct = {cell.key: cell for cell in cells}.values()
+    return [
+        Finding(**finding | {"where": f"{cell.label}: {finding['where']}"})
+        for cell in distinct
+        if (row := folder.row(cell.key)) is not None
+        for finding in row["diagnosis"]["findings"]
+    ]

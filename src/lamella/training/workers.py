@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import transformers
 from transformers import TrainerCallback
 
 from lamella.errors import LamellaError
 from lamella.training.grid import Cell
+from lamella.training.quiet import quiet_libraries
 from lamella.training.rows import StudyFolder
 
 _POLL_SECONDS = 0.5
@@ -83,8 +83,7 @@ def work_in_processes(
 
 def _worker(cells: list[Cell], folder: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    transformers.utils.logging.set_verbosity_error()  # several processes share one terminal
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()  # several processes share one terminal
     work(cells, StudyFolder(folder))
 
 
