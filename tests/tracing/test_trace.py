@@ -170,3 +170,25 @@ def test_recording_ends_with_the_context_also_after_an_error():
 def test_a_model_without_an_adapter_is_an_error():
     with pytest.raises(LamellaError, match="no lamella adapter"), record_routing(tiny.bert()):
         pass
+
+
+@torch.no_grad()
+def test_coactivation_is_the_share_of_tokens_that_chose_both():
+    model = mixture(tiny.bert())
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, 5:] = 0
+
+    with record_routing(model, per_token=True) as trace:
+        model(input_ids=torch.randint(3, tiny.VOCAB, (3, 7)), attention_mask=mask)
+
+    frame, tokens = trace.coactivation, trace.tokens
+    router = ["stack", "layer", "module"]
+    for key, own in tokens.groupby(router):
+        chosen = [set(experts) for _, experts in own.groupby(["sequence", "position"])["expert"]]
+        pairs = frame.set_index(router).loc[key]
+        assert len(pairs) == 16
+        for row in pairs.itertuples():
+            both = sum({row.expert, row.other} <= choice for choice in chosen)
+            assert row.share == pytest.approx(both / len(chosen))
+    diagonal = frame[frame["expert"] == frame["other"]]
+    assert diagonal.groupby(router)["share"].sum().tolist() == pytest.approx([TOP_K] * len(trace.counts))

@@ -4,7 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+
+from lamella.tracing import record_routing
+from lamella.training.scoring import score
+from lamella.training.trained import load_trained
 
 SCRIPT = """
 import hashlib, json, sys
@@ -47,6 +52,7 @@ def test_two_processes_train_one_model(bert, questions, tmp_path, launcher):
         "max_steps": 4,
         "max_length": 32,
         "evaluate_every": 2,
+        "log_every": 2,
     }
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     if launcher is ACCELERATE:
@@ -63,3 +69,12 @@ def test_two_processes_train_one_model(bert, questions, tmp_path, launcher):
     assert first["metrics"]["saved_equals_loaded"]["equal"]
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("finished") == 1
+
+    kept = pd.read_parquet(tmp_path / "run" / "trace.parquet")
+    with record_routing((trained := load_trained(tmp_path / "run")).model) as alone:
+        for split in ("validation", "test"):
+            rows, encoded = trained.rows(split, None)
+            score(trained.model, trained.task, rows, encoded.collator, batch_size=4)
+    pd.testing.assert_frame_equal(kept, alone.frame)
+    history = pd.read_parquet(tmp_path / "run" / "routing.parquet")
+    assert (history.groupby("step")["tokens"].first() > 4 * 4).all()  # more than the four rows of one process have

@@ -12,7 +12,9 @@ from lamella.cli.output import print_json
 
 def trace(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of trace.parquet and report.html.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of trace.parquet, coactivation.parquet and report.html.")
+    ],
     task: Annotated[str | None, typer.Option(help="Any task that fits its head; the run's own if absent.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     rows: Annotated[int, typer.Option(min=1, help="Rows that are traced, always the same ones.")] = 256,
@@ -30,9 +32,8 @@ def trace(
 
     found = traced(path, task, split=split, rows=rows, base=base)
     report = trace_report(found, doctor(path, base or found.trained.place.base))
-    output.mkdir(parents=True, exist_ok=True)
     frame, page = output / "trace.parquet", output / "report.html"
-    found.save_frame(frame)
+    found.save(output)
     write_report(report, page)
     if json:
         print_json({"trace": str(frame), "report": str(page), **found.evaluation.as_dict(), **found.summary})

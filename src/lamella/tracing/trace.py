@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
@@ -20,22 +21,27 @@ COLUMNS = ("adapter", "stack", "layer", "module", "expert", "num_experts", "shar
 TOKEN_COLUMNS = (
     "adapter", "stack", "layer", "module", "call", "sequence", "position", "rank", "expert", "weight",
 )  # fmt: skip
+PAIR_COLUMNS = ("adapter", "stack", "layer", "module", "expert", "other", "share")
 Key = tuple[str, str, int, str]  # adapter, stack, layer, module
 
 
 @dataclass
 class _Router:
-    """Running sums of one router: selections and weights per expert ``(E,)``, entropy and tokens."""
+    """Running sums of one router: selections and weights per expert ``(E,)``, tokens that chose both of a pair of
+    experts ``(E, E)``, entropy and tokens.
+    """
 
     counts: Tensor
     weights: Tensor
+    together: Tensor
     entropy: Tensor
     tokens: Tensor
 
     @classmethod
     def empty(cls, num_experts: int, device: torch.device) -> "_Router":
         sums = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        return cls(sums.long(), sums, sums.sum(), sums.sum().long())
+        pairs = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
+        return cls(sums.long(), sums, pairs, sums.sum(), sums.sum().long())
 
     def add(self, routing: Routing, mask: Tensor | None) -> None:
         indices, weights, probs = routing.indices, routing.weights.detach(), routing.probs.detach()
@@ -43,8 +49,14 @@ class _Router:
             indices, weights, probs = indices[mask], weights[mask], probs[mask]
         self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
         self.weights = self.weights.index_add(0, indices.flatten(), weights.flatten().double())
+        chosen = torch.zeros_like(probs).scatter_(1, indices, 1.0)  # (N, E)
+        self.together = self.together + (chosen.T @ chosen).double()
         self.entropy = self.entropy + torch.special.entr(probs).sum().double()
         self.tokens = self.tokens + len(indices)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """The sums on the CPU, in the order of the fields."""
+        return tuple(getattr(self, one.name).cpu() for one in fields(self))
 
 
 class Trace:
@@ -105,6 +117,37 @@ class Trace:
             for expert, (part, weight) in enumerate(zip(share, mean_weight, strict=True)):
                 rows.append((adapter, stack, layer, module, expert, len(share), part, weight, entropy, tokens))
         return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    @property
+    def coactivation(self) -> "pd.DataFrame":
+        """A row per router and ordered pair of experts: the share of its tokens that chose both.
+
+        Beside itself an expert has the share of tokens that chose it at all.
+        """
+        import pandas as pd
+
+        rows = []
+        for key, router in self._routers.items():
+            shares = (router.together / router.tokens.clamp_min(1)).tolist()
+            for expert, row in enumerate(shares):
+                rows += [(*key, expert, other, share) for other, share in enumerate(row)]
+        return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
+
+    def gather(self) -> None:
+        """In a process group: adds up what all processes recorded, in every one of them; alone, nothing changes.
+
+        Every process has to call it. ``tokens`` stays what this process saw.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        everyone: list[dict[Key, tuple[Tensor, ...]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, {key: router.sums() for key, router in self._routers.items()})
+        added: dict[Key, _Router] = {}
+        for one in everyone:
+            for key, sums in one.items():
+                before = added[key].sums() if key in added else tuple(torch.zeros_like(part) for part in sums)
+                added[key] = _Router(*(a + b for a, b in zip(before, sums, strict=True)))
+        self._routers = added
 
     @property
     def tokens(self) -> "pd.DataFrame":

@@ -46,7 +46,7 @@ class RoutingHistory(TrainerCallback):
 
     Works with any Trainer: ``Trainer(..., callbacks=[RoutingHistory(model, "routing.parquet")])``. The file holds the
     columns of `Trace.frame` behind ``step``; it is written with every checkpoint and at the end, and a resumed training
-    goes on from it. In a process group each process sees its own share of a batch; the first one writes what it saw.
+    goes on from it. In a process group the counts of all processes are added up, and the first one writes.
 
     Args:
         model: a model with or without routers; without, nothing is recorded or written.
@@ -88,6 +88,7 @@ class RoutingHistory(TrainerCallback):
         """Stop recording, before anything else runs the model."""
         if self._trace is not None:
             self._recording.close()
+            self._trace.gather()
             frame, self._trace = self._trace.frame, None
             frame.insert(0, "step", state.global_step)
             self._frames.append(frame)

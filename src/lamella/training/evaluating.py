@@ -66,6 +66,7 @@ class Traced:
         trained: the model.
         evaluation: its scores on the rows that were traced.
         frame: the routing over all of them, as `Trace.frame`.
+        coactivation: which experts their tokens chose together, as `Trace.coactivation`.
         tokens: the routing of each token of the first rows, as `Trace.tokens`.
         texts: title and tokens of every sequence in `tokens`, in its order.
     """
@@ -73,6 +74,7 @@ class Traced:
     trained: Trained
     evaluation: Evaluation
     frame: pd.DataFrame
+    coactivation: pd.DataFrame
     tokens: pd.DataFrame
     texts: tuple[tuple[str, list[str]], ...]
 
@@ -87,9 +89,10 @@ class Traced:
         """Entropy, balance and dead experts, as `lamella.training.callbacks.routing_summary`."""
         return routing_summary(self.frame)
 
-    def save_frame(self, path: Path) -> None:
-        """Write `frame` as Parquet, whole or not at all; its folder is made."""
-        _write_whole(self.frame, path)
+    def save(self, folder: Path) -> None:
+        """Write `frame` as ``trace.parquet`` beside `coactivation`, each whole or not at all; the folder is made."""
+        _write_whole(self.frame, folder / "trace.parquet")
+        _write_whole(self.coactivation, folder / "coactivation.parquet")
 
 
 def evaluate(path: Path, task: str | None = None, split: str = "test", base: str | None = None) -> Evaluation:
@@ -127,7 +130,7 @@ def trace(
     with record_routing(trained.model) as recorded:
         evaluation = _evaluate(trained, split, rows)
     tokens, texts = _by_token(trained, split, min(shown, rows))
-    return Traced(trained, evaluation, recorded.frame, tokens, tuple(texts))
+    return Traced(trained, evaluation, recorded.frame, recorded.coactivation, tokens, tuple(texts))
 
 
 def _evaluate(trained: Trained, split: str, count: int | None) -> Evaluation:

@@ -179,6 +179,7 @@ class _Run:
             return self._scores(), None
         with record_routing(self.model) as trace:
             scores = self._scores()
+        trace.gather()
         if self.process.is_main_process:
             with self.place.whole("trace.parquet") as path:
                 trace.save(path)
