@@ -5,28 +5,42 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
     MPNetConfig,
     MPNetForSequenceClassification,
+    OPTConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
 )
 
-from lamella import MolaConfig
+from lamella import MolaConfig, MolexConfig
 from lamella.backbones import Place
 from lamella.routing import Routing
 from lamella.routing.context import find_tracker
 from lamella.tuners.mola import MolaLinear
+from lamella.tuners.molex import MolexBlock
 
 VOCAB = 48
 PAD = 0
@@ -90,10 +104,59 @@ def t5(layers: int = 2, seed: int = 0) -> T5ForConditionalGeneration:
 
 MODELS = {"bert": bert, "mpnet": mpnet, "gpt2": gpt2, "llama": llama, "t5": t5}
 
+_SHAPE = {"hidden_size": HIDDEN, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64}
+_TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD}
+_DECODER = {**_SHAPE, **_TOKENS, "num_key_value_heads": 1, "head_dim": 8}
+_CONFIGS = {
+    "roberta": lambda n: RobertaConfig(
+        **_SHAPE, **_TOKENS, num_hidden_layers=n, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    ),
+    "distilbert": lambda n: DistilBertConfig(
+        dim=HIDDEN, n_heads=2, hidden_dim=24, n_layers=n, vocab_size=VOCAB, max_position_embeddings=64, dropout=0.0,
+        attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=3,
+    ),
+    "vit": lambda n: ViTConfig(
+        hidden_size=HIDDEN, num_attention_heads=2, intermediate_size=24, num_hidden_layers=n, image_size=8,
+        patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+    ),
+    "qwen2": lambda n: Qwen2Config(**_DECODER, num_hidden_layers=n),
+    "qwen3": lambda n: Qwen3Config(**_DECODER, num_hidden_layers=n),
+    "mistral": lambda n: MistralConfig(**_DECODER, num_hidden_layers=n, sliding_window=5),
+    "gemma": lambda n: GemmaConfig(**_DECODER, num_hidden_layers=n),
+    "gemma2": lambda n: Gemma2Config(
+        **_DECODER, num_hidden_layers=n, sliding_window=5, query_pre_attn_scalar=8,
+        layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(n)],
+    ),
+    "gemma3": lambda n: Gemma3TextConfig(
+        **_DECODER, num_hidden_layers=n, sliding_window=5, query_pre_attn_scalar=8,
+        layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(n)],
+    ),
+    "opt": lambda n: OPTConfig(
+        hidden_size=HIDDEN, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=HIDDEN, num_hidden_layers=n,
+        max_position_embeddings=64, dropout=0.0, **_TOKENS,
+    ),
+}  # fmt: skip
+
+
+def build(name: str, layers: int = 4, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of any family that MoLEx knows."""
+    if name in MODELS:
+        return MODELS[name](layers=layers, seed=seed)
+    torch.manual_seed(seed)
+    classes = {"vit": AutoModelForImageClassification}
+    classes |= dict.fromkeys(("roberta", "distilbert"), AutoModelForSequenceClassification)
+    return classes.get(name, AutoModelForCausalLM).from_config(_CONFIGS[name](layers)).eval()
+
+
+FAMILIES = (*MODELS, *_CONFIGS)
+
 
 def batch(model: PreTrainedModel, rows: int = 3, tokens: int = 7, pad: int = 2, seed: int = 1) -> dict[str, Tensor]:
     """Inputs and labels that suit the model; row i > 0 is padded on the right by up to ``pad`` tokens."""
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator), "labels": torch.arange(rows) % 3}
     ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(rows):
@@ -123,6 +186,30 @@ def adapted(model: PreTrainedModel, **config: Any) -> PeftModel:
     torch.manual_seed(17)
     settings = {"r": 2, "lora_alpha": 6, "num_experts": 3, "top_k": 2, "init_weights": False, "balance_coef": 0.0}
     return get_peft_model(model, MolaConfig(**{**settings, **config}))
+
+
+def molex(model: PreTrainedModel, sharp: bool = True, **config: Any) -> PeftModel:
+    """A MoLEx adapter that already does something: guests of half the weight, a router that tells sequences apart."""
+    torch.manual_seed(17)
+    settings = {"alpha": 0.5, "lora": LoraConfig(r=2, target_modules="all-linear"), "init_weights": False}
+    adapted = get_peft_model(model, MolexConfig(**{**settings, "balance_coef": 0.0, **config}))
+    if sharp:
+        sharpen(adapted)
+    return adapted.eval()
+
+
+def sharpen(model: nn.Module) -> None:
+    """Routers that choose different blocks for different inputs."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "molex_router" in name and name.endswith("weight"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def blocks(model: nn.Module) -> list[MolexBlock]:
+    """The wrapped blocks of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MolexBlock)]
 
 
 @contextmanager

@@ -5,11 +5,12 @@ transformers' ``load_adapter`` know them.
 """
 
 from lamella.errors import CannotMergeError, LamellaError
+from lamella.routing import prompt
 from lamella.tracing import Trace, record_routing
 from lamella.training.doctor import Diagnosis, Finding, doctor
 from lamella.training.optimization import param_groups
 from lamella.training.preflight import preflight
-from lamella.tuners import Collapsed, MolaConfig, allocate, collapse, export_experts, redundancy
+from lamella.tuners import Collapsed, MolaConfig, MolexConfig, allocate, collapse, export_experts, redundancy
 
 __all__ = [
     "CannotMergeError",
@@ -18,6 +19,7 @@ __all__ = [
     "Finding",
     "LamellaError",
     "MolaConfig",
+    "MolexConfig",
     "Trace",
     "allocate",
     "collapse",
@@ -25,6 +27,7 @@ __all__ = [
     "export_experts",
     "param_groups",
     "preflight",
+    "prompt",
     "record_routing",
     "redundancy",
 ]

@@ -15,5 +15,6 @@ def test_the_page_shows_the_committed_records(record):
     assert page.partition(begin)[2].partition(end)[0].strip() == render_table(record).strip()
 
 
-def test_there_is_a_record_of_the_train_step():
-    assert (DOCS / "results" / "bench-mola-cpu.json").is_file()
+@pytest.mark.parametrize("bench", ["mola", "molex"])
+def test_there_is_a_record_of_the_train_step(bench):
+    assert (DOCS / "results" / f"bench-{bench}-cpu.json").is_file()

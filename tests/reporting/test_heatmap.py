@@ -27,7 +27,7 @@ def test_a_layer_of_one_expert_has_no_entropy(trace):
     view = routing_view(trace([1, 1], ["q"]))
     row = view.panels[0].grids[0].rows[0]
     assert (row.cells[0].text, row.entropy, row.words) == ("1.00", None, "one expert")
-    assert "nothing was chosen" in view.sentences[1]
+    assert "nothing was chosen" in view.paragraphs[0]
 
 
 def test_stacks_are_kept_apart(trace):
@@ -37,14 +37,19 @@ def test_stacks_are_kept_apart(trace):
         ["encoder", "decoder"],
         ["decoder"],
     ]
+    first, second = view.paragraphs
+    assert first.startswith("encoder: 2 experts in 1 modules")
+    assert second.startswith("decoder: 16 experts in 4 modules")
 
 
 def test_unused_experts_are_counted_per_router_and_the_extremes_named(trace):
     view = routing_view(trace([2, 4], ["q", "k"], share={(1, "k"): [0.97, 0.01, 0.01, 0.01]}))
-    assert view.sentences[0] == "12 experts in 4 modules, counted over 4,096 tokens each."
-    assert view.sentences[1] == "3 of 12 experts get less than a tenth of an even share."
-    assert "most used: encoder layer 1, k, expert 0 (3.88 times" in view.sentences[2]
-    assert routing_view(trace([2], ["q"])).sentences[1].startswith("No expert gets")
+    (words,) = view.paragraphs
+    assert words.startswith(
+        "12 experts in 4 modules, counted over 4,096 decisions each. 3 of 12 experts get less than a"
+    )
+    assert "most used: layer 1, k, expert 0 (3.88 times" in words
+    assert "No expert gets" in routing_view(trace([2], ["q"])).paragraphs[0]
 
 
 def test_a_router_without_tokens_says_so(trace):

@@ -192,3 +192,69 @@ def test_coactivation_is_the_share_of_tokens_that_chose_both():
             assert row.share == pytest.approx(both / len(chosen))
     diagonal = frame[frame["expert"] == frame["other"]]
     assert diagonal.groupby(router)["share"].sum().tolist() == pytest.approx([TOP_K] * len(trace.counts))
+
+
+@torch.no_grad()
+def test_molex_counts_one_decision_per_sequence_over_all_blocks():
+    model = tiny.molex(tiny.bert(layers=4), top_k=2)
+    given = tiny.inputs(model.get_base_model(), rows=5)
+    with tiny.watch(model) as seen, record_routing(model, per_token=True) as trace:
+        model(**given)
+    assert set(trace.frame.module) == {"block"}
+    assert set(trace.frame.tokens) == {5}
+    assert set(trace.frame.num_experts) == {4}
+    for place, routing, _ in seen:
+        counts = trace.counts["default", place.stack, place.layer, "block"]
+        assert counts.tolist() == torch.bincount(routing.indices.flatten(), minlength=4).tolist()
+        rows = trace.frame[trace.frame.layer == place.layer]
+        weights = torch.zeros(4).index_add(0, routing.indices.flatten(), routing.weights.flatten()) / 5
+        assert rows.mean_weight.to_numpy() == pytest.approx(weights.numpy())
+    tokens = trace.tokens
+    assert len(tokens) == 4 * 5 * 2
+    assert set(tokens.position) == {-1}
+    assert sorted(set(tokens.sequence)) == [0, 1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_molex_per_token_and_per_batch():
+    given = tiny.inputs(tiny.bert(), rows=3)
+    model = tiny.molex(tiny.bert(layers=4), granularity="token")
+    with record_routing(model, per_token=True) as trace:
+        model(**given)
+    assert set(trace.frame.tokens) == {int(given["attention_mask"].sum())}
+    assert set(zip(trace.tokens.sequence, trace.tokens.position, strict=True)) == set(
+        map(tuple, given["attention_mask"].nonzero().tolist())
+    )
+    model = tiny.molex(tiny.bert(layers=4), granularity="batch")
+    with record_routing(model, per_token=True) as trace:
+        model(**given)
+        model(**given)
+    assert set(trace.frame.tokens) == {2}
+    assert set(trace.tokens.sequence) == set(trace.tokens.position) == {-1}
+
+
+@torch.no_grad()
+def test_molex_decides_once_with_a_cache():
+    model = tiny.molex(tiny.llama(layers=4))
+    ids = torch.randint(3, tiny.VOCAB, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with record_routing(model) as trace:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert set(trace.frame.tokens) == {2}
+
+
+@pytest.mark.parametrize("policy", ["random", "uniform", "fixed"])
+@torch.no_grad()
+def test_molex_policies_are_recorded_like_a_router(policy):
+    model = tiny.molex(tiny.bert(layers=4), policy=policy, **({"fixed_layer": 2} if policy == "fixed" else {}))
+    with record_routing(model) as trace:
+        model(**tiny.inputs(model.get_base_model(), rows=6))
+    entropy = {layer: value for (_, _, layer, _), value in trace.entropy.items()}
+    if policy == "fixed":
+        assert entropy == {0: 0.0, 1: 0.0, 3: 0.0}, "a block that is its own guest decides nothing"
+        assert set(trace.frame[trace.frame.expert == 2].share) == {1.0}
+    else:
+        assert entropy == pytest.approx(dict.fromkeys(range(4), math.log(4)))
+    if policy == "uniform":
+        assert trace.frame.share.to_numpy() == pytest.approx(0.25)

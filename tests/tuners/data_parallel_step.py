@@ -25,7 +25,15 @@ def rows_of(model: torch.nn.Module) -> list[dict[str, list[int]]]:
 def step(folder: Path, name: str, copies: int, processes: int) -> dict[str, torch.Tensor]:
     """Gradients of one step over all rows, two at a time."""
     torch.set_num_threads(1)
-    model = tiny.adapted(tiny.MODELS[name]().double(), balance_coef=0.5).double().train()
+    method, _, family = name.partition("-")
+    if (
+        method == "molex"
+    ):  # some blocks of each process choose nothing but themselves, and their alpha waits all the same
+        base = tiny.MODELS[family](layers=4).double()
+        options = {"alpha_mode": "learned", "alpha_scope": "per-layer", "router_scope": "per-layer"}
+        model = tiny.molex(base, balance_coef=0.5, **options).double().train()
+    else:
+        model = tiny.adapted(tiny.MODELS[family]().double(), balance_coef=0.5).double().train()
     arguments = TrainingArguments(
         str(folder), use_cpu=True, report_to=[], save_strategy="no", per_device_train_batch_size=2, max_steps=1,
         gradient_accumulation_steps=copies, optim="sgd", max_grad_norm=0.0, disable_tqdm=True,

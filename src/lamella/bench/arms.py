@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertModel
 
 from lamella.bench.encoder import Batch, build_encoder, forward, loss, pass_gradients_to_embeddings, twin
+from lamella.bench.memory import kept_megabytes
 from lamella.bench.naive import naive_copy
 from lamella.bench.settings import MolaSettings
 from lamella.training.methods import trainable_parameters
@@ -52,10 +53,10 @@ def build_arms(settings: MolaSettings) -> dict[str, Trained]:
     }
 
 
-def train_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
+def train_step(model: nn.Module, batch: Batch, learning_rate: float = LEARNING_RATE) -> Callable[[], None]:
     """Forward, backward, AdamW (fused, the Trainer's default) and zero_grad(set_to_none)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True) if trained else None
 
     def step() -> None:
         loss(forward(model, batch), batch).backward()
@@ -69,6 +70,12 @@ def train_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
 def steps_of(arms: Mapping[str, Trained], batch: Batch) -> dict[str, Callable[[], None]]:
     """Each arm's train step on the same batch."""
     return {name: train_step(arm.model, batch) for name, arm in arms.items()}
+
+
+def kept_by_step(model: nn.Module, batch: Batch) -> float:
+    """Megabytes of activations that a train step keeps for its backward pass."""
+    given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.attention_mask, batch.target]
+    return kept_megabytes(lambda: loss(forward(model, batch), batch), given)
 
 
 def _mola(base: BertModel, settings: MolaSettings, balance_coef: float) -> PeftModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import BaseModel
@@ -50,6 +50,16 @@ def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Equalit
         )
     output = differences.pop("output")
     return Equality(output=output, gradient=max(differences.values()), tolerance=TOLERANCE, tensors=len(differences))
+
+
+def worst_of(found: Sequence[Equality]) -> Equality:
+    """Several comparisons as one: their largest differences, and the gradients of all."""
+    return Equality(
+        output=max(each.output for each in found),
+        gradient=max(each.gradient for each in found),
+        tolerance=TOLERANCE,
+        tensors=sum(each.tensors for each in found),
+    )
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lamella.bench.arms import Trained, build_arms, steps_of
+from lamella.bench.arms import Trained, build_arms, kept_by_step, steps_of
 from lamella.bench.encoder import Batch, build_batch, forward, loss
 from lamella.bench.equality import Equality, compare
-from lamella.bench.memory import kept_megabytes, peak_megabytes
+from lamella.bench.memory import peak_megabytes
 from lamella.bench.naive import NaiveMola
 from lamella.bench.results import Arm, BenchResult, Case
 from lamella.bench.settings import MolaSettings
@@ -51,7 +51,7 @@ def bench_mola(settings: MolaSettings, starting: Callable[[str], object] = lambd
             arm.model.to(settings.device, settings.torch_dtype)
         batch = batch.to(settings.device, settings.torch_dtype)
         starting("measuring what is kept for the backward pass")
-        kept = {name: _kept(arm.model, batch) for name, arm in arms.items()}
+        kept = {name: kept_by_step(arm.model, batch) for name, arm in arms.items()}
         steps = steps_of(arms, batch)
         clock = clock_for(settings.threads, settings.device)
         starting(f"timing {settings.rounds} rounds of {', '.join(arms)}: {clock}, {settings.threads} threads")
@@ -106,11 +106,6 @@ def _mola_gradients(layer: MolaLinear) -> dict[str, Tensor]:
         "router": router.weight,
     }
     return {part: tensor.grad for part, tensor in tensors.items() if tensor.grad is not None}
-
-
-def _kept(model: nn.Module, batch: Batch) -> float:
-    given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.attention_mask, batch.target]
-    return kept_megabytes(lambda: loss(forward(model, batch), batch), given)
 
 
 def _arm(name: str, arm: Trained, seconds: list[float], kept: float, peak: float | None) -> Arm:

@@ -27,6 +27,8 @@ class Arm(BaseModel):
         median_seconds: their median.
         kept_mb: activations kept for the backward pass, in 1e6 bytes.
         peak_mb: device memory a step allocates above what was there, in 1e6 bytes; None on a CPU.
+        flops: floating-point operations of its matrix products and attention; None where not counted.
+        block_runs: how often a sequence runs through a block, per block of the stack; None where not counted.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Arm(BaseModel):
     median_seconds: float
     kept_mb: float
     peak_mb: float | None = None
+    flops: int | None = None
+    block_runs: float | None = None
 
     @classmethod
     def of(
@@ -46,21 +50,29 @@ class Arm(BaseModel):
         trainable_parameters: int,
         kept_mb: float,
         peak_mb: float | None = None,
+        flops: int | None = None,
+        block_runs: float | None = None,
     ) -> Arm:
         """An arm from the seconds of its rounds."""
         return cls(
             name=name, what=what, trainable_parameters=trainable_parameters, seconds=seconds,
             median_seconds=statistics.median(seconds), kept_mb=kept_mb, peak_mb=peak_mb,
+            flops=flops, block_runs=block_runs,
         )  # fmt: skip
 
 
 class Case(BaseModel):
-    """One interleaved run: its arms, whether they agreed, and how their times relate."""
+    """One interleaved run: its arms, whether they agreed, and how their times relate.
+
+    ``threads`` and ``clock`` are the record's, except where a case says its own.
+    """
 
     name: str
     arms: list[Arm]
     equality: Equality
     ratios: list[Ratio]
+    threads: int | None = None
+    clock: Clock | None = None
 
     def ratio(self, arm: str, over: str) -> Ratio:
         """The ratio of two arms' times."""
@@ -80,12 +92,13 @@ class BenchResult(BaseModel):
         machine: processor, cores, threads and versions; no names of hosts, users or folders.
         settings: all of them.
         clock: which time was measured.
-        cases: its interleaved runs: one for the train step, one per layer shape for the forms.
+        cases: its interleaved runs: one for the train step, one per layer shape for the forms, one per batch and
+            number of threads for inference.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    bench: Literal["mola", "forms"]
+    bench: Literal["mola", "forms", "molex"]
     date: str = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
     machine: dict[str, Any] = Field(default_factory=environment)
     settings: dict[str, Any]

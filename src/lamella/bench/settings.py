@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
 from lamella.bench.encoder import SEQUENCE
 from lamella.errors import LamellaError
 from lamella.training.schema import Settings
+
+# A batch whose sequences disagree is timed with up to this many different guests in every block.
+MOST_GUESTS = 4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,14 +39,12 @@ class BenchSettings(Settings):
         return DTYPES[self.dtype]
 
 
-class MolaSettings(BenchSettings):
-    """Settings of the train-step benchmark: experts 2-4-6-8 of rank r, top-k, on all linear modules of the blocks."""
+class EncoderSettings(BenchSettings):
+    """Settings of the benchmarks of a whole encoder."""
 
     hidden: int = Field(384, ge=32)
     layers: int = Field(12, ge=4)
-    num_experts: Literal["2-4-6-8"] = "2-4-6-8"
     r: Literal[8] = 8
-    top_k: Literal[2] = 2
     dropout: Literal[0] = 0
 
     @model_validator(mode="after")
@@ -54,6 +55,35 @@ class MolaSettings(BenchSettings):
             )
         if self.tokens > SEQUENCE and self.tokens % SEQUENCE:
             raise LamellaError(f"tokens={self.tokens} fill no whole number of rows of {SEQUENCE}; use a multiple.")
+        return self
+
+
+class MolaSettings(EncoderSettings):
+    """Settings of the train-step benchmark: experts 2-4-6-8 of rank r, top-k, on all linear modules of the blocks."""
+
+    num_experts: Literal["2-4-6-8"] = "2-4-6-8"
+    top_k: Literal[2] = 2
+
+
+class MolexSettings(EncoderSettings):
+    """Settings of MoLEx's benchmark: one guest in every block, LoRA of rank r on query and value inside the blocks.
+
+    Inference is timed for each number of sequences in ``inference_batches`` with each of ``inference_threads`` that the
+    machine has cores for.
+    """
+
+    layers: int = Field(12, ge=MOST_GUESTS + 1)
+    alpha: float = Field(0.95, gt=0, lt=1)
+    inference_batches: tuple[PositiveInt, ...] = (1, 32)
+    inference_threads: tuple[PositiveInt, ...] = (1, 2)
+
+    @model_validator(mode="after")
+    def _sequences_can_disagree(self) -> Self:
+        if self.tokens < MOST_GUESTS * SEQUENCE:
+            raise LamellaError(
+                f"tokens={self.tokens} are fewer than {MOST_GUESTS} rows of {SEQUENCE}, whose sequences could choose "
+                f"{MOST_GUESTS} different guests; use at least {MOST_GUESTS * SEQUENCE}."
+            )
         return self
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from lamella.bench.cells import shown, table, verdict
+from lamella.bench.molex_tables import inference, targets, train_step
 from lamella.bench.results import BenchResult, Case, load_result
-from lamella.bench.timing import Ratio
 
 # What the first release is measured against, for the train step of `lamella bench mola`.
 MOST_TIME = 1.00  # of PEFT LoRA of equal size
@@ -24,18 +25,20 @@ def render_table(path: Path) -> str:
 
 
 def render_result(result: BenchResult) -> str:
-    """The Markdown of a record: on what it ran, its table and, for the train step, its targets."""
+    """The Markdown of a record: on what it ran, its table and, for a whole encoder, its targets."""
     parts = [_conditions(result)]
     parts += [*map(_train_step, result.cases), *map(_targets, result.cases)] if result.bench == "mola" else []
     parts += [_forms(result.cases)] if result.bench == "forms" else []
+    parts += [train_step(result), inference(result), targets(result)] if result.bench == "molex" else []
     return "\n\n".join(parts) + "\n"
 
 
 def _conditions(result: BenchResult) -> str:
     machine, settings = result.machine, result.settings
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    shape = f"{settings['layers']} layers of {settings['hidden']}, " if result.bench == "mola" else ""
-    shape += f"r={settings['r']}, top-{settings['top_k']}, {settings['tokens']:,} tokens, none of them padding"
+    shape = f"{settings['layers']} layers of {settings['hidden']}, " if "layers" in settings else ""
+    method = f"alpha={settings['alpha']}" if result.bench == "molex" else f"top-{settings['top_k']}"
+    shape += f"r={settings['r']}, {method}, {settings['tokens']:,} tokens, none of them padding"
     device = machine["processor"] if settings["device"] == "cpu" else machine["accelerators"][0]
     worst = max(max(case.equality.output, case.equality.gradient) for case in result.cases)
     return (
@@ -49,16 +52,16 @@ def _train_step(case: Case) -> str:
     lora = case.arm("lora")
     rows = []
     for arm in case.arms:
-        frozen = "1" if arm.name == "frozen" else _shown(case.ratio(arm.name, "frozen"))
+        frozen = "1" if arm.name == "frozen" else shown(case.ratio(arm.name, "frozen"))
         equal = "1" if arm.name == "lora" else ""
         if arm.name.startswith("mola"):
-            equal = _shown(case.ratio(arm.name, "lora"))
+            equal = shown(case.ratio(arm.name, "lora"))
         kept = f"{arm.kept_mb:.1f}", f"{arm.kept_mb / lora.kept_mb:.3f}"
         peak = [] if arm.peak_mb is None else [f"{arm.peak_mb:.1f}"]
         cells = [arm.name, arm.what, f"{arm.trainable_parameters:,}", f"{arm.median_seconds:.3f}", frozen, equal]
         rows.append([*cells, *kept, *peak])
     heads = ["arm", "what it is", "trainable", "s per step", "time / frozen", "time / lora", "kept MB", "kept / lora"]
-    return _table(heads + (["peak MB"] if lora.peak_mb is not None else []), rows)
+    return table(heads + (["peak MB"] if lora.peak_mb is not None else []), rows)
 
 
 def _targets(case: Case) -> str:
@@ -67,12 +70,12 @@ def _targets(case: Case) -> str:
     )
     kept = case.arm("mola").kept_mb / case.arm("lora").kept_mb
     rows = [
-        ["train step, mola / lora", _shown(time), f"<= {MOST_TIME:.2f}", _verdict(time.median <= MOST_TIME)],
-        ["activations kept, mola / lora", f"{kept:.3f}", f"<= {MOST_KEPT:.2f}", _verdict(kept <= MOST_KEPT)],
-        ["train step, naive / mola", _shown(gain), f">= {LEAST_GAIN:.2f}", _verdict(gain.median >= LEAST_GAIN)],
-        ["the same, neither with a balance loss", _shown(alike), "", ""],
+        ["train step, mola / lora", shown(time), f"<= {MOST_TIME:.2f}", verdict(time.median <= MOST_TIME)],
+        ["activations kept, mola / lora", f"{kept:.3f}", f"<= {MOST_KEPT:.2f}", verdict(kept <= MOST_KEPT)],
+        ["train step, naive / mola", shown(gain), f">= {LEAST_GAIN:.2f}", verdict(gain.median >= LEAST_GAIN)],
+        ["the same, neither with a balance loss", shown(alike), "", ""],
     ]
-    return _table(["figure", "measured", "target", ""], rows)
+    return table(["figure", "measured", "target", ""], rows)
 
 
 def _forms(cases: Sequence[Case]) -> str:
@@ -80,19 +83,6 @@ def _forms(cases: Sequence[Case]) -> str:
     for case in cases:
         pairs = (("dense", "frozen"), ("sorted", "frozen"), ("lora", "frozen"), ("sorted", "dense"))
         faster = "sorted" if case.ratio("sorted", "dense").median < 1 else "dense"
-        rows.append([case.name, *(_shown(case.ratio(*pair)) for pair in pairs), faster])
+        rows.append([case.name, *(shown(case.ratio(*pair)) for pair in pairs), faster])
     heads = ["layer", "dense / frozen", "sorted / frozen", "lora of rank E·r / frozen", "sorted / dense", "faster"]
-    return _table(heads, rows)
-
-
-def _shown(ratio: Ratio) -> str:
-    return f"{ratio.median:.3f} ({ratio.quartiles[0]:.3f}-{ratio.quartiles[1]:.3f}; min {ratio.minima:.3f})"
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "**missed**"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table(heads, rows)

@@ -49,13 +49,17 @@ def time_rounds(steps: Mapping[str, Callable[[], None]], rounds: int, clock: Clo
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            gc.collect()  # else one arm pays for what another left behind
-            before = _now(clock)
-            steps[name]()
-            seconds[name].append(_now(clock) - before)
+    gc.freeze()  # what is there already need not be looked through between any two steps
+    try:
+        for turn in range(rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                gc.collect()  # else one arm pays for what another left behind
+                before = _now(clock)
+                steps[name]()
+                seconds[name].append(_now(clock) - before)
+    finally:
+        gc.unfreeze()
     return seconds
 
 

@@ -20,6 +20,7 @@ bench = typer.Typer(
 _Rounds = Annotated[int, typer.Option(min=2, help="Rounds; every arm runs in each.")]
 _Threads = Annotated[int, typer.Option(min=1, help="CPU threads. With one, process CPU time is measured.")]
 _Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, none of them padding.")]
+_Hidden = Annotated[int, typer.Option(help="Features of the encoder, a multiple of 32.")]
 _Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of weights and activations.")]
 _Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")]
 _Output = Annotated[Path | None, typer.Option("-o", "--output", help="JSON file of the record.")]
@@ -31,7 +32,7 @@ def mola(
     rounds: _Rounds = 7,
     threads: _Threads = 1,
     tokens: _Tokens = 1024,
-    hidden: Annotated[int, typer.Option(help="Features of the encoder, a multiple of 32.")] = 384,
+    hidden: _Hidden = 384,
     layers: Annotated[int, typer.Option(help="Layers of the encoder, at least 4.")] = 12,
     dtype: _Dtype = "float32",
     device: _Device = "cpu",
@@ -47,6 +48,29 @@ def mola(
     given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device}
     settings = MolaSettings.parse({**given, "hidden": hidden, "layers": layers})
     _finish(bench_mola(settings, starting=console.print), output, json)
+
+
+@bench.command()
+def molex(
+    rounds: _Rounds = 7,
+    threads: _Threads = 1,
+    tokens: _Tokens = 1024,
+    hidden: _Hidden = 384,
+    layers: Annotated[int, typer.Option(help="Layers of the encoder, at least 5.")] = 12,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    output: _Output = None,
+    json: _Json = False,
+) -> None:
+    """MoLEx beside PEFT's LoRA of the same rank, for several shares of blocks that choose themselves, and inference.
+
+    Example: lamella bench molex --rounds 7 --threads 1 -o bench-molex.json
+    """
+    from lamella.bench import MolexSettings, bench_molex
+
+    given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device}
+    settings = MolexSettings.parse({**given, "hidden": hidden, "layers": layers})
+    _finish(bench_molex(settings, starting=console.print), output, json)
 
 
 @bench.command()

@@ -9,11 +9,11 @@ from lamella.reporting.tokens import token_texts
 from lamella.training.callbacks import entropy_over_training
 from lamella.training.doctor import Diagnosis, doctor
 from lamella.training.evaluating import Traced, trace
+from lamella.training.robustness import Robustness
 from lamella.training.run import RunResult
 from lamella.training.settings import RunSettings
 from lamella.training.study import Study
 from lamella.training.trained import load_trained
-from lamella.tuners import redundancy
 
 _SHOWN = 8  # rows of a study's page that are coloured token by token
 
@@ -28,8 +28,11 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         cost=_without_constants(study.cost.merge(costs, how="left")),
         routing=study.routing,
         entropy=study.entropy,
-        texts=() if traced is None else token_texts(traced.tokens, traced.texts, traced.num_experts),
+        texts=()
+        if traced is None or traced.tokens.empty
+        else token_texts(traced.tokens, traced.texts, traced.num_experts),
         redundancy=study.redundancy,
+        choices=study.choices,
         settings=study.settings,
         notes=study.notes,
         findings=study.findings,
@@ -66,7 +69,7 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         entropy=entropy_over_training(pd.read_parquet(history)).assign(run=name) if history.is_file() else None,
         settings=settings.model_dump(mode="json"),
         notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
-        redundancy=redundancy(load_trained(result.folder.path).model) if metrics["routing"] else None,
+        redundancy=load_trained(result.folder.path).redundancy() if metrics["routing"] else None,
         findings=doctor(result.folder.path).findings,
         findings_checked=True,
     )
@@ -91,7 +94,7 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
         settings={} if (own := traced.trained.place.settings) is None else own.model_dump(mode="json"),
         notes=found.notes,
         texts=token_texts(traced.tokens, traced.texts, traced.num_experts),
-        redundancy=redundancy(traced.trained.model),
+        redundancy=traced.trained.redundancy(),
         findings=diagnosis.findings,
         findings_checked=True,
     )
@@ -100,3 +103,23 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
 def _without_constants(cost: pd.DataFrame) -> pd.DataFrame:
     """Without the task's and backbone's names where there is only one."""
     return cost.drop(columns=[name for name in ("task", "backbone") if cost[name].nunique() == 1])
+
+
+def robustness_report(found: Robustness) -> Report:
+    """The page of models under noise."""
+    kind = found.noise
+    results = found.means.rename(columns=lambda strength: f"{kind.symbol} {strength:g}").reset_index()
+    return Report(
+        title=f"{found.task} under {kind.title}",
+        summary=found.summary,
+        results=results,
+        cost=pd.DataFrame([{"method": name, "trainable parameters": size} for name, size in found.sizes.items()]),
+        routing=None,
+        settings={
+            "noise": {"kind": kind.name, "protocol": kind.protocol, "seeds": found.seeds},
+            "rows": {"task": found.task, "split": found.split, "count": found.rows, "metric": found.metric},
+        },
+        notes=found.notes,
+        robustness=found.frame,
+        robustness_differences=found.differences,
+    )

@@ -110,6 +110,26 @@ PUBLIC_TASKS: dict[str, PublicTask] = {
         "pair-classification", "rte", _TRAIN_DEV, "not stated (GLUE)", ("nyu-mll/glue", "rte"), _GLUE_SPLITS,
         _renamed(sentence1="text1", sentence2="text2"), ("entailment", "not_entailment"), caution=_NO_HUB_TEST,
     ),
+    "mnli": PublicTask(
+        "pair-classification", "mnli", {"train": ("train",), "test": ("dev_matched",)}, "OANC and others, see GLUE",
+        ("nyu-mll/glue", "mnli"), {"train": "train", "test": "validation_matched"},
+        _renamed(premise="text1", hypothesis="text2"), ("entailment", "neutral", "contradiction"),
+        caution=_NO_HUB_TEST,
+    ),
+    "mrpc": PublicTask(
+        "pair-classification", "mrpc", _TRAIN_DEV, "not stated (Microsoft Research)", ("nyu-mll/glue", "mrpc"),
+        {"train": "train", "validation": "validation", "test": "test"},
+        _renamed(sentence1="text1", sentence2="text2"), ("not_equivalent", "equivalent"),
+    ),
+    "qnli": PublicTask(
+        "pair-classification", "qnli", _TRAIN_DEV, "CC BY-SA 4.0 (SQuAD)", ("nyu-mll/glue", "qnli"), _GLUE_SPLITS,
+        _renamed(question="text1", sentence="text2"), ("entailment", "not_entailment"), caution=_NO_HUB_TEST,
+    ),
+    "qqp": PublicTask(
+        "pair-classification", "qqp", _TRAIN_DEV, "Quora's terms, non-commercial", ("nyu-mll/glue", "qqp"),
+        _GLUE_SPLITS, _renamed(question1="text1", question2="text2"), ("not_duplicate", "duplicate"),
+        caution=_NO_HUB_TEST,
+    ),
     "stsb": PublicTask(
         "regression", "stsb", _TRAIN_DEV, "mixed, mostly CC BY-SA 4.0", ("nyu-mll/glue", "stsb"), _GLUE_SPLITS,
         _renamed(sentence1="text1", sentence2="text2"), caution=_NO_HUB_TEST,

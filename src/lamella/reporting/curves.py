@@ -1,4 +1,4 @@
-"""The geometry of line charts whose lines carry their names: entropy over training, redundancy over layers."""
+"""The geometry of line charts whose lines carry their names: over training, over layers, over the strength of noise."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ _HEIGHT = 220  # of a chart with few lines, in pixels
 class Line:
     """One series: its path in a square of 100 × 100, where it ends and where its label stands, in percent from the top.
 
-    `style` numbers the lines of a chart; `words` say the line to who does not see it.
+    `style` numbers the lines of a chart; `words` say the line to who does not see it; `whiskers` are their (left, top,
+    bottom) in percent.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Line:
     label: float
     last: str
     words: str
+    whiskers: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,43 @@ def require_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> N
 
 
 def line_chart(
-    frame: pd.DataFrame, series: str, x: str, y: str, title: str, reach: Iterable[float] = ()
+    frame: pd.DataFrame,
+    series: str,
+    x: str,
+    y: str,
+    title: str,
+    reach: Iterable[float] = (),
+    whiskers: tuple[str, str] | None = None,
 ) -> Chart | None:
     """A line per series; None where no row has a value.
 
     Args:
-        frame: columns `series` (text), `x` (whole numbers) and `y` (numbers; rows without one are left out).
+        frame: columns `series` (text), `x` (numbers, counted where all are whole) and `y` (numbers; rows without one
+            are left out).
         reach: values the vertical axis must hold, whatever the data.
+        whiskers: columns of the lower and the upper end of a whisker at each point, finite where `y` is.
     """
     rows = frame[np.isfinite(frame[y].astype(float))]
     if rows.empty:
         return None
-    across, up = count_axis(rows[x].astype(int)), round_axis([*rows[y].astype(float), *reach])
+    counted = (rows[x] % 1 == 0).all()
+    across = count_axis(rows[x].astype(int)) if counted else round_axis(rows[x].astype(float))
+    up = round_axis([*rows[y].astype(float), *reach, *rows[list(whiskers or ())].astype(float).to_numpy().flatten()])
     groups = [(str(name), group.sort_values(x)) for name, group in rows.groupby(series, sort=False)]
     height = max(_HEIGHT, _LABEL * (len(groups) + 1))
     ends = [100 - up.at(float(group[y].iloc[-1])) for _, group in groups]
     labels = spread(ends, 100 * _LABEL / height)
     lines = tuple(
-        _line(name, style, group[x].to_numpy(int), group[y].to_numpy(float), across, up, label)
+        _line(
+            name,
+            style,
+            group[x].to_numpy(float),
+            group[y].to_numpy(float),
+            across,
+            up,
+            label,
+            group[list(whiskers or ())].to_numpy(float),
+        )
         for style, ((name, group), label) in enumerate(zip(groups, labels, strict=True))
     )
     y_ticks = tuple((round(100 - place, 2), text) for place, text in up.marks())
@@ -78,19 +99,24 @@ def line_chart(
 def _line(
     name: str,
     style: int,
-    x: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+    x: "np.ndarray[tuple[int], np.dtype[np.float64]]",
     y: "np.ndarray[tuple[int], np.dtype[np.float64]]",
     across: Axis,
     up: Axis,
     label: float,
+    reaches: "np.ndarray[tuple[int, int], np.dtype[np.float64]]",  # (points, 2), or (points, 0) without whiskers
 ) -> Line:
     kept = thinned(y)
     places = [(across.at(float(x[at])), round(100 - up.at(float(y[at])), 2)) for at in kept]
     path = "M" + "L".join(f"{left} {top}" for left, top in places)
     first, last = number_text(float(y[0])), number_text(float(y[-1]))
-    words = f"{name}: {first} at {x[0]:,}, {last} at {x[-1]:,}"
+    words = f"{name}: {first} at {x[0]:,.10g}, {last} at {x[-1]:,.10g}"
+    whiskers = tuple(
+        (across.at(float(place)), round(100 - up.at(float(high)), 2), round(100 - up.at(float(low)), 2))
+        for place, (low, high) in zip(x, reaches if reaches.shape[1] else (), strict=False)
+    )
     # A line of one point has no length and would not be drawn.
-    return Line(name, style, path if len(places) > 1 else f"{path}h0.01", places[-1], label, last, words)
+    return Line(name, style, path if len(places) > 1 else f"{path}h0.01", places[-1], label, last, words, whiskers)
 
 
 def thinned(values: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> list[int]:

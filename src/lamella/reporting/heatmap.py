@@ -61,9 +61,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class RoutingView:
-    """Everything the routing section shows: its finding in words and a panel per module, their mean first."""
+    """Everything the routing section shows: its findings in words and a panel per module, their mean first."""
 
-    sentences: tuple[str, ...]
+    paragraphs: tuple[str, ...]
     panels: tuple[Panel, ...]
 
 
@@ -90,7 +90,7 @@ def routing_view(routing: pd.DataFrame) -> RoutingView | None:
     )
     modules = {str(name): rows for name, rows in frame.groupby("module", sort=False)}
     parts = modules if len(modules) == 1 else {_MEAN: frame, **modules}
-    return RoutingView(_sentences(frame), tuple(Panel(name, _grids(rows)) for name, rows in parts.items()))
+    return RoutingView(_paragraphs(frame), tuple(Panel(name, _grids(rows)) for name, rows in parts.items()))
 
 
 def _grids(frame: pd.DataFrame) -> tuple[Grid, ...]:
@@ -122,13 +122,18 @@ def _cell(relative: float, share: float, weight: float) -> HeatCell:
     return HeatCell(f"{relative:.2f}", band, f"{share:.1%} of choices, mean weight {number_text(weight)}")
 
 
-def _sentences(frame: pd.DataFrame) -> tuple[str, ...]:
-    """What to look at first: how many experts go unused, and the two extremes by name."""
-    places = frame.groupby(["stack", "layer", "module"]).ngroups
+def _paragraphs(frame: pd.DataFrame) -> tuple[str, ...]:
+    """What to look at first, a paragraph per stack: how many experts go unused, and the two extremes by name."""
+    paragraphs = [(str(stack), " ".join(_sentences_of(rows))) for stack, rows in frame.groupby("stack", sort=False)]
+    return tuple(f"{stack}: {words}" if len(paragraphs) > 1 else words for stack, words in paragraphs)
+
+
+def _sentences_of(frame: pd.DataFrame) -> tuple[str, ...]:
+    places = frame.groupby(["layer", "module"]).ngroups
     chosen = frame[(frame["num_experts"] > 1) & frame["relative"].notna()]
     tokens = frame["tokens"].agg(["min", "max"])
     counted = f"{tokens['max']:,.0f}" if tokens["min"] == tokens["max"] else "{min:,.0f} to {max:,.0f}".format(**tokens)
-    size = f"{len(frame):,} experts in {places:,} modules, counted over {counted} tokens each."
+    size = f"{len(frame):,} experts in {places:,} modules, counted over {counted} decisions each."
     if chosen.empty:
         return (size, "No layer has more than one expert, so nothing was chosen.")
     starved = int((chosen["relative"] < _STARVED).sum())
@@ -144,4 +149,4 @@ def _sentences(frame: pd.DataFrame) -> tuple[str, ...]:
 
 def _place(row: pd.Series) -> str:
     times = f"{row['relative']:.2f} times an even share"
-    return f"{row['stack']} layer {row['layer']}, {row['module']}, expert {row['expert']} ({times})"
+    return f"layer {row['layer']}, {row['module']}, expert {row['expert']} ({times})"

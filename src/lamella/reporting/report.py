@@ -1,10 +1,10 @@
-"""A run as one HTML page: verdict, results, cost, routing, training, tokens, redundancy, findings, settings, notes."""
+"""A run as one HTML page: verdict, results, cost, routing and what else was recorded, findings, settings, notes."""
 
 import base64
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lamella.reporting.dots import dot_plots
 from lamella.reporting.findings import Finding, findings_words, worst_first
 from lamella.reporting.heatmap import BANDS, routing_view
 from lamella.reporting.redundancy import redundancy_view
+from lamella.reporting.robustness import robustness_view
 from lamella.reporting.tables import frame_table, settings_sections
 from lamella.reporting.tokens import TokenText
 from lamella.reporting.tokenview import token_view
@@ -48,6 +49,9 @@ class Report:
         texts: texts to colour token by token; `token_texts` makes them from a trace.
         redundancy: how far apart a layer's experts are: stack, layer, module, raw and normalised (mean over pairs of
             the Frobenius distance between their deltas).
+        robustness: scores under noise: method, noise, strength, seed, metric, value.
+        robustness_differences: the same methods compared: method, against, strength, measure, difference, low, high, p.
+        choices: what MoLEx chose for which texts: tables by caption, first column "method".
         findings: what the doctor found.
         findings_checked: whether the doctor looked, so that no finding means a healthy run.
     """
@@ -62,6 +66,9 @@ class Report:
     entropy: pd.DataFrame | None = None
     texts: Sequence[TokenText] = ()
     redundancy: pd.DataFrame | None = None
+    robustness: pd.DataFrame | None = None
+    robustness_differences: pd.DataFrame | None = None
+    choices: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     findings_checked: bool = False
 
@@ -78,6 +85,10 @@ def render(report: Report) -> str:
         "training": () if report.entropy is None else training_charts(report.entropy),
         "texts": token_view(report.texts),
         "redundancy": None if report.redundancy is None else redundancy_view(report.redundancy),
+        "choices": [frame_table(frame, caption, missing="none") for caption, frame in report.choices.items()],
+        "robustness": (
+            None if report.robustness is None else robustness_view(report.robustness, report.robustness_differences)
+        ),
     }
     return pages.get_template("report.html.j2").render(
         report=report,
@@ -110,7 +121,7 @@ def _environment() -> Environment:
 
 def _contents(report: Report, parts: Mapping[str, Any]) -> list[str]:
     """The headings of the sections below the verdict, in the page's order."""
-    shown = [name for name in ("training", "texts", "redundancy") if parts[name]]
+    shown = [name for name in ("choices", "robustness", "training", "texts", "redundancy") if parts[name]]
     middle = ["Tokens" if name == "texts" else name.capitalize() for name in shown]
     return ["Results", "Cost", "Routing", *middle, "Findings", "Settings", *["Notes"] * bool(report.notes)]
 

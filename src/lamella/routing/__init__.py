@@ -4,14 +4,18 @@ from lamella.routing.attachment import attach
 from lamella.routing.balance import RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
 from lamella.routing.collecting import CollectedLoss, collect_losses
 from lamella.routing.context import Frame, RoutedCall, current_frame, loss_scale, track_calls
-from lamella.routing.pooling import pool_mean, pool_mode
-from lamella.routing.router import CosineRouter, LinearRouter, Router, Routing, make_router
+from lamella.routing.pooling import count_votes, pool_mean, pool_mode
+from lamella.routing.prompt import Prompt, Readable, prompt
+from lamella.routing.router import CosineRouter, LinearRouter, ProjectedCosineRouter, Router, Routing, make_router
 
 __all__ = [
     "CollectedLoss",
     "CosineRouter",
     "Frame",
     "LinearRouter",
+    "ProjectedCosineRouter",
+    "Prompt",
+    "Readable",
     "RoutedCall",
     "Router",
     "RouterLoss",
@@ -20,11 +24,13 @@ __all__ = [
     "balance_gradient",
     "balance_loss",
     "collect_losses",
+    "count_votes",
     "current_frame",
     "loss_scale",
     "make_router",
     "pool_mean",
     "pool_mode",
+    "prompt",
     "track_calls",
     "z_gradient",
     "z_loss",

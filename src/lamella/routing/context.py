@@ -19,6 +19,14 @@ from torch import Tensor, nn
 
 from lamella.errors import LamellaError
 from lamella.routing.collecting import CollectedLoss, current_collection
+from lamella.routing.prompt import (
+    Prompt,
+    Readable,
+    current_prompt,
+    find_readable,
+    set_prompted_generate,
+    unset_prompted_generate,
+)
 
 Observer = Callable[..., None]
 
@@ -34,6 +42,8 @@ class RoutedCall:
         half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
         collected: where the layers' own losses go instead of being attached.
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
+        prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
+        label_start: the first position of the decoder's input that labels say is not given, ``(batch,)``.
     """
 
     tracker: "CallTracker"
@@ -42,6 +52,13 @@ class RoutedCall:
     half: bool = False
     collected: CollectedLoss | None = None
     recorded_scale: Tensor | None = None
+    prompt: Prompt | None = None
+    label_start: Tensor | None = None
+
+    @property
+    def generating(self) -> bool:
+        """Whether it runs inside ``generate``."""
+        return self.prompt is not None and self.prompt.generating
 
     def attached_scale(self) -> Tensor | float:
         """The factor of an attached loss: the task loss's own.
@@ -75,6 +92,7 @@ class Frame:
         checkpointed: whether the block runs inside gradient checkpointing.
         recomputing: whether this is the recomputation of a checkpointed block.
         handed_over: products that one layer computed for a sibling with the same input; empty when the stack is done.
+        given: what the stack was given to read: token ids, embeddings or pixels.
     """
 
     call: RoutedCall
@@ -84,6 +102,24 @@ class Frame:
     checkpointed: bool = False
     recomputing: bool = False
     handed_over: dict[Any, Any] = field(default_factory=dict)
+    given: Tensor | None = None
+
+    def real_tokens(self, x: Tensor) -> Tensor:
+        """Which tokens of ``x (batch, tokens, features)`` are real, ``(batch, tokens)``."""
+        mask = self.token_mask(x)
+        if mask is None:
+            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return mask.view(x.shape[:2]).to(x.device)
+
+    def readable(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
+        """What a decision for a whole sequence of ``x (batch, tokens, features)`` may read.
+
+        All of it in an encoder and in a model that answers about its whole input, otherwise the prompt alone.
+        """
+        real = self.real_tokens(x)
+        if not decoder or self.call.tracker.whole_input:
+            return Readable(real, None)
+        return find_readable(real, self.call.prompt, self.call.label_start, prompt_tokens)
 
     def token_mask(self, x: Tensor, of_encoder: bool = False) -> Tensor | None:
         """Which rows of ``x`` flattened to ``(N, features)`` are real, ``(N,)``; None when all are, or none says.
@@ -116,11 +152,13 @@ def current_frame() -> Frame | None:
 class CallTracker:
     """The hooks of one model and what outlives a call: its observers and a trainer's loss scale.
 
-    ``checkpointed`` are the modules that transformers gives a checkpoint function when checkpointing is enabled.
+    ``checkpointed`` are the modules that transformers gives a checkpoint function when checkpointing is enabled;
+    ``whole_input`` says that the model answers about its whole input instead of continuing it.
     """
 
-    def __init__(self, shifts_labels: bool, checkpointed: Sequence[nn.Module]) -> None:
+    def __init__(self, shifts_labels: bool, checkpointed: Sequence[nn.Module], whole_input: bool = False) -> None:
         self.shifts_labels = shifts_labels
+        self.whole_input = whole_input
         self.checkpointed = checkpointed
         self.observers: list[Observer] = []
         self.scale: float | None = None
@@ -155,6 +193,8 @@ class CallTracker:
             tracker=self,
             label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
             decoder_mask=predicts if is_encoder_decoder else None,
+            prompt=current_prompt(),
+            label_start=None if predicts is None else _first_predicted(predicts, is_encoder_decoder),
             collected=current_collection(),
             half=any(
                 torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
@@ -169,18 +209,33 @@ class CallTracker:
         return counted.ne(-100).sum() / total
 
 
-def track_calls(model: nn.Module, stacks: Sequence[nn.Module] = (), shifts_labels: bool = False) -> CallTracker:
+def _first_predicted(predicts: Tensor, is_encoder_decoder: bool) -> Tensor:
+    """The first position of a decoder's input that is not given, ``(batch,)``; past the end where nothing is predicted.
+
+    Labels lie at the place of their own token. In an encoder-decoder they lie one to the left of it, since what comes
+    first there is the given start token.
+    """
+    first = predicts.int().argmax(dim=1) + is_encoder_decoder
+    return torch.where(predicts.any(dim=1), first, predicts.shape[1])
+
+
+def track_calls(
+    model: nn.Module, stacks: Sequence[nn.Module] = (), shifts_labels: bool = False, whole_input: bool = False
+) -> CallTracker:
     """Sets the hooks on ``model`` and on the ``stacks`` inside it, once; returns the model's tracker.
 
     Args:
         model: the module whose forward is one call.
         stacks: modules inside it that are given an attention mask of their own.
         shifts_labels: whether the model's loss predicts token t+1 at t, so that the first label counts for nothing.
+        whole_input: whether the model answers about its whole input, as a classifier does, instead of continuing it.
     """
     existing = find_tracker(model)
     if existing is not None:
         return existing
-    tracker = CallTracker(shifts_labels, [m for m in model.modules() if hasattr(m, "gradient_checkpointing")])
+    checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    tracker = CallTracker(shifts_labels, checkpointed, whole_input)
+    set_prompted_generate(model)
     for module in (model, *stacks):
         module.register_forward_pre_hook(tracker.open, with_kwargs=True)
         module.register_forward_hook(tracker.close, always_call=True)
@@ -200,6 +255,7 @@ def find_tracker(model: nn.Module) -> CallTracker | None:
 def untrack_calls(model: nn.Module) -> None:
     """Takes away what ``track_calls`` set on a model and what its calls left on the blocks."""
     for module in model.modules():
+        unset_prompted_generate(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if _is_trackers(hook)]:
                 del hooks[key]
@@ -264,14 +320,36 @@ def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Fram
         real = mask.bool()
     elif is_decoder:
         real = call.decoder_mask
-    elif mask is None or parent is None:
+    elif mask is None:
         real = None
+    elif parent is None or parent.call is not call:
+        real = _real_by_expanded(mask)
     else:  # already expanded for attention: the stack around this one was given the plain mask
         real = parent.mask
     encoder_mask = arguments.get("encoder_attention_mask")
-    if not isinstance(encoder_mask, Tensor) or encoder_mask.dim() != 2:
-        return Frame(call, real, None, parent)
-    return Frame(call, real, encoder_mask.bool(), parent)
+    encoder_real = encoder_mask.bool() if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2 else None
+    named = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values"))
+    given = next((value for value in named if isinstance(value, Tensor)), None)
+    if given is None and parent is not None and parent.call is call:
+        given = parent.given
+    return Frame(call, real, encoder_real, parent, given=given)
+
+
+def _real_by_expanded(mask: Any) -> Tensor | None:
+    """Real tokens by a mask that was expanded for attention, as ``generate`` does for static caches; None unless so.
+
+    A token is real if any token attends to it. A static cache has columns for tokens that are yet to come.
+    """
+    if isinstance(mask, Mapping):  # one for each kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    attends = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    attended = attends.any(dim=1).any(dim=1)  # (batch, keys)
+    if mask.shape[2] == mask.shape[3]:
+        return attended
+    so_far = int(attended.any(dim=0).nonzero().max()) + 1 if bool(attended.any()) else 0
+    return attended[:, :so_far]
 
 
 @functools.lru_cache(maxsize=256)

@@ -32,7 +32,12 @@ def pool_mode(choices: Tensor, num_choices: int, mask: Tensor | None = None) -> 
     Returns:
         ``(batch,)``.
     """
+    return count_votes(choices, num_choices, mask).argmax(dim=-1)
+
+
+def count_votes(choices: Tensor, num_choices: int, mask: Tensor | None = None) -> Tensor:
+    """How many real tokens of a sequence make each choice, ``(batch, num_choices)``; arguments as in ``pool_mode``."""
     votes = torch.nn.functional.one_hot(choices, num_choices)  # (batch, tokens, choices)
     if mask is not None:
         votes = votes * mask[..., None].to(votes.dtype)
-    return votes.sum(dim=1).argmax(dim=-1)
+    return votes.sum(dim=1)

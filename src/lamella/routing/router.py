@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 
 RouterKind = Literal["linear", "cosine"]
+Granularity = Literal["token", "sequence", "batch"]
 
 # Tutel's cosine router, which MoLEx takes over: learned temperature, starting at 0.5, scale never above 100.
 _INITIAL_LOG_SCALE = math.log(1 / 0.5)
@@ -24,11 +25,13 @@ class Routing:
         logits: scores before the softmax, ``(N, E)``, float32 or wider.
         weights: softmax over all experts, restricted to the k largest and renormalised, ``(N, k)``.
         indices: the experts those weights belong to, largest first, ``(N, k)``.
+        granularity: what each of the N rows decides for.
     """
 
     logits: Tensor
     weights: Tensor
     indices: Tensor
+    granularity: Granularity = "token"
 
     @property
     def num_experts(self) -> int:
@@ -119,6 +122,24 @@ class CosineRouter(Router):
         cosine = product / (token_norm * expert_norm).clamp_min(torch.finfo(product.dtype).tiny)  # (N, E)
         scaled = cosine * self.log_scale.to(product.dtype).clamp(max=_MAX_LOG_SCALE).exp()
         return scaled if self.bias is None else scaled + _widen(self.bias)
+
+
+class ProjectedCosineRouter(CosineRouter):
+    """Tutel's cosine router as MoLEx publishes it: the cosine of a learned projection of x, ``P x + b``, and ``W_e``.
+
+    ``projection.weight`` has shape ``(proj, in)``, ``weight (E, proj)``.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, projected: int) -> None:
+        super().__init__(projected, num_experts)
+        self.projection = nn.Linear(in_features, projected)
+        nn.init.normal_(self.weight, std=0.01)
+
+    def logits(self, x: Tensor, product: Tensor | None = None) -> Tensor:
+        """Scores ``(N, E)`` of tokens ``x (N, in)``; a product made from ``x`` itself is of no use here."""
+        return super().logits(
+            nn.functional.linear(x, self.projection.weight.to(x.dtype), self.projection.bias.to(x.dtype))
+        )
 
 
 _ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "cosine": CosineRouter}

@@ -69,7 +69,10 @@ class Trace:
         self._calls: list[RoutedCall] = []
 
     def observe(self, layer: Any, adapter: str, routing: Routing, mask: Tensor | None, shape: torch.Size) -> None:
-        """Takes in one router's decision for tokens of that shape, ``(batch, tokens)``; called by the layers."""
+        """Takes in one router's decision for tokens of that shape, ``(batch, tokens)``, or for sequences ``(batch,)``.
+
+        Called by the layers.
+        """
         key = (adapter, layer.place.stack, layer.place.layer, layer.place.module)
         if key not in self._routers:
             self._routers[key] = _Router.empty(routing.num_experts, routing.logits.device)
@@ -83,7 +86,7 @@ class Trace:
         assert frame is not None  # observers are told inside a forward
         if frame.call not in self._calls:
             self._calls.append(frame.call)
-        at = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))  # (N, 2)
+        at = _places(shape, routing.granularity)  # (N, 2)
         real = torch.ones(len(at), dtype=torch.bool) if mask is None else mask.cpu()
         indices, weights = routing.indices.cpu()[real], routing.weights.detach().float().cpu()[real]
         self._choices.append((key, self._calls.index(frame.call), at[real], indices, weights))
@@ -104,7 +107,8 @@ class Trace:
 
         ``share`` is the fraction of the router's selections that fell on the expert (sums to 1 over experts),
         ``mean_weight`` the mean over all real tokens of the weight the expert got (zero where not chosen; sums to 1),
-        ``entropy`` the router's mean entropy in nats, ``tokens`` the real tokens it saw.
+        ``entropy`` the router's mean entropy in nats, ``tokens`` the decisions it took: one per real token, or one per
+        sequence or batch where that is what a decision is for.
         """
         import pandas as pd
 
@@ -154,7 +158,8 @@ class Trace:
         """A row per token, router and chosen expert: where the token is, the expert's rank among the k, its weight.
 
         ``call`` counts the forwards recorded, ``sequence`` and ``position`` say where the token lies in that forward's
-        input (with a cache, a forward's input is only the new tokens).
+        input (with a cache, a forward's input is only the new tokens). A decision for a whole sequence has position -1,
+        one for a whole batch sequence -1 too.
 
         Raises:
             LamellaError: it was not asked for.
@@ -166,15 +171,14 @@ class Trace:
         parts = []
         for (adapter, stack, layer, module), call, at, indices, weights in self._choices:
             top_k = indices.shape[1]
-            sequence, position = (at[:, 0], at[:, 1]) if at.shape[1] == 2 else (torch.zeros(len(at)), at[:, 0])
             columns = {
                 "adapter": adapter,
                 "stack": stack,
                 "layer": layer,
                 "module": module,
                 "call": call,
-                "sequence": sequence.long().repeat_interleave(top_k).numpy(),
-                "position": position.repeat_interleave(top_k).numpy(),
+                "sequence": at[:, 0].repeat_interleave(top_k).numpy(),
+                "position": at[:, 1].repeat_interleave(top_k).numpy(),
                 "rank": torch.arange(top_k).repeat(len(at)).numpy(),
                 "expert": indices.flatten().numpy(),
                 "weight": weights.flatten().numpy(),
@@ -188,6 +192,16 @@ class Trace:
         unfinished = path.with_name(f".{path.name}.unfinished")
         self.frame.to_parquet(unfinished, index=False)
         unfinished.replace(path)
+
+
+def _places(shape: torch.Size, granularity: str) -> Tensor:
+    """The sequence and position that each row of a decision is for, ``(N, 2)``; -1 for all of them."""
+    if granularity == "batch":
+        return torch.full((1, 2), -1)
+    if granularity == "sequence":
+        return torch.stack([torch.arange(shape[0]), torch.full(shape[:1], -1)], dim=1)
+    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))
+    return places if len(shape) == 2 else torch.stack([torch.zeros_like(places[:, 0]), places[:, 0]], dim=1)
 
 
 @contextmanager
@@ -205,7 +219,7 @@ def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]
     if tracker is None:
         raise LamellaError(
             f"{type(model).__name__} has no lamella adapter, so there is no routing to record; apply one with "
-            "get_peft_model(model, MolaConfig(...)) first."
+            "get_peft_model(model, MolaConfig(...)) or MolexConfig(...) first."
         )
     trace = Trace(per_token)
     tracker.observers.append(trace.observe)

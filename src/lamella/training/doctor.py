@@ -13,6 +13,7 @@ from lamella.training.checks.base import examine_fit, examine_name, load_adapter
 from lamella.training.checks.effects import examine_effects
 from lamella.training.checks.files import CONFIG, examine_files
 from lamella.training.checks.finding import Diagnosis, Examination, Finding
+from lamella.training.checks.guests import examine_guests
 from lamella.training.checks.parts import random_batch, routed_layers
 from lamella.training.checks.roundtrip import examine_roundtrip
 from lamella.training.checks.undisturbed import twin
@@ -85,6 +86,7 @@ def _examine_loaded(model: nn.Module, batches: list[dict[str, Any]] | None, exam
         return
     examine_effects(model, batches[0] if batches else random_batch(model), examination)
     if batches:
+        examine_guests(model, batches[0], examination)
         examine_usage(model, batches, examination)
 
 

@@ -168,6 +168,7 @@ def _by_token(trained: Trained, split: str, count: int) -> tuple[pd.DataFrame, l
 
 def _of_inputs(recorded: Trace, trained: Trained) -> pd.DataFrame:
     tokens = recorded.tokens
+    tokens = tokens[tokens["position"] >= 0]  # MoLEx decides for whole sequences
     if getattr(trained.model.config, "is_encoder_decoder", False):
         tokens = tokens[tokens["stack"] == tokens["stack"].iloc[0]]
     return tokens

@@ -19,21 +19,23 @@ def floor_predictions(task: Task) -> dict[str, dict[str, npt.NDArray[Any]]]:
 
     Empty for tasks without labels to predict from a text.
     """
-    if task.kind not in _TEXTS:
+    train = texts_of(task, "train")
+    if train is None:
         return {}
     regression = task.kind == "regression"
     labels = task.splits["train"]["label"]
     splits = [split for split in ("validation", "test") if split in task.splits]
-    train = _texts(task, "train")
-    floors = {
-        FLOOR: {split: linear_floor(train, labels, _texts(task, split), regression=regression) for split in splits}
-    }
+    texts = {split: texts_of(task, split) or [] for split in splits}
+    floors = {FLOOR: {split: linear_floor(train, labels, texts[split], regression=regression) for split in splits}}
     if not regression:
         floors[MAJORITY] = {split: majority_floor(labels, len(task.splits[split])) for split in splits}
     return floors
 
 
-def _texts(task: Task, split: str) -> list[str]:
+def texts_of(task: Task, split: str) -> list[str] | None:
+    """What is read of each example, the parts of a pair one after the other; None for tasks of other kinds."""
+    if task.kind not in _TEXTS:
+        return None
     rows = task.splits[split]
     columns = [column for column in _TEXTS[task.kind] if column in rows.column_names]
     return [" ".join(texts) for texts in zip(*(rows[column] for column in columns), strict=True)]

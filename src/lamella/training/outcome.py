@@ -243,7 +243,7 @@ def cost_table(contests: Sequence[Contest], grid: Grid) -> pd.DataFrame:
     for contest in contests:
         for name, own in contest.rows.items():
             measured = [row["metrics"] for row in own.values() if row is not None]
-            row = {"method": name, "task": contest.task.name, "backbone": contest.backbone}
+            row: dict[str, Any] = {"method": name, "task": contest.task.name, "backbone": contest.backbone}
             if measured:
                 row |= {
                     "trainable parameters": measured[0]["trainable_parameters"],

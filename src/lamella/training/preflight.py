@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lamella.errors import LamellaError
 from lamella.training.checks.effects import examine_effects
 from lamella.training.checks.finding import Diagnosis, Examination
+from lamella.training.checks.guests import examine_guests
 from lamella.training.checks.invariance import examine_cache, examine_padding
 from lamella.training.checks.parts import device_of, loss_of, routed_layers, to_device
 from lamella.training.checks.roundtrip import examine_roundtrip
@@ -98,6 +99,7 @@ def preflight(model: nn.Module, batch: Mapping[str, Any], steps: int = 1, *, bf1
         if examination.findings:
             examination.saw("saving, padding, cache and cost: not examined before these are mended")
             return _result(examination, None)
+        examine_guests(model, batch, examination)
         examine_roundtrip(model, batch, examination)
         examine_padding(model, batch, examination)
         examine_cache(model, batch, examination)
@@ -162,7 +164,7 @@ def check_first_step(model: nn.Module, optimizer: Any) -> None:
     Raises:
         LamellaError: a router is cut off, is not in the optimizer, or no balance loss arrived.
     """
-    layers = routed_layers(model)
+    layers = [layer for layer in routed_layers(model) if layer.learns]
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in layers:
         parameters = list(layer.router.parameters())

@@ -137,9 +137,9 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("lamella") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """Names of the recipes inside the package; those in a folder bear its name, as in `published/molex/cola`."""
+    with resources.as_file(resources.files("lamella") / "recipes") as folder:
+        return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -14,12 +14,14 @@ import yaml
 
 from lamella.training.callbacks import entropy_over_training
 from lamella.training.checks.finding import Finding
+from lamella.training.choices import block_choices, choice_tables
 from lamella.training.grid import Cell, Grid, settings_by_method
+from lamella.training.methods import Molex
 from lamella.training.outcome import contests, cost_table, results_table, tidy
 from lamella.training.rows import StudyFolder
+from lamella.training.tasks import task_of
 from lamella.training.trained import load_trained
 from lamella.training.verdict import notes, verdict
-from lamella.tuners import redundancy
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Study:
         entropy: the routing of the same runs over training, as `entropy_over_training`, the method's name as run.
         redundancy: of the same runs' experts, the method's name in the column stack.
         routed: folder of the first of these runs; None without routers.
+        choices: of MoLEx, which blocks its routers and its random control chose for which texts, tables by caption.
         findings: what the doctor found in every run, the run's label before where it is.
         settings: the recipe, what each method's runs were given, and where they lie.
         notes: how the numbers were made.
@@ -47,6 +50,7 @@ class Study:
     entropy: pd.DataFrame | None
     redundancy: pd.DataFrame | None
     routed: Path | None
+    choices: dict[str, pd.DataFrame]
     findings: list[Finding]
     settings: Mapping[str, Any]
     notes: list[str]
@@ -87,6 +91,7 @@ def summarise(grid: Grid, cells: Sequence[Cell], folder: StudyFolder) -> Study:
         entropy=_entropy(routed),
         redundancy=_redundancy(routed),
         routed=next(iter(routed.values()), None),
+        choices=_choices(grid, cells, folder),
         findings=_findings(cells, folder),
         settings={
             "study": {key: recipe[key] for key in recipe if key != "methods"},
@@ -112,7 +117,8 @@ def _over_methods(runs: Mapping[str, Path], name: str) -> pd.DataFrame | None:
 
 
 def _redundancy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
-    return _stacked({method: redundancy(load_trained(run).model) for method, run in runs.items()})
+    found = {method: load_trained(run).redundancy() for method, run in runs.items()}
+    return _stacked({method: frame for method, frame in found.items() if frame is not None})
 
 
 def _stacked(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
@@ -129,6 +135,23 @@ def _entropy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
         if history.is_file()  # a run shorter than its logging interval has none
     ]
     return pd.concat(curves, ignore_index=True) if curves else None
+
+
+def _choices(grid: Grid, cells: Sequence[Cell], folder: StudyFolder) -> dict[str, pd.DataFrame]:
+    """Of the first backbone and task, from the first run of each policy that decides for whole texts."""
+    runs: dict[str, Cell] = {}
+    for cell in cells:
+        method = cell.settings.method
+        if isinstance(method, Molex) and method.policy in ("learned", "random") and method.granularity == "sequence":
+            here = (cell.backbone, cell.task) == (grid.backbones[0], grid.tasks[0])
+            if here and folder.finished(cell.key) and "test" in task_of(cell.settings).splits:
+                runs.setdefault(cell.method, cell)
+    if not runs:
+        return {}
+    control = next(
+        (name for name, cell in runs.items() if getattr(cell.settings.method, "policy", None) == "random"), None
+    )
+    return choice_tables({name: block_choices(folder.run(cell.key)) for name, cell in runs.items()}, control)
 
 
 def _findings(cells: Sequence[Cell], folder: StudyFolder) -> list[Finding]:

@@ -18,8 +18,11 @@ from lamella.training.checks.base import head_size, load_base
 from lamella.training.checks.files import CONFIG
 from lamella.training.scoring import trains_tokens
 from lamella.training.settings import RunSettings
+from lamella.tuners import redundancy
+from lamella.tuners.mola import MolaLinear
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
 
 # Kinds that one head can serve; the labels of a classification must be the same as well.
@@ -76,6 +79,12 @@ class Trained:
         # runs never resize the vocabulary, and to find out PEFT would ask the hub
         saved = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         return sum(tensor.numel() for tensor in saved.values())
+
+    def redundancy(self) -> pd.DataFrame | None:
+        """`lamella.redundancy` of the active adapter's LoRA experts; None where it has none."""
+        if not any(isinstance(module, MolaLinear) for module in self.model.modules()):
+            return None
+        return redundancy(self.model)
 
     def rows(self, split: str, count: int | None = None) -> tuple[Dataset, Encoded]:
         """At most ``count`` rows of a split, always the same ones, read as in the run, and their collator.

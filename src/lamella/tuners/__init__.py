@@ -2,10 +2,13 @@
 
 from lamella.tuners.exporting import Collapsed, collapse, export_experts
 from lamella.tuners.mola import MolaConfig, MolaModel, allocate, redundancy
-from lamella.tuners.registry import LamellaType, register, say_what_was_done
+from lamella.tuners.molex import MolexConfig, MolexModel
+from lamella.tuners.registry import LamellaType, register, rename_inner_lora, say_what_was_done
 from lamella.tuners.summary import Summary
 
 register(LamellaType.MOLA, MolaConfig, MolaModel)
+register(LamellaType.MOLEX, MolexConfig, MolexModel)
+rename_inner_lora()
 say_what_was_done()
 
 __all__ = [
@@ -13,6 +16,8 @@ __all__ = [
     "LamellaType",
     "MolaConfig",
     "MolaModel",
+    "MolexConfig",
+    "MolexModel",
     "Summary",
     "allocate",
     "collapse",

@@ -1,6 +1,7 @@
 """What the configs of all methods share: PEFT's fields, strictness about unknown keys, and faithful JSON."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ class LamellaConfig(PeftConfig):
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            raise LamellaError(_unknown_keys(cls.__name__, unknown, known, kwargs))
+            raise LamellaError(unknown_keys(cls.__name__, unknown, known, kwargs))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -55,7 +56,8 @@ class LamellaConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
 
-def _unknown_keys(config: str, unknown: list[str], known: set[str], given: dict[str, Any]) -> str:
+def unknown_keys(config: str, unknown: list[str], known: set[str], given: Mapping[str, Any]) -> str:
+    """An error's text: each unknown key with the nearest known one, and who wrote the config."""
     culprits = []
     for key in unknown:
         near = difflib.get_close_matches(key, known, n=1)

@@ -19,6 +19,7 @@ from lamella.errors import LamellaError
 from lamella.routing import Routing
 from lamella.routing.context import find_tracker
 from lamella.tuners.mola.layer import MolaLinear
+from lamella.tuners.molex.block import MolexBlock
 
 Batch = Mapping[str, Any]
 
@@ -158,6 +159,12 @@ def export_experts(model: PeftModel, folder: str | Path) -> list[Path]:
 def _mola_layers(model: PeftModel) -> tuple[str, dict[str, MolaLinear]]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: module for name, module in base.named_modules() if isinstance(module, MolaLinear)}
+    if any(isinstance(module, MolexBlock) for module in base.modules()):
+        raise LamellaError(
+            "MoLEx lets each sequence choose the blocks it runs through, so neither one plain LoRA nor one per expert "
+            "does the same: lamella.collapse and lamella.export_experts are for MoLA. Serve it with PEFT as it is, or "
+            "train with policy='self', which is plain LoRA."
+        )
     if not layers or not isinstance(model, PeftModel):
         raise LamellaError(
             f"{type(model).__name__} is no PeftModel with a MoLA adapter; there are no experts to export."

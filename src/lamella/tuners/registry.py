@@ -6,16 +6,20 @@ are filled here, with members of our enum: everything in PEFT and transformers l
 
 import functools
 from enum import Enum
+from typing import Any
 
+import peft.utils.transformers_weight_conversion as conversion
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from transformers.core_model_loading import WeightRenaming
 
 
 class LamellaType(str, Enum):
     """The ``peft_type`` of lamella's methods."""
 
     MOLA = "LAMELLA_MOLA"
+    MOLEX = "LAMELLA_MOLEX"
 
 
 def register(peft_type: LamellaType, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
@@ -49,3 +53,23 @@ def say_what_was_done() -> None:
                 print(summary)
 
     PeftModel.print_trainable_parameters = print_trainable_parameters
+
+
+def rename_inner_lora() -> None:
+    """Makes transformers' own ``load_adapter`` find the LoRA that a MoLEx file holds beside the method's tensors.
+
+    It puts the adapter's name into the keys that carry the method's own prefix alone.
+    """
+    original = conversion.build_peft_weight_mapping
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
+        renamings: list[Any] = original(weight_conversions, adapter_name, peft_config=peft_config)
+        if renamings and getattr(peft_config, "peft_type", None) == LamellaType.MOLEX:
+            inner = WeightRenaming(source_patterns=r"(lora_[^\.]*)", target_patterns=rf"\1.{adapter_name}")
+            return [*renamings, inner]
+        return renamings
+
+    conversion.build_peft_weight_mapping = build_peft_weight_mapping

@@ -20,6 +20,7 @@ class Summary:
         skipped: modules that matched the targets but were left alone, each with the reason.
         notes: settings that were adjusted, each with the reason.
         trainable: trainable parameters of the adapter, without ``modules_to_save``.
+        unit: what each decision is for.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Summary:
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     trainable: int
+    unit: str = "token"
 
     def __str__(self) -> str:
         lines = [f"{self.method} adapter {self.adapter!r}: {self.trainable:,} trainable parameters"]
@@ -38,7 +40,7 @@ class Summary:
             lines += [
                 f"  {stack.name} ({stack.role}, {stack.depth} blocks, found by {stack.found})",
                 f"    experts per block: {_runs(self.experts[stack.name])}",
-                f"    used per token:    {_runs(self.top_k[stack.name])}",
+                f"    {f'used per {self.unit}:':<19}{_runs(self.top_k[stack.name])}",
                 f"    adapted modules:   {_runs(self.modules[stack.name])}",
             ]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]

@@ -3,16 +3,16 @@
 import difflib
 from collections.abc import Sequence
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Stack, find_place
 from lamella.errors import LamellaError
-from lamella.tuners.config import LamellaConfig
 
 
-def check_targets(model: nn.Module, config: LamellaConfig, stacks: Sequence[Stack]) -> None:
+def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack]) -> None:
     """Refuses targets that would adapt less than was asked for, or something that is no linear module.
 
     Raises:

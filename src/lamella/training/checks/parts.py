@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lamella.routing import Router
 from lamella.tuners.mola import MolaLinear
+from lamella.tuners.molex.block import MolexBlock
 
 # A prime number of tokens: k choices of each can never fall evenly on N experts unless k is N, so that the balance loss
 # of a healthy router always has a gradient.
@@ -23,18 +24,21 @@ class RoutedLayer:
 
     Attributes:
         module: the layer.
-        name: its dotted name.
-        key: stack, index of the block and name inside the block, as in a trace.
+        adapter: the adapter's name.
         config: the adapter's config.
         router: decides.
-        up: ``B`` of the experts, ``(N, out, r)``.
+        num_experts: N, of MoLEx the candidates.
+        top_k: k.
+        factors: of MoLA's experts ``A (N, r, in)`` and ``B (N, out, r)``; none where the experts are whole blocks.
     """
 
-    module: MolaLinear
+    module: MolaLinear | MolexBlock
     adapter: str
     config: Any
     router: Router
-    up: nn.Parameter
+    num_experts: int
+    top_k: int
+    factors: tuple[nn.Parameter, ...] = ()
 
     @property
     def name(self) -> str:
@@ -48,44 +52,51 @@ class RoutedLayer:
         return place.stack, place.layer, place.module
 
     @property
-    def num_experts(self) -> int:
-        """N."""
-        return self.router.num_experts
+    def chooses_blocks(self) -> bool:
+        """Whether the experts are whole pretrained blocks."""
+        return isinstance(self.module, MolexBlock)
 
     @property
-    def top_k(self) -> int:
-        """k."""
-        return self.module.experts[self.adapter].top_k
+    def learns(self) -> bool:
+        """Whether the adapter's config lets any loss reach the router."""
+        return bool(getattr(self.config, "trains_router", True))
 
     @property
     def has_own_loss(self) -> bool:
         """Whether the adapter's config asks for a balance or z-loss."""
-        return bool(self.config.balance_coef > 0 or self.config.z_coef > 0)
+        return bool(self.config.balance_coef > 0 or getattr(self.config, "z_coef", 0) > 0)
 
     @property
     def own_loss_is_flat(self) -> bool:
         """Whether its balance loss is the same wherever it sends its tokens: with k = N every expert gets them all."""
-        return self.top_k == self.num_experts and not self.config.z_coef
+        return self.top_k == self.num_experts and not getattr(self.config, "z_coef", 0)
 
     @property
     def untrained(self) -> bool:
         """Whether B is zero still, so that the experts do nothing."""
-        return not bool(self.up.detach().any())
+        return bool(self.factors) and not bool(self.factors[-1].detach().any())
 
 
 def routed_layers(model: nn.Module) -> list[RoutedLayer]:
     """Every router of the active adapters, in the order of the modules."""
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
-    found = []
-    for module in model.modules():
-        if not isinstance(module, MolaLinear):
-            continue
-        for adapter in module.active_adapters:
-            if module.routed(adapter):
-                router, up = module.lamella_mola_router[adapter], module.lamella_mola_lora_B[adapter]
-                assert isinstance(router, Router)
-                found.append(RoutedLayer(module, adapter, configs[adapter], router, up))
-    return found
+    return [
+        _routed(module, adapter, configs[adapter])
+        for module in model.modules()
+        if isinstance(module, MolaLinear | MolexBlock)
+        for adapter in module.active_adapters
+        if module.routed(adapter)
+    ]
+
+
+def _routed(module: MolaLinear | MolexBlock, adapter: str, config: Any) -> RoutedLayer:
+    if isinstance(module, MolexBlock):
+        depth = module.mixtures[adapter].depth
+        return RoutedLayer(module, adapter, config, module.router(adapter), len(depth.candidates), depth.top_k)
+    router = module.lamella_mola_router[adapter]
+    assert isinstance(router, Router)
+    factors = (module.lamella_mola_lora_A[adapter], module.lamella_mola_lora_B[adapter])
+    return RoutedLayer(module, adapter, config, router, router.num_experts, module.experts[adapter].top_k, factors)
 
 
 def transformer(model: nn.Module) -> Any:
@@ -113,8 +124,8 @@ def longest_input(model: nn.Module) -> int | None:
     return None
 
 
-def random_batch(model: nn.Module) -> dict[str, Tensor] | None:
-    """One row of random token ids, always the same ones; None for a model that takes something else than token ids."""
+def random_batch(model: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
+    """One row of random token ids, the same for a seed; None for a model that takes something else than token ids."""
     inner = transformer(model)
     config = getattr(inner, "config", None)
     embeddings = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
@@ -122,7 +133,7 @@ def random_batch(model: nn.Module) -> dict[str, Tensor] | None:
         return None
     limit = longest_input(model) or _PRIMES[0]
     tokens = next((prime for prime in _PRIMES if prime <= limit), 1)
-    ids = torch.randint(embeddings.num_embeddings, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(embeddings.num_embeddings, (1, tokens), generator=torch.Generator().manual_seed(seed))
     pad = getattr(config, "pad_token_id", None)
     if isinstance(pad, int) and 0 <= pad < embeddings.num_embeddings:
         ids = ids.masked_fill(ids == pad, (pad + 1) % embeddings.num_embeddings)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lamella.tracing import record_routing
 from lamella.training.checks.finding import Examination
-from lamella.training.checks.parts import device_of, routed_layers, to_device
+from lamella.training.checks.parts import RoutedLayer, device_of, routed_layers, to_device
 from lamella.training.checks.undisturbed import undisturbed
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ _EXPECTED = 20
 
 @dataclass(frozen=True)
 class _Use:
-    """One router over the tokens of a trace: `favourite` is the part of them that use its most used expert."""
+    """One router over the tokens, or the sequences, of a trace: `favourite` is the part of them that use its most used
+    expert; `of_blocks`: whether the experts are whole blocks, which are there anyway and need not all be used.
+    """
 
     name: str
     tokens: int
@@ -37,6 +39,7 @@ class _Use:
     favourite: float
     entropy: float
     silent: tuple[int, ...]
+    of_blocks: bool
 
     @property
     def enough(self) -> bool:
@@ -71,7 +74,7 @@ def judge_usage(frame: pd.DataFrame, model: nn.Module, source: str, examination:
     uses = []
     for key, rows in frame.groupby(["adapter", "stack", "layer", "module"], sort=False):
         if key in layers:
-            uses.append(_use(layers[key].name, layers[key].top_k, rows))
+            uses.append(_use(layers[key], rows))
     judged = [use for use in uses if use.enough]
     tokens = max((use.tokens for use in uses), default=0)
     few = f"; {len(uses) - len(judged)} saw too few tokens to judge" if len(judged) < len(uses) else ""
@@ -79,22 +82,24 @@ def judge_usage(frame: pd.DataFrame, model: nn.Module, source: str, examination:
     _report(judged, examination)
 
 
-def _use(name: str, top_k: int, rows: pd.DataFrame) -> _Use:
+def _use(layer: RoutedLayer, rows: pd.DataFrame) -> _Use:
     shares: Sequence[float] = rows["share"].tolist()  # of selections; k of them per token
     return _Use(
-        name=name,
+        name=layer.name,
         tokens=int(rows["tokens"].iloc[0]),
-        num_experts=len(shares),
-        top_k=top_k,
-        favourite=max(shares) * top_k,
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        favourite=max(shares) * layer.top_k,
         entropy=float(rows["entropy"].iloc[0]),
         silent=tuple(expert for expert, share in zip(rows["expert"], shares, strict=True) if share == 0),
+        of_blocks=layer.chooses_blocks,
     )
 
 
 def _report(uses: Sequence[_Use], examination: Examination) -> None:
     balance = "raise balance_coef, lower router_lr, or give these layers fewer experts"
-    if found := _those(uses, lambda use: use.top_k < use.num_experts and use.favourite >= COLLAPSED):
+    collapsed = _those(uses, lambda use: use.top_k < use.num_experts and use.favourite >= COLLAPSED)
+    if found := [use for use in collapsed if not use.of_blocks]:
         examination.warning(
             "router-collapsed",
             f"{len(found)} router(s) have collapsed: at least {min(use.favourite for use in found):.1%} of the tokens "
@@ -110,9 +115,17 @@ def _report(uses: Sequence[_Use], examination: Examination) -> None:
             f"{len(found)} router(s) are certain of every choice: entropy below {NEAR_ZERO:.0%} of ln N",
             [f"{use.name} ({use.entropy:.3f} of {math.log(use.num_experts):.3f} nats)" for use in found],
             "a saturated softmax passes no gradient on, so such a router can no longer change its mind",
-            "lower router_lr, set z_coef above 0 (1e-3 is usual), or use router='cosine'",
+            "lower router_lr, set z_coef above 0 (MoLA; 1e-3 is usual), or use router='cosine'",
         )
-    if found := _those(uses, lambda use: bool(use.silent)):
+    if found := [use for use in collapsed if use.of_blocks]:
+        examination.warning(
+            "one-guest-for-all",
+            f"at {len(found)} block(s) at least {min(use.favourite for use in found):.1%} of inputs get the same guest",
+            [f"{use.name} ({use.favourite:.1%})" for use in found],
+            "the router decides nothing there: policy='fixed' with that block does the same without a router",
+            "raise balance_coef, lower router_lr, or compare with policy='fixed' and policy='random'",
+        )
+    if found := _those(uses, lambda use: bool(use.silent) and not use.of_blocks):
         count = sum(len(use.silent) for use in found)
         examination.warning(
             "expert-never-fires",

@@ -8,17 +8,16 @@ from typing import Any, ClassVar
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
 from lamella.errors import CannotMergeError, LamellaError
-from lamella.routing.context import track_calls, untrack_calls
+from lamella.routing.context import untrack_calls
 from lamella.tuners.loading import check_tensors
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.summary import Summary
 from lamella.tuners.targets import check_targets
+from lamella.tuners.tracking import track
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class MolaModel(BaseTuner):
             name for name in self.targeted_module_names if name not in {name for name, _ in self._skipped}
         ]
         _connect(layers, adapter_name)
-        _track(model)
+        track(model)
         self.summaries[adapter_name] = self._summarise(adapter_name, layers)
         logger.info("%s", self.summaries[adapter_name])  # add_adapter leaves no tuner behind to ask
 
@@ -160,11 +159,3 @@ def _connect(layers: list[MolaLinear], adapter: str) -> None:
         same = [s for s in siblings if s is not None and s.in_features == layer.in_features]
         if len(same) > len(layer.same_input):
             layer.same_input = same
-
-
-def _track(model: nn.Module) -> None:
-    # The transformers inside are given attention masks of their own: an encoder's, a decoder's.
-    stacks = [m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel)]
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
-    track_calls(model, stacks, shifts_labels=loss is ForCausalLMLoss and not is_encoder_decoder)

@@ -1,0 +1,51 @@
+"""`lamella evidence`: what the kept studies say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamella.cli.output import console, print_json
+
+
+def evidence(
+    add: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a study to keep first, named as its recipe; may be repeated.")
+    ] = None,
+    docs: Annotated[Path, typer.Option(help="Folder of evidence.md and results/studies.")] = Path("docs"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit status 1 if the page is another.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Write docs/evidence.md from the studies kept in docs/results/studies: what was run, and what it says.
+
+    Example: lamella evidence --add runs/trec-shapes
+    """
+    from lamella.errors import LamellaError
+    from lamella.training.evidence import keep, load_study, study_names
+    from lamella.training.evidence_page import evidence_page, write_page
+
+    if not docs.is_dir():
+        raise LamellaError(f"There is no folder {docs}. Run this where lamella's docs lie, or name them with --docs.")
+    if check and add:
+        raise LamellaError("--check writes nothing and --add does. Give one of them.")
+    kept, path = docs / "results" / "studies", docs / "evidence.md"
+    for folder in add or []:
+        console.print(f"Kept: {keep(folder, kept)}", highlight=False)
+    studies = [load_study(name, kept) for name in study_names()]
+    page = evidence_page(studies)
+    same = path.is_file() and path.read_text(encoding="utf-8") == page
+    if not check:
+        write_page(page, path)
+    if json:
+        cells = {study.name: {"run": study.run, "planned": study.planned} for study in studies}
+        print_json({"page": str(path), "unchanged": same, "studies": cells})
+    else:
+        run, planned = sum(study.run for study in studies), sum(study.planned for study in studies)
+        said = "is what the data say" if same or not check else "is not what the data say: run `lamella evidence`"
+        console.print(f"{path} {said}; {run} of {planned} cells run.", highlight=False)
+    if check and not same:
+        raise typer.Exit(1)

@@ -1,0 +1,376 @@
+"""One block of a stack with its guests."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lamella.backbones import BlockCall, Place, hidden_states_of, with_hidden_states
+from lamella.errors import CannotMergeError, LamellaError
+from lamella.routing import Frame, ProjectedCosineRouter, Router, RouterLoss, attach, current_frame, make_router
+from lamella.routing.prompt import Readable
+from lamella.tuners.molex.cache import GuestSlots, guest_slots
+from lamella.tuners.molex.choosing import (
+    Choice,
+    as_routing,
+    choose,
+    draw,
+    pool_scores,
+    score_candidates,
+    spread,
+    weigh,
+)
+from lamella.tuners.molex.config import MolexConfig
+from lamella.tuners.molex.guests import is_checkpointed, refuse_sharded, run_guest, show_mixture
+from lamella.tuners.molex.plan import Depth
+
+CANNOT_MERGE = (
+    "MoLEx lets each sequence choose the blocks it runs through, so there is no single weight to merge into the base, "
+    "and no plain LoRA that does the same (lamella.collapse and lamella.export_experts are for MoLA). Serve it with "
+    "PEFT as it is, or train with policy='self', which is plain LoRA. A trainer that syncs weights by merging (TRL "
+    "with vLLM) cannot use it."
+)
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """One adapter's settings at this block."""
+
+    config: MolexConfig
+    depth: Depth
+
+    @property
+    def granularity(self) -> str:
+        """What a decision is for; without a choice, all tokens of a sequence have the same guests."""
+        return self.config.granularity if self.config.policy in ("learned", "random") else "sequence"
+
+
+class MolexBlock(nn.Module, BaseTunerLayer):
+    """``h' = B_t(h) + (1 - alpha) * sum_i c_i (B_i(h) - B_t(h))`` over the guests i that were chosen for h.
+
+    Tensors per adapter, where the block has its own: ``lamella_molex_router.weight (T, in)`` and ``.bias (T,)``, and
+    ``lamella_molex_alpha ()``, a logit. Blocks that share them find them at the first one that has them.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lamella_molex_router", "lamella_molex_alpha")
+    other_param_names: tuple[str, ...] = ("mixtures", "routers", "alphas")
+
+    # What BaseTunerLayer, which is untyped, brings along.
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+
+    def __init__(self, base_layer: nn.Module, place: Place, blocks: list[nn.Module], decoder: bool) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.place = place
+        self.decoder = decoder
+        # A plain list, so that the other blocks are not registered here a second time.
+        self.blocks = blocks
+        self.lamella_molex_router = nn.ModuleDict()
+        self.lamella_molex_alpha = nn.ParameterDict()
+        self.mixtures: dict[str, _Mixture] = {}
+        self.routers: dict[str, MolexBlock] = {}
+        self.alphas: dict[str, MolexBlock] = {}
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+
+    def update_layer(
+        self,
+        adapter: str,
+        config: MolexConfig,
+        depth: Depth,
+        width: int,
+        router_at: "MolexBlock | None",
+        alpha_at: "MolexBlock | None",
+    ) -> None:
+        """Gives this block the settings of an adapter, and the router and alpha that it is to hold.
+
+        Args:
+            adapter: its name.
+            config: its settings.
+            depth: what happens at this block.
+            width: features of the hidden states.
+            router_at: the block that holds the router this one asks; None where none decides.
+            alpha_at: the block that holds the learned alpha this one uses; None where it is fixed.
+        """
+        self.mixtures[adapter] = _Mixture(config, depth)
+        if router_at is not None:
+            self.routers[adapter] = router_at
+        if alpha_at is not None:
+            self.alphas[adapter] = alpha_at
+        device = next(self.base_layer.parameters()).device
+        if router_at is self:
+            router = _new_router(config, width, len(self.blocks))
+            self.lamella_molex_router[adapter] = router if _is_meta(router) else router.to(device)
+            if not config.trains_router:
+                self.frozen_peft_weight_names[adapter] = ("lamella_molex_router",)
+        if alpha_at is self:
+            alpha = torch.tensor(float(config.alpha)).logit()
+            self.lamella_molex_alpha[adapter] = nn.Parameter(alpha if alpha.is_meta else alpha.to(device))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Maps what the block maps, ``(batch, tokens, features)``, and returns what the block returns."""
+        adapter = self._running()
+        if adapter is None or not self.mixtures[adapter].depth.mixes:
+            return self.base_layer(*args, **kwargs)
+        refuse_sharded(self, self.base_layer)
+        call, frame = BlockCall(self.base_layer, args, kwargs), current_frame()
+        slots = self._slots(adapter, call, frame)
+        choice = self._choice(adapter, call.hidden_states, frame, slots)
+        output = self.base_layer(*args, **kwargs)
+        own = hidden_states_of(output)
+        mixed = self._with_guests(adapter, own, choice, call, output, slots)
+        mixed = self._attach_losses(adapter, mixed, choice, frame)
+        show_mixture(own, mixed)
+        return with_hidden_states(output, mixed)
+
+    @property
+    def name(self) -> str:
+        """The block's dotted name in the model."""
+        return f"{self.place.stack}.{self.place.layer}"
+
+    def routed(self, adapter: str) -> bool:
+        """Whether a router decides here for the adapter."""
+        return adapter in self.routers
+
+    def router(self, adapter: str) -> Router:
+        """The router that decides here, wherever it is held."""
+        router = self.routers[adapter].lamella_molex_router[adapter]
+        assert isinstance(router, Router)
+        return router
+
+    def alpha(self, adapter: str, device: torch.device | None = None) -> Tensor | float:
+        """The weight of the block's own output, a tensor on that device where it is learned."""
+        if adapter not in self.alphas:
+            return self.mixtures[adapter].config.alpha
+        return torch.sigmoid(self.alphas[adapter].lamella_molex_alpha[adapter]).to(device)
+
+    def _running(self) -> str | None:
+        if self.disable_adapters:
+            return None
+        active = [adapter for adapter in self.active_adapters if adapter in self.mixtures]
+        if len(active) > 1:
+            raise LamellaError(
+                f"{len(active)} MoLEx adapters are active at {self.name} ({', '.join(active)}), and each would put "
+                "another block in the same place; activate one with set_adapter."
+            )
+        return active[0] if active else None
+
+    def _slots(self, adapter: str, call: BlockCall, frame: Frame | None) -> GuestSlots | None:
+        """Where guests keep their keys and values; None without a cache."""
+        if call.cache is None or is_checkpointed(self.base_layer):
+            return None
+        if self.mixtures[adapter].granularity != "token":
+            return guest_slots(call.cache, len(self.blocks))
+        generating = frame is not None and frame.call.generating
+        if generating or int(call.cache.get_seq_length(self.place.layer)) > 0 or _is_static(call.cache):
+            raise LamellaError(
+                "With granularity='token' any block can become the guest of any later token, and none has keys for the "
+                "tokens before, so there is nothing to keep in a cache. Use use_cache=False, or granularity='sequence'."
+            )
+        return None
+
+    def _choice(self, adapter: str, h: Tensor, frame: Frame | None, slots: GuestSlots | None) -> Choice:
+        """The guests: as kept with the cache, or decided now and kept there."""
+        depth = self.mixtures[adapter].depth.index
+        kept = None if slots is None else slots.decision(depth)
+        if kept is not None:
+            return Choice(kept.indices.to(h.device), kept.weights.to(h.device))
+        if slots is not None and slots.past(depth, h.shape[1]) > 0:
+            raise LamellaError(
+                "The cache holds tokens that were read without this adapter, so no guest has seen them. Start from an "
+                "empty cache, or pass use_cache=False."
+            )
+        with torch.autocast(h.device.type, enabled=False):
+            choice = self._decide(adapter, h, frame)
+        if slots is not None:
+            slots.decide(depth, choice.indices, choice.weights.detach(), choice.complete)
+        if frame is not None and choice.routing is not None:
+            shape = choice.routing.indices.shape[:1] if choice.routing.granularity != "token" else h.shape[:2]
+            for observe in frame.observers:
+                observe(self, adapter, choice.routing, choice.real, shape)
+        return choice
+
+    def _decide(self, adapter: str, h: Tensor, frame: Frame | None) -> Choice:
+        mixture = self.mixtures[adapter]
+        config, depth, granularity = mixture.config, mixture.depth, mixture.granularity
+        readable = self._readable(h, frame, granularity, config)
+        read = readable.read
+        if self.routed(adapter):
+            scores = score_candidates(self._logits(adapter, h), depth.candidates, config.score)
+            rows, read_rows = pool_scores(scores, read, granularity)
+            picked, mean = choose(rows, read_rows, depth.top_k, config.aggregate)
+            weights = weigh(mean.gather(1, picked), config.router_gradient)
+            logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+        else:
+            logits, picked = self._without_router(mixture, h, read, frame)
+            weights = torch.full_like(logits[:, :1], 1 / picked.shape[1]).expand(picked.shape)
+        routing = as_routing(logits, picked, weights, depth.candidates, len(self.blocks), granularity)
+        batch, tokens = h.shape[:2]
+        return Choice(
+            indices=spread(routing.indices, batch, tokens, granularity),
+            weights=spread(weights, batch, tokens, granularity),
+            without=readable.without,
+            complete=readable.complete,
+            routing=routing,
+            real=_decides_for_something(read, granularity),
+            scores=logits if self.routed(adapter) else None,
+            picked=picked,
+        )
+
+    def _readable(self, h: Tensor, frame: Frame | None, granularity: str, config: MolexConfig) -> Readable:
+        if frame is None:
+            return Readable(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device), None)
+        if granularity == "token":  # a token decides by itself, so it sees nothing later
+            return Readable(frame.real_tokens(h), None)
+        return frame.readable(h, self.decoder, config.prompt_tokens)
+
+    def _logits(self, adapter: str, h: Tensor) -> Tensor:
+        """The router's scores of all blocks, in float32 or wider, ``(batch, tokens, T)``."""
+        router = self.router(adapter)
+        wide = h.to(router.weight.device, torch.promote_types(h.dtype, torch.float32))
+        return router.logits(wide.flatten(0, 1)).view(*h.shape[:2], -1).to(h.device)
+
+    def _without_router(self, mixture: _Mixture, h: Tensor, read: Tensor, frame: Frame | None) -> tuple[Tensor, Tensor]:
+        """Logits of the candidates, equal, and those chosen: for the policies, and where there is only one."""
+        config, depth = mixture.config, mixture.depth
+        count = len(depth.candidates)
+        if config.policy == "random":
+            if frame is None:
+                raise LamellaError(
+                    f"policy='random' draws from what the model reads, so {self.name} cannot run outside its forward."
+                )
+            drawn = draw(frame.given, read, depth.index, config.seed, count, mixture.granularity)
+            picked = drawn.sort(dim=1, descending=True, stable=True).indices[:, : depth.top_k]
+        else:
+            rows = {"token": read.numel(), "batch": 1}.get(mixture.granularity, len(read))
+            picked = torch.arange(depth.top_k, device=h.device).expand(rows, -1)
+        logits = torch.zeros(len(picked), count, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+        return logits, picked
+
+    def _with_guests(
+        self, adapter: str, own: Tensor, choice: Choice, call: BlockCall, output: Any, slots: GuestSlots | None
+    ) -> Tensor:
+        """Adds each chosen block's difference from this one, run on the sequences that chose it alone."""
+        mixture, depth = self.mixtures[adapter], self.place.layer
+        choice = choice.to(own.device)  # which need not be where the block's input is
+        weights = choice.weights * (1 - self.alpha(adapter, own.device))  # (batch, k) or (batch, tokens, k)
+        mixed = own
+        for guest in torch.unique(choice.indices).tolist():
+            if guest == depth:
+                continue
+            is_chosen = choice.indices == guest
+            share = (weights * is_chosen).sum(dim=-1)  # (batch,) or (batch, tokens)
+            share = share if share.dim() == 2 else share[:, None]
+            if choice.without is not None:
+                share = share.masked_fill(choice.without, 0)
+            chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
+            rows = None if bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
+            view = None if slots is None else slots.view(depth, rows)
+            settings = mixture.config.guest_dtype, mixture.config.recompute_guest
+            states = run_guest(self.blocks[guest], call, rows, view, output, *settings)
+            share = share[..., None].to(own.dtype)  # (batch, tokens or 1, 1)
+            if rows is None:
+                mixed = mixed + share * (states - own)
+            else:
+                mixed = mixed.index_add(0, rows, share[rows] * (states - own[rows]))
+        return mixed
+
+    def _attach_losses(self, adapter: str, mixed: Tensor, choice: Choice, frame: Frame | None) -> Tensor:
+        """The router's own loss, and a place in the graph for parameters that no guest used."""
+        if not self.training or not torch.is_grad_enabled():
+            return mixed
+        idle = [self.alphas[adapter].lamella_molex_alpha[adapter]] if adapter in self.alphas else []
+        if choice.scores is not None:
+            self._check_trainable(adapter)
+            if choice.scores.requires_grad:
+                mixed = self._balanced(adapter, mixed, choice, frame)
+                idle.append(choice.scores)
+        used: Tensor = _Use.apply(mixed, *idle) if idle else mixed
+        return used
+
+    def _balanced(self, adapter: str, mixed: Tensor, choice: Choice, frame: Frame | None) -> Tensor:
+        coefficient = self.mixtures[adapter].config.balance_coef
+        if coefficient == 0:
+            return mixed
+        if frame is None:
+            raise LamellaError(
+                f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
+                "unknown to its balance loss. Call the model itself, or set balance_coef=0."
+            )
+        loss = RouterLoss(coefficient, 0.0)
+        assert choice.scores is not None
+        others = (choice.picked, choice.real)
+        return attach(mixed, choice.scores, loss.value, loss.gradient, others, frame, self.name)
+
+    def _check_trainable(self, adapter: str) -> None:
+        config = self.mixtures[adapter].config
+        if not config.trains_router and any(p.requires_grad for p in self.router(adapter).parameters()):
+            raise LamellaError(
+                f"The router of adapter {adapter!r} is set to train, but cannot receive a gradient: with "
+                "router_gradient='none' the task loss does not depend on it, and balance_coef=0 leaves no other. Use "
+                "router_gradient='scale', a balance_coef above 0, or leave the router frozen."
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        raise CannotMergeError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        raise CannotMergeError(f"{self.name} is never merged, so there is nothing to unmerge.")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Models ask a block what kind of attention it has.
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "molex." + super().__repr__()
+
+
+class _Use(torch.autograd.Function):
+    """The identity on its first argument, which keeps the others in the graph with a gradient of zero.
+
+    Data-parallel training waits for a gradient of every parameter, also where no sequence of a batch had a guest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, *idle: Tensor) -> Tensor:
+        ctx.save_for_backward(*idle)
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def _new_router(config: MolexConfig, width: int, blocks: int) -> Router:
+    if config.router_proj is not None:
+        return ProjectedCosineRouter(width, blocks, config.router_proj)
+    router = make_router(config.router, width, blocks, bias=config.router == "linear")
+    if config.router == "linear":
+        nn.init.normal_(router.weight, std=0.02)  # as published
+    return router
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())
+
+
+def _is_static(cache: Any) -> bool:
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def _decides_for_something(read: Tensor, granularity: str) -> Tensor | None:
+    """Which decisions have a real token to read, ``(rows,)``."""
+    if granularity == "batch":
+        return None
+    return read.flatten() if granularity == "token" else read.any(dim=1)

@@ -1,0 +1,192 @@
+"""From a block's input to the guests it mixes in, with their weights. Plain torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lamella.routing import Routing, count_votes, pool_mean
+from lamella.routing.router import Granularity
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The guests at one block, for the sequences of a batch.
+
+    Attributes:
+        indices: block indices, ``(batch, k)``, or ``(batch, tokens, k)`` where each token has its own.
+        weights: how much each guest counts, of the same shape; the k of them sum to 1 in value.
+        without: tokens that run without guest, ``(batch, tokens)``; None where there are none.
+        routing: the decision as it was taken, over all blocks of the stack, for who watches; None where it was taken
+            in an earlier forward.
+        real: which of the routing's rows decide for something real; None for all.
+        scores: what the balance loss reads, log scores of the candidates, ``(rows, candidates)``; None without router.
+        picked: the candidates chosen, by their place among the candidates, ``(rows, k)``.
+        complete: whether all that the decision is meant to read was there.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    without: Tensor | None = None
+    routing: Routing | None = None
+    real: Tensor | None = None
+    scores: Tensor | None = None
+    picked: Tensor | None = None
+    complete: bool = True
+
+    def to(self, device: torch.device) -> "Choice":
+        """The same with what the mixture needs on another device."""
+        without = None if self.without is None else self.without.to(device)
+        return replace(self, indices=self.indices.to(device), weights=self.weights.to(device), without=without)
+
+
+def score_candidates(logits: Tensor, candidates: Sequence[int], score: str) -> Tensor:
+    """Each token's score of each candidate.
+
+    Args:
+        logits: of all blocks of the stack, ``(batch, tokens, T)``.
+        candidates: the blocks that can be chosen.
+        score: "softmax" over them, or a "sigmoid" for each.
+
+    Returns:
+        ``(batch, tokens, candidates)``, each between 0 and 1.
+    """
+    among = logits if len(candidates) == logits.shape[-1] else logits[..., list(candidates)]
+    return torch.sigmoid(among) if score == "sigmoid" else torch.softmax(among, dim=-1)
+
+
+def pool_scores(scores: Tensor, read: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    """Lays a decision's tokens side by side: a row per decision.
+
+    Args:
+        scores: ``(batch, tokens, C)``.
+        read: the tokens a decision reads, ``(batch, tokens)``.
+        granularity: "sequence", "batch" or "token".
+
+    Returns:
+        Scores ``(rows, tokens per row, C)`` with zeros where nothing is read, and the same mask laid out alike.
+    """
+    if granularity == "batch":
+        scores, read = scores.flatten(0, 1)[None], read.flatten()[None]
+    elif granularity == "token":
+        scores, read = scores.flatten(0, 1)[:, None], read.flatten()[:, None]
+    # Masked, not multiplied: what attention makes of padding need not be finite.
+    return scores.masked_fill(~read[..., None], 0), read
+
+
+def choose(scores: Tensor, read: Tensor, top_k: int, aggregate: str) -> tuple[Tensor, Tensor]:
+    """The best candidates of each row.
+
+    Args:
+        scores: ``(rows, tokens, C)``.
+        read: ``(rows, tokens)``.
+        top_k: how many.
+        aggregate: by the "mean" score of the tokens, or by the "mode" of their own choices (the most frequent ones).
+
+    Returns:
+        Their places among the candidates, best first, ``(rows, k)``, ties to the smallest; and all mean scores,
+        ``(rows, C)``.
+    """
+    mean = pool_mean(scores, read)  # (rows, C)
+    with torch.no_grad():
+        by = mean if aggregate == "mean" else count_votes(scores.argmax(dim=-1), scores.shape[-1], read)
+        picked = by.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return picked, mean
+
+
+def weigh(probs: Tensor, form: str) -> Tensor:
+    """Weights of the chosen guests, which also carry the router's gradient.
+
+    In value they are the scores renormalised, so exactly 1 for a single guest. The gradient is that of s times them,
+    where s has value 1 and is ``P / stopgrad(P)`` ("scale") or ``1 + P - stopgrad(P)`` ("straight-through") of their
+    total score P, or has none ("none").
+
+    Args:
+        probs: scores of the chosen, ``(rows, k)``.
+        form: how the gradient gets there.
+    """
+    probs = probs.clamp_min(torch.finfo(probs.dtype).tiny)  # a sequence without real tokens has scores of 0
+    total = probs.sum(dim=-1, keepdim=True)
+    weights = probs / total
+    if form == "none":
+        return weights.detach()
+    held = total.detach()
+    return weights * (total / held if form == "scale" else 1 + (total - held))
+
+
+def as_routing(
+    logits: Tensor, picked: Tensor, weights: Tensor, candidates: Sequence[int], total: int, granularity: str
+) -> Routing:
+    """A decision among some candidates as one among all blocks of the stack, for who watches.
+
+    Args:
+        logits: ``(rows, C)`` of the candidates.
+        picked: ``(rows, k)`` places among them.
+        weights: ``(rows, k)``.
+        candidates: C block indices.
+        total: T, the blocks of the stack.
+        granularity: what a row decides for.
+    """
+    places = torch.as_tensor(candidates, device=logits.device)
+    everywhere = logits.detach().new_full((len(logits), total), -torch.inf)
+    everywhere[:, places] = logits.detach()
+    return Routing(everywhere, weights.detach(), places[picked], cast(Granularity, granularity))
+
+
+def spread(rows: Tensor, batch: int, tokens: int, granularity: str) -> Tensor:
+    """A value per decision ``(rows, k)`` as one per sequence ``(batch, k)`` or per token ``(batch, tokens, k)``."""
+    if granularity == "batch":
+        return rows.expand(batch, -1)
+    return rows.view(batch, tokens, -1) if granularity == "token" else rows
+
+
+def draw(given: Tensor | None, read: Tensor, depth: int, seed: int, candidates: int, granularity: str) -> Tensor:
+    """A random number for each candidate of each decision, by a hash of what the sequence reads.
+
+    It depends on nothing else: not on the other sequences, the padding, the device or the order of calls.
+
+    Args:
+        given: token ids ``(batch, tokens)``, or embeddings or pixels ``(batch, ...)``.
+        read: the tokens a decision reads, ``(batch, tokens)``.
+        depth: the block's index.
+        seed: of the policy.
+        candidates: C.
+        granularity: "sequence", "batch" or "token".
+
+    Returns:
+        ``(rows, C)`` of int64, at least 0.
+    """
+    content = _content(given, read)  # (batch, tokens)
+    place = read.cumsum(dim=1)  # the same token counts for something else elsewhere, padding for nothing
+    value = _mix(_mix(content) + _mix(place + 1)).masked_fill(~read, 0)
+    if granularity == "token":
+        value = value.flatten()
+    else:
+        value = value.sum(dim=1)
+        value = value.sum(dim=0, keepdim=True) if granularity == "batch" else value
+    which = torch.arange(candidates, device=read.device)
+    keyed = _mix(_mix(value + _mix(torch.tensor(seed, device=read.device)))[:, None] + (depth << 20) + which)
+    return _mix(keyed) & 0x7FFFFFFFFFFFFFFF
+
+
+def _content(given: Tensor | None, read: Tensor) -> Tensor:
+    if given is None:
+        return torch.zeros_like(read, dtype=torch.int64)
+    given = given.to(read.device)
+    if given.is_floating_point():
+        bits = given.detach().float().view(torch.int32).long()
+        per_token = bits if bits.dim() == 3 and bits.shape[:2] == read.shape else bits.flatten(1)[:, None]
+        per_token = per_token.flatten(2)
+        given = _mix(per_token + _mix(torch.arange(per_token.shape[-1], device=read.device))).sum(dim=-1)
+    if given.shape[0] == read.shape[0] and given.shape[-1] in (1, read.shape[1]):
+        return given.long().expand_as(read)
+    return torch.zeros_like(read, dtype=torch.int64)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in int64 that wraps around."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -1,0 +1,219 @@
+"""The settings of MoLEx."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig
+
+from lamella.errors import LamellaError
+from lamella.tuners.config import LamellaConfig, unknown_keys
+from lamella.tuners.registry import LamellaType
+
+POLICIES = ("learned", "random", "fixed", "self", "uniform")
+
+# What belongs to the whole adapter, or would change the base model's own weights or number of blocks.
+_NOT_INSIDE = ("task_type", "modules_to_save", "layer_replication", "trainable_token_indices", "loftq_config")
+_HARMLESS_INITS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass
+class MolexConfig(LamellaConfig):
+    """Mixture of layer experts: each block mixes in another pretrained block of the model (arXiv 2503.11144).
+
+    ``h' = B_t(h) + (1 - alpha) * s * (B_tau(h) - B_t(h))`` on the outputs of whole blocks, LoRA included.
+
+    Args:
+        alpha: weight of the block's own output. 1 is the base with its LoRA, and no guest runs.
+        alpha_mode: "fixed", or "learned" as one logit that starts where ``alpha`` says.
+        alpha_scope: "shared" by the blocks of a stack, or "per-layer".
+        router: "linear" or "cosine".
+        router_proj: features that the cosine router projects its input to first, as published; None for none.
+        score: "softmax" over the candidates, or a "sigmoid" for each.
+        router_scope: one router "shared" by the blocks of a stack, or one "per-layer".
+        top_k: guests per decision; with two, the pair weighted by its renormalised scores takes the guest's place.
+        granularity: what a decision is for: a "sequence", a "token", or the whole "batch" as published, where a
+            prediction depends on the other sequences of its batch.
+        aggregate: how tokens' scores become one decision: their "mean", or the "mode" of their own choices.
+        candidates: "all" blocks of the same kind, those "later" in the stack, or a list of block indices.
+        router_gradient: how the task loss reaches the router: "scale" (s = p / stopgrad(p)), "straight-through"
+            (s = 1 + p - stopgrad(p)), or "none" as published, where the balance loss alone trains it.
+        policy: who decides: the "learned" router, or a control without one: "random" (by a hash of what the sequence
+            reads), "fixed" (``fixed_layer`` everywhere), "self" (no guest), "uniform" (the mean of all candidates).
+        fixed_layer: the guest of policy "fixed"; ``lamella.tuners.molex.best_fixed_layer`` finds the best.
+        prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
+        balance_coef: coefficient of the balance loss, summed over blocks.
+        lora: the LoRA inside the blocks, with PEFT's own settings; None for none.
+        guest_dtype: "bfloat16" computes guests under autocast to it; None or "float32" as the block itself.
+        recompute_guest: guests are recomputed in the backward pass instead of kept.
+        seed: of the policy "random".
+        target_modules: not a setting of MoLEx, which takes whole blocks; the linear modules are ``lora``'s.
+
+    Raises:
+        LamellaError: a value out of range, an unknown key, or values that contradict each other.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    alpha: float = 0.95
+    alpha_mode: str = "fixed"
+    alpha_scope: str = "shared"
+    router: str = "linear"
+    router_proj: int | None = None
+    score: str = "softmax"
+    router_scope: str = "shared"
+    top_k: int = 1
+    granularity: str = "sequence"
+    aggregate: str = "mean"
+    candidates: str | list[int] = "all"
+    router_gradient: str = "scale"
+    policy: str = "learned"
+    fixed_layer: int | None = None
+    prompt_tokens: int = 4
+    balance_coef: float = 1e-3
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    guest_dtype: str | None = None
+    recompute_guest: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LamellaType.MOLEX
+        if isinstance(self.candidates, tuple):
+            self.candidates = list(self.candidates)
+        if isinstance(self.layers_to_transform, tuple):
+            self.layers_to_transform = list(self.layers_to_transform)
+        if isinstance(self.lora, Mapping):
+            self.lora = _lora_from(self.lora)
+        self._check_names()
+        self._check_numbers()
+        self._check_together()
+        self._check_lora()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON knows it, with the LoRA inside as a dictionary of its own."""
+        values = super().to_dict()
+        if self.lora is not None:
+            lora = self.lora.to_dict()
+            values["lora"] = {key: sorted(v) if isinstance(v, set) else v for key, v in lora.items()}
+        return values
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any guest can change an output."""
+        return self.policy != "self" and not (self.alpha_mode == "fixed" and self.alpha == 1)
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether any loss reaches a router."""
+        return self.mixes and self.policy == "learned" and (self.router_gradient != "none" or self.balance_coef > 0)
+
+    def _check_names(self) -> None:
+        allowed: dict[str, tuple[Any, ...]] = {
+            "alpha_mode": ("fixed", "learned"),
+            "alpha_scope": ("shared", "per-layer"),
+            "router": ("linear", "cosine"),
+            "score": ("softmax", "sigmoid"),
+            "router_scope": ("shared", "per-layer"),
+            "granularity": ("sequence", "batch", "token"),
+            "aggregate": ("mean", "mode"),
+            "router_gradient": ("scale", "straight-through", "none"),
+            "policy": POLICIES,
+            "guest_dtype": (None, "float32", "bfloat16"),
+            "recompute_guest": (True, False),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise LamellaError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, values))}.")
+        if not isinstance(self.candidates, list) and self.candidates not in ("all", "later"):
+            raise LamellaError(
+                f"candidates={self.candidates!r} must be 'all', 'later' or a list of block indices such as [0, 5, 11]."
+            )
+
+    def _check_numbers(self) -> None:
+        checks: list[tuple[str, bool, str]] = [
+            ("alpha", _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number from 0 to 1"),
+            ("top_k", _is_whole(self.top_k) and self.top_k >= 1, "a whole number of at least 1"),
+            ("prompt_tokens", _is_whole(self.prompt_tokens) and self.prompt_tokens >= 1, "a whole number, 1 or more"),
+            ("balance_coef", _is_number(self.balance_coef) and self.balance_coef >= 0, "0 or more"),
+            ("seed", _is_whole(self.seed), "a whole number"),
+            (
+                "router_proj",
+                self.router_proj is None or (_is_whole(self.router_proj) and self.router_proj >= 1),
+                "a whole number of at least 1, or None",
+            ),
+            (
+                "fixed_layer",
+                self.fixed_layer is None or (_is_whole(self.fixed_layer) and self.fixed_layer >= 0),
+                "the index of a block, counted from 0, or None",
+            ),
+        ]
+        for name, holds, expected in checks:
+            if not holds:
+                raise LamellaError(f"{name}={getattr(self, name)!r} must be {expected}.")
+        if isinstance(self.candidates, list):
+            indices = self.candidates
+            if not indices or len(set(indices)) < len(indices) or not all(_is_whole(i) and i >= 0 for i in indices):
+                raise LamellaError(
+                    f"candidates={indices!r} must name at least one block, each once, by its index counted from 0."
+                )
+
+    def _check_together(self) -> None:
+        if self.target_modules is not None:
+            raise LamellaError(
+                f"target_modules={self.target_modules!r} is no setting of MoLEx, which takes whole blocks. Name the "
+                "linear modules in lora=LoraConfig(target_modules=...), and the blocks in layers_to_transform."
+            )
+        if self.alpha_mode == "learned" and self.alpha in (0, 1):
+            raise LamellaError(
+                f"alpha={self.alpha} cannot be where a learned alpha starts: its logit would be infinite and get no "
+                "gradient. Start strictly between 0 and 1, such as 0.95, or use alpha_mode='fixed'."
+            )
+        if isinstance(self.candidates, list) and self.policy == "learned" and self.top_k > len(self.candidates):
+            raise LamellaError(
+                f"top_k={self.top_k} guests cannot be chosen among the {len(self.candidates)} of "
+                f"candidates={self.candidates!r}; name more candidates, or lower top_k."
+            )
+        if self.fixed_layer is not None and self.policy != "fixed":
+            raise LamellaError(f"fixed_layer={self.fixed_layer} has no effect with policy={self.policy!r}; drop it.")
+        if self.router_proj is not None and self.router != "cosine":
+            raise LamellaError(f"router_proj={self.router_proj} belongs to router='cosine', not {self.router!r}.")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise LamellaError("layers_pattern says which stack layers_to_transform means; give both or neither.")
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        if type(self.lora) is not LoraConfig:
+            raise LamellaError(f"lora must be a peft.LoraConfig or None, not a {type(self.lora).__name__}.")
+        outside = [name for name in _NOT_INSIDE if getattr(self.lora, name, None)]
+        if outside:
+            raise LamellaError(
+                f"lora sets {', '.join(outside)}, which does not work inside MoLEx; task_type and modules_to_save "
+                "belong to MolexConfig itself."
+            )
+        if self.lora.bias != "none":
+            raise LamellaError(
+                f"lora has bias={self.lora.bias!r}, which would train the base model's biases and not save them with "
+                "the blocks; MoLEx needs bias='none'."
+            )
+        if self.lora.init_lora_weights not in _HARMLESS_INITS:
+            raise LamellaError(
+                f"lora has init_lora_weights={self.lora.init_lora_weights!r}, which changes the base model's weights, "
+                f"so that MoLEx would not start from the pretrained blocks; use one of {list(_HARMLESS_INITS)}."
+            )
+
+
+def _lora_from(values: Mapping[str, Any]) -> LoraConfig:
+    known = {f.name for f in fields(LoraConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise LamellaError(unknown_keys("lora", unknown, known, values))
+    return LoraConfig(**values)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

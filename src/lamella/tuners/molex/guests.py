@@ -1,0 +1,86 @@
+"""Running another block of the stack on this block's input."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import output_capturing
+
+from lamella.backbones import BlockCall, hidden_states_of
+from lamella.errors import LamellaError
+
+
+def run_guest(
+    block: nn.Module, call: BlockCall, rows: Tensor | None, cache: Any, output: Any, dtype: str | None, recompute: bool
+) -> Tensor:
+    """The hidden states another block makes of a call's input.
+
+    Args:
+        block: the guest.
+        call: the host's call.
+        rows: the sequences it runs on; None for all.
+        cache: the guest's keys and values; None without.
+        output: what the host returned.
+        dtype: "bfloat16" to run under autocast to it.
+        recompute: whether to recompute it in the backward pass instead of keeping its activations.
+
+    Returns:
+        ``(rows, tokens, features)``, on the host's device and in its precision.
+    """
+    recompute = recompute and block.training and torch.is_grad_enabled() and not is_checkpointed(block)
+    # A recomputed block would write its keys a second time.
+    args, kwargs = call.on(rows, None if recompute else cache, output)
+    device = call.hidden_states.device.type
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
+            return hidden_states_of(block(*args, **kwargs))
+
+    with _unseen():
+        states = checkpoint(run, *args, use_reentrant=False, **kwargs) if recompute else run(*args, **kwargs)
+    host = hidden_states_of(output)
+    moved: Tensor = states.to(device=host.device, dtype=host.dtype)
+    return moved
+
+
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether transformers recomputes this block in the backward pass, and keeps no cache for it."""
+    return bool(getattr(block, "gradient_checkpointing", False)) and block.training
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Hides a guest from ``output_hidden_states`` and ``output_attentions``, which would list it as one more block."""
+    token = output_capturing._active_collector.set(None)
+    try:
+        yield
+    finally:
+        output_capturing._active_collector.reset(token)
+
+
+def show_mixture(before: Tensor, mixture: Tensor) -> None:
+    """Puts the mixture where ``output_hidden_states`` has the host's own output."""
+    collected = output_capturing._active_collector.get()
+    states = None if collected is None else collected.get("hidden_states")
+    if states and states[-1] is before:
+        states[-1] = mixture
+
+
+def refuse_sharded(wrapper: nn.Module, block: nn.Module) -> None:
+    """Raises where blocks are sharded over processes, each of which would have to gather the same guest's weights.
+
+    Raises:
+        LamellaError: the block is wrapped by FSDP or split by ZeRO-3.
+    """
+    classes = {base.__name__ for module in (wrapper, block) for base in type(module).__mro__}
+    by_fsdp = "FSDPModule" in classes or getattr(block, "_is_fsdp_managed_module", False)
+    by_zero = hasattr(next(block.parameters(), None), "ds_id")
+    if by_fsdp or by_zero:
+        raise LamellaError(
+            f"MoLEx cannot run on blocks sharded by {'FSDP' if by_fsdp else 'DeepSpeed ZeRO-3'}: processes whose "
+            "sequences choose different blocks would wait for each other's weights for ever. Use plain data "
+            "parallelism (DDP), ZeRO-1 or ZeRO-2, or device_map."
+        )

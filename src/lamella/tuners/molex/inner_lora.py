@@ -1,0 +1,102 @@
+"""The LoRA inside the blocks, injected by PEFT from MoLEx's own config."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from lamella.backbones import Stack, find_place
+from lamella.errors import LamellaError
+from lamella.tuners.molex.config import MolexConfig
+from lamella.tuners.targets import check_targets
+
+
+def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> tuple[list[str], list[str]]:
+    """The modules that the LoRA adapts, and those that match but lie outside the blocks.
+
+    Args:
+        model: the model, with its bare blocks in place.
+        config: MoLEx's settings, with a LoRA.
+        stacks: its stacks.
+
+    Raises:
+        LamellaError: the LoRA names modules that are not there or not linear, or names none for an unknown model.
+    """
+    assert config.lora is not None
+    lora = copy.deepcopy(config.lora)
+    if lora.target_modules is None and lora.target_parameters is None:
+        lora.target_modules = _usual_targets(model)
+    check_targets(model, lora, stacks)
+    lora.task_type = config.task_type  # says which head is not among "all-linear"
+    _maybe_include_all_linear_layers(lora, model)
+    inside_adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    matched = [
+        name
+        for name, _ in model.named_modules()
+        if name and not name.startswith(inside_adapters) and check_target_module_exists(lora, name)
+    ]
+    inside = [name for name in matched if find_place(name, stacks) is not None]
+    return inside, [name for name in matched if name not in inside]
+
+
+def inject_lora(
+    model: nn.Module, config: MolexConfig, adapter: str, targets: list[str], active: list[str], low_cpu_mem_usage: bool
+) -> None:
+    """Puts the LoRA on its targets, and leaves the adapters already there as they were.
+
+    Args:
+        model: the model, with its bare blocks in place.
+        config: MoLEx's settings, with a LoRA.
+        adapter: the adapter's name.
+        targets: names of the modules.
+        active: the adapters that are active.
+        low_cpu_mem_usage: whether to leave the new tensors on the meta device, for a file that is loaded next.
+    """
+    lora = copy.deepcopy(config.lora)
+    assert isinstance(lora, LoraConfig)
+    lora.target_modules = set(targets)
+    lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None
+    lora.inference_mode = config.inference_mode
+    if not config.init_weights:
+        lora.init_lora_weights = False
+    had_adapters = any(isinstance(module, LoraLayer) for module in model.modules())
+    before = [(p, p.requires_grad) for p in model.parameters()] if had_adapters else []
+    with _without_configs(model):
+        LoraModel(model, lora, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+    for layer in lora_layers(model):
+        layer.set_adapter(active, inference_mode=config.inference_mode)
+    for parameter, requires_grad in before:
+        parameter.requires_grad = requires_grad
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """The modules that carry a LoRA."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _usual_targets(model: nn.Module) -> set[str]:
+    """What PEFT adapts in a model of this type when nothing is named."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    targets = LoraModel.target_module_mapping.get(model_type)
+    if targets is None:
+        raise LamellaError(
+            f"lora names no target_modules, and PEFT knows none for model_type={model_type!r}; give "
+            "lora=LoraConfig(target_modules=[...]) or target_modules='all-linear'."
+        )
+    return {targets} if isinstance(targets, str) else set(targets)
+
+
+@contextmanager
+def _without_configs(model: nn.Module) -> Iterator[None]:
+    """Hides the model's adapter configs: a tuner takes those it finds there for its own."""
+    configs = model.__dict__.pop("peft_config", None)
+    try:
+        yield
+    finally:
+        model.__dict__.pop("peft_config", None)
+        if configs is not None:
+            model.peft_config = configs

@@ -1,0 +1,198 @@
+"""MoLEx as a PEFT tuner: wraps whole blocks, with LoRA inside them, and shares routers between them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lamella.backbones import Place, Stack, locate_stacks
+from lamella.errors import CannotMergeError, LamellaError
+from lamella.routing.context import untrack_calls
+from lamella.tuners.loading import check_tensors
+from lamella.tuners.molex.block import CANNOT_MERGE, MolexBlock
+from lamella.tuners.molex.config import MolexConfig
+from lamella.tuners.molex.inner_lora import find_targets, inject_lora
+from lamella.tuners.molex.plan import make_plans
+from lamella.tuners.molex.summarising import summarise
+from lamella.tuners.summary import Summary
+from lamella.tuners.tracking import track
+
+logger = logging.getLogger(__name__)
+
+
+class MolexModel(BaseTuner):
+    """Wraps the blocks of a model so that each can mix in another, and puts LoRA inside them.
+
+    Built by ``get_peft_model(model, MolexConfig(...))``, ``PeftModel.from_pretrained`` or transformers'
+    ``add_adapter``.
+    """
+
+    prefix: str = "lamella_molex_"
+    tuner_layer_cls = BaseTunerLayer  # the blocks, and the LoRA layers inside them: all belong to this tuner
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Checks the whole request before the first module is touched, then injects LoRA and wraps the blocks."""
+        config: MolexConfig = self.peft_config[adapter_name]
+        with _bare_blocks(model):
+            self._stacks = locate_stacks(model)
+            self._plans = make_plans(model, config, self._stacks)
+            inside, outside = ([], []) if config.lora is None else find_targets(model, config, self._stacks)
+            self._blocks = {stack.name: list(model.get_submodule(stack.name).children()) for stack in self._stacks}
+            if config.lora is not None:
+                inject_lora(model, config, adapter_name, inside, self.active_adapters, low_cpu_mem_usage)
+        self._depths = {
+            f"{plan.stack.name}.{depth.index}": (plan.stack, depth) for plan in self._plans for depth in plan.depths
+        }
+        self._excluded = {name for plan in self._plans for name, _ in plan.skipped}
+        self._holders: dict[tuple[str, str], MolexBlock] = {}
+        # How the config's modules are matched is settled here; a file's names say no more.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        track(model)
+        self.summaries[adapter_name] = summarise(model, adapter_name, config, self._plans, inside, outside)
+        logger.info("%s", self.summaries[adapter_name])  # add_adapter leaves no tuner behind to ask
+
+    @property
+    def summaries(self) -> dict[str, Summary]:
+        """What each injection did, by adapter name."""
+        return self.__dict__.setdefault("_summaries", {})
+
+    def summary(self, adapter_name: str | None = None) -> Summary:
+        """What the injection of an adapter did; of the first active one when no name is given."""
+        return self.summaries[adapter_name or self.active_adapters[0]]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activates one adapter.
+
+        Raises:
+            LamellaError: several, each of which would put another block in the same place.
+        """
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise LamellaError(
+                f"MoLEx runs one adapter at a time, not {', '.join(adapter_name)} together: each would put another "
+                "block in the same place."
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _prepare_adapter_config(self, peft_config: MolexConfig, model_config: dict[str, Any]) -> MolexConfig:
+        return peft_config  # there are no target_modules to fill in
+
+    def _check_target_module_exists(self, peft_config: MolexConfig, key: str) -> bool | _ExcludedModule:
+        # An excluded block is told from one that was never meant, or PEFT warns that nothing was excluded.
+        return _ExcludedModule() if key in self._excluded else key in self._depths
+
+    def _create_and_replace(
+        self,
+        peft_config: MolexConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        stack, depth = self._depths[current_key]
+        block = target
+        if not isinstance(block, MolexBlock):
+            place = Place(stack.name, depth.index, "block")
+            block = MolexBlock(target, place, self._blocks[stack.name], self._is_decoder(stack))
+            setattr(parent, target_name, block)
+        router_at = self._holder("router", peft_config.router_scope, stack, block) if depth.routes else None
+        learns_alpha = depth.mixes and peft_config.alpha_mode == "learned"
+        alpha_at = self._holder("alpha", peft_config.alpha_scope, stack, block) if learns_alpha else None
+        block.update_layer(adapter_name, peft_config, depth, self._width(stack), router_at, alpha_at)
+        if adapter_name not in self.active_adapters:
+            for own in (block.lamella_molex_router, block.lamella_molex_alpha):
+                if adapter_name in own:
+                    own[adapter_name].requires_grad_(False)
+
+    def _holder(self, what: str, scope: str, stack: Stack, block: MolexBlock) -> MolexBlock:
+        """The block that holds what a stack shares: the first one that needs it."""
+        return block if scope == "per-layer" else self._holders.setdefault((stack.name, what), block)
+
+    def _is_decoder(self, stack: Stack) -> bool:
+        # An encoder's family can be configured to be a decoder.
+        return stack.role == "decoder" or bool(self.get_model_config(self.model).get("is_decoder", False))
+
+    def _width(self, stack: Stack) -> int:
+        """Features of the hidden states between the blocks."""
+        config = getattr(self.model, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config = config.get_text_config()
+        width = getattr(config, "hidden_size", None)
+        if isinstance(width, int):
+            return width
+        raise LamellaError(
+            f"{type(self.model).__name__} does not say how wide its hidden states are (config.hidden_size), so the "
+            f"router of {stack.name} cannot be made."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for parent, name, block in _wrapped(self.model):
+            setattr(parent, name, block.base_layer)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        untrack_calls(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here whether rows of a batch may use different adapters; unanswered, it drops the wish."""
+        if kwargs.get("adapter_names") is not None:
+            raise LamellaError(
+                "MoLEx cannot use a different adapter per row of a batch (adapter_names); call the model once for each."
+            )
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        raise CannotMergeError(CANNOT_MERGE)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MolexConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            for prefix in (cls.prefix, "lora_"):
+                check_tensors(model, prefix, adapter_name, tensors)
+        except LamellaError:
+            if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+                model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
+            raise
+        return tensors
+
+
+def _wrapped(model: nn.Module) -> list[tuple[nn.Module, str, MolexBlock]]:
+    """The wrapped blocks, each with what holds it and its name there."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, MolexBlock)
+    ]
+
+
+@contextmanager
+def _bare_blocks(model: nn.Module) -> Iterator[None]:
+    """Takes the wrappers off for a while, so that modules have the names that LoRA knows them by."""
+    wrapped = _wrapped(model)
+    for parent, name, block in wrapped:
+        setattr(parent, name, block.base_layer)
+    try:
+        yield
+    finally:
+        for parent, name, block in wrapped:
+            setattr(parent, name, block)

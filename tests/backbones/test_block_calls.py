@@ -1,0 +1,97 @@
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from torch import Tensor, nn
+
+from lamella import LamellaError
+from lamella.backbones import BlockCall, hidden_states_of, kind_of_block, locate_stacks, with_hidden_states
+
+
+class Block(nn.Module):
+    """A block as T5 has them: the first makes a bias for all."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_bias: Any = None,
+        past_key_values: Any = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return hidden_states, torch.zeros(1)
+
+
+H, MASK = torch.randn(3, 4, 2), torch.randn(3, 1, 4, 4)
+ROWS = torch.tensor([0, 2])
+
+
+def test_arguments_by_place_stay_by_place_and_are_cut_to_some_sequences() -> None:
+    cos = torch.randn(1, 4, 2)
+    call = BlockCall(Block(), (H, MASK), {"position_embeddings": (cos, cos), "flag": True, "scale": torch.ones(3, 2)})
+    args, kwargs = call.on(ROWS, None, (H, None))
+    assert torch.equal(args[0], H[ROWS])
+    assert torch.equal(args[1], MASK[ROWS])
+    assert kwargs["position_embeddings"][0] is cos, "shared by all sequences"
+    assert kwargs["flag"] is True
+    assert kwargs["scale"].shape == (3, 2), "nothing says that it has an entry per sequence"
+    args, kwargs = call.on(None, None, (H, None))
+    assert args[0] is H
+    assert args[1] is MASK
+
+
+def test_what_the_first_block_made_is_given_to_a_guest() -> None:
+    made = torch.randn(1, 2, 4, 4)
+    _, kwargs = BlockCall(Block(), (), {"hidden_states": H}).on(None, None, (H, made))
+    assert kwargs["position_bias"] is made
+    own = torch.randn(3, 2, 4, 4)
+    args, _ = BlockCall(Block(), (H, None, own), {}).on(ROWS, None, (H, made))
+    assert torch.equal(args[2], own[ROWS])
+
+
+def test_the_cache_is_found_by_place_or_name_and_replaced() -> None:
+    for args, kwargs in (((H,), {"past_key_values": "cache"}), ((H, MASK, None, "cache"), {})):
+        call = BlockCall(Block(), args, kwargs)
+        assert call.cache == "cache"
+        found_args, found = call.on(None, "view", (H, None))
+        assert (found | dict(zip(("h", "m", "b", "past_key_values"), found_args, strict=False)))[
+            "past_key_values"
+        ] == "view"
+    assert BlockCall(Block(), (H,), {"past_key_values": None}).cache is None
+
+
+def test_a_mask_that_cannot_be_cut_is_refused() -> None:
+    call = BlockCall(Block(), (H,), {"attention_mask": object()})
+    call.on(None, None, (H, None))
+    with pytest.raises(LamellaError, match=r"attention_mask is a object.*sdpa"):
+        call.on(ROWS, None, (H, None))
+
+
+def test_outputs_with_and_without_company() -> None:
+    other = torch.zeros(1)
+    assert hidden_states_of((H, other)) is hidden_states_of(H) is H
+    assert with_hidden_states(H, other) is other
+    assert with_hidden_states((H, "bias"), other) == (other, "bias")
+
+
+def kinds(name: str) -> list[str]:
+    model = tiny.build(name)
+    return [
+        kind_of_block(model.get_submodule(f"{stack.name}.{index}"))
+        for stack in locate_stacks(model)
+        for index in range(stack.depth)
+    ]
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_blocks_of_a_family_are_alike_where_their_attention_is(name: str) -> None:
+    found = kinds(name)
+    if name in ("gemma2", "gemma3"):
+        assert found[0] == found[2] != found[1] == found[3]
+        assert "sliding" in found[0]
+        assert "full" in found[1]
+    elif name == "t5":
+        assert len(set(found[:4])) == len(set(found[4:])) == 1
+    else:
+        assert len(set(found)) == 1

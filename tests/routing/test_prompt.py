@@ -1,0 +1,128 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lamella import LamellaError
+from lamella.routing import prompt
+from lamella.routing.context import track_calls, untrack_calls
+from lamella.routing.prompt import Prompt, current_prompt, find_readable
+
+REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
+
+
+def rows(mask: Tensor | None) -> list[str] | None:
+    return None if mask is None else ["".join(".x"[int(v)] for v in row) for row in mask]
+
+
+def test_the_first_real_tokens_decide_and_run_without() -> None:
+    readable = find_readable(REAL, None, None, 3)
+    assert rows(readable.read) == rows(readable.without) == ["..xxx.", "xxx..."]
+
+
+def test_lengths_count_real_tokens() -> None:
+    readable = find_readable(REAL, Prompt(lengths=torch.tensor([1, 3])), None, 2)
+    assert rows(readable.read) == ["..x...", "xxx..."]
+    assert readable.without is None
+
+
+def test_a_width_counts_positions_and_stays_that_of_the_first_forward() -> None:
+    known = Prompt(width=None)
+    assert rows(find_readable(REAL[:, :3], known, None, 2).read) == ["..x", "xxx"]
+    assert known.width == 3
+    assert rows(find_readable(REAL, known, torch.tensor([6, 6]), 2).read) == ["..x...", "xxx..."]
+
+
+def test_labels_tell_where_the_given_ends_and_rows_without_a_prompt_have_the_first_tokens() -> None:
+    readable = find_readable(REAL, None, torch.tensor([5, 0]), 2)
+    assert rows(readable.read) == ["..xxx.", "xx...."]
+    assert rows(readable.without) == ["......", "xx...."]
+    assert find_readable(REAL, None, torch.tensor([5, 4]), 2).without is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    real=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(0, 7), min_size=4, max_size=4),
+    first=st.integers(1, 6),
+)
+def test_only_real_tokens_are_read_and_none_that_is_read_is_later_than_what_decides(
+    real: list[list[bool]], lengths: list[int], first: int
+) -> None:
+    mask = torch.tensor(real)
+    readable = find_readable(mask, Prompt(lengths=torch.tensor(lengths[: len(mask)])), None, first)
+    for row, (read, given_length) in enumerate(zip(readable.read.tolist(), lengths, strict=False)):
+        wanted = min(given_length or first, sum(real[row]))
+        assert sum(read) == wanted
+        order = [at for at, is_real in enumerate(real[row]) if is_real]
+        assert [at for at, is_read in enumerate(read) if is_read] == order[:wanted]
+        left_out = [] if readable.without is None else readable.without[row].tolist()
+        assert any(left_out) == (given_length == 0 and wanted > 0)
+
+
+def test_the_context_ends_and_nests() -> None:
+    assert current_prompt() is None
+    with prompt([1, 2]):
+        assert current_prompt().lengths.tolist() == [1, 2]
+        with prompt(torch.tensor([3])):
+            assert current_prompt().lengths.tolist() == [3]
+        assert not current_prompt().generating
+    assert current_prompt() is None
+
+
+class Generates(nn.Module):
+    """Stands for a model that can generate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> str:
+        known = current_prompt()
+        self.seen.append((known.generating, known.width))
+        return "said"
+
+
+def test_generate_tells_the_ids_it_was_given() -> None:
+    model = Generates()
+    track_calls(model)
+    assert model.generate(torch.zeros(2, 5)) == "said"
+    model.generate(input_ids=torch.zeros(2, 4))
+    model.generate(inputs_embeds=torch.zeros(2, 3, 8), input_ids=torch.zeros(2, 0))
+    model.generate()
+    with prompt([2]):
+        model.generate(torch.zeros(1, 5))
+    assert model.seen == [(True, 5), (True, 4), (True, 3), (True, None), (False, None)]
+    assert current_prompt() is None
+    twin = copy.deepcopy(model)
+    twin.generate(torch.zeros(2, 6))
+    assert len(model.seen) == 5
+    untrack_calls(model)
+    assert "generate" not in model.__dict__
+
+
+def test_a_generate_of_the_models_own_is_kept() -> None:
+    model = Generates()
+    model.generate = lambda *args, **kwargs: current_prompt().width
+    track_calls(model)
+    assert model.generate(torch.zeros(2, 7)) == 7
+    untrack_calls(model)
+    with pytest.raises(AttributeError):
+        model.generate()  # outside, nothing is known
+
+
+def test_a_prompt_that_comes_in_parts_is_an_error() -> None:
+    with pytest.raises(LamellaError, match=r"6 of its 9 tokens.*prefill_chunk_size"):
+        find_readable(REAL, Prompt(width=9), None, 2)
+
+
+def test_another_number_of_sequences_is_an_error() -> None:
+    with pytest.raises(LamellaError, match="3 lengths"):
+        find_readable(REAL, Prompt(lengths=torch.tensor([1, 2, 3])), None, 2)

@@ -1,0 +1,496 @@
+"""The guests' slots in transformers' caches, held against a slow reference: one separate cache per row and guest."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    StaticCache,
+)
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    QuantizedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from lamella.errors import LamellaError
+from lamella.tuners.molex.cache import GuestSlots, guest_slots
+
+BLOCKS, HEADS, DIM, WINDOW, LONGEST = 3, 2, 4, 5, 24
+
+
+def _full() -> PreTrainedConfig:
+    return LlamaConfig(num_hidden_layers=BLOCKS)
+
+
+def _sliding() -> PreTrainedConfig:
+    return MistralConfig(num_hidden_layers=BLOCKS, sliding_window=WINDOW)
+
+
+def _hybrid() -> PreTrainedConfig:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return Qwen3Config(num_hidden_layers=BLOCKS, use_sliding_window=True, sliding_window=WINDOW, layer_types=kinds)
+
+
+CACHES: dict[str, Callable[[], Cache]] = {
+    "lazy": DynamicCache,
+    "dynamic": lambda: DynamicCache(config=_full()),
+    "dynamic-sliding": lambda: DynamicCache(config=_sliding()),
+    "dynamic-hybrid": lambda: DynamicCache(config=_hybrid()),
+    "static": lambda: StaticCache(config=_full(), max_cache_len=LONGEST),
+    "static-sliding": lambda: StaticCache(config=_sliding(), max_cache_len=LONGEST),
+    "static-hybrid": lambda: StaticCache(config=_hybrid(), max_cache_len=LONGEST),
+}
+STATIC = {name for name in CACHES if name.startswith("static")}
+
+
+def _alone(layer: Any) -> Any:
+    """An empty plain layer of the kind of a block's own."""
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
+    if isinstance(layer, StaticLayer):
+        return StaticLayer(max_cache_len=layer.max_cache_len)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    return DynamicLayer()
+
+
+def _states(rows: int, new: int, generator: torch.Generator, heads: int = HEADS) -> tuple[Tensor, Tensor]:
+    keys = torch.randn(rows, heads, new, DIM, generator=generator)
+    return keys, torch.randn(rows, heads, new, DIM + 1, generator=generator)
+
+
+class Play:
+    """One cache under test, and beside it a list of rows that each keep a plain layer per depth and guest."""
+
+    def __init__(self, cache: Cache, choices: dict[int, Tensor], seed: int = 0, own_first: bool = True) -> None:
+        self.cache, self.own_first = cache, own_first
+        self.generator = torch.Generator().manual_seed(seed)
+        self.slots = guest_slots(cache, BLOCKS)
+        for depth, indices in choices.items():
+            self.slots.decide(depth, indices, torch.rand(indices.shape, generator=self.generator))
+        batch = len(choices[0])
+        self.rows = [
+            {
+                (depth, int(guest)): _alone(cache.layers[depth])
+                for depth, indices in choices.items()
+                for guest in indices[row]
+            }
+            for row in range(batch)
+        ]
+        self.weights = [{depth: self.slots.decision(depth).weights[row] for depth in choices} for row in range(batch)]
+        self.tokens = 0
+
+    def step(self, new: int) -> None:
+        """One call of the model: every block and every chosen guest writes; the guest sees what its rows would."""
+        slots = guest_slots(self.cache, BLOCKS)
+        for depth in range(BLOCKS):
+            if self.own_first:
+                self._own(depth, new)
+            for guest in range(BLOCKS):
+                if guest != depth:
+                    self._guest(slots, depth, guest, new)
+            if not self.own_first:
+                self._own(depth, new)
+        self.tokens += new
+        assert int(self.cache.get_seq_length()) == self.tokens
+
+    def _own(self, depth: int, new: int) -> int:
+        return self.cache.update(*_states(len(self.rows), new, self.generator), depth)[0].shape[-2]
+
+    def _guest(self, slots: GuestSlots, depth: int, guest: int, new: int) -> None:
+        rows = [row for row, layers in enumerate(self.rows) if (depth, guest) in layers]
+        if not rows:
+            return
+        view = slots.view(depth, torch.tensor(rows))
+        assert view.get_seq_length(guest) == self.tokens
+        sizes = view.get_mask_sizes(new, guest)
+        keys, values = _states(len(rows), new, self.generator)
+        seen_keys, seen_values = view.update(keys, values, guest)
+        for at, row in enumerate(rows):
+            alone = self.rows[row][depth, guest]
+            assert sizes == alone.get_mask_sizes(new)
+            expected = alone.update(keys[at : at + 1], values[at : at + 1])
+            torch.testing.assert_close((seen_keys[at : at + 1], seen_values[at : at + 1]), expected, rtol=0, atol=0)
+
+    def rearrange(self, rows: list[int]) -> None:
+        """What a batch operation does to rows that live apart."""
+        self.rows = [copy.deepcopy(self.rows[row]) for row in rows]
+        self.weights = [self.weights[row] for row in rows]
+
+    def check_decisions(self) -> None:
+        for depth in self.weights[0]:
+            decision = guest_slots(self.cache, BLOCKS).decision(depth)
+            assert torch.equal(decision.weights, torch.stack([weights[depth] for weights in self.weights]))
+            for row, layers in enumerate(self.rows):
+                assert {(depth, int(guest)) for guest in decision.indices[row]} <= set(layers)
+
+
+def _choices(batch: int, choices: int, seed: int) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(BLOCKS, batch, BLOCKS, generator=generator).argsort(dim=-1)
+    return {depth: order[depth, :, :choices] for depth in range(BLOCKS)}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_each_row_sees_what_a_cache_of_its_own_would_hold(name: str, data: st.DataObject) -> None:
+    batch, choices, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99))
+    play = Play(CACHES[name](), _choices(batch, choices, seed), seed, own_first=data.draw(st.booleans()))
+    play.step(data.draw(st.integers(1, 8), label="prompt"))
+    operations = ["step", "step", "reorder", "deepcopy"]
+    if name not in STATIC:
+        operations += ["repeat", "select"]
+    for _ in range(data.draw(st.integers(0, 6), label="operations")):
+        operation = data.draw(st.sampled_from(operations))
+        size = len(play.rows)
+        if operation == "step":
+            play.step(min(data.draw(st.integers(1, 3)), max(1, LONGEST - play.tokens)))
+        elif operation == "deepcopy":
+            play.cache = copy.deepcopy(play.cache)
+        elif operation == "reorder":
+            rows = data.draw(st.lists(st.integers(0, size - 1), min_size=size, max_size=size))
+            play.cache.reorder_cache(torch.tensor(rows))
+            play.rearrange(rows)
+        elif operation == "repeat" and size <= 4:
+            play.cache.batch_repeat_interleave(2)
+            play.rearrange([row for row in range(size) for _ in range(2)])
+        elif operation == "select":
+            rows = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=size, unique=True))
+            play.cache.batch_select_indices(torch.tensor(rows))
+            play.rearrange(rows)
+    play.step(1)
+    play.check_decisions()
+
+
+@pytest.mark.parametrize("name", ["lazy", "dynamic", "dynamic-sliding", "dynamic-hybrid"])
+def test_cropped_tokens_are_gone_from_the_slots(name: str) -> None:
+    play = Play(CACHES[name](), _choices(4, 2, seed=3))
+    play.cache.activate_past_recording()
+    for layers in play.rows:
+        for alone in layers.values():
+            if hasattr(alone, "activate_past_recording"):
+                alone.activate_past_recording()
+    for new, removed in ((4, 1), (6, 3), (1, 0), (3, 2), (2, 1)):
+        play.step(new)
+        play.cache.crop(-removed)
+        for layers in play.rows:
+            for alone in layers.values():
+                if alone.is_initialized:
+                    alone.crop(-removed)
+        play.tokens -= removed
+    play.step(1)
+    play.check_decisions()
+
+
+def test_a_slot_made_while_a_window_records_its_past_records_too() -> None:
+    cache = CACHES["dynamic-sliding"]()
+    cache.activate_past_recording()
+    guest_slots(cache, BLOCKS)
+    assert all(cache.is_recording_past(index) for index in range(2 * BLOCKS))
+
+
+@pytest.mark.parametrize("name", ["lazy", "dynamic-sliding"])
+def test_cropping_everything_leaves_the_decision_and_an_empty_slot(name: str) -> None:
+    play = Play(CACHES[name](), _choices(3, 1, seed=1))
+    play.step(3)
+    play.cache.crop(-3)
+    for layers in play.rows:
+        for place, alone in layers.items():
+            layers[place] = _alone(alone)
+    play.tokens = 0
+    play.step(2)
+    play.check_decisions()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_reset_forgets_states_and_decisions(name: str) -> None:
+    play = Play(CACHES[name](), _choices(3, 2, seed=5))
+    play.step(4)
+    play.cache.reset()
+    slots = guest_slots(play.cache, BLOCKS)
+    assert all(slots.decision(depth) is None for depth in range(BLOCKS))
+    other = Play(play.cache, _choices(2 if name not in STATIC else 3, 1, seed=6))
+    for _ in range(4):
+        other.step(2)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_slots_are_made_once_and_are_of_their_blocks_kind(name: str) -> None:
+    cache = CACHES[name]()
+    guest_slots(cache, BLOCKS)
+    guest_slots(cache, BLOCKS)
+    assert len(cache.layers) == 2 * BLOCKS
+    for own, guest in zip(cache.layers[:BLOCKS], cache.layers[BLOCKS:], strict=True):
+        assert isinstance(guest, type(own))
+        assert guest.get_max_length() == own.get_max_length()
+        assert guest.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_cache_looks_the_same_from_outside(name: str) -> None:
+    plain, play = CACHES[name](), Play(CACHES[name](), _choices(3, 1, seed=2))
+    for new in (4, 1, 3):
+        for depth in range(BLOCKS):
+            plain.update(*_states(3, new, play.generator), depth)
+        play.step(new)
+        for outside in (
+            Cache.get_seq_length,
+            Cache.get_max_length,
+            lambda cache: [cache.get_mask_sizes(2, depth) for depth in range(BLOCKS)],
+            lambda cache: cache.is_compileable,
+            lambda cache: cache.is_croppable,
+            lambda cache: cache.is_sliding[:BLOCKS],
+            lambda cache: True in cache.is_sliding and cache.is_sliding.index(True),
+            lambda cache: False in cache.is_sliding and cache.is_sliding.index(False),
+            lambda cache: any(cache.is_linear) or any(cache.is_dummy),
+        ):
+            assert outside(play.cache) == outside(plain)
+    if name in STATIC:
+        assert play.cache.batch_size == plain.batch_size
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_depth_without_guests_bears_every_operation(name: str) -> None:
+    itself = {depth: torch.full((2, 1), depth) for depth in range(BLOCKS)}
+    play = Play(CACHES[name](), itself)
+    play.step(2)
+    play.cache.reorder_cache(torch.tensor([1, 0]))
+    play.rearrange([1, 0])
+    if name not in STATIC:
+        play.cache.crop(-1)
+        play.cache.batch_repeat_interleave(2)
+        play.rearrange([0, 0, 1, 1])
+        play.tokens -= 1
+    play.step(1)
+    play.check_decisions()
+    play.cache.reset()
+
+
+def test_a_sequence_is_not_continued_when_its_guests_were_chosen_too_early() -> None:
+    chosen = torch.tensor([[1], [2]])
+    play = Play(DynamicCache(), {0: chosen})
+    play.slots.decide(0, chosen, torch.ones(2, 1), complete=False)
+    play.step(3)
+    play.cache.reorder_cache(torch.tensor([1, 0]))
+    play.rearrange([1, 0])
+    play.cache = copy.deepcopy(play.cache)
+    with pytest.raises(LamellaError, match="chosen from the first 3 tokens"):
+        play.step(1)
+
+
+def test_rows_may_be_left_out_to_mean_all() -> None:
+    cache = DynamicCache()
+    slots, generator = guest_slots(cache, BLOCKS), torch.Generator().manual_seed(0)
+    written = _states(3, 2, generator)
+    cache.update(*written, 0)
+    keys, values = slots.view(0, None).update(*written, 2)
+    assert torch.equal(keys, written[0])
+    assert torch.equal(values, written[1])
+    assert slots.view(0, None).get_seq_length() == 2
+    assert cache.layers[0].keys.shape == cache.layers[BLOCKS].keys.shape
+
+
+@pytest.mark.parametrize("name", ["lazy", "dynamic-sliding", "static"])
+def test_gradients_pass_through_the_returned_states(name: str) -> None:
+    cache = CACHES[name]()
+    slots, generator = guest_slots(cache, BLOCKS), torch.Generator().manual_seed(0)
+    slots.decide(0, torch.tensor([[1], [2], [1]]), torch.ones(3, 1))
+    written = {}
+    for guest, rows in ((1, [0, 2]), (2, [1])):
+        keys, values = (states.requires_grad_() for states in _states(len(rows), 3, generator))
+        seen = slots.view(0, torch.tensor(rows)).update(keys, values, guest)
+        written[guest] = keys, values, seen
+    torch.stack([(seen[0] * guest).sum() + seen[1].sum() for guest, (*_, seen) in written.items()]).sum().backward()
+    for guest, (keys, values, _) in written.items():
+        assert torch.equal(keys.grad, torch.full_like(keys, guest))
+        assert torch.equal(values.grad, torch.ones_like(values))
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_values_may_be_of_another_precision_than_keys(name: str) -> None:
+    cache = CACHES[name]()
+    slots, generator = guest_slots(cache, BLOCKS), torch.Generator().manual_seed(0)
+    slots.decide(0, torch.tensor([[1], [2], [1]]), torch.ones(3, 1))
+    cache.update(*_states(3, 2, generator), 0)
+    keys, values = _states(2, 2, generator)
+    seen_keys, seen_values = slots.view(0, torch.tensor([0, 2])).update(keys, values.bfloat16(), 1)
+    assert torch.equal(seen_keys[:, :, :2], keys)
+    assert torch.equal(seen_values[:, :, :2], values.bfloat16())
+
+
+def _encoder_decoder(static: bool = False) -> EncoderDecoderCache:
+    if static:
+        parts = [StaticCache(config=_full(), max_cache_len=length) for length in (LONGEST, 7)]
+        return EncoderDecoderCache(*parts)
+    return EncoderDecoderCache(DynamicCache(config=_full()), DynamicCache(config=_full()))
+
+
+def _attend(cache: Any, layer: int, own: tuple[Tensor, Tensor], encoded: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """What the attention layers of an encoder-decoder model do with the cache they are given."""
+    assert isinstance(cache, EncoderDecoderCache)
+    seen = list(cache.self_attention_cache.update(*own, layer))
+    if cache.is_updated.get(layer):
+        held = cache.cross_attention_cache.layers[layer]
+        return [*seen, held.keys, held.values]
+    seen += cache.cross_attention_cache.update(*encoded, layer)
+    cache.is_updated[layer] = True
+    return seen
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_an_encoder_decoder_guest_has_cross_attention_keys_of_its_own(static: bool, choices: int) -> None:
+    cache, generator = _encoder_decoder(static), torch.Generator().manual_seed(0)
+    slots, batch = guest_slots(cache, BLOCKS), 4
+    chosen = _choices(batch, choices, seed=1)
+    for depth, indices in chosen.items():
+        slots.decide(depth, indices, torch.rand(indices.shape))
+    rows_alone: dict[tuple[int, int, int], EncoderDecoderCache] = {}
+    for step in range(4):
+        new = 3 if step == 0 else 1
+        for depth in range(BLOCKS):
+            _attend(cache, depth, _states(batch, new, generator), _states(batch, 7, generator))
+            decision = slots.decision(depth)
+            for guest in set(decision.indices.flatten().tolist()) - {depth}:
+                rows = (decision.indices == guest).any(dim=1).nonzero().flatten()
+                own, encoded = _states(len(rows), new, generator), _states(len(rows), 7, generator)
+                seen = _attend(slots.view(depth, rows), guest, own, encoded)
+                for at, row in enumerate(rows.tolist()):
+                    alone = rows_alone.setdefault((depth, row, guest), _encoder_decoder(static))
+                    one = slice(at, at + 1)
+                    expected = _attend(alone, guest, *(tuple(s[one] for s in states) for states in (own, encoded)))
+                    torch.testing.assert_close([states[one] for states in seen], expected, rtol=0, atol=0)
+        order = torch.randperm(batch, generator=generator)
+        cache.reorder_cache(order)
+        rows_alone = {
+            (depth, new_row, guest): copy.deepcopy(alone)
+            for (depth, row, guest), alone in rows_alone.items()
+            for new_row in (order == row).nonzero().flatten().tolist()
+        }
+    cache.reset()
+    assert slots.decision(0) is None
+    assert not slots.view(0, torch.tensor([0])).is_updated.get(1)
+
+
+def test_a_cache_made_for_a_deeper_encoder_keeps_its_spare_layers_behind() -> None:
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=BLOCKS + 2))
+    play = Play(cache, _choices(3, 1, seed=0))
+    play.step(2)
+    assert len(cache.layers) == 2 * BLOCKS + 2
+
+
+class _OtherCache(DynamicCache):
+    pass
+
+
+def _quantized() -> Cache:
+    class Layer(QuantizedLayer):
+        _quantize = _dequantize = lambda self, tensor, *_: tensor
+
+    cache = DynamicCache()
+    cache.layers = [Layer() for _ in range(BLOCKS)]
+    return cache
+
+
+def _linear() -> Cache:
+    cache = DynamicCache(config=_full())
+    cache.layers[1] = LinearAttentionLayer()
+    return cache
+
+
+def _offloaded() -> Cache:
+    cache = DynamicCache(config=_full())
+    cache.offloading = True
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("cache", "named"),
+    [
+        (_OtherCache, "_OtherCache"),
+        (_quantized, "Layer"),
+        (_linear, "LinearAttentionLayer"),
+        (_offloaded, "offloaded DynamicCache"),
+        (lambda: EncoderDecoderCache(DynamicCache(), _OtherCache()), "_OtherCache"),
+    ],
+)
+def test_a_cache_that_cannot_be_extended_is_refused_by_name(cache: Callable[[], Cache], named: str) -> None:
+    with pytest.raises(LamellaError, match=rf"{named}.*use_cache=False"):
+        guest_slots(cache(), BLOCKS)
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    cache = DynamicCache(config=_full())
+    guest_slots(cache, BLOCKS)
+    with pytest.raises(LamellaError, match="3 blocks, and this model has 2"):
+        guest_slots(cache, 2)
+    with pytest.raises(LamellaError, match="3 layers and the model 4 blocks"):
+        guest_slots(DynamicCache(config=_full()), 4)
+
+
+def test_tokens_that_no_guest_saw_are_noticed() -> None:
+    cache, generator = DynamicCache(config=_full()), torch.Generator().manual_seed(0)
+    for depth in range(BLOCKS):
+        cache.update(*_states(2, 3, generator), depth)  # the adapter is off
+    for depth in range(BLOCKS):
+        slots = guest_slots(cache, BLOCKS)
+        slots.decide(depth, torch.tensor([[1], [2]]), torch.ones(2, 1))
+        cache.update(*_states(2, 1, generator), depth)
+        with pytest.raises(LamellaError, match=r"holds 3 tokens .* seen only 0"):
+            slots.view(depth, torch.tensor([1])).update(*_states(1, 1, generator), 2)
+
+
+def test_a_row_that_missed_a_step_is_noticed() -> None:
+    play = Play(DynamicCache(), _choices(2, 1, seed=0) | {0: torch.tensor([[1], [2]])})
+    play.step(3)
+    left_out = play.rows[1].pop((0, 2))
+    play.step(1)
+    play.rows[1][0, 2] = left_out
+    with pytest.raises(LamellaError, match=r"holds 4 tokens .* seen only 3"):
+        guest_slots(play.cache, BLOCKS).view(0, torch.tensor([1])).update(*_states(1, 1, play.generator), 2)
+
+
+def test_guests_cannot_be_chosen_anew_once_they_have_written() -> None:
+    play = Play(DynamicCache(), {0: torch.tensor([[1], [2]])})
+    play.slots.decide(0, torch.tensor([[2], [1]]), torch.ones(2, 1))
+    play = Play(DynamicCache(), {0: torch.tensor([[1], [2]])})
+    play.step(1)
+    with pytest.raises(LamellaError, match="at block 0 have already written"):
+        play.slots.decide(0, torch.tensor([[2], [1]]), torch.ones(2, 1))
+
+
+def test_a_guest_that_was_not_chosen_has_no_place() -> None:
+    slots, generator = guest_slots(DynamicCache(), BLOCKS), torch.Generator().manual_seed(0)
+    slots.decide(0, torch.tensor([[1, 0], [2, 1]]), torch.ones(2, 2))
+    with pytest.raises(LamellaError, match="Block 2 runs as a guest at block 0"):
+        slots.view(0, None).update(*_states(2, 1, generator), 2)
+
+
+def test_rows_of_an_unknown_batch_are_refused() -> None:
+    slots, generator = guest_slots(DynamicCache(), BLOCKS), torch.Generator().manual_seed(0)
+    with pytest.raises(LamellaError, match="before the guests run"):
+        slots.view(0, torch.tensor([1])).update(*_states(1, 1, generator), 2)
+
+
+def test_a_block_beyond_the_stack_cannot_write_into_a_slot() -> None:
+    cache = DynamicCache(config=_full())
+    guest_slots(cache, BLOCKS)
+    with pytest.raises(LamellaError, match="more cached layers than the stack"):
+        cache.update(*_states(2, 1, torch.Generator()), BLOCKS)
