@@ -1,0 +1,121 @@
+"""A trained LoRA as it was read: where from, for which modules, and what was left behind."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from lamella.errors import LamellaError
+
+Format = Literal["PEFT", "diffusers", "kohya"]
+
+# The component of a LoRA whose file does not name one: it is for whichever model it is mapped on.
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a LoRA lies and what its bytes are.
+
+    Attributes:
+        source: a local file or folder, a hub id ``owner/name``, or a file of one, ``owner/name/FILE.safetensors``.
+        revision: of a hub id; once read, the commit.
+        subfolder: inside ``source``.
+        sha256: of the file, or of ``adapter_config.json`` followed by ``adapter_model.safetensors`` for a PEFT folder
+            (the config holds the scaling); None where nothing was read yet.
+    """
+
+    source: str
+    revision: str | None = None
+    subfolder: str | None = None
+    sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a config writes it; ``Reference(**written)`` is the way back."""
+        return asdict(self)
+
+
+class Factors(NamedTuple):
+    """One module's LoRA: the delta of its weight is ``scaling * B A``.
+
+    Attributes:
+        A: ``(r, in)``, in the file's precision.
+        B: ``(out, r)``.
+        scaling: ``alpha / r``, or rsLoRA's ``alpha / sqrt(r)``.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+class Parsed(NamedTuple):
+    """What the reader of one format found."""
+
+    format: Format
+    base: str | None
+    components: dict[str, dict[str, Factors]]
+    skipped: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class LoraSource:
+    """A trained LoRA.
+
+    Attributes:
+        name: what the composition calls it.
+        reference: where it was read, with the commit and the digest of what was read.
+        format: who wrote it.
+        base: the base model it says it was trained on; None where it does not say.
+        components: by component ("unet", "text_encoder", "text_encoder_2", "transformer", or "model" where the file
+            names none), then by module name, the factors.
+        skipped: what the file holds besides, by name, and why it is left out.
+    """
+
+    name: str
+    reference: Reference
+    format: Format
+    base: str | None
+    components: Mapping[str, Mapping[str, Factors]]
+    skipped: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.format} LoRA from {self.reference.source}, base {self.base or 'not stated'}"]
+        for component, modules in self.components.items():
+            ranks = sorted({len(factors.A) for factors in modules.values()})
+            scalings = sorted({round(factors.scaling, 6) for factors in modules.values()})
+            lines.append(f"  {component}: {len(modules)} modules, ranks {_some(ranks)}, scaling {_some(scalings)}")
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+    @property
+    def described(self) -> str:
+        """Its name and origin, to begin an error with."""
+        return described(self.name, self.reference)
+
+
+def described(name: str, reference: Reference) -> str:
+    """A LoRA's name and origin, to begin an error with."""
+    return f"The LoRA {name!r} ({reference.source})"
+
+
+def by_name(sources: Iterable[LoraSource]) -> dict[str, LoraSource]:
+    """The LoRAs of a composition by name.
+
+    Raises:
+        LamellaError: two have the same name.
+    """
+    named: dict[str, LoraSource] = {}
+    for source in sources:
+        if source.name in named:
+            raise LamellaError(
+                f"Two LoRAs are called {source.name!r}: {named[source.name].reference.source} and "
+                f"{source.reference.source}. Give each a name of its own."
+            )
+        named[source.name] = source
+    return named
+
+
+def _some(values: list[Any]) -> str:
+    return ", ".join(str(value) for value in values[:6]) + (", ..." if len(values) > 6 else "")
