@@ -17,7 +17,7 @@ from lamella.reporting.findings import Finding, findings_words, worst_first
 from lamella.reporting.heatmap import BANDS, routing_view
 from lamella.reporting.redundancy import redundancy_view
 from lamella.reporting.robustness import robustness_view
-from lamella.reporting.tables import frame_table, settings_sections
+from lamella.reporting.tables import Table, frame_table, settings_sections
 from lamella.reporting.tokens import TokenText
 from lamella.reporting.tokenview import token_view
 from lamella.reporting.training import training_charts
@@ -27,6 +27,8 @@ _ABSENT = {
     "texts": "texts coloured token by token",
     "redundancy": "redundancy per layer",
 }
+
+_FIRST = ("method", "task", "metric", "mean", "interval", "difference", "p")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def render(report: Report) -> str:
     }
     return pages.get_template("report.html.j2").render(
         report=report,
-        results=frame_table(report.results, "Scores, a row per method", missing="not run"),
+        results=_results_table(report.results),
         plots=dot_plots(report.results),
         cost=frame_table(report.cost, "What each method needs, a row per method", missing="not measured"),
         bands=BANDS,
@@ -104,6 +106,15 @@ def render(report: Report) -> str:
         policy=_policy(pages, bool(parts["texts"])),
         **parts,
     )
+
+
+def _results_table(results: pd.DataFrame) -> Table:
+    """What matters most comes first, and what is the same in every row is said once: a narrow screen shows the left."""
+    alike = [name for name in ("task", "metric") if name in results.columns and results[name].nunique() == 1]
+    words = "".join(f", {name} {results[name].iloc[0]}" for name in alike)
+    first = [name for name in _FIRST if name in results.columns]
+    ordered = results[[*first, *[name for name in results.columns if name not in first]]]
+    return frame_table(ordered.drop(columns=alike), f"Scores{words}, a row per method", missing="not run")
 
 
 def _environment() -> Environment:
