@@ -176,6 +176,6 @@ def test_the_quick_demo(tmp_path):
     assert abs(counts[0] - counts[1]) < 0.02 * counts[0]
     assert not [finding for finding in printed["findings"] if finding["severity"] == "error"]
     runs = list((tmp_path / "demo" / "runs").iterdir())
-    assert len(runs) == 4
+    assert len(runs) == 6
     assert all(json.loads((run / "metrics.json").read_text())["saved_equals_loaded"]["equal"] for run in runs)
     assert "<html" in Path(printed["report"]).read_text()

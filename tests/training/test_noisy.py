@@ -14,6 +14,7 @@ from lamella.training.scoring import score
 from lamella.training.trained import load_trained
 
 MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
+MOLEX = {"name": "molex", "r": 2, "target_modules": ["query"]}
 LOSS = {"nll", "squared_error"}
 
 
@@ -63,6 +64,7 @@ def trained(bert, llama, questions, prose, options, numbers, tmp_path_factory):
 
 ARMS = [
     ("bert", "questions", MOLA),
+    ("bert", "questions", MOLEX),
     ("bert", "questions", "lora"),
     ("bert", "questions", "prompt-tuning"),
     ("bert", "questions", "full"),
@@ -70,6 +72,7 @@ ARMS = [
     ("bert", "numbers", "lora"),
     ("llama", "questions", "lora"),
     ("llama", "prose", MOLA),
+    ("llama", "prose", MOLEX | {"target_modules": ["q_proj"]}),
     ("llama", "options", "lora"),
 ]
 

@@ -19,6 +19,7 @@ from lamella.training.callbacks import entropy_over_training
 from lamella.training.run import train
 
 MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
+MOLEX = {"name": "molex", "r": 2, "target_modules": ["query", "value"]}
 
 
 class KilledError(Exception):
@@ -46,7 +47,7 @@ class Watch(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-@pytest.mark.parametrize("method", ["head", "lora", MOLA, "prompt-tuning", "full"])
+@pytest.mark.parametrize("method", ["head", "lora", MOLA, MOLEX, "prompt-tuning", "full"])
 def test_every_method_leaves_a_whole_folder(bert, questions, run_folder, method):
     result = train(tiny_settings(bert, questions, method), run_folder)
 
@@ -54,7 +55,7 @@ def test_every_method_leaves_a_whole_folder(bert, questions, run_folder, method)
     files = {path.name for path in run_folder.iterdir()}
     expected = {"run.yaml", "environment.json", "metrics.json", "predictions.parquet", "log.txt"}
     expected |= {"model" if name == "full" else "adapter"}
-    expected |= {"trace.parquet", "routing.parquet"} if name == "mola" else set()
+    expected |= {"trace.parquet", "routing.parquet"} if name in ("mola", "molex") else set()
     assert files == expected
     assert result.metrics["saved_equals_loaded"]["equal"]
     assert result.metrics["steps"] == 6

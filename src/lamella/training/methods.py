@@ -87,7 +87,7 @@ class Head(Method):
         if not _head_names(backbone.model):
             raise LamellaError(
                 f"The method 'head' trains the task head alone, and '{backbone.name}' has none for the task "
-                f"'{task.name}' ({task.kind}). Choose lora, mola, prompt-tuning or full."
+                f"'{task.name}' ({task.kind}). Choose lora, mola, molex, prompt-tuning or full."
             )
         # PEFT's own name for an adapter without adapted modules: the saved folder is a PEFT folder all the same
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, **_shared(backbone, task))
@@ -221,7 +221,7 @@ class PromptTuning(Method):
         shared = _shared(backbone, task)
         if shared["task_type"] is None:
             raise LamellaError(
-                f"Prompt tuning has no form for {task.kind} tasks such as '{task.name}'. Choose lora, mola or full."
+                f"Prompt tuning has no form for {task.kind} tasks such as '{task.name}'. Choose lora, mola, molex or full."
             )
         config = PromptTuningConfig(
             num_virtual_tokens=self.num_virtual_tokens, prompt_tuning_init=PromptTuningInit.RANDOM, **shared

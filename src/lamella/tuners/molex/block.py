@@ -210,14 +210,15 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         else:
             logits, picked = self._without_router(mixture, h, read, frame)
             weights = torch.full_like(logits[:, :1], 1 / picked.shape[1]).expand(picked.shape)
-        routing = as_routing(logits, picked, weights, depth.candidates, len(self.blocks), granularity)
+        is_watched = frame is not None and bool(frame.observers)
+        every = (depth.candidates, len(self.blocks), granularity)
         batch, tokens = h.shape[:2]
         return Choice(
-            indices=spread(routing.indices, batch, tokens, granularity),
+            indices=spread(torch.as_tensor(depth.candidates, device=h.device)[picked], batch, tokens, granularity),
             weights=spread(weights, batch, tokens, granularity),
             without=readable.without,
             complete=readable.complete,
-            routing=routing,
+            routing=as_routing(logits, picked, weights, *every) if is_watched else None,
             real=_decides_for_something(read, granularity),
             scores=logits if self.routed(adapter) else None,
             picked=picked,

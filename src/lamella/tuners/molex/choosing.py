@@ -19,8 +19,8 @@ class Choice:
         indices: block indices, ``(batch, k)``, or ``(batch, tokens, k)`` where each token has its own.
         weights: how much each guest counts, of the same shape; the k of them sum to 1 in value.
         without: tokens that run without guest, ``(batch, tokens)``; None where there are none.
-        routing: the decision as it was taken, over all blocks of the stack, for who watches; None where it was taken
-            in an earlier forward.
+        routing: the decision as it was taken, over all blocks of the stack, for who watches; None where nobody
+            does, or it was taken in an earlier forward.
         real: which of the routing's rows decide for something real; None for all.
         scores: what the balance loss reads, log scores of the candidates, ``(rows, candidates)``; None without router.
         picked: the candidates chosen, by their place among the candidates, ``(rows, k)``.
