@@ -122,7 +122,7 @@ def _loss(one: Contrast) -> str:
     said = f"{one.first} loses {'less' if one.interval.difference < 0 else 'more'} than {one.second}"
     if not one.told_apart:
         said = f"the losses of {one.first} and {one.second} are not told apart"
-    return f"{said} ({_difference(one)})"
+    return f"{said} ({_difference(one)}, {one.seeds} training seeds)"
 
 
 def _costs(standing: Standing) -> str:

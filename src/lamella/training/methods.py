@@ -221,7 +221,8 @@ class PromptTuning(Method):
         shared = _shared(backbone, task)
         if shared["task_type"] is None:
             raise LamellaError(
-                f"Prompt tuning has no form for {task.kind} tasks such as '{task.name}'. Choose lora, mola, molex or full."
+                f"Prompt tuning has no form for {task.kind} tasks such as '{task.name}'. Choose lora, mola, molex or "
+                "full."
             )
         config = PromptTuningConfig(
             num_virtual_tokens=self.num_virtual_tokens, prompt_tuning_init=PromptTuningInit.RANDOM, **shared
