@@ -25,7 +25,7 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         title=title,
         summary=study.summary,
         results=study.results,
-        cost=_without_constants(study.cost.merge(costs, how="left")),
+        cost=_shown_cost(study.cost.merge(costs, how="left")),
         routing=study.routing,
         entropy=study.entropy,
         texts=()
@@ -100,9 +100,10 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
     )
 
 
-def _without_constants(cost: pd.DataFrame) -> pd.DataFrame:
-    """Without the task's and backbone's names where there is only one."""
-    return cost.drop(columns=[name for name in ("task", "backbone") if cost[name].nunique() == 1])
+def _shown_cost(cost: pd.DataFrame) -> pd.DataFrame:
+    """Without the task's and backbone's names where there is only one; step time is one over the reference's."""
+    constant = [name for name in ("task", "backbone") if cost[name].nunique() == 1]
+    return cost.drop(columns=constant).rename(columns={"step time": "step time ratio"})
 
 
 def robustness_report(found: Robustness) -> Report:
