@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,13 @@ from lamella.training.methods import trainable_parameters
 from lamella.training.settings import RunSettings
 from lamella.training.tasks import limited, task_of
 from lamella.tuners.mola.layer import MolaLinear
+from lamella.writing import whole
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lamella.training.grid import Cell, Grid
+    from lamella.training.rows import StudyFolder
 
 _ROUNDS = 5
 _LATENCY_ROWS = (1, 32)
@@ -38,7 +42,7 @@ class _Arm:
 def method_costs(
     methods: Mapping[str, RunSettings], reference: str, starting: Callable[[str], object] = lambda _: None
 ) -> pd.DataFrame:
-    """Measures every method beside the reference, on real rows of its task, with one thread.
+    """Measures every method beside the reference, on real rows of its task, on the CPU with one thread.
 
     A column per measure: ``active parameters`` (trainable ones that a token goes through), ``step time`` (forward,
     backward and AdamW; times the reference's, median over interleaved rounds), ``kept MB`` (activations kept for the
@@ -59,6 +63,44 @@ def method_costs(
             arm = first if name == reference else _arm(settings)
             rows.append({"method": name} | _measure(arm, first))
     return pd.DataFrame(rows)
+
+
+def study_costs(
+    grid: Grid, cells: Sequence[Cell], folder: StudyFolder, starting: Callable[[str], object] = lambda _: None
+) -> pd.DataFrame:
+    """`method_costs` of a study's finished methods on each backbone, measured once and kept in ``costs.parquet``.
+
+    Args:
+        grid: the study.
+        cells: its cells; a method is measured with the settings of its first finished one.
+        folder: where they lie.
+        starting: told the name of each method before it is measured.
+
+    Returns:
+        The measures, with a column ``backbone``; no rows for a backbone whose reference has not been run.
+    """
+    import pandas as pd
+
+    path = folder.path / "costs.parquet"
+    known = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["method", "backbone", "key"])
+    frames = []
+    for backbone in grid.backbones:
+        firsts: dict[str, Cell] = {}
+        for cell in cells:
+            if cell.backbone == backbone and folder.finished(cell.key):
+                firsts.setdefault(cell.method, cell)
+        keys = [cell.key for cell in firsts.values()]
+        own = known[(known["backbone"] == backbone) & known["key"].isin(keys)]
+        if grid.reference_name in firsts and set(own["method"]) != set(firsts):
+            settings = {name: cell.settings for name, cell in firsts.items()}
+            own = method_costs(settings, grid.reference_name, starting)
+            own.insert(1, "backbone", backbone)
+            own["key"] = keys
+        frames.append(own)
+    costs = pd.concat(frames, ignore_index=True)
+    with whole(path) as unfinished:
+        costs.to_parquet(unfinished, index=False)
+    return costs.drop(columns="key")
 
 
 def _arm(settings: RunSettings) -> _Arm:

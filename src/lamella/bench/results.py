@@ -14,6 +14,7 @@ from lamella.bench.equality import Equality
 from lamella.bench.timing import Clock, Ratio
 from lamella.errors import LamellaError
 from lamella.training.folder import environment
+from lamella.writing import write_whole
 
 
 class Arm(BaseModel):
@@ -108,10 +109,7 @@ class BenchResult(BaseModel):
 
 def write_result(result: BenchResult, path: Path) -> None:
     """Writes the record as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(result.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
 
 
 def load_result(path: Path) -> BenchResult:

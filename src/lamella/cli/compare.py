@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lamella.cli.output import console, print_json
-from lamella.cli.studies import finish, run_cells
+from lamella.cli.studies import run_study, show_plan
 
 
 def compare(
@@ -31,22 +30,15 @@ def compare(
     """
     from lamella.cli.words import recipe_and_overrides
     from lamella.errors import LamellaError
-    from lamella.training.grid import cells_of, read_grid
-    from lamella.training.planning import plan as planned
+    from lamella.training.grid import read_grid
     from lamella.training.rows import StudyFolder
 
     recipe, overrides = recipe_and_overrides(words)
     if recipe is None:
         raise LamellaError("Name the recipe of a study: the packaged trec-shapes, or a YAML file.")
     grid = read_grid(recipe, overrides)
-    cells = cells_of(grid)
     folder = StudyFolder(output or Path("runs") / Path(recipe).stem)
-    estimate = planned(cells, folder, jobs)
-    console.print(str(estimate), highlight=False)
     if plan:
-        if json:
-            print_json({"cells": estimate.cells, "done": estimate.done, "hours": estimate.hours})
-        return
-    folder.begin(cells, force=force)
-    run_cells(cells, folder, jobs)
-    finish(f"lamella compare {Path(recipe).stem}", grid, cells, folder, json)
+        show_plan(grid, folder, jobs, json=json)
+    else:
+        run_study(f"lamella compare {Path(recipe).stem}", grid, folder, jobs, force=force, json=json)

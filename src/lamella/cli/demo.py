@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lamella.cli.output import console
-from lamella.cli.studies import finish, run_cells
+from lamella.cli.studies import run_study
 
 _QUICK = "run.limit={train: 320, validation: 100, test: 200}"
 
@@ -30,14 +29,9 @@ def demo(
 
     Example: lamella demo --seeds 3 -o runs/demo
     """
-    from lamella.training.grid import cells_of, read_grid
-    from lamella.training.planning import plan
+    from lamella.training.grid import read_grid
     from lamella.training.rows import StudyFolder
 
     grid = read_grid("demo", [f"seeds={seeds}", *[_QUICK] * quick])
-    cells, folder = cells_of(grid), StudyFolder(output)
-    jobs = jobs or min(os.cpu_count() or 1, len(cells))
-    console.print(str(plan(cells, folder, jobs)), highlight=False)
-    folder.begin(cells, force=force)
-    run_cells(cells, folder, jobs)
-    finish("lamella demo: what a mixture of experts is worth on TREC", grid, cells, folder, json)
+    title = "lamella demo: what a mixture of experts is worth on TREC"
+    run_study(title, grid, StudyFolder(output), jobs or os.cpu_count() or 1, force=force, json=json)

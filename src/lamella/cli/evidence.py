@@ -26,7 +26,8 @@ def evidence(
     """
     from lamella.errors import LamellaError
     from lamella.training.evidence import keep, load_study, study_names
-    from lamella.training.evidence_page import evidence_page, write_page
+    from lamella.training.evidence_page import evidence_page
+    from lamella.writing import write_whole
 
     if not docs.is_dir():
         raise LamellaError(f"There is no folder {docs}. Run this where lamella's docs lie, or name them with --docs.")
@@ -39,7 +40,7 @@ def evidence(
     page = evidence_page(studies)
     same = path.is_file() and path.read_text(encoding="utf-8") == page
     if not check:
-        write_page(page, path)
+        write_whole(path, page)
     if json:
         cells = {study.name: {"run": study.run, "planned": study.planned} for study in studies}
         print_json({"page": str(path), "unchanged": same, "studies": cells})

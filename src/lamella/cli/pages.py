@@ -15,6 +15,10 @@ from lamella.training.settings import RunSettings
 from lamella.training.study import Study
 from lamella.training.trained import load_trained
 
+_MEASURED = (
+    "Step time ratio, kept MB and latency were measured when the study was done, on the CPU with one thread and in "
+    "interleaved rounds on the first rows of the task."
+)
 _SHOWN = 8  # rows of a study's page that are coloured token by token
 
 
@@ -34,7 +38,7 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         redundancy=study.redundancy,
         choices=study.choices,
         settings=study.settings,
-        notes=study.notes,
+        notes=[*study.notes, *[_MEASURED] * (len(costs) > 0)],
         findings=study.findings,
         findings_checked=True,
     )

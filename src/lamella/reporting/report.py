@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from lamella.reporting.tables import Table, frame_table, settings_sections
 from lamella.reporting.tokens import TokenText
 from lamella.reporting.tokenview import token_view
 from lamella.reporting.training import training_charts
+from lamella.writing import write_whole
 
 _ABSENT = {
     "training": "entropy over training",
@@ -153,14 +153,8 @@ def write_report(report: Report, path: Path) -> Path:
         LamellaError: the page cannot be made, or the file cannot be written.
     """
     page = render(report)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(page, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, page)
     except OSError as error:
         reason = error.strerror or error
         raise LamellaError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.routing import Routing
 from lamella.routing.context import RoutedCall, current_frame, find_tracker
+from lamella.writing import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,10 +189,8 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Writes ``frame`` as Parquet, whole or not at all."""
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        self.frame.to_parquet(unfinished, index=False)
-        unfinished.replace(path)
+        with whole(Path(path)) as unfinished:
+            self.frame.to_parquet(unfinished, index=False)
 
 
 def _places(shape: torch.Size, granularity: str) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lamella.tracing import Trace, record_routing
 from lamella.training.optimization import is_routed
+from lamella.writing import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,9 +109,8 @@ class RoutingHistory(TrainerCallback):
         import pandas as pd
 
         if self._frames and state.is_world_process_zero:
-            partial = self._path.with_name(f".{self._path.name}.partial")
-            pd.concat(self._frames, ignore_index=True).to_parquet(partial, index=False)
-            partial.replace(self._path)
+            with whole(self._path) as unfinished:
+                pd.concat(self._frames, ignore_index=True).to_parquet(unfinished, index=False)
 
 
 def entropy_over_training(history: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from lamella.evaluation.complexity import complexity, depth_correlations
 from lamella.evaluation.layer_maps import layer_map, map_differences, thirds
 from lamella.tracing import record_routing
 from lamella.training.floors import texts_of
+from lamella.training.scoring import length_batches
 from lamella.training.trained import Trained, load_trained
 
 
@@ -58,9 +59,7 @@ def block_choices(run: Path, split: str = "test") -> BlockChoices:
     """
     trained = load_trained(run)
     rows, encoded = trained.rows(split)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i]["length"])
-    size = trained.place.reading.eval_batch_size
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = length_batches(rows["length"], trained.place.reading.eval_batch_size)
     with record_routing(trained.model, per_token=True) as recorded, torch.no_grad():
         for batch in batches:
             trained.model(**encoded.collator([rows[i] for i in batch]))

@@ -14,10 +14,10 @@ import torch
 from lamella.errors import LamellaError
 from lamella.tracing import Trace, record_routing
 from lamella.training.callbacks import routing_summary
-from lamella.training.folder import RunFolder
 from lamella.training.optimization import is_routed
 from lamella.training.scoring import Columns, score, selection
 from lamella.training.trained import Trained, load_trained
+from lamella.writing import whole
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,8 @@ def _evaluate(trained: Trained, split: str, count: int | None) -> Evaluation:
 
 
 def _write_whole(frame: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with RunFolder(path.parent).whole(path.name) as temporary:
-        frame.to_parquet(temporary)
+    with whole(path) as unfinished:
+        frame.to_parquet(unfinished)
 
 
 def _by_token(trained: Trained, split: str, count: int) -> tuple[pd.DataFrame, list[tuple[str, list[str]]]]:

@@ -9,7 +9,6 @@ it. Two more are there if they were measured: ``NAME.costs.parquet`` (by `lamell
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from lamella.training.grid import Cell, Grid, cells_of, read_grid
 from lamella.training.methods import Method
 from lamella.training.rows import StudyFolder
 from lamella.training.settings import read_recipe, recipe_names
+from lamella.writing import whole, write_whole
 
 RESAMPLES = 2000
 _PLACE = ["backbone", "task", "method", "seed"]
@@ -62,7 +62,6 @@ def keep(folder: Path, into: Path) -> str:
     metrics = [_metric(study, key) for key in cells["key"]]
     scores = [_scores(study, key, metric) for key, metric in zip(cells["key"], metrics, strict=True)]
     record = {"study": grid.model_dump(mode="json"), "machines": _machines(study, cells["key"])}
-    into.mkdir(parents=True, exist_ok=True)
     _write(into / f"{name}.examples.parquet", cells[_PLACE].assign(metric=metrics, scores=scores))
     _write(into / f"{name}.costs.parquet", _costs(folder))
     _write(into / f"{name}.noise.parquet", _noise(folder, cells.assign(metric=metrics)))
@@ -116,15 +115,14 @@ def _noise(folder: Path, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _write(path: Path, content: pd.DataFrame | str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    if isinstance(content, str):
-        partial.write_text(content, encoding="utf-8")
-    elif len(content):
-        content.to_parquet(partial, index=False, compression="zstd")
-    else:
+    if not len(content):
         path.unlink(missing_ok=True)
         return
-    partial.replace(path)
+    if isinstance(content, str):
+        write_whole(path, content)
+        return
+    with whole(path) as unfinished:
+        content.to_parquet(unfinished, index=False, compression="zstd")
 
 
 def _check_planned(name: str, ran: Grid) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -61,13 +59,6 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
         *map(_study, studies),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
-
-
-def write_page(page: str, path: Path) -> None:
-    """Write the page whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
 
 
 def _answers(question: str, standings: Sequence[Standing], answer: Callable[[Standing], str]) -> str:

@@ -14,6 +14,7 @@ from lamella.training.card import public_name
 from lamella.training.folder import RunFolder
 from lamella.training.trained import load_adapted, load_trained
 from lamella.tuners import Collapsed, collapse, export_experts
+from lamella.writing import whole
 
 _BATCH_SIZE = 16
 ROWS = 256
@@ -122,7 +123,6 @@ def _refuse_existing(output: Path) -> None:
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that appears under its name when the block is done."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with RunFolder(output.parent).whole(output.name) as temporary:
-        temporary.mkdir()
-        yield temporary
+    with whole(output) as unfinished:
+        unfinished.mkdir()
+        yield unfinished

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +15,7 @@ import yaml
 
 from lamella.errors import LamellaError
 from lamella.training.settings import RunSettings
+from lamella.writing import write_whole
 
 _OURS = (
     "run.yaml",
@@ -105,23 +103,11 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
-        with self.whole(name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
-
-    @contextlib.contextmanager
-    def whole(self, name: str) -> Iterator[Path]:
-        """A temporary path beside ``name``, for a file or a folder, that takes its place if the block succeeds."""
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=".writing-") as beside:
-            temporary = Path(beside) / name
-            yield temporary
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            temporary.replace(target)
 
     def check_same(self, settings: RunSettings) -> None:
         """Raises LamellaError if the folder's run has other settings, naming one that differs."""

@@ -15,10 +15,10 @@ import pandas as pd
 
 from lamella.errors import LamellaError
 from lamella.evaluation.intervals import paired_interval
-from lamella.training.folder import RunFolder
 from lamella.training.noisy import NoiseKind, check_strengths, noise_kind, noisy_scores
 from lamella.training.scoring import Columns, score, selection
 from lamella.training.trained import Place, Trained, find_trained, load_trained
+from lamella.writing import whole
 
 _FEWEST_SEEDS = 5  # of the protocol
 
@@ -99,10 +99,9 @@ class Robustness:
 
     def save(self, folder: Path) -> None:
         """Write `frame` and `differences` as Parquet, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         for name, frame in (("robustness.parquet", self.frame), ("differences.parquet", self.differences)):
-            with RunFolder(folder).whole(name) as temporary:
-                frame.to_parquet(temporary)
+            with whole(folder / name) as unfinished:
+                frame.to_parquet(unfinished)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from lamella.training.doctor import doctor
 from lamella.training.folder import RunFolder
 from lamella.training.grid import Cell
 from lamella.training.run import train
+from lamella.writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,14 @@ class StudyFolder:
             "metrics": metrics,
             "diagnosis": doctor(run.path).as_dict(),
         }
-        self._write(self._row(cell.key), json.dumps(row))
+        write_whole(self._row(cell.key), json.dumps(row))
 
     def fail(self, cell: Cell, reason: str) -> None:
         """Keep why a cell cannot be run, so that no other worker tries it in this attempt."""
-        self._write(self._failure(cell.key), reason)
+        write_whole(self._failure(cell.key), reason)
 
     def _row(self, key: str) -> Path:
         return self.path / "rows" / f"{key}.json"
 
     def _failure(self, key: str) -> Path:
         return self.path / "failed" / f"{key}.txt"
-
-    def _write(self, path: Path, text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)

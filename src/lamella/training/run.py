@@ -30,6 +30,7 @@ from lamella.training.scoring import Scores, score, selection
 from lamella.training.settings import RunSettings
 from lamella.training.tasks import task_of
 from lamella.training.trainer import RunTrainer
+from lamella.writing import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -181,8 +182,7 @@ class _Run:
             scores = self._scores()
         trace.gather()
         if self.process.is_main_process:
-            with self.place.whole("trace.parquet") as path:
-                trace.save(path)
+            trace.save(self.place.path / "trace.parquet")
         return scores, routing_summary(trace.frame)
 
     def _costs(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class _Run:
     def _write(self, scores: dict[str, Scores], metrics: dict[str, Any]) -> None:
         frames = [pd.DataFrame({"split": name, **one.columns}) for name, one in scores.items()]
         if frames:
-            with self.place.whole("predictions.parquet") as path:
+            with whole(self.place.path / "predictions.parquet") as path:
                 pd.concat(frames, ignore_index=True).to_parquet(path)
         card = model_card(self.model, self.backbone, self.task, self.settings, metrics)
         save_trained(self.model, self.backbone, self.place, card)

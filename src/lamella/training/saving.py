@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lamella.data import load_backbone
 from lamella.errors import LamellaError
 from lamella.training.folder import RunFolder
+from lamella.writing import whole
 
 if TYPE_CHECKING:
     from lamella.data import Backbone, Task
@@ -27,7 +28,7 @@ def save_trained(model: PreTrainedModel | PeftModel, backbone: Backbone, folder:
 
     An adapter names its base as others know it, not a folder of this machine.
     """
-    with folder.whole(_name(model)) as path:
+    with whole(folder.path / _name(model)) as path:
         if isinstance(model, PeftModel):
             model.active_peft_config.base_model_name_or_path = backbone.published
             # runs never resize the vocabulary, and to find out PEFT would ask the hub

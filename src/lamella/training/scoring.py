@@ -74,7 +74,7 @@ def score(model: nn.Module, task: Task, rows: Dataset, collator: Collator, batch
     training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in _batches(rows["length"], batch_size)[rank::world]:
+        for batch in length_batches(rows["length"], batch_size)[rank::world]:
             inputs = {key: value.to(device) for key, value in collator([rows[i] for i in batch]).items()}
             parts.append((batch, read(task, model, inputs)))
     model.train(training)
@@ -92,7 +92,7 @@ def _form(task: Task, model: nn.Module) -> Form:
     return "options" if trains_tokens(task, model) else "classes"
 
 
-def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+def length_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Rows alike in length together, longest first: little padding, and memory peaks early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from lamella.training.rows import StudyFolder
 from lamella.training.tasks import task_of
 from lamella.training.trained import load_trained
 from lamella.training.verdict import notes, verdict
+from lamella.writing import whole, write_whole
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Study:
     notes: list[str]
     not_run: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The tables and words as plain values, for JSON."""
+    def as_dict(self, costs: pd.DataFrame) -> dict[str, Any]:
+        """The tables and words as plain values, for JSON, beside what the methods were measured to cost."""
+        tables = {"results": self.results, "cost": self.cost, "costs": costs}
         return {
             "summary": self.summary,
-            "results": json.loads(self.results.to_json(orient="records")),
-            "cost": json.loads(self.cost.to_json(orient="records")),
+            **{name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
             "findings": [asdict(finding) for finding in self.findings],
             "notes": self.notes,
             "not_run": self.not_run,
@@ -75,13 +75,10 @@ def summarise(grid: Grid, cells: Sequence[Cell], folder: StudyFolder) -> Study:
         LamellaError: a task cannot be loaded.
     """
     found = contests(grid, cells, folder)
-    partial = folder.path / f".results.parquet.{os.getpid()}.partial"
-    tidy(found).to_parquet(partial, index=False)
-    partial.replace(folder.path / "results.parquet")
+    with whole(folder.path / "results.parquet") as unfinished:
+        tidy(found).to_parquet(unfinished, index=False)
     recipe = grid.model_dump(mode="json")
-    partial = folder.path / f".study.yaml.{os.getpid()}.partial"
-    partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    partial.replace(folder.path / "study.yaml")
+    write_whole(folder.path / "study.yaml", yaml.safe_dump(recipe, sort_keys=False))
     routed = _routed_runs(cells, folder)
     return Study(
         summary=verdict(found, grid),
