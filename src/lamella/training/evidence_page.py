@@ -41,6 +41,7 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
     against_lora = [one for one in standings if one.methods[one.reference].name == "lora"]
     routed = [one for one in against_lora if _learned(one)]
     mixtures = [one for one in against_lora if _named(one, "mola")]
+    shaped = [one for one in mixtures if len(_named(one, "mola")) > 1]
     settings = [one for one in standings if one.methods[one.reference].name == "molex"]
     controlled = [one for one in routed if _controls(one)]
     parts = [
@@ -51,10 +52,10 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
         _answers("Is its learned router better than a random one?", controlled, _router_worth),
         _answers("Does it resist noise better?", routed, _resists),
         _answers("What does it cost?", routed, _costs),
-        _answers("Which of its settings matter?", settings, _against_reference),
+        _answers("Which of its settings matter?", settings, _molex_settings),
         "## MoLA: layer-wise LoRA experts",
-        _answers("Does MoLA beat LoRA of the same size here?", mixtures, _against_reference),
-        _answers("Does its shape along the depth matter?", mixtures, _shapes),
+        _answers("Does MoLA beat LoRA of the same size here?", mixtures, _mola_sizes),
+        _answers("Does its shape along the depth matter?", shaped, _shapes),
         "## The studies",
         *map(_study, studies),
     ]
@@ -130,9 +131,17 @@ def _costs(standing: Standing) -> str:
     )
 
 
-def _against_reference(standing: Standing) -> str:
-    shown = [one for one in standing.against_reference if standing.methods[one.first].name in ("mola", "molex")]
-    missing = [name for name, tests in standing.tests.items() if not tests]
+def _molex_settings(standing: Standing) -> str:
+    return _against_reference(standing, "molex")
+
+
+def _mola_sizes(standing: Standing) -> str:
+    return _against_reference(standing, "mola")
+
+
+def _against_reference(standing: Standing, kind: str) -> str:
+    shown = [one for one in standing.against_reference if standing.methods[one.first].name == kind]
+    missing = [name for name in _named(standing, kind) if not standing.tests[name]]
     return (_grouped(standing, shown) if shown else "") + "".join(f" {name}: {_NOT_RUN}." for name in missing)
 
 
