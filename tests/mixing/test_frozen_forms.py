@@ -11,7 +11,7 @@ from tests.reference import mole
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.mixing import FrozenLoras, concatenate, forward_frozen, mix_frozen, mix_merged, prefers_merged
+from lamella.mixing import FrozenLoras, concatenate, forward_frozen, mix_frozen, mix_merged, mix_plain, prefers_merged
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 Per = Literal["token", "sequence", "call"]
@@ -63,6 +63,9 @@ class Case:
     def merged(self) -> Tensor:
         return mix_merged(self.x, self.weights, self.weight, self.bias, self.frozen)
 
+    def as_one(self) -> Tensor:
+        return mix_plain(self.x, self.weights, self.weight, self.bias, self.frozen)
+
     def gradients(self, result: Tensor) -> tuple[Tensor, Tensor]:
         if not result.numel():
             return torch.zeros_like(self.x), torch.zeros_like(self.weights)
@@ -82,7 +85,12 @@ def cases(draw: st.DrawFn) -> Case:
 def test_all_forms_equal_the_loops_in_outputs_and_gradients(case: Case) -> None:
     expected = case.by_loops()
     gradients = case.gradients(expected)
-    forms = {"rank space": case.in_rank_space(), "in place": case.in_rank_space(True), "merged": case.merged()}
+    forms = {
+        "rank space": case.in_rank_space(),
+        "in place": case.in_rank_space(True),
+        "as one": case.as_one(),
+        "merged": case.merged(),
+    }
     for name, result in forms.items():
         torch.testing.assert_close(result, expected, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
         for found, wanted in zip(case.gradients(result), gradients, strict=True):
@@ -98,9 +106,10 @@ def test_gradcheck(per: Per) -> None:
         ),
         (case.x, case.weights),
     )
-    assert torch.autograd.gradcheck(
-        lambda x, weights: mix_merged(x, weights, case.weight, case.bias, case.frozen), (case.x, case.weights)
-    )
+    for form in (mix_merged, mix_plain):
+        assert torch.autograd.gradcheck(
+            lambda x, weights, form=form: form(x, weights, case.weight, case.bias, case.frozen), (case.x, case.weights)
+        )
 
 
 @pytest.mark.parametrize("which", [0, 2])
@@ -111,10 +120,11 @@ def test_weight_one_for_a_single_lora_is_that_lora(which: int) -> None:
     alone = case.base(case.x) + scaling * case.x @ A.t() @ B.t()
     case.weights = one_hot
     torch.testing.assert_close(case.in_rank_space(), alone, **CLOSE)
+    torch.testing.assert_close(case.as_one(), alone, **CLOSE)
     torch.testing.assert_close(case.merged(), alone, **CLOSE)
 
 
-def test_weights_of_zero_leave_the_merged_layer_as_the_base_bit_for_bit() -> None:
+def test_weights_of_zero_leave_the_layer_as_the_base_bit_for_bit() -> None:
     case = Case([2, 1], "call", seed=2)
     assert torch.equal(mix_merged(case.x, torch.zeros(2), case.weight, case.bias, case.frozen), case.base(case.x))
 
@@ -157,9 +167,8 @@ def test_a_layer_computes_the_same_in_whichever_form_is_chosen(kind: str, rows: 
     plain = None if kind == "called as it is" else plain_of(layer)
     case.weight, case.bias = plain_of(layer)
     result = forward_frozen(layer, plain, case.x, case.weights, case.frozen)
-    merged = plain is not None and rows == 40
     assert prefers_merged(rows, 6, 6) == (rows == 40)
-    assert len(calls) == (0 if merged else 1)
+    assert len(calls) == (1 if plain is None else 0)
     expected = case.by_loops()
     torch.testing.assert_close(result, expected, **CLOSE)
     for found, wanted in zip(case.gradients(result), case.gradients(expected), strict=True):
@@ -210,7 +219,7 @@ def test_loras_in_float32_on_a_layer_in_bfloat16_answer_in_the_layers_precision(
 
 def test_what_needs_no_gradient_gets_none() -> None:
     case = Case([2, 1], "call", seed=7)
-    for form in (case.in_rank_space, case.merged):
+    for form in (case.in_rank_space, case.as_one, case.merged):
         assert case.gradients(form())[1] is not None
         case.weights = case.weights.detach()
         result = form()
@@ -221,7 +230,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
         case.x.requires_grad_()
 
 
-@pytest.mark.parametrize("form", ["in_rank_space", "merged"])
+@pytest.mark.parametrize("form", ["in_rank_space", "as_one", "merged"])
 def test_second_derivatives_are_refused_not_wrong(form: str) -> None:
     case = Case([2, 1], "call", seed=8)
     (first,) = torch.autograd.grad(getattr(case, form)().square().sum(), case.weights, create_graph=True)

@@ -2,18 +2,21 @@
 
 from lamella.bench.forms import bench_forms
 from lamella.bench.mola import bench_mola
+from lamella.bench.mole import bench_mole
 from lamella.bench.molex import bench_molex
 from lamella.bench.results import BenchResult, load_result, write_result
-from lamella.bench.settings import FormsSettings, MolaSettings, MolexSettings
+from lamella.bench.settings import FormsSettings, MolaSettings, MoleSettings, MolexSettings
 from lamella.bench.tables import render_result, render_table
 
 __all__ = [
     "BenchResult",
     "FormsSettings",
     "MolaSettings",
+    "MoleSettings",
     "MolexSettings",
     "bench_forms",
     "bench_mola",
+    "bench_mole",
     "bench_molex",
     "load_result",
     "render_result",

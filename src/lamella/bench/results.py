@@ -27,7 +27,8 @@ class Arm(BaseModel):
         seconds: of each round.
         median_seconds: their median.
         kept_mb: activations kept for the backward pass, in 1e6 bytes.
-        peak_mb: device memory a step allocates above what was there, in 1e6 bytes; None on a CPU.
+        peak_mb: memory a step takes above what was there, in 1e6 bytes: on a device what it allocates, on a CPU the
+            tensors alive at once; None where not measured.
         flops: floating-point operations of its matrix products and attention; None where not counted.
         block_runs: how often a sequence runs through a block, per block of the stack; None where not counted.
     """
@@ -93,13 +94,13 @@ class BenchResult(BaseModel):
         machine: processor, cores, threads and versions; no names of hosts, users or folders.
         settings: all of them.
         clock: which time was measured.
-        cases: its interleaved runs: one for the train step, one per layer shape for the forms, one per batch and
-            number of threads for inference.
+        cases: its interleaved runs: one for the train step, one per layer shape for the forms, one per number of LoRAs,
+            one per batch and number of threads for inference.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    bench: Literal["mola", "forms", "molex"]
+    bench: Literal["mola", "forms", "molex", "mole"]
     date: str = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
     machine: dict[str, Any] = Field(default_factory=environment)
     settings: dict[str, Any]

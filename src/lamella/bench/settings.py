@@ -87,6 +87,15 @@ class MolexSettings(EncoderSettings):
         return self
 
 
+class MoleSettings(BenchSettings):
+    """Settings of the benchmark of one frozen linear layer with K frozen LoRAs."""
+
+    tokens: int = Field(2048, ge=1)
+    width: PositiveInt = 768
+    num_loras: tuple[PositiveInt, ...] = (2, 8, 32, 128)
+    r: PositiveInt = 8
+
+
 class FormsSettings(BenchSettings):
     """Settings of the benchmark of one linear layer in its dense and its sorted form."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lamella.bench import mole_tables, molex_tables
 from lamella.bench.cells import shown, table, verdict
-from lamella.bench.molex_tables import inference, targets, train_step
 from lamella.bench.results import BenchResult, Case, load_result
 
 # What the first release is measured against, for the train step of `lamella bench mola`.
@@ -29,7 +29,9 @@ def render_result(result: BenchResult) -> str:
     parts = [_conditions(result)]
     parts += [*map(_train_step, result.cases), *map(_targets, result.cases)] if result.bench == "mola" else []
     parts += [_forms(result.cases)] if result.bench == "forms" else []
-    parts += [train_step(result), inference(result), targets(result)] if result.bench == "molex" else []
+    if result.bench == "molex":
+        parts += [molex_tables.train_step(result), molex_tables.inference(result), molex_tables.targets(result)]
+    parts += [mole_tables.layer(result), mole_tables.targets(result)] if result.bench == "mole" else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -37,8 +39,12 @@ def _conditions(result: BenchResult) -> str:
     machine, settings = result.machine, result.settings
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
     shape = f"{settings['layers']} layers of {settings['hidden']}, " if "layers" in settings else ""
-    method = f"alpha={settings['alpha']}" if result.bench == "molex" else f"top-{settings['top_k']}"
-    shape += f"r={settings['r']}, {method}, {settings['tokens']:,} tokens, none of them padding"
+    shape += f"one layer of {settings['width']}, " if "width" in settings else ""
+    method = {"alpha": "alpha=", "top_k": "top-"}
+    shape += f"r={settings['r']}, " + "".join(
+        f"{word}{settings[key]}, " for key, word in method.items() if key in settings
+    )
+    shape += f"{settings['tokens']:,} tokens, none of them padding"
     device = machine["processor"] if settings["device"] == "cpu" else machine["accelerators"][0]
     worst = max(max(case.equality.output, case.equality.gradient) for case in result.cases)
     return (

@@ -74,6 +74,27 @@ def molex(
 
 
 @bench.command()
+def mole(
+    rounds: _Rounds = 7,
+    threads: _Threads = 1,
+    tokens: _Tokens = 2048,
+    width: Annotated[int, typer.Option(min=1, help="Features of the layer.")] = 768,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    output: _Output = None,
+    json: _Json = False,
+) -> None:
+    """One frozen layer with 2 to 128 frozen LoRAs of rank 8, beside PEFT's loop over them.
+
+    Example: lamella bench mole --rounds 7 --threads 1 -o bench-mole.json
+    """
+    from lamella.bench import MoleSettings, bench_mole
+
+    given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device, "width": width}
+    _finish(bench_mole(MoleSettings.parse(given), starting=console.print), output, json)
+
+
+@bench.command()
 def forms(
     rounds: _Rounds = 7,
     threads: _Threads = 1,

@@ -1,6 +1,6 @@
 """The arithmetic of ``y + s * sum_e g_e B_e A_e x``: three forms with one result, and the choice between them.
 
-For LoRAs that are trained already: the same with A and B frozen, merged into the layer where that is cheaper, and what
+For LoRAs that are trained already: the same with A and B frozen, merged into the layer where that is cheaper; and what
 their outputs tell a router, read in rank space.
 """
 
@@ -8,6 +8,7 @@ from lamella.mixing.choice import SORTED_ABOVE, Form, choose_form
 from lamella.mixing.dense import mix_dense, project
 from lamella.mixing.frozen import FrozenLoras, concatenate, mix_frozen
 from lamella.mixing.merged import forward_frozen, mix_merged, prefers_merged
+from lamella.mixing.plain import mix_plain
 from lamella.mixing.rank_space import read_outputs, read_positions
 from lamella.mixing.reference import mix_reference
 from lamella.mixing.sorted import mix_sorted
@@ -22,6 +23,7 @@ __all__ = [
     "mix_dense",
     "mix_frozen",
     "mix_merged",
+    "mix_plain",
     "mix_reference",
     "mix_sorted",
     "prefers_merged",

@@ -35,6 +35,10 @@ class FrozenLoras(NamedTuple):
         """The same LoRAs in another precision."""
         return FrozenLoras(self.A.to(dtype), self.B.to(dtype), self.ranks)
 
+    def on(self, device: torch.device) -> "FrozenLoras":
+        """The same LoRAs on another device."""
+        return FrozenLoras(self.A.to(device), self.B.to(device), self.ranks)
+
 
 def concatenate(loras: Sequence[tuple[Tensor, Tensor, float] | None], dtype: torch.dtype) -> FrozenLoras:
     """Puts LoRAs of any ranks side by side, at least one of them present.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lamella.mixing.frozen import FrozenLoras, group_rows, mix_frozen, sum_per_lora, sum_rows, weigh
+from lamella.mixing.plain import mix_plain
 
 # What an operation of the merge costs, in units of one that it saves. Measured on CPU with 8 and 32 LoRAs of rank 8: at
 # d/2 rows the forms cost the same in training (0.96 to 1.02 at width 768, 1.00 to 1.04 at 2048) and merging 3 to 9 %
@@ -101,7 +102,7 @@ def forward_frozen(
     loras: FrozenLoras,
     h: Tensor | None = None,
 ) -> Tensor:
-    """A frozen layer with its weighted LoRAs, in the cheaper of the two forms.
+    """A frozen layer with its weighted LoRAs, in the cheapest form.
 
     Args:
         base: the frozen layer.
@@ -120,11 +121,13 @@ def forward_frozen(
     lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if plain is not None and h is None:
         weight, bias = plain
+        dtype = lowered or weight.dtype
         rows_per_weight = x.shape[weights.dim() - 1 : -1].numel()
-        if prefers_merged(rows_per_weight, *weight.shape):
-            dtype = lowered or weight.dtype
+        merges = prefers_merged(rows_per_weight, *weight.shape)
+        if merges or dtype == (lowered or loras.A.dtype):  # LoRAs wider than the layer are added in their own precision
+            mix = mix_merged if merges else mix_plain
             bias = None if bias is None else bias.to(dtype)
-            return mix_merged(x.to(dtype), weights, weight.to(dtype), bias, loras.to(dtype))
+            return mix(x.to(dtype), weights, weight.to(dtype), bias, loras.to(dtype))
     y = base(x)
     dtype = lowered or loras.A.dtype
     if h is None:
