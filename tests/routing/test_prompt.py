@@ -1,11 +1,14 @@
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import tiny
 from torch import Tensor, nn
+from transformers import CompileConfig, GenerationConfig
 
 from lamella import LamellaError
 from lamella.routing import prompt
@@ -116,6 +119,37 @@ def test_a_generate_of_the_models_own_is_kept() -> None:
     untrack_calls(model)
     with pytest.raises(AttributeError):
         model.generate()  # outside, nothing is known
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "disabled"),
+    [
+        ({}, {}, True),
+        ({}, {"generation_config": GenerationConfig(max_new_tokens=1)}, True),
+        ({}, {"disable_compile": False}, False),
+        ({}, {"generation_config": GenerationConfig(max_new_tokens=1, disable_compile=False)}, False),
+        ({"disable_compile": False}, {}, False),
+        ({"compile_config": CompileConfig()}, {}, None),
+    ],
+)
+def test_generate_compiles_only_for_who_asks(
+    own: dict[str, Any], given: dict[str, Any], disabled: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny.llama(), []
+
+    def notice(self: Any, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        seen.append(generation_config.disable_compile)
+        return False
+
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", notice)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    for statement in (nullcontext(), prompt([3])):
+        track_calls(model)
+        with statement:
+            model.generate(torch.tensor([[3, 4, 5]]), **{"max_new_tokens": 1, **given})
+        untrack_calls(model)
+        assert set(seen) == {disabled}
 
 
 def test_a_prompt_that_comes_in_parts_is_an_error() -> None:

@@ -21,10 +21,10 @@ def batch():
 
 
 def spread(model):
-    """Routers whose choices differ between sequences."""
+    """Routers whose choices differ between sequences, and that are not sure of them."""
     for block in model.modules():
         if isinstance(block, MolexBlock) and "default" in block.lamella_molex_router:
-            torch.nn.init.normal_(block.lamella_molex_router["default"].weight, std=2.0)
+            torch.nn.init.normal_(block.lamella_molex_router["default"].weight, std=0.5)
     return model
 
 
@@ -39,7 +39,7 @@ def test_a_healthy_mixture_has_no_finding(batch, scope, gradient):
 
     diagnosis = doctor(model, batches=[batch])
 
-    assert not codes(diagnosis) - {"entropy-near-zero"}, diagnosis
+    assert not codes(diagnosis), diagnosis
     assert any("arrives at 4 of 4 routers" in line for line in diagnosis.checked)
     assert any("move the hidden states" in line for line in diagnosis.checked)
 

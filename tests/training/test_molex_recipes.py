@@ -1,10 +1,13 @@
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+import lamella
+from lamella.data.public import PUBLIC_TASKS
 from lamella.training.grid import cells_of, read_grid
 from lamella.training.methods import trainable_parameters
 from lamella.training.settings import recipe_names, resolve
@@ -35,6 +38,17 @@ def published(task):
 def test_there_is_a_recipe_for_each_published_task():
     found = {name.rpartition("/")[2] for name in recipe_names() if name.startswith("published/molex/")}
     assert found == {*PUBLISHED, "e2e"}
+
+
+@pytest.mark.parametrize("task", [*PUBLISHED, "e2e"])
+def test_a_published_recipe_names_a_task_that_can_be_read_and_the_defects_it_keeps(task):
+    named = published(task).task
+    assert named in (task, f"hub:glue/{task}")
+    assert PUBLIC_TASKS[task].hub == (None if task == "e2e" else ("nyu-mll/glue", task))
+    path = Path(lamella.__file__).parent / "recipes" / "published" / "molex" / f"{task}.yaml"
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(line.startswith("# Published defects kept: ") for line in comment)
+    assert any(line.startswith("# Published defects not kept: ") for line in comment)
 
 
 @pytest.mark.parametrize("task", PUBLISHED)

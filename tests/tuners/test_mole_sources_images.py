@@ -9,19 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lamella import LamellaError
 from lamella.tuners.mole.sources import Factors, LoraSource, map_to, read_lora
-
-diffusers = pytest.importorskip("diffusers")
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY  # noqa: E402
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
 
 UNET = LoraConfig(
     r=3, lora_alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in"],
@@ -199,8 +197,6 @@ def test_a_diffusers_file_without_header_has_scaling_one(written: Written, tmp_p
 
 def test_diffusers_older_names_are_the_same_lora(written: Written, tmp_path: Path) -> None:
     """Attention processors and lora_linear_layer, as diffusers wrote before it used PEFT."""
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-
     old = {}
     for name, tensor in written.states["unet"].items():
         module, _, side = name.removesuffix(".weight").rpartition(".lora_")

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from tests import tiny
 from tests.reference import molex as oracle
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+import lamella
+from lamella import LamellaError
 from lamella.routing import collect_losses
 from lamella.tuners.molex import MolexBlock
 
@@ -234,6 +237,43 @@ def test_random_is_reproducible_and_uniform(name: str) -> None:
     assert random_choices(reseeded, batch) != first
 
 
+def decoders_choices(model: PeftModel, **given: Any) -> list[list[int]]:
+    """Of each sequence, the guests in the decoder at the first forward, by block."""
+    with tiny.watch(model) as seen, torch.no_grad():
+        (model.generate if "max_new_tokens" in given else model)(**given)
+    chosen = [routing.indices[:, 0] for place, routing, _ in seen if place.stack.startswith("decoder")]
+    return torch.stack(chosen[:4], dim=1).tolist()
+
+
+def test_random_in_a_decoder_after_an_encoder_is_by_what_the_encoder_reads() -> None:
+    model = tiny.molex(tiny.t5(layers=4), policy="random")
+    given = tiny.batch(model.get_base_model(), rows=32)
+    first = decoders_choices(model, **given)
+    assert len({tuple(row) for row in first}) > 16, "all begin with the same token"
+    half = {key: value[16:] for key, value in given.items()}
+    assert decoders_choices(model, **half) == first[16:]
+    padded = {key: nn.functional.pad(given[key], (3, 0)) for key in ("input_ids", "attention_mask")}
+    assert decoders_choices(model, **given | padded) == first
+    del given["labels"]
+    for options in ({}, {"use_cache": False}):
+        assert decoders_choices(model, **given, max_new_tokens=2, **options) == first
+    beams = decoders_choices(model, **given, max_new_tokens=2, num_beams=2)
+    assert beams == [row for row in first for _ in range(2)]
+    with lamella.prompt([1] * 32):
+        assert decoders_choices(model, **given, max_new_tokens=2) == first
+
+
+def test_random_in_a_decoder_that_is_not_told_what_its_encoder_read_is_an_error() -> None:
+    model = tiny.molex(tiny.t5(layers=4), policy="random")
+    given = tiny.inputs(model.get_base_model())
+    whole = model(**given).logits
+    encoded = model.get_base_model().get_encoder()(given["input_ids"], given["attention_mask"])
+    torch.testing.assert_close(model(**given, encoder_outputs=encoded).logits, whole)
+    del given["input_ids"]
+    with pytest.raises(LamellaError, match=r"policy='random'.*decoder\.block\.0.*input_ids beside encoder_outputs"):
+        model(**given, encoder_outputs=encoded)
+
+
 @pytest.mark.parametrize("scope", ["shared", "per-layer"])
 def test_a_learned_alpha_starts_where_it_says_and_moves(scope: str) -> None:
     fixed = tiny.molex(tiny.llama(layers=4), alpha=0.8)
@@ -248,6 +288,9 @@ def test_a_learned_alpha_starts_where_it_says_and_moves(scope: str) -> None:
     assert [bool(gradient != 0) for gradient in found] == ([True] if scope == "shared" else mixed)
     assert any(mixed)
     assert all(gradient.shape == () for gradient in found)
+    names = ["model.layers"] if scope == "shared" else [block.name for block in tiny.blocks(model)]
+    assert model.base_model.alphas() == pytest.approx(dict.fromkeys(names, 0.8))
+    assert fixed.base_model.alphas() == {}
     with torch.no_grad():
         assert [float(block.alpha("default")) for block in tiny.blocks(model)] == pytest.approx([0.8] * 4)
 
@@ -268,12 +311,29 @@ def test_guests_in_bfloat16_are_near_and_only_guests() -> None:
     exact, rough = (tiny.molex(tiny.llama(layers=4), alpha=0.9, guest_dtype=d) for d in (None, "bfloat16"))
     dtypes: list[torch.dtype] = []
     tiny.blocks(rough)[0].base_layer.mlp.act_fn.register_forward_hook(lambda _, args, out: dtypes.append(out.dtype))
-    with torch.no_grad():
-        a, b = exact(**given).logits, rough(**given).logits
+    attends: list[torch.dtype] = []
+
+    class SeesAttention(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.scaled_dot_product_attention:
+                attends.append(args[2].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with SeesAttention():
+        losses = [model(**given) for model in (exact, rough)]
+    a, b = (output.logits for output in losses)
     assert a.dtype == b.dtype == torch.float32
     assert 0 < (a - b).abs().max() < 0.02
     assert dtypes[0] == torch.float32
     assert set(dtypes[1:]) == {torch.bfloat16}
+    assert set(attends) == {torch.float32}, "on a CPU attention is slow in bfloat16"
+    assert len(attends) > 8
+    for output in losses:
+        output.loss.backward()
+    near, far = tiny.gradients(exact), tiny.gradients(rough)
+    assert near.keys() == far.keys()
+    scale = max(float(gradient.abs().max()) for gradient in near.values())
+    assert 0 < max(float((near[name] - far[name]).abs().max()) for name in near) < 0.02 * scale
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "mpnet", "t5"])

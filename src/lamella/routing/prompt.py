@@ -9,7 +9,7 @@ run without the decision, so that no token's output depends on a later one.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ class Prompt:
     Attributes:
         lengths: real tokens of each sequence's prompt, ``(batch,)``; None inside ``generate``.
         width: positions before this one are the prompt, in every row; None until the first forward tells.
+        source: inside ``generate`` of an encoder-decoder, what its encoder is given, ``(batch, ...)``.
     """
 
     lengths: Tensor | None = None
     width: int | None = None
+    source: Tensor | None = None
 
     @property
     def generating(self) -> bool:
@@ -95,7 +97,8 @@ def _stated(known: Prompt) -> Iterator[None]:
 class PromptedGenerate:
     """A model's ``generate`` that says which ids it was given. Set on the model, so that every caller goes through it.
 
-    What ``lamella.prompt`` says around it stands.
+    What ``lamella.prompt`` says around it stands. Where nobody has said anything about compilation it is off:
+    transformers compiles by itself for a static cache on a GPU, and what runs here is decided while it runs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,18 +108,28 @@ class PromptedGenerate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's own ``generate``."""
         generate = self.before or type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
-        if current_prompt() is not None:
-            return generate(*args, **kwargs)
-        with _stated(Prompt(width=self._width(args, kwargs))):
+        if not self._compilation_is_settled(args, kwargs):
+            kwargs = {**kwargs, "disable_compile": True}
+        with _stated(self._known(args, kwargs)):
             return generate(*args, **kwargs)
 
-    def _width(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
+        said = current_prompt()
+        named = (kwargs.get("inputs_embeds"), *args[:1], *(kwargs.get(n) for n in ("inputs", "input_ids")))
+        given = [tensor for tensor in named if isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[1] > 0]
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            return None  # the ids given are the encoder's; what the decoder starts from, its first forward shows
-        for given in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")):
-            if isinstance(given, Tensor) and given.dim() > 1 and given.shape[1] > 0:
-                return int(given.shape[1])
-        return None
+            # The ids given are the encoder's; what the decoder starts from, its first forward shows.
+            given += [tensor for tensor in (kwargs.get("pixel_values"),) if isinstance(tensor, Tensor)]
+            return replace(said or Prompt(), source=next(iter(given), None))
+        return said or Prompt(width=int(given[0].shape[1]) if given else None)
+
+    def _compilation_is_settled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        own = getattr(self.model, "generation_config", None)
+        if own is None:
+            return True  # no generate of transformers'
+        configs = (own, kwargs.get("generation_config"), *args[1:2])
+        names = ("disable_compile", "compile_config")
+        return any(kwargs.get(n) is not None or any(getattr(c, n, None) is not None for c in configs) for n in names)
 
 
 def set_prompted_generate(model: nn.Module) -> None:

@@ -18,13 +18,15 @@ from lamella.tuners.molex.choosing import (
     as_routing,
     choose,
     draw,
+    hash_sequences,
+    hash_tokens,
     pool_scores,
     score_candidates,
     spread,
     weigh,
 )
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.molex.guests import is_checkpointed, refuse_sharded, run_guest, show_mixture
+from lamella.tuners.molex.guests import is_checkpointed, onloaded, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
 
 CANNOT_MERGE = (
@@ -63,11 +65,14 @@ class MolexBlock(nn.Module, BaseTunerLayer):
     disable_adapters: bool
     set_adapter: Callable[..., None]
 
-    def __init__(self, base_layer: nn.Module, place: Place, blocks: list[nn.Module], decoder: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, place: Place, blocks: list[nn.Module], decoder: bool, after_encoder: bool = False
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.place = place
         self.decoder = decoder
+        self.after_encoder = after_encoder
         # A plain list, so that the other blocks are not registered here a second time.
         self.blocks = blocks
         self.lamella_molex_router = nn.ModuleDict()
@@ -148,7 +153,9 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         """The weight of the block's own output, a tensor on that device where it is learned."""
         if adapter not in self.alphas:
             return self.mixtures[adapter].config.alpha
-        return torch.sigmoid(self.alphas[adapter].lamella_molex_alpha[adapter]).to(device)
+        logits = self.alphas[adapter].lamella_molex_alpha
+        with onloaded(logits):
+            return torch.sigmoid(logits[adapter]).to(device)
 
     def _running(self) -> str | None:
         if self.disable_adapters:
@@ -234,8 +241,9 @@ class MolexBlock(nn.Module, BaseTunerLayer):
     def _logits(self, adapter: str, h: Tensor) -> Tensor:
         """The router's scores of all blocks, in float32 or wider, ``(batch, tokens, T)``."""
         router = self.router(adapter)
-        wide = h.to(router.weight.device, torch.promote_types(h.dtype, torch.float32))
-        return router.logits(wide.flatten(0, 1)).view(*h.shape[:2], -1).to(h.device)
+        with onloaded(router):
+            wide = h.to(router.weight.device, torch.promote_types(h.dtype, torch.float32))
+            return router.logits(wide.flatten(0, 1)).view(*h.shape[:2], -1).to(h.device)
 
     def _without_router(self, mixture: _Mixture, h: Tensor, read: Tensor, frame: Frame | None) -> tuple[Tensor, Tensor]:
         """Logits of the candidates, equal, and those chosen: for the policies, and where there is only one."""
@@ -246,13 +254,29 @@ class MolexBlock(nn.Module, BaseTunerLayer):
                 raise LamellaError(
                     f"policy='random' draws from what the model reads, so {self.name} cannot run outside its forward."
                 )
-            drawn = draw(frame.given, read, depth.index, config.seed, count, mixture.granularity)
+            tokens = hash_tokens(frame.given, read, self._hash_source(frame, len(read)))
+            drawn = draw(tokens, read, depth.index, config.seed, count, mixture.granularity)
             picked = drawn.sort(dim=1, descending=True, stable=True).indices[:, : depth.top_k]
         else:
             rows = {"token": read.numel(), "batch": 1}.get(mixture.granularity, len(read))
             picked = torch.arange(depth.top_k, device=h.device).expand(rows, -1)
         logits = torch.zeros(len(picked), count, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         return logits, picked
+
+    def _hash_source(self, frame: Frame, rows: int) -> Tensor | None:
+        """A hash of what the encoder was given, ``(rows,)``: all decoders' prompts begin with the same token."""
+        if not self.after_encoder:
+            return None
+        around, known = frame.parent, frame.call.prompt
+        given = around.given if around is not None and around.call is frame.call else None
+        if given is None and known is not None:
+            given = known.source
+        if given is None:
+            raise LamellaError(
+                f"policy='random' draws from what the model reads, and {self.name} is not told what its encoder was "
+                "given: pass input_ids beside encoder_outputs."
+            )
+        return hash_sequences(given.repeat_interleave(rows // len(given), dim=0), frame.encoder_mask)
 
     def _with_guests(
         self, adapter: str, own: Tensor, choice: Choice, call: BlockCall, output: Any, slots: GuestSlots | None
@@ -279,7 +303,8 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             if rows is None:
                 mixed = mixed + share * (states - own)
             else:
-                mixed = mixed.index_add(0, rows, share[rows] * (states - own[rows]))
+                add = mixed.index_add if mixed is own else mixed.index_add_  # in place once it is a tensor of ours
+                mixed = add(0, rows, share[rows] * (states - own[rows]))
         return mixed
 
     def _attach_losses(self, adapter: str, mixed: Tensor, choice: Choice, frame: Frame | None) -> Tensor:

@@ -146,7 +146,10 @@ class GuestView(Cache):
                 "prompt goes on after them. Give the prompt in one forward (generate without prefill_chunk_size), say "
                 "where it ends (lamella.prompt), or pass use_cache=False."
             )
-        return self.slot.write(*self.places(layer_idx), past, key_states, value_states)
+        # The guests of one slot need not be on one device.
+        here, there = key_states.device, self.slot.keys.device
+        states = self.slot.write(*self.places(layer_idx), past, key_states.to(there), value_states.to(there))
+        return states[0].to(here), states[1].to(here)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that these rows hold of this guest."""

@@ -142,13 +142,13 @@ def spread(rows: Tensor, batch: int, tokens: int, granularity: str) -> Tensor:
     return rows.view(batch, tokens, -1) if granularity == "token" else rows
 
 
-def draw(given: Tensor | None, read: Tensor, depth: int, seed: int, candidates: int, granularity: str) -> Tensor:
+def draw(tokens: Tensor, read: Tensor, depth: int, seed: int, candidates: int, granularity: str) -> Tensor:
     """A random number for each candidate of each decision, by a hash of what the sequence reads.
 
     It depends on nothing else: not on the other sequences, the padding, the device or the order of calls.
 
     Args:
-        given: token ids ``(batch, tokens)``, or embeddings or pixels ``(batch, ...)``.
+        tokens: what ``hash_tokens`` makes of them, ``(batch, tokens)``.
         read: the tokens a decision reads, ``(batch, tokens)``.
         depth: the block's index.
         seed: of the policy.
@@ -158,17 +158,46 @@ def draw(given: Tensor | None, read: Tensor, depth: int, seed: int, candidates: 
     Returns:
         ``(rows, C)`` of int64, at least 0.
     """
-    content = _content(given, read)  # (batch, tokens)
-    place = read.cumsum(dim=1)  # the same token counts for something else elsewhere, padding for nothing
-    value = _mix(_mix(content) + _mix(place + 1)).masked_fill(~read, 0)
     if granularity == "token":
-        value = value.flatten()
+        value = tokens.flatten()
     else:
-        value = value.sum(dim=1)
+        value = tokens.sum(dim=1)
         value = value.sum(dim=0, keepdim=True) if granularity == "batch" else value
     which = torch.arange(candidates, device=read.device)
     keyed = _mix(_mix(value + _mix(torch.tensor(seed, device=read.device)))[:, None] + (depth << 20) + which)
     return _mix(keyed) & 0x7FFFFFFFFFFFFFFF
+
+
+def hash_tokens(given: Tensor | None, read: Tensor, before: Tensor | None = None) -> Tensor:
+    """A hash of each token and its place among those that are read.
+
+    Args:
+        given: token ids ``(batch, tokens)``, or embeddings or pixels ``(batch, ...)``.
+        read: the tokens that count, ``(batch, tokens)``.
+        before: a hash of what each sequence has read elsewhere, ``(batch,)``.
+
+    Returns:
+        ``(batch, tokens)`` of int64, 0 for tokens that are not read.
+    """
+    content = _content(given, read)
+    place = read.cumsum(dim=1)  # the same token counts for something else elsewhere, padding for nothing
+    value = _mix(content) + _mix(place + 1)
+    if before is not None:
+        value = value + before.to(read.device)[:, None]
+    return _mix(value).masked_fill(~read, 0)
+
+
+def hash_sequences(given: Tensor, mask: Tensor | None) -> Tensor:
+    """A hash of each whole sequence, ``(batch,)`` of int64.
+
+    Args:
+        given: token ids ``(batch, tokens)``, or embeddings or pixels ``(batch, ...)``.
+        mask: True for real tokens, ``(batch, tokens)``; None when all are real. Pixels have none.
+    """
+    if mask is None or given.shape[:2] != mask.shape:
+        tokens = given.shape[1] if given.dim() < 4 else 1
+        mask = torch.ones(given.shape[0], tokens, dtype=torch.bool, device=given.device)
+    return hash_tokens(given, mask).sum(dim=1)
 
 
 def _content(given: Tensor | None, read: Tensor) -> Tensor:

@@ -39,12 +39,14 @@ class MolexConfig(LamellaConfig):
         router_gradient: how the task loss reaches the router: "scale" (s = p / stopgrad(p)), "straight-through"
             (s = 1 + p - stopgrad(p)), or "none" as published, where the balance loss alone trains it.
         policy: who decides: the "learned" router, or a control without one: "random" (by a hash of what the sequence
-            reads), "fixed" (``fixed_layer`` everywhere), "self" (no guest), "uniform" (the mean of all candidates).
+            reads, its encoder's input included), "fixed" (``fixed_layer`` everywhere), "self" (no guest), "uniform"
+            (the mean of all candidates).
         fixed_layer: the guest of policy "fixed"; ``lamella.tuners.molex.best_fixed_layer`` finds the best.
         prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
         balance_coef: coefficient of the balance loss, summed over blocks.
         lora: the LoRA inside the blocks, with PEFT's own settings; None for none.
-        guest_dtype: "bfloat16" computes guests under autocast to it; None or "float32" as the block itself.
+        guest_dtype: "bfloat16" computes guests under autocast to it, on a CPU all but their attention; None or
+            "float32" as the block itself.
         recompute_guest: guests are recomputed in the backward pass instead of kept.
         seed: of the policy "random".
         target_modules: not a setting of MoLEx, which takes whole blocks; the linear modules are ``lora``'s.

@@ -1,11 +1,15 @@
 """Running another block of the stack on this block's input."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import output_capturing
 
@@ -36,7 +40,7 @@ def run_guest(
     device = call.hidden_states.device.type
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        with torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
+        with _bfloat16(device) if dtype == "bfloat16" else nullcontext():
             return hidden_states_of(block(*args, **kwargs))
 
     with _unseen():
@@ -52,6 +56,29 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 @contextmanager
+def _bfloat16(device: str) -> Iterator[None]:
+    """Autocast to bfloat16, on a CPU with attention in float32."""
+    with torch.autocast(device, torch.bfloat16), _WideAttention() if device == "cpu" else nullcontext():
+        yield
+
+
+class _WideAttention(TorchFunctionMode):
+    """Attention of bfloat16 tensors in float32: in bfloat16 a CPU takes two to three times as long for its backward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, _wide, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+@contextmanager
 def _unseen() -> Iterator[None]:
     """Hides a guest from ``output_hidden_states`` and ``output_attentions``, which would list it as one more block."""
     token = output_capturing._active_collector.set(None)
@@ -59,6 +86,15 @@ def _unseen() -> Iterator[None]:
         yield
     finally:
         output_capturing._active_collector.reset(token)
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Brings in the weights of a module that accelerate has offloaded, for one that is used without being called."""
+    with ExitStack() as loaded:
+        for part in module.modules():
+            loaded.enter_context(align_module_device(part))
+        yield
 
 
 def show_mixture(before: Tensor, mixture: Tensor) -> None:

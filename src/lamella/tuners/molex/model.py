@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
@@ -73,6 +74,17 @@ class MolexModel(BaseTuner):
         """What the injection of an adapter did; of the first active one when no name is given."""
         return self.summaries[adapter_name or self.active_adapters[0]]
 
+    @torch.no_grad()
+    def alphas(self, adapter_name: str | None = None) -> dict[str, float]:
+        """The learned alphas of an adapter as they are now, between 0 and 1; of the first active one without a name.
+
+        By the name of what each belongs to: a stack whose blocks share it, or a block. Empty where alpha is fixed.
+        """
+        adapter = adapter_name or self.active_adapters[0]
+        is_shared = self.peft_config[adapter].alpha_scope == "shared"
+        holders = [block for _, _, block in _wrapped(self.model) if adapter in block.lamella_molex_alpha]
+        return {block.place.stack if is_shared else block.name: float(block.alpha(adapter)) for block in holders}
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates one adapter.
 
@@ -107,7 +119,8 @@ class MolexModel(BaseTuner):
         block = target
         if not isinstance(block, MolexBlock):
             place = Place(stack.name, depth.index, "block")
-            block = MolexBlock(target, place, self._blocks[stack.name], self._is_decoder(stack))
+            decoder, after_encoder = self._is_decoder(stack), self._is_after_encoder(stack)
+            block = MolexBlock(target, place, self._blocks[stack.name], decoder, after_encoder)
             setattr(parent, target_name, block)
         router_at = self._holder("router", peft_config.router_scope, stack, block) if depth.routes else None
         learns_alpha = depth.mixes and peft_config.alpha_mode == "learned"
@@ -125,6 +138,9 @@ class MolexModel(BaseTuner):
     def _is_decoder(self, stack: Stack) -> bool:
         # An encoder's family can be configured to be a decoder.
         return stack.role == "decoder" or bool(self.get_model_config(self.model).get("is_decoder", False))
+
+    def _is_after_encoder(self, stack: Stack) -> bool:
+        return stack.role == "decoder" and bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
 
     def _width(self, stack: Stack) -> int:
         """Features of the hidden states between the blocks."""
