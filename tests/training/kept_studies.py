@@ -34,8 +34,11 @@ def write_recipe(path: Path, **changes: object) -> Grid:
     return read_grid(str(path))
 
 
-def leave_study(folder: Path, grid: Grid, right: Mapping[str, float]) -> None:
-    """The folder of a study whose methods answer that share of the test rows; those not named did not run."""
+def leave_study(folder: Path, grid: Grid, right: Mapping[str, float], more: Mapping[str, object] | None = None) -> None:
+    """The folder of a study whose methods answer that share of the test rows; those not named did not run.
+
+    ``more`` is what else their runs measured.
+    """
     rows = []
     for cell in cells_of(grid):
         place = {"backbone": cell.backbone, "task": cell.task, "method": cell.method, "seed": cell.seed}
@@ -51,7 +54,9 @@ def leave_study(folder: Path, grid: Grid, right: Mapping[str, float]) -> None:
             )
             (run / "environment.json").write_text(json.dumps(MACHINE))
             (folder / "rows").mkdir(exist_ok=True)
-            (folder / "rows" / f"{cell.key}.json").write_text(json.dumps({"metrics": {"metric": "accuracy"}}))
+            (folder / "rows" / f"{cell.key}.json").write_text(
+                json.dumps({"metrics": {"metric": "accuracy", **(more or {})}})
+            )
             place |= {"status": "done", "value": float(correct.mean()), "trainable_parameters": 1000}
         rows += [place, place | {"split": "validation", "value": 0.0}, place | {"metric": "macro_f1", "value": 0.0}]
     folder.mkdir(exist_ok=True)

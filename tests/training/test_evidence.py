@@ -240,3 +240,13 @@ def test_every_packaged_study_has_a_place(tmp_path):
     names = study_names()
     assert {"trec-shapes", "molex-trec"} <= set(names)
     assert all(load_study(name, tmp_path).planned for name in names)
+
+
+def test_where_a_learned_alpha_went_is_kept_and_told(packaged, tmp_path):
+    methods = {"MoLEx": {"method": "molex"}, "learned": {"method": {"name": "molex", "alpha_mode": "learned"}}}
+    grid = write_recipe(packaged, methods=methods, reference="MoLEx")
+    ends = {"alpha": {"start": {"a": 0.95, "b": 0.95}, "end": {"a": 0.9, "b": 0.8}}}
+    leave_study(tmp_path / "study", grid, {"MoLEx": 0.6, "learned": 0.6}, ends)
+    keep(tmp_path / "study", tmp_path / "kept")
+    page = evidence_page([load_study("study", tmp_path / "kept")])
+    assert "learned: alpha went from 0.950 to 0.850 (0.850, 0.850, 0.850 by seed)." in page

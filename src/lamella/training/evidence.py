@@ -66,8 +66,19 @@ def keep(folder: Path, into: Path) -> str:
     _write(into / f"{name}.costs.parquet", _costs(folder))
     _write(into / f"{name}.noise.parquet", _noise(folder, cells.assign(metric=metrics)))
     _write(into / f"{name}.yaml", yaml.safe_dump(record, sort_keys=False))
-    _write(into / f"{name}.parquet", rows)
+    _write(into / f"{name}.parquet", rows.merge(_alphas(study, cells["key"]), on="key", how="left"))
     return name
+
+
+def _alphas(study: StudyFolder, keys: Sequence[str]) -> pd.DataFrame:
+    """Where MoLEx's learned alphas began and ended, means over what has one; no rows where none was learned."""
+    found = []
+    for key in keys:
+        alpha = (study.row(key) or {"metrics": {}})["metrics"].get("alpha")
+        if alpha is not None:
+            ends = {f"alpha_{when}": float(np.mean(list(values.values()))) for when, values in alpha.items()}
+            found.append({"key": key, **ends})
+    return pd.DataFrame(found, columns=["key", "alpha_start", "alpha_end"])
 
 
 def _metric(study: StudyFolder, key: str) -> str:
@@ -172,6 +183,7 @@ class Standing:
         costs: measures by method, as `lamella.bench.costs` gives them; empty where they were not taken.
         floors: test value of the main metric by floor.
         noise: as kept, for this backbone and task.
+        alphas: by method, each seed's learned alpha before and after training, a mean over what has one.
     """
 
     study: str
@@ -188,6 +200,7 @@ class Standing:
     costs: Mapping[str, Mapping[str, float]]
     floors: Mapping[str, float]
     noise: pd.DataFrame
+    alphas: Mapping[str, Sequence[tuple[float, float]]]
 
     @property
     def planned(self) -> int:
@@ -296,8 +309,11 @@ def _standing(name: str, grid: Grid, cells: Sequence[Cell], tables: Mapping[str,
     rows = rows[(rows["split"] == "test") & (rows["metric"] == metric)]
     tests: dict[str, dict[int, float]] = {method: {} for method in grid.methods}
     scores: dict[str, dict[int, Floats]] = {method: {} for method in grid.methods}
+    alphas: dict[str, list[tuple[float, float]]] = {}
     for row in rows.itertuples():
         tests[row.method][row.seed] = row.value
+        if not pd.isna(getattr(row, "alpha_end", np.nan)):
+            alphas.setdefault(row.method, []).append((row.alpha_start, row.alpha_end))
     for one in examples.itertuples():
         scores[one.method][one.seed] = np.asarray(one.scores, np.float64)
     floors = {word: rows[f"floor_{word}"].iloc[0] for word in ("linear", "majority") if len(rows)}
@@ -316,4 +332,5 @@ def _standing(name: str, grid: Grid, cells: Sequence[Cell], tables: Mapping[str,
         costs={cost["method"]: cost for cost in here[".costs"].to_dict("records")},
         floors={word: value for word, value in floors.items() if not pd.isna(value)},
         noise=noise,
+        alphas=alphas,
     )

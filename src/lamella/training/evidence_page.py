@@ -132,7 +132,14 @@ def _costs(standing: Standing) -> str:
 
 
 def _molex_settings(standing: Standing) -> str:
-    return _against_reference(standing, "molex")
+    moved = [_moved(name, ends) for name, ends in standing.alphas.items()]
+    return " ".join([_against_reference(standing, "molex"), *moved])
+
+
+def _moved(name: str, ends: Sequence[tuple[float, float]]) -> str:
+    start, end = (np.mean([one[at] for one in ends]) for at in (0, 1))
+    each = ", ".join(_number(one[1]) for one in ends)
+    return f"{name}: alpha went from {_number(float(start))} to {_number(float(end))} ({each} by seed)."
 
 
 def _mola_sizes(standing: Standing) -> str:
