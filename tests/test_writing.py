@@ -12,10 +12,15 @@ def test_a_file_appears_with_its_folder(tmp_path):
 def test_what_was_there_stays_when_writing_fails_and_nothing_is_left_beside_it(tmp_path, kind):
     target = tmp_path / "it"
     write = {"file": lambda path: path.write_text("old"), "folder": lambda path: path.mkdir()}[kind]
+
+    def fails():
+        with whole(target) as unfinished:
+            write(unfinished)
+            raise OSError("the disk is full")
+
     write(target)
-    with pytest.raises(OSError, match="full"), whole(target) as unfinished:
-        write(unfinished)
-        raise OSError("the disk is full")
+    with pytest.raises(OSError, match="full"):
+        fails()
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
     assert target.is_dir() if kind == "folder" else target.read_text() == "old"
 
@@ -32,3 +37,9 @@ def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):
     with pytest.raises(OSError, match="it"):
         write_whole(tmp_path / "it", "text")
     assert (tmp_path / "it" / "old").is_dir()
+
+
+def test_what_is_written_lies_as_deep_as_it_will(tmp_path):
+    with whole(tmp_path / "it") as unfinished:
+        unfinished.mkdir()
+        assert unfinished.parent == tmp_path

@@ -10,7 +10,20 @@ from lamella.tracing import Trace, record_routing
 from lamella.training.doctor import Diagnosis, Finding, doctor
 from lamella.training.optimization import param_groups
 from lamella.training.preflight import preflight
-from lamella.tuners import Collapsed, MolaConfig, MolexConfig, allocate, collapse, export_experts, redundancy
+from lamella.tuners import (
+    Collapsed,
+    MolaConfig,
+    MoleConfig,
+    MolexConfig,
+    allocate,
+    collapse,
+    compose,
+    export_experts,
+    fixed_weights,
+    masked_experts,
+    redundancy,
+)
+from lamella.tuners.mole.pipeline import compose_pipeline, load_pipeline
 
 __all__ = [
     "CannotMergeError",
@@ -19,12 +32,18 @@ __all__ = [
     "Finding",
     "LamellaError",
     "MolaConfig",
+    "MoleConfig",
     "MolexConfig",
     "Trace",
     "allocate",
     "collapse",
+    "compose",
+    "compose_pipeline",
     "doctor",
     "export_experts",
+    "fixed_weights",
+    "load_pipeline",
+    "masked_experts",
     "param_groups",
     "preflight",
     "prompt",

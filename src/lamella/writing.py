@@ -2,24 +2,29 @@
 
 import contextlib
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path of the same name to write a file or a folder to; it takes the place of ``path`` if the block succeeds.
+    """A path to write a file or a folder to; it takes the place of ``path`` if the block succeeds.
 
-    The folder that ``path`` lies in is made where there is none.
+    It lies in the same folder, so that what names other files relative to its own place stays right. That folder is
+    made where there is none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
-        unfinished = Path(beside) / path.name
+    unfinished = path.with_name(f".writing-{uuid.uuid4().hex[:12]}-{path.name}")
+    try:
         yield unfinished
         if path.is_dir() and unfinished.is_dir():
             shutil.rmtree(path)
         unfinished.replace(path)
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ def make_trace(num_experts, modules, stack="encoder", share=None, entropy=None):
         for module in modules:
             shares = (share or {}).get((layer, module), [1 / experts] * experts)
             nats = math.log(experts) if entropy is None else entropy
-            rows += [(stack, layer, module, e, experts, shares[e], 0.5, nats, 4096) for e in range(experts)]
+            rows += [(stack, layer, module, e, experts, shares[e], shares[e], nats, 4096) for e in range(experts)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

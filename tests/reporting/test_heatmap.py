@@ -53,7 +53,8 @@ def test_unused_experts_are_counted_per_router_and_the_extremes_named(trace):
 
 
 def test_a_router_without_tokens_says_so(trace):
-    row = routing_view(trace([2], ["q"]).assign(share=math.nan, entropy=math.nan)).panels[0].grids[0].rows[0]
+    unseen = trace([2], ["q"]).assign(share=math.nan, mean_weight=math.nan, entropy=math.nan)
+    row = routing_view(unseen).panels[0].grids[0].rows[0]
     assert (row.words, row.cells[0].text) == ("no tokens", "none")
 
 

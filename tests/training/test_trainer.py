@@ -63,6 +63,7 @@ def frame(*shares):
             "expert": expert,
             "num_experts": len(share),
             "share": part,
+            "mean_weight": part,
             "entropy": 0.5 + layer,
         }
         for layer, share in enumerate(shares)

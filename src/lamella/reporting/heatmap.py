@@ -1,4 +1,4 @@
-"""The layer × expert heat-map: how much each expert is used against an even share, with each layer's entropy."""
+"""The layer × expert heat-map: the weight that each expert gets against an even share, with each layer's entropy."""
 
 import math
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _MEAN = "mean over modules"
 
 @dataclass(frozen=True)
 class HeatCell:
-    """One expert of one layer: its use relative to an even share as text, its colour band, the numbers behind it."""
+    """One expert of one layer: its weight relative to an even share as text, its colour band, the numbers behind it."""
 
     text: str
     band: int
@@ -71,7 +71,7 @@ def routing_view(routing: pd.DataFrame) -> RoutingView | None:
     """Lay out a trace; None where it holds no row.
 
     Args:
-        routing: a row per layer × module × expert, columns `COLUMNS`; entropy in nats, share in 0..1.
+        routing: a row per layer × module × expert, columns `COLUMNS`; entropy in nats, share and mean weight in 0..1.
 
     Raises:
         LamellaError: a column is missing.
@@ -82,7 +82,7 @@ def routing_view(routing: pd.DataFrame) -> RoutingView | None:
     if routing.empty:
         return None
     frame = routing.assign(
-        relative=routing["share"] * routing["num_experts"],
+        relative=routing["mean_weight"] * routing["num_experts"],
         certainty=[
             entropy / math.log(experts) if experts > 1 else math.nan
             for entropy, experts in zip(routing["entropy"], routing["num_experts"], strict=True)

@@ -14,6 +14,7 @@ from lamella.errors import LamellaError
 from lamella.reporting.dots import dot_plots
 from lamella.reporting.findings import Finding, findings_words, worst_first
 from lamella.reporting.heatmap import BANDS, routing_view
+from lamella.reporting.pictures import PictureGrid, picture_view
 from lamella.reporting.redundancy import redundancy_view
 from lamella.reporting.robustness import robustness_view
 from lamella.reporting.tables import Table, frame_table, settings_sections
@@ -54,6 +55,7 @@ class Report:
         robustness: scores under noise: method, noise, strength, seed, metric, value.
         robustness_differences: the same methods compared: method, against, strength, measure, difference, low, high, p.
         choices: what MoLEx chose for which texts: tables by caption, first column "method".
+        pictures: what was drawn from which prompts.
         findings: what the doctor found.
         findings_checked: whether the doctor looked, so that no finding means a healthy run.
     """
@@ -71,6 +73,7 @@ class Report:
     robustness: pd.DataFrame | None = None
     robustness_differences: pd.DataFrame | None = None
     choices: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    pictures: PictureGrid | None = None
     findings: Sequence[Finding] = ()
     findings_checked: bool = False
 
@@ -83,6 +86,7 @@ def render(report: Report) -> str:
     """
     pages = _environment()
     parts = {
+        "pictures": None if report.pictures is None else picture_view(report.pictures),
         "routing": None if report.routing is None else routing_view(report.routing),
         "training": () if report.entropy is None else training_charts(report.entropy),
         "texts": token_view(report.texts),
@@ -103,7 +107,7 @@ def render(report: Report) -> str:
         sections=settings_sections(report.settings),
         contents=_contents(report, parts),
         absent=[words for name, words in _ABSENT.items() if not parts[name]],
-        policy=_policy(pages, bool(parts["texts"])),
+        policy=_policy(pages, bool(parts["texts"]), bool(parts["pictures"])),
         **parts,
     )
 
@@ -134,12 +138,17 @@ def _contents(report: Report, parts: Mapping[str, Any]) -> list[str]:
     """The headings of the sections below the verdict, in the page's order."""
     shown = [name for name in ("choices", "robustness", "training", "texts", "redundancy") if parts[name]]
     middle = ["Tokens" if name == "texts" else name.capitalize() for name in shown]
-    return ["Results", "Cost", "Routing", *middle, "Findings", "Settings", *["Notes"] * bool(report.notes)]
+    pictures = ["Pictures"] * bool(parts["pictures"])
+    return ["Results", *pictures, "Cost", "Routing", *middle, "Findings", "Settings", *["Notes"] * bool(report.notes)]
 
 
-def _policy(pages: Environment, with_script: bool) -> str:
-    """The content security policy: nothing is loaded, and only the script with this very text runs."""
+def _policy(pages: Environment, with_script: bool, with_pictures: bool) -> str:
+    """The content security policy: nothing is loaded, and only the script with this very text runs.
+
+    Pictures are in the page itself, so that a source of another kind stays forbidden.
+    """
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
+    policy += "; img-src data:" if with_pictures else ""
     if not with_script:
         return policy
     digest = hashlib.sha256(pages.get_template("tokens.js").render().encode()).digest()

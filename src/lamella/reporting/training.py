@@ -7,7 +7,7 @@ from lamella.reporting.curves import Chart, line_chart, require_columns
 # column, title, values the axis must hold
 _CHARTS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
     ("entropy", "Entropy, as a share of its maximum", (1.0,)),
-    ("balance", "Balance, E · Σ share²: 1 is even use", (1.0,)),
+    ("balance", "Balance, E · Σ weight²: 1 is even use", (1.0,)),
     ("dead_experts", "Dead experts", (0.0,)),
 )
 

@@ -1,5 +1,6 @@
 """What one router pays for using its experts unevenly, over real tokens only."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,52 @@ def z_gradient(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Gradient of ``z_loss`` with respect to the logits, ``2 w_n log Z_n p_n``, ``(N, E)``."""
     log_z = torch.logsumexp(logits, dim=-1, keepdim=True)  # (N, 1)
     return torch.softmax(logits, dim=-1).mul_(2 * _token_weight(logits, mask) * log_z)
+
+
+def entropy_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How far one router's mean entropy is below its maximum, ``ln E - H(p)`` over real tokens; a scalar."""
+    probs = torch.softmax(logits, dim=-1)  # (N, E)
+    lacking = math.log(logits.shape[-1]) - torch.special.entr(probs).sum(dim=-1, keepdim=True)  # (N, 1)
+    return (_token_weight(logits, mask) * lacking).sum()
+
+
+def entropy_gradient(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Gradient of ``entropy_loss`` with respect to the logits, ``w_n p_n (log p_n + H(p_n))``, ``(N, E)``."""
+    probs = torch.softmax(logits, dim=-1)  # (N, E)
+    entropy = torch.special.entr(probs)
+    return (probs * entropy.sum(dim=-1, keepdim=True) - entropy).mul_(_token_weight(logits, mask))
+
+
+def mean_probs(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each expert's mean probability over the real tokens, ``(E,)``."""
+    return (_token_weight(logits, mask) * torch.softmax(logits, dim=-1)).sum(dim=0)
+
+
+def log_loss(means: Tensor) -> Tensor:
+    """``-sum_e log q_e``, q the mean of M routers' mean probabilities; ``E ln E``, its least, where all are used alike.
+
+    It is one loss of all routers together, so that they may prefer different experts. Source: MOLE eq. 14-15.
+
+    Args:
+        means: ``(M, E)``.
+
+    Returns:
+        A scalar.
+    """
+    return -_overall(means).log().sum()
+
+
+def log_gradient(logits: Tensor, mask: Tensor | None, means: Tensor) -> Tensor:
+    """Gradient of ``log_loss`` with respect to one of the M routers' logits, ``(N, E)``, given all their means."""
+    probs = torch.softmax(logits, dim=-1)  # (N, E)
+    pull = -1 / (len(means) * _overall(means))  # (E,): what one more of q_e does
+    excess = pull - (probs @ pull)[:, None]  # (N, E)
+    return excess.mul_(probs).mul_(_token_weight(logits, mask))
+
+
+def _overall(means: Tensor) -> Tensor:
+    """q, kept from zero so that a LoRA nobody uses still has a finite pull."""
+    return means.mean(dim=0).clamp_min(torch.finfo(means.dtype).eps)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class RoutedCall:
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
         prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
         label_start: the first position of the decoder's input that labels say is not given, ``(batch,)``.
+        stated: what was stated by hand when it began, by whom it is for.
+        shared: what layers of different blocks, stacks and recomputations share; theirs to key.
     """
 
     tracker: "CallTracker"
@@ -54,6 +56,8 @@ class RoutedCall:
     recorded_scale: Tensor | None = None
     prompt: Prompt | None = None
     label_start: Tensor | None = None
+    stated: Mapping[Any, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def generating(self) -> bool:
@@ -93,6 +97,7 @@ class Frame:
         recomputing: whether this is the recomputation of a checkpointed block.
         handed_over: products that one layer computed for a sibling with the same input; empty when the stack is done.
         given: what the stack was given to read: token ids, embeddings or pixels.
+        alone: where a block is run several times, what this run is for.
     """
 
     call: RoutedCall
@@ -103,6 +108,7 @@ class Frame:
     recomputing: bool = False
     handed_over: dict[Any, Any] = field(default_factory=dict)
     given: Tensor | None = None
+    alone: Any = None
 
     def real_tokens(self, x: Tensor) -> Tensor:
         """Which tokens of ``x (batch, tokens, features)`` are real, ``(batch, tokens)``."""
@@ -149,8 +155,28 @@ def current_frame() -> Frame | None:
     return _FRAME.get()
 
 
+@contextmanager
+def run_alone(frame: Frame, alone: Any) -> Iterator[None]:
+    """Runs part of a stack once more, for something of its own; a recomputation of it sees the same."""
+    token = _FRAME.set(replace(frame, alone=alone, handed_over={}))
+    try:
+        yield
+    finally:
+        _FRAME.reset(token)
+
+
+class CallListener(Protocol):
+    """Who takes part in the beginning and the end of each call."""
+
+    def opened(self, call: RoutedCall, arguments: Mapping[str, Any]) -> None:
+        """A call begins with these arguments."""
+
+    def closed(self, call: RoutedCall, output: Any) -> None:
+        """It ends with this output; not told where it failed."""
+
+
 class CallTracker:
-    """The hooks of one model and what outlives a call: its observers and a trainer's loss scale.
+    """The hooks of one model and what outlives a call: observers, listeners, what is stated, a trainer's loss scale.
 
     ``checkpointed`` are the modules that transformers gives a checkpoint function when checkpointing is enabled;
     ``whole_input`` says that the model answers about its whole input instead of continuing it.
@@ -161,6 +187,8 @@ class CallTracker:
         self.whole_input = whole_input
         self.checkpointed = checkpointed
         self.observers: list[Observer] = []
+        self.listeners: list[CallListener] = []
+        self.stated: dict[Any, Any] = {}
         self.scale: float | None = None
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,6 +199,8 @@ class CallTracker:
             if module.training:
                 _carry_frames(self.checkpointed)
             call = self._start_call(arguments)
+            for listener in self.listeners:
+                listener.opened(call, arguments)
         else:
             call = parent.call
         _FRAME.set(_frame_of_stack(call, arguments, parent))
@@ -182,8 +212,12 @@ class CallTracker:
             return output
         frame.handed_over.clear()
         _FRAME.set(frame.parent)
-        is_outermost = frame.parent is None or frame.parent.call is not frame.call
-        return _record_loss_scale(output, frame.call) if is_outermost else output
+        if frame.parent is not None and frame.parent.call is frame.call:
+            return output
+        if output is not None:
+            for listener in self.listeners:
+                listener.closed(frame.call, output)
+        return _record_loss_scale(output, frame.call)
 
     def _start_call(self, arguments: Mapping[str, Any]) -> RoutedCall:
         labels = arguments.get("labels")
@@ -194,6 +228,7 @@ class CallTracker:
             label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
             decoder_mask=predicts if is_encoder_decoder else None,
             prompt=current_prompt(),
+            stated=dict(self.stated),
             label_start=None if predicts is None else _first_predicted(predicts, is_encoder_decoder),
             collected=current_collection(),
             half=any(

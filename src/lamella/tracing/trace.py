@@ -218,7 +218,7 @@ def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]
     if tracker is None:
         raise LamellaError(
             f"{type(model).__name__} has no lamella adapter, so there is no routing to record; apply one with "
-            "get_peft_model(model, MolaConfig(...)) or MolexConfig(...) first."
+            "get_peft_model(model, MolaConfig(...)) or MolexConfig(...), or compose LoRAs with lamella.compose, first."
         )
     trace = Trace(per_token)
     tracker.observers.append(trace.observe)

@@ -28,13 +28,13 @@ DEAD_SHARE = 0.05
 def routing_summary(frame: pd.DataFrame) -> dict[str, float]:
     """Three numbers that tell a healthy mixture from a collapsed one, from the frame of a trace.
 
-    ``entropy``: nats of a token's probabilities over the experts, mean over routers. ``balance``: E · Σ share², mean
-    over routers: 1 where all E experts are used alike, E where one does everything. ``dead_experts``: how many have
-    less than 5 % of an even share.
+    ``entropy``: nats of a token's probabilities over the experts, mean over routers. ``balance``: E · Σ weight² of
+    the experts' mean weights, mean over routers: 1 where all E experts are used alike, E where one does everything.
+    ``dead_experts``: how many have less than 5 % of an even share of the weight.
     """
     routers = frame.groupby(["stack", "layer", "module"], sort=False)
-    balance = routers["share"].apply(lambda share: len(share) * float((share**2).sum()))
-    dead = frame["share"] * frame["num_experts"] < DEAD_SHARE
+    balance = routers["mean_weight"].apply(lambda weight: len(weight) * float((weight**2).sum()))
+    dead = frame["mean_weight"] * frame["num_experts"] < DEAD_SHARE
     return {
         "entropy": float(routers["entropy"].first().mean()),
         "balance": float(balance.mean()),

@@ -8,6 +8,7 @@ from torch import nn
 
 from lamella.errors import LamellaError
 from lamella.routing import Router
+from lamella.tuners.mole.router import MoleRouter
 
 
 def param_groups(
@@ -59,5 +60,5 @@ def is_routed(model: nn.Module) -> bool:
     return bool(_routers(model))
 
 
-def _routers(model: nn.Module) -> list[Router]:
-    return [module for module in model.modules() if isinstance(module, Router)]
+def _routers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, Router | MoleRouter)]

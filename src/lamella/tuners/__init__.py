@@ -1,13 +1,24 @@
 """The PEFT methods. Importing this package registers them with PEFT."""
 
-from lamella.tuners.exporting import Collapsed, collapse, export_experts
+from lamella.tuners.collapsing import Collapsed, collapse
+from lamella.tuners.exporting import export_experts
 from lamella.tuners.mola import MolaConfig, MolaModel, allocate, redundancy
+from lamella.tuners.mole import MoleConfig, MoleModel, compose, fixed_weights, masked_experts
+from lamella.tuners.mole.config import resolve_references
 from lamella.tuners.molex import MolexConfig, MolexModel
-from lamella.tuners.registry import LamellaType, register, rename_inner_lora, say_what_was_done
+from lamella.tuners.registry import (
+    LamellaType,
+    register,
+    rename_inner_lora,
+    resolve_references_when_read,
+    say_what_was_done,
+)
 from lamella.tuners.summary import Summary
 
 register(LamellaType.MOLA, MolaConfig, MolaModel)
 register(LamellaType.MOLEX, MolexConfig, MolexModel)
+register(LamellaType.MOLE, MoleConfig, MoleModel)
+resolve_references_when_read(resolve_references)
 rename_inner_lora()
 say_what_was_done()
 
@@ -16,11 +27,16 @@ __all__ = [
     "LamellaType",
     "MolaConfig",
     "MolaModel",
+    "MoleConfig",
+    "MoleModel",
     "MolexConfig",
     "MolexModel",
     "Summary",
     "allocate",
     "collapse",
+    "compose",
     "export_experts",
+    "fixed_weights",
+    "masked_experts",
     "redundancy",
 ]

@@ -19,8 +19,9 @@ def check_tensors(model: nn.Module, prefix: str, adapter: str, tensors: dict[str
     Raises:
         LamellaError: a tensor is missing, is left over, or has another shape.
     """
+    # Parameters, and what else is saved, such as LoRAs that are embedded in the file.
     expected = {
-        name.removeprefix(_PEFT): p for name, p in model.named_parameters() if _adapter_of(name, prefix) == adapter
+        name.removeprefix(_PEFT): p for name, p in model.state_dict().items() if _adapter_of(name, prefix) == adapter
     }
     theirs = {name.removeprefix(_PEFT): t for name, t in tensors.items() if f".{prefix}" in name}
     missing = sorted(set(expected) - set(theirs))

@@ -5,11 +5,14 @@ are filled here, with members of our enum: everything in PEFT and transformers l
 """
 
 import functools
+from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import peft.utils.transformers_weight_conversion as conversion
 from peft import PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from transformers.core_model_loading import WeightRenaming
@@ -20,6 +23,7 @@ class LamellaType(str, Enum):
 
     MOLA = "LAMELLA_MOLA"
     MOLEX = "LAMELLA_MOLEX"
+    MOLE = "LAMELLA_MOLE"
 
 
 def register(peft_type: LamellaType, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
@@ -53,6 +57,25 @@ def say_what_was_done() -> None:
                 print(summary)
 
     PeftModel.print_trainable_parameters = print_trainable_parameters
+
+
+def resolve_references_when_read(resolve: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
+    """Makes a MOLE config's relative paths absolute wherever it is read.
+
+    PEFT and transformers read configs by the base class, and only here is it known which folder they come from.
+    """
+    original: Callable[..., dict[str, Any]] = PeftConfigMixin.from_json_file.__func__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def from_json_file(cls: type[PeftConfig], path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        attributes = original(cls, path_json_file, **kwargs)
+        if attributes.get("peft_type") != LamellaType.MOLE.value:
+            return attributes
+        return resolve(Path(path_json_file), attributes)
+
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
 
 
 def rename_inner_lora() -> None:

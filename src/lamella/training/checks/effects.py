@@ -121,7 +121,7 @@ def _examine_balance(
     if len(reached) < len(layers):
         examination.saw(f"{len(layers) - len(reached)} router(s) were not reached by this batch and not examined")
     owing = [layer for layer in reached if layer.has_own_loss]
-    missing = [layer.name for layer in owing if not _has_loss(losses.by_name, layer.name)]
+    missing = [layer.name for layer in owing if not _has_loss(losses.by_name, layer)]
     if missing:
         coefficients = sorted(
             {f"balance_coef={one.config.balance_coef:g}, z_coef={getattr(one.config, 'z_coef', 0):g}" for one in owing}
@@ -140,8 +140,9 @@ def _examine_balance(
     return reached
 
 
-def _has_loss(losses: Sequence[tuple[str, Tensor]], name: str) -> bool:
-    return any(own == name and loss.requires_grad and bool(loss.detach() > 0) for own, loss in losses)
+def _has_loss(losses: Sequence[tuple[str, Tensor]], layer: RoutedLayer) -> bool:
+    own = [loss for name, loss in losses if name == layer.own_loss]
+    return any(loss.requires_grad and (layer.own_loss_may_be_zero or bool(loss.detach() > 0)) for loss in own)
 
 
 def _examine_gradients(

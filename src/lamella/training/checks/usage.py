@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lamella.tracing import record_routing
+from lamella.training.callbacks import DEAD_SHARE
 from lamella.training.checks.finding import Examination
 from lamella.training.checks.parts import RoutedLayer, device_of, routed_layers, to_device
 from lamella.training.checks.undisturbed import undisturbed
@@ -36,6 +37,7 @@ class _Use:
     tokens: int
     num_experts: int
     top_k: int
+    weights: tuple[float, ...]
     favourite: float
     entropy: float
     silent: tuple[int, ...]
@@ -80,6 +82,7 @@ def judge_usage(frame: pd.DataFrame, model: nn.Module, source: str, examination:
     few = f"; {len(uses) - len(judged)} saw too few tokens to judge" if len(judged) < len(uses) else ""
     examination.saw(f"routing on {source}: {len(judged)} of {len(layers)} routers judged, {tokens:,} real tokens{few}")
     _report(judged, examination)
+    _report_unused(judged, layers.values(), examination)
 
 
 def _use(layer: RoutedLayer, rows: pd.DataFrame) -> _Use:
@@ -89,6 +92,7 @@ def _use(layer: RoutedLayer, rows: pd.DataFrame) -> _Use:
         tokens=int(rows["tokens"].iloc[0]),
         num_experts=layer.num_experts,
         top_k=layer.top_k,
+        weights=tuple(rows["mean_weight"]),
         favourite=max(shares) * layer.top_k,
         entropy=float(rows["entropy"].iloc[0]),
         silent=tuple(expert for expert, share in zip(rows["expert"], shares, strict=True) if share == 0),
@@ -115,7 +119,8 @@ def _report(uses: Sequence[_Use], examination: Examination) -> None:
             f"{len(found)} router(s) are certain of every choice: entropy below {NEAR_ZERO:.0%} of ln N",
             [f"{use.name} ({use.entropy:.3f} of {math.log(use.num_experts):.3f} nats)" for use in found],
             "a saturated softmax passes no gradient on, so such a router can no longer change its mind",
-            "lower router_lr, set z_coef above 0 (MoLA; 1e-3 is usual), or use router='cosine'",
+            "lower router_lr; set z_coef above 0 (MoLA; 1e-3 is usual), use router='cosine' (MoLA, MoLEx), or raise "
+            "balance_coef or temperature (MOLE)",
         )
     if found := [use for use in collapsed if use.of_blocks]:
         examination.warning(
@@ -134,6 +139,22 @@ def _report(uses: Sequence[_Use], examination: Examination) -> None:
             "they take memory and training time and do nothing; their last gradient may lie far back",
             balance,
         )
+
+
+def _report_unused(uses: Sequence[_Use], layers: Iterable[RoutedLayer], examination: Examination) -> None:
+    """Trained LoRAs that a composition weighs next to nothing wherever it has them."""
+    for names in {tuple(layer.config.adapters) for layer in layers if hasattr(layer.config, "adapters")}:
+        own = [use for use in uses if use.num_experts == len(names)]
+        share = [sum(use.weights[lora] for use in own) / max(len(own), 1) * len(names) for lora in range(len(names))]
+        if own and (unused := [(name, part) for name, part in zip(names, share, strict=True) if part < DEAD_SHARE]):
+            examination.warning(
+                "lora-never-counts",
+                f"{len(unused)} of {len(names)} LoRAs get less than {DEAD_SHARE:.0%} of an even share of the weight",
+                [f"{name} ({part:.1%})" for name, part in unused],
+                "the composition answers without them: they take memory and time for nothing, or the routers have "
+                "collapsed onto the others",
+                "leave them out of the composition, or raise balance_coef",
+            )
 
 
 def _those(uses: Sequence[_Use], holds: Callable[[_Use], bool]) -> list[_Use]:

@@ -1,0 +1,118 @@
+"""The forms that mix the outputs of whole blocks, each run with one LoRA: what the paper writes down, for study.
+
+``block-delta``: ``O = F(x) + sum_i G_i (E_i(x) - F(x))``; ``published``: ``O = F(x) + sum_i G_i E_i(x)`` (MOLE eq. 13),
+which adds the input that every block passes on a second time. F is the block alone, E_i the block with LoRA i.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lamella.backbones import BlockCall, hidden_states_of, with_hidden_states
+from lamella.errors import LamellaError
+from lamella.routing import Frame, current_frame
+from lamella.routing.context import run_alone
+from lamella.tuners.mole.reading import OutputReader
+from lamella.tuners.mole.unit import Unit
+
+if TYPE_CHECKING:
+    from lamella.tuners.mole.layer import MoleLinear
+
+
+class BlockUnit(Unit):
+    """A unit whose decision is for the outputs of its block; inside, one LoRA runs at a time, or none.
+
+    Attributes:
+        features: of those outputs.
+    """
+
+    features: int
+
+    def weigh(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
+        """All weight on the LoRA that runs alone; None where the block runs by itself."""
+        alone = None if frame is None else frame.alone
+        if alone is None or alone[0] is not self:
+            return None, None
+        places = torch.arange(len(self.names), device=x.device)
+        return (places == alone[1]).float(), None
+
+    def mix(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """What the block returns, with the LoRAs' outputs mixed into its own."""
+        frame, call = current_frame(), BlockCall(block, args, kwargs)
+        if frame is None:
+            raise LamellaError(f"{self.name} runs outside a forward of its model; call the model itself.")
+        self._refuse_cache(call, frame)
+        own = hidden_states_of(output)
+        # Without a cache: the keys there are the block's own.
+        alone_args, alone_kwargs = call.on(None, None, output)
+        each = []
+        for index in range(len(self.names)):
+            with run_alone(frame, (self, index)):
+                each.append(hidden_states_of(block.forward(*alone_args, **alone_kwargs)))
+        weights = self._weights_for(each, call.hidden_states, frame)
+        weights = weights.view(*weights.shape[:-1], *[1] * (own.dim() - weights.dim()), -1).to(own.dtype)
+        mixed = own
+        for index, one in enumerate(each):
+            part = one - own if self.config.form == "block-delta" else one
+            mixed = mixed + weights[..., index, None] * part
+        return with_hidden_states(output, mixed)
+
+    def _weights_for(self, each: list[Tensor], x: Tensor, frame: Frame) -> Tensor:
+        """``(K,)``, ``(batch, K)`` or ``(batch, tokens, K)``."""
+        by_hand = self.by_hand(frame)
+        if by_hand.fixed is not None:
+            fixed = by_hand.stated(x.device)
+            self.tell_fixed(fixed, x, frame)
+            return fixed if fixed.dim() == 1 else self._repeated(fixed, self.leader, x)
+        decision = self.decide(self.leader, x, OutputReader(self.router, each), frame, by_hand)
+        return self.fit(decision, self.leader, x)
+
+    def _refuse_cache(self, call: BlockCall, frame: Frame) -> None:
+        if call.cache is None:
+            return
+        if frame.call.generating or int(call.cache.get_seq_length(self.place.layer)) > call.hidden_states.shape[1]:
+            raise LamellaError(
+                f"form={self.config.form!r} runs {self.name} with each LoRA by itself, and each would need keys of its "
+                "own, which the cache does not hold. Use use_cache=False, or form='delta'."
+            )
+
+
+class BlockMixture:
+    """The hook by which a unit mixes at its block."""
+
+    def __init__(self, unit: BlockUnit) -> None:
+        self.unit = unit
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """What the block returns instead."""
+        leader, adapter = self.unit.leader, self.unit.adapter
+        runs = not leader.disable_adapters and adapter in leader.active_adapters and adapter in leader.units
+        return self.unit.mix(block, args, kwargs, output) if runs else output
+
+
+def mix_at_block(block: nn.Module, unit: BlockUnit) -> None:
+    """Lets a unit mix at its block."""
+    block.register_forward_hook(BlockMixture(unit), with_kwargs=True)
+
+
+def remove_mixtures(model: nn.Module, adapter: str | None = None) -> None:
+    """Takes the hooks of one adapter, or of all, off a model's blocks."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, BlockMixture) and adapter in (None, hook.unit.adapter):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def hidden_width(model: nn.Module) -> int:
+    """Features of the hidden states between a model's blocks."""
+    config = getattr(model, "config", None)
+    width = getattr(config.get_text_config() if isinstance(config, PreTrainedConfig) else config, "hidden_size", None)
+    if isinstance(width, int):
+        return width
+    raise LamellaError(
+        f"{type(model).__name__} does not say how wide its hidden states are (config.hidden_size), so no router can be "
+        "made that reads the outputs of its blocks. Use form='delta'."
+    )

@@ -1,0 +1,129 @@
+"""Weights by hand, for the forwards inside a context: some LoRAs left out, or all weights stated."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import LamellaError
+from lamella.routing.context import find_tracker
+from lamella.tuners.mole.decision import ByHand
+from lamella.tuners.mole.layer import MoleLinear
+
+Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Tensor
+
+
+@contextmanager
+def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
+    """Leaves some LoRAs out: the others' weights grow in proportion, as if the dropped logits were minus infinity.
+
+    The routers go on reading all LoRAs, and nothing is retrained (MOLE, section 3.4).
+
+    Args:
+        model: a model with an active MOLE adapter.
+        drop: names of LoRAs.
+
+    Raises:
+        LamellaError: no MOLE adapter, a name it does not have, or no LoRA left.
+    """
+    adapter, names = _active(model)
+    _refuse_unknown(drop, names, "drop")
+    before = _stated(model, adapter)
+    kept = torch.tensor([name not in drop for name in names])
+    kept = kept if before.kept is None else kept & before.kept
+    if not bool(kept.any()):
+        raise LamellaError(f"drop leaves none of the {len(names)} LoRAs {', '.join(names)}; keep at least one.")
+    if before.fixed is not None and bool((before.fixed * kept).sum(dim=-1).eq(0).any()):
+        raise LamellaError("drop leaves only LoRAs whose fixed weights are 0, so there is nothing to share out.")
+    with _with(model, adapter, replace(before, kept=kept)):
+        yield
+
+
+@contextmanager
+def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """States the LoRAs' weights by hand, in every unit; the routers are not asked.
+
+    They are used as they are: ``{"a": 1, "b": 1}`` adds two LoRAs, ``{"a": 0.5, "b": 0.5}`` is their mean.
+
+    Args:
+        model: a model with an active MOLE adapter.
+        weights: by name (0 for LoRAs that are not named), the same for all sequences; a list of such dictionaries, one
+            per sequence of the batch, so that each request has its own; or a tensor, ``(K,)`` or ``(batch, K)``, in the
+            order of the config's adapters. With several rows per sequence (beams) they follow each other.
+
+    Raises:
+        LamellaError: no MOLE adapter, a name it does not have, another number of weights, or weights that are negative
+            or not finite.
+    """
+    adapter, names = _active(model)
+    if isinstance(weights, Tensor):
+        fixed = weights.detach().float() if weights.dtype != torch.float64 else weights.detach()
+    else:
+        fixed = _by_name(weights, names)
+    if fixed.dim() not in (1, 2) or fixed.shape[-1] != len(names) or not fixed.numel():
+        raise LamellaError(
+            f"weights of shape {tuple(fixed.shape)} are not ({len(names)},) or (batch, {len(names)}), one for each of "
+            f"{', '.join(names)}."
+        )
+    if not bool(torch.isfinite(fixed).all()) or bool((fixed < 0).any()):
+        raise LamellaError("weights must be finite and at least 0; to take a LoRA away, give it the weight 0.")
+    with _with(model, adapter, ByHand(fixed=fixed)):
+        yield
+
+
+def _by_name(weights: Mapping[str, float] | Sequence[Mapping[str, float]], names: Sequence[str]) -> Tensor:
+    rows = [weights] if isinstance(weights, Mapping) else list(weights)
+    for row in rows:
+        _refuse_unknown(row, names, "weights")
+    table = torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows], dtype=torch.float64)
+    return table[0] if isinstance(weights, Mapping) else table
+
+
+def _refuse_unknown(given: Mapping[str, float] | Sequence[str], names: Sequence[str], what: str) -> None:
+    if isinstance(given, str):
+        raise LamellaError(f"{what}={given!r} is one name; give a list of names.")
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise LamellaError(f"{what} names {', '.join(map(repr, unknown))}; the composition has {', '.join(names)}.")
+
+
+def _active(model: nn.Module) -> tuple[str, tuple[str, ...]]:
+    """The active adapter and its LoRAs."""
+    active = {
+        adapter: layer.units[adapter].names
+        for layer in model.modules()
+        if isinstance(layer, MoleLinear)
+        for adapter in layer.active_adapters
+        if adapter in layer.units
+    }
+    if len(active) != 1:
+        way = "activate one with set_adapter" if active else "compose LoRAs with lamella.compose first"
+        raise LamellaError(
+            f"{type(model).__name__} has {len(active)} active MOLE adapters, and weights by hand are for one: {way}."
+        )
+    return next(iter(active.items()))
+
+
+def _stated(model: nn.Module, adapter: str) -> ByHand:
+    tracker = find_tracker(model)
+    assert tracker is not None  # every injection sets one
+    stated: ByHand = tracker.stated.get(("mole", adapter), ByHand())
+    return stated
+
+
+@contextmanager
+def _with(model: nn.Module, adapter: str, by_hand: ByHand) -> Iterator[None]:
+    tracker = find_tracker(model)
+    assert tracker is not None
+    key = ("mole", adapter)
+    before = tracker.stated.get(key)
+    tracker.stated[key] = by_hand
+    try:
+        yield
+    finally:
+        if before is None:
+            del tracker.stated[key]
+        else:
+            tracker.stated[key] = before

@@ -1,0 +1,61 @@
+"""Composing trained LoRAs on a model in one call."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from lamella.errors import LamellaError
+from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.preparing import refuse_too_few
+from lamella.tuners.mole.sources import LoraSource, Reference, by_name, read_lora
+
+Lora = str | Path | Reference | LoraSource
+
+
+def compose(
+    base: nn.Module,
+    adapters: Mapping[str, Lora] | Sequence[Lora],
+    config: MoleConfig | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Puts trained LoRAs on a model and routers beside them that weigh the LoRAs by what they put out (MOLE).
+
+    All LoRAs start with the same weight; only the routers train and are saved.
+
+    Args:
+        base: the model that the LoRAs were trained on.
+        adapters: at least two LoRAs by name: PEFT folders, single files, hub ids, or LoRAs that were read already. In a
+            list each is called by its folder or file.
+        config: the settings, without adapters; MoleConfig's own where None.
+        adapter_name: of the composition.
+
+    Raises:
+        LamellaError: fewer than two LoRAs, two of one name, one that cannot be read or is of another base, or settings
+            that do not suit the model. The model is then as it was.
+    """
+    config = MoleConfig() if config is None else copy.deepcopy(config)
+    if config.adapters:
+        raise LamellaError(
+            f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty and give them to "
+            "compose, or call get_peft_model(model, config)."
+        )
+    if isinstance(adapters, Mapping):
+        named = {name: _read(given, name) for name, given in adapters.items()}
+    else:
+        named = by_name(_read(given, None) for given in adapters)
+    refuse_too_few(list(named))
+    config.hold_sources(list(named.values()))
+    model: Any = get_peft_model(base, config, adapter_name)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _read(given: Lora, name: str | None) -> LoraSource:
+    if isinstance(given, LoraSource):
+        return given if name is None else replace(given, name=name)
+    return read_lora(given, name=name)

@@ -1,0 +1,225 @@
+"""The settings of MOLE."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lamella.errors import LamellaError
+from lamella.tuners.config import LamellaConfig
+from lamella.tuners.mole.router import LOWEST_TEMPERATURE
+from lamella.tuners.mole.sources import LoraSource, Reference
+from lamella.tuners.registry import LamellaType
+from lamella.writing import write_whole
+
+Self = TypeVar("Self", bound="MoleConfig")
+Adapters = Mapping[str, Any]
+_REFERENCE = tuple(f.name for f in fields(Reference))
+
+
+@dataclass
+class MoleConfig(LamellaConfig):
+    """Mixture of LoRA experts: K LoRAs that are trained already, weighed by routers that read them (arXiv 2404.13628).
+
+    ``y = W0 x + sum_i G_i s_i B_i A_i x`` in every linear module that a LoRA adapts, with one G for each unit.
+
+    Args:
+        adapters: the LoRAs by name, in the order of the routers' logits: paths, hub ids or references
+            (``{source, revision, subfolder, sha256}``). ``lamella.compose`` fills it in.
+        granularity: what has a router of its own: each "matrix", each "sublayer" (attention, MLP), each "block", or
+            the "network" (each stack of blocks: encoder, decoder).
+        router_input: what of the LoRAs' outputs a router reads: their "mean" over a sequence's real tokens, those of
+            each "token" for itself, or all of a sequence "flatten"-ed, as published.
+        flatten_length: tokens of a flattened sequence, the longest that can be read.
+        form: "delta" as above; "block-delta", ``F(x) + sum_i G_i (E_i(x) - F(x))`` on the outputs of whole blocks, each
+            run with one LoRA; or "published", ``F(x) + sum_i G_i E_i(x)``, which counts the input twice.
+        temperature: the logits are divided by it.
+        learn_temperature: whether each router learns its own, starting there.
+        balance: "log" as published, over all routers together; or for each router its "entropy", or the "switch" loss;
+            or "none".
+        balance_coef: its coefficient. The last two are averaged over a block's routers and summed over blocks.
+        prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
+        embed_adapters: save the LoRAs in the adapter's file, so that loading needs none of their own.
+        embedded: where they are saved: each LoRA's rank in each module, 0 where it has none; filled in.
+        init_weights: True starts every router at zero, which weighs all LoRAs alike; False at random, for tests.
+        target_modules: not a setting of MOLE: the LoRAs say what they adapt.
+
+    Raises:
+        LamellaError: a value out of range, an unknown key, or values that contradict each other.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    adapters: dict[str, Any] = field(default_factory=dict)
+    granularity: str = "block"
+    router_input: str = "mean"
+    flatten_length: int | None = None
+    form: str = "delta"
+    temperature: float = 1.0
+    learn_temperature: bool = True
+    balance: str = "log"
+    balance_coef: float = 0.5
+    prompt_tokens: int = 4
+    embed_adapters: bool = False
+    embedded: dict[str, list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LamellaType.MOLE
+        if isinstance(self.layers_to_transform, tuple):
+            self.layers_to_transform = list(self.layers_to_transform)
+        self.adapters = {name: _as_dict(name, given) for name, given in self.adapters.items()}
+        self._check_names()
+        self._check_numbers()
+        self._check_together()
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """Where the LoRAs lie."""
+        return {name: Reference(**written) for name, written in self.adapters.items()}
+
+    def hold_sources(self, sources: Sequence[LoraSource]) -> None:
+        """Keeps LoRAs that were read already for the injection that comes next."""
+        self.adapters = {source.name: _as_dict(source.name, source.reference) for source in sources}
+        self._sources = list(sources)
+
+    def take_sources(self) -> list[LoraSource] | None:
+        """Those LoRAs, once."""
+        sources: list[LoraSource] | None = self.__dict__.pop("_sources", None)
+        return sources
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self], path: str, subfolder: str | None = None, adapters: Adapters | None = None, **kwargs: Any
+    ) -> Self:
+        """Reads a saved config.
+
+        Args:
+            path: its folder or hub id.
+            subfolder: inside it.
+            adapters: other places for some of its LoRAs, by name. The digests that were recorded still hold, unless a
+                reference brings one of its own.
+            kwargs: for the hub.
+
+        Raises:
+            LamellaError: a place for a LoRA that the composition does not have.
+        """
+        config: Self = super().from_pretrained(path, subfolder=subfolder, **kwargs)
+        unknown = sorted(set(adapters or {}) - set(config.adapters))
+        if unknown:
+            raise LamellaError(
+                f"adapters names {', '.join(map(repr, unknown))}, and the composition in {path} has "
+                f"{', '.join(config.adapters)}. Give places for those; which LoRAs it has is settled."
+            )
+        for name, given in (adapters or {}).items():
+            moved, recorded = _as_dict(name, given), config.adapters[name]["sha256"]
+            config.adapters[name] = {**moved, "sha256": moved["sha256"] or recorded}
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the config: paths of LoRAs relative to the folder, in the order of the routers' logits."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "adapter_config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        references = self.references
+        written["adapters"] = {
+            name: _relative(reference, path.parent).to_dict() for name, reference in references.items()
+        }
+        write_whole(path, json.dumps(written, indent=2))
+
+    def _check_names(self) -> None:
+        allowed: dict[str, tuple[Any, ...]] = {
+            "granularity": ("matrix", "sublayer", "block", "network"),
+            "router_input": ("mean", "token", "flatten"),
+            "form": ("delta", "block-delta", "published"),
+            "balance": ("log", "entropy", "switch", "none"),
+            "learn_temperature": (True, False),
+            "embed_adapters": (True, False),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise LamellaError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, values))}.")
+
+    def _check_numbers(self) -> None:
+        temperature, length = self.temperature, self.flatten_length
+        checks: list[tuple[str, bool, str]] = [
+            (
+                "temperature",
+                _is_number(temperature) and LOWEST_TEMPERATURE <= temperature < float("inf"),
+                f"a number of at least {LOWEST_TEMPERATURE}",
+            ),
+            ("balance_coef", _is_number(self.balance_coef) and 0 <= self.balance_coef < float("inf"), "0 or more"),
+            ("prompt_tokens", _is_whole(self.prompt_tokens) and self.prompt_tokens >= 1, "a whole number, 1 or more"),
+            ("flatten_length", length is None or (_is_whole(length) and length >= 1), "a whole number, 1 or more"),
+        ]
+        for name, holds, expected in checks:
+            if not holds:
+                raise LamellaError(f"{name}={getattr(self, name)!r} must be {expected}.")
+
+    def _check_together(self) -> None:
+        if self.target_modules is not None:
+            raise LamellaError(
+                f"target_modules={self.target_modules!r} is no setting of MOLE: the LoRAs say which modules they adapt."
+                " Leave modules out with exclude_modules or layers_to_transform."
+            )
+        if (self.router_input == "flatten") != (self.flatten_length is not None):
+            raise LamellaError(
+                "router_input='flatten' reads sequences up to a fixed length and needs flatten_length; the other inputs"
+                f" have none. Here router_input={self.router_input!r} and flatten_length={self.flatten_length!r}."
+            )
+        if self.form != "delta" and self.granularity != "block":
+            raise LamellaError(
+                f"form={self.form!r} mixes the outputs of whole blocks, so it needs granularity='block', not "
+                f"{self.granularity!r}."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise LamellaError("layers_pattern says which stack layers_to_transform means; give both or neither.")
+
+
+def resolve_references(config_file: Path, attributes: dict[str, Any]) -> dict[str, Any]:
+    """A saved config's attributes with the paths that are relative to its folder made absolute."""
+    folder = config_file.parent.resolve()
+    for written in attributes.get("adapters", {}).values():
+        if written["source"].split("/")[0] in (".", ".."):
+            written["source"] = os.path.normpath(folder / written["source"])
+    return attributes
+
+
+def _as_dict(name: str, given: Any) -> dict[str, Any]:
+    """What says where a LoRA lies, as a config writes it."""
+    if isinstance(given, str | Path):
+        return Reference(_absolute(str(given))).to_dict()
+    if isinstance(given, Reference):
+        return replace(given, source=_absolute(given.source)).to_dict()
+    if not isinstance(given, Mapping) or "source" not in given or set(given) - set(_REFERENCE):
+        raise LamellaError(
+            f"adapters[{name!r}]={given!r} must be a path, a hub id, or a dictionary with the keys "
+            f"{', '.join(_REFERENCE)}."
+        )
+    return Reference(**{**given, "source": _absolute(given["source"])}).to_dict()
+
+
+def _absolute(source: str) -> str:
+    """A path's own full name, wherever it is read from; a hub id as it is."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
+
+
+def _relative(reference: Reference, folder: Path) -> Reference:
+    """A local path as seen from the config's folder, in a form that no hub id has; a hub id as it is."""
+    if not Path(reference.source).is_absolute():
+        return reference
+    try:
+        path = Path(os.path.relpath(reference.source, folder.resolve())).as_posix()
+    except ValueError:  # on another drive
+        return reference
+    return replace(reference, source=path if path.startswith("..") else f"./{path}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,59 @@
+"""A unit's decision, and what can be stated about it by hand."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lamella.tuners.mole.layer import MoleLinear
+
+
+@dataclass(frozen=True, eq=False)
+class ByHand:
+    """What was stated for one adapter.
+
+    Attributes:
+        kept: True for the LoRAs that are not left out, ``(K,)``; None for all.
+        fixed: the weights in place of the routers', ``(K,)`` or ``(batch, K)``; None for the routers' own.
+    """
+
+    kept: Tensor | None = None
+    fixed: Tensor | None = None
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """The softmax over the LoRAs that are not left out."""
+        return torch.softmax(self.masked(logits), dim=-1)
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """Minus infinity for the LoRAs that are left out."""
+        return logits if self.kept is None else logits.masked_fill(~self.kept.to(logits.device), -torch.inf)
+
+    def stated(self, device: torch.device) -> Tensor:
+        """The fixed weights, what the LoRAs left out had being shared out in proportion."""
+        assert self.fixed is not None
+        fixed = self.fixed.to(device)
+        if self.kept is None:
+            return fixed
+        left = fixed * self.kept.to(device)
+        return left * (fixed.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True))
+
+
+@dataclass(eq=False)
+class Decision:
+    """A unit's decision in one call.
+
+    Attributes:
+        weights: ``(batch, K)``, ``(batch, tokens, K)``, or ``(rows, K)`` outside the blocks.
+        by: the module at whose call it was taken.
+        without: tokens that run with uniform weights, ``(batch, tokens)``; None where there are none.
+        uniform: those weights, ``(K,)``.
+        handed: to each module given the same input, that input and its ``A x``, until it is called.
+    """
+
+    weights: Tensor
+    by: "MoleLinear"
+    without: Tensor | None = None
+    uniform: Tensor | None = None
+    handed: "dict[MoleLinear, tuple[Tensor, Tensor]]" = field(default_factory=dict)

@@ -1,0 +1,143 @@
+"""One linear module with the LoRAs that are composed on it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lamella.backbones import Place
+from lamella.errors import CannotMergeError
+from lamella.mixing import FrozenLoras, forward_frozen
+from lamella.routing import current_frame
+from lamella.tuners.mole.router import MoleRouter
+from lamella.tuners.mole.unit import Unit
+
+CANNOT_MERGE = (
+    "MOLE weighs its LoRAs anew for each input, so there is no single weight to merge into the base. Use "
+    "lamella.collapse(model, batches) for one plain LoRA with measured error. A trainer that syncs weights by merging "
+    "(TRL with vLLM) needs the collapsed LoRA."
+)
+
+
+class FrozenFactors(nn.Module):
+    """The factors of K LoRAs on one module, as buffers: never trained, and saved only where they are to be."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, loras: FrozenLoras, saved: bool) -> None:
+        super().__init__()
+        self.ranks = loras.ranks
+        self.register_buffer("A", loras.A, persistent=saved)
+        self.register_buffer("B", loras.B, persistent=saved)
+
+
+class MoleLinear(nn.Module, BaseTunerLayer):
+    """``y = W0 x + sum_i G_i s_i B_i A_i x``, with the weights G of the unit that the module belongs to.
+
+    Tensors per adapter: ``lamella_mole_loras.A (R, in)`` and ``.B (out, R)``, frozen; and, at the module that holds its
+    unit's router, ``lamella_mole_router.e (K, K, D)``, ``.bias (K,)`` and ``.log_temperature ()``.
+    PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lamella_mole_router", "lamella_mole_loras")
+    other_param_names: tuple[str, ...] = ("units",)
+
+    # What BaseTunerLayer, which is untyped, brings along.
+    active_adapters: list[str]
+    disable_adapters: bool
+    _disable_adapters: bool
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(self, base_layer: nn.Module, name: str, place: Place | None) -> None:
+        """Wraps a linear layer.
+
+        Args:
+            base_layer: the layer.
+            name: its dotted name in the model.
+            place: where it lies; None outside the blocks.
+        """
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.place = place
+        self.lamella_mole_router = nn.ModuleDict()
+        self.lamella_mole_loras = nn.ModuleDict()
+        self.units: dict[str, Unit] = {}
+        self.merged_adapters: list[str] = []
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None  # LoRAs are only mapped to linear modules
+        assert out_features is not None
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether its input is the encoder's states."""
+        return self.place is not None and self.place.reads_encoder
+
+    def update_layer(self, adapter: str, loras: FrozenLoras, saved: bool, router: MoleRouter | None) -> None:
+        """Gives this module the LoRAs of an adapter, and the router that it is to hold."""
+        self.lamella_mole_loras[adapter] = FrozenFactors(loras, saved)
+        if router is not None:
+            self.lamella_mole_router[adapter] = router
+        self._move_adapter_to_device_of_base_layer(adapter)
+
+    def loras(self, adapter: str) -> FrozenLoras:
+        """The LoRAs of an adapter, scaling inside B."""
+        factors = self.lamella_mole_loras[adapter]
+        assert isinstance(factors, FrozenFactors)
+        return FrozenLoras(factors.A, factors.B, factors.ranks)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Maps ``x (..., in)`` to ``(..., out)``."""
+        frame, y = current_frame(), None
+        for adapter in [] if self.disable_adapters else self.active_adapters:
+            if adapter not in self.units:
+                continue
+            weights, h = self.units[adapter].weigh(self, x, frame)
+            if weights is None:
+                continue
+            base = self.base_layer if y is None and not args and not kwargs else self._rest(y, args, kwargs)
+            plain = self._plain() if base is self.base_layer else None
+            y = forward_frozen(base, plain, x, weights, self.loras(adapter), h)
+        return self.base_layer(x, *args, **kwargs) if y is None else y
+
+    def _rest(self, y: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """What a further adapter adds to: what the layer has put out so far."""
+        return lambda x: self.base_layer(x, *args, **kwargs) if y is None else y
+
+    def _plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """The layer's matrix ``(out, in)`` and bias, where it is nothing else and nobody hooks into it."""
+        layer = self.base_layer
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+        if type(layer) not in (nn.Linear, Conv1D) or hooked:
+            return None
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        assert isinstance(weight, Tensor)
+        bias = layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return (weight, bias) if weight.is_floating_point() and not weight.requires_grad else None
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        raise CannotMergeError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        raise CannotMergeError(f"{self.name} is never merged, so there is nothing to unmerge.")
+
+    def __repr__(self) -> str:
+        return "mole." + super().__repr__()
+
+
+def empty(ranks: Sequence[int], layer: MoleLinear) -> FrozenLoras:
+    """Room for LoRAs that the adapter's file is to fill.
+
+    It is filled with what is no number, so that LoRAs that were never read cannot pass for LoRAs that do nothing.
+    """
+    total = sum(ranks)
+    A = torch.full((total, layer.in_features), torch.nan)
+    return FrozenLoras(A, torch.full((layer.out_features, total), torch.nan), tuple(ranks))

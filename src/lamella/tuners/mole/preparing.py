@@ -1,0 +1,178 @@
+"""Everything about a composition that can be known, and refused, before the first module is touched."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _get_in_out_features, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lamella.backbones import Stack
+from lamella.errors import LamellaError
+from lamella.mixing import FrozenLoras, concatenate
+from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.sources import Factors, LoraSource, check_base, map_to, read_lora
+from lamella.tuners.mole.units import UnitPlan, plan_units
+
+
+@dataclass
+class Prepared:
+    """A composition that fits a model.
+
+    Attributes:
+        names: the K LoRAs, in the order of the logits.
+        ranks: each LoRA's rank in each adapted module, 0 where it has none, by module name in the model's order.
+        widths: the modules' outputs.
+        factors: the LoRAs by module and LoRA; None where the adapter's own file is to bring them.
+        units: what decides.
+        excluded: modules that the config leaves out.
+        skipped: what of the LoRAs is left out, and why.
+        notes: what else a user should know.
+    """
+
+    names: tuple[str, ...]
+    ranks: dict[str, list[int]]
+    widths: dict[str, int]
+    factors: dict[str, dict[str, Factors]] | None
+    units: list[UnitPlan]
+    excluded: set[str]
+    skipped: list[tuple[str, str]]
+    notes: list[str]
+
+    def loras(self, module: str) -> FrozenLoras:
+        """A module's LoRAs side by side."""
+        assert self.factors is not None
+        own = [self.factors[module].get(name) for name in self.names]
+        wide = torch.float64 if any(one is not None and one.A.dtype == torch.float64 for one in own) else torch.float32
+        return concatenate(own, wide)
+
+
+def read_sources(config: MoleConfig) -> list[LoraSource]:
+    """Reads a config's LoRAs where they lie.
+
+    Raises:
+        LamellaError: there are fewer than two, or one cannot be read or has changed.
+    """
+    refuse_too_few(list(config.adapters))
+    return [read_lora(reference, name=name) for name, reference in config.references.items()]
+
+
+def refuse_too_few(names: Sequence[str]) -> None:
+    """Raises unless there is something to weigh."""
+    if len(names) < 2:
+        found = f"only {names[0]!r}" if names else "none"
+        raise LamellaError(
+            f"A composition needs at least two LoRAs, and there is {found}. Name them in "
+            "lamella.compose(model, {'a': path, 'b': path}); a single LoRA needs no router: load it with PEFT."
+        )
+
+
+def prepare(
+    model: nn.Module,
+    config: MoleConfig,
+    sources: Sequence[LoraSource] | None,
+    stacks: Sequence[Stack],
+) -> Prepared:
+    """Fits a composition to a model.
+
+    Args:
+        model: the base model, which may carry other adapters.
+        config: the settings.
+        sources: the LoRAs; None where the adapter's file will bring those that ``config.embedded`` describes.
+        stacks: the model's stacks of blocks.
+
+    Raises:
+        LamellaError: fewer than two LoRAs, one of another base, modules that the model does not have, nothing left to
+            adapt, or settings that do not suit the model.
+    """
+    refuse_too_few(list(config.adapters))
+    widths = _linear_modules(model)
+    linear = list(widths)
+    skipped: list[tuple[str, str]] = []
+    excluded: set[str] = set()
+    notes: list[str] = []
+    if sources is None:
+        names, ranks, factors = tuple(config.adapters), _embedded_ranks(config, linear), None
+        excluded |= set(_wanted(config, linear)[1])
+        notes.append(f"{len(names)} LoRAs from the adapter's own file: {', '.join(names)}")
+    else:
+        names = tuple(source.name for source in sources)
+        factors = _factors(model, config, sources, excluded, skipped, notes)
+        factors = {name: factors[name] for name in linear if name in factors}
+        ranks = {module: [len(own[name].A) if name in own else 0 for name in names] for module, own in factors.items()}
+    if not ranks:
+        raise LamellaError(
+            "No module is left to compose on: exclude_modules and layers_to_transform leave out every module that the "
+            "LoRAs adapt."
+        )
+    by_token = config.router_input == "token" and config.form == "delta"  # a block's output has its own tokens alone
+    units = plan_units(list(ranks), linear, stacks, config.granularity, by_token)
+    return Prepared(names, ranks, {name: widths[name] for name in ranks}, factors, units, excluded, skipped, notes)
+
+
+def _factors(
+    model: nn.Module,
+    config: MoleConfig,
+    sources: Sequence[LoraSource],
+    excluded: set[str],
+    skipped: list[tuple[str, str]],
+    notes: list[str],
+) -> dict[str, dict[str, Factors]]:
+    """The LoRAs by module and LoRA; notes what is left out."""
+    by_module: dict[str, dict[str, Factors]] = {}
+    for source in sources:
+        check_base(model, source)
+        mapped = map_to(model, source)
+        skipped += [(f"{source.name}: {name}", reason) for name, reason in mapped.skipped]
+        taken, left_out = _wanted(config, mapped.modules)
+        excluded |= set(left_out)
+        skipped += [(f"{source.name}: {name}", "left out by the config") for name in left_out]
+        for name in taken:
+            if isinstance(BaseTunerLayer.get_base_layer(model.get_submodule(name)), nn.Conv2d):
+                skipped.append((f"{source.name}: {name}", "a convolution; only linear layers are composed here"))
+            else:
+                by_module.setdefault(name, {})[source.name] = mapped.modules[name]
+        ranks = sorted({len(mapped.modules[name].A) for name in taken})
+        renamed = f", {mapped.renamed}" if mapped.renamed else ""
+        of_rank = ", ".join(map(str, ranks))
+        notes.append(f"{source.name}: {source.format} LoRA of rank {of_rank} on {len(taken)} modules{renamed}")
+    return by_module
+
+
+def _wanted(config: MoleConfig, modules: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The modules that the config leaves in, and those it leaves out, by PEFT's own rules."""
+    rules = copy.copy(config)
+    rules.target_modules = set(modules)
+    wanted: list[str] = []
+    excluded: list[str] = []
+    for name in modules:
+        match = check_target_module_exists(rules, name)
+        (wanted if match and not isinstance(match, _ExcludedModule) else excluded).append(name)
+    return wanted, excluded
+
+
+def _linear_modules(model: nn.Module) -> dict[str, int]:
+    """The linear modules, whatever they carry, in the model's order, with their output widths."""
+    modules = dict(model.named_modules())
+    adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    widths = {}
+    for name, module in modules.items():
+        base = BaseTunerLayer.get_base_layer(module)
+        if name and not name.startswith(adapted) and (isinstance(base, Conv1D) or hasattr(base, "in_features")):
+            _, out_features = _get_in_out_features(base)
+            widths[name] = int(out_features)
+    return widths
+
+
+def _embedded_ranks(config: MoleConfig, linear: Sequence[str]) -> dict[str, list[int]]:
+    """What the adapter's file brings."""
+    assert config.embedded is not None
+    missing = [name for name in config.embedded if name not in linear]
+    if missing:
+        raise LamellaError(
+            f"The adapter's file holds LoRAs for {len(missing)} modules that the model does not have, first "
+            f"{missing[0]}; load it on the base named in its adapter_config.json."
+        )
+    return {name: config.embedded[name] for name in linear if name in config.embedded}

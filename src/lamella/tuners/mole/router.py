@@ -1,0 +1,104 @@
+"""One unit's router: from what the LoRAs put out to their weights."""
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import LamellaError
+from lamella.mixing import FrozenLoras, read_outputs, read_positions
+
+# Below it the softmax is a hard choice, and a learned temperature gets no more gradient.
+LOWEST_TEMPERATURE = 0.01
+
+
+class MoleRouter(nn.Module):
+    """``G = softmax(eps / tau)`` with ``eps = e . E + b`` (MOLE eq. 10-11), E the LoRAs' outputs, normalised together.
+
+    ``e`` has shape ``(K, K, D)``: for each logit and LoRA, what it takes from that LoRA's outputs in the matrices that
+    the unit reads, D features in all; ``(K, L, K, D)`` where L positions are read. There is none where the unit reads
+    nothing, so that ``bias (K,)`` alone decides. ``log_temperature ()`` is learned as the factor to the initial one.
+    """
+
+    def __init__(
+        self, num_loras: int, widths: int, temperature: float, learn_temperature: bool, positions: int | None = None
+    ) -> None:
+        super().__init__()
+        self.num_loras = num_loras
+        self.positions = positions
+        self.initial_temperature = temperature
+        shape = (num_loras, num_loras, widths) if positions is None else (num_loras, positions, num_loras, widths)
+        self.e = nn.Parameter(torch.zeros(shape)) if widths else None
+        self.bias = nn.Parameter(torch.zeros(num_loras))
+        self.log_temperature = nn.Parameter(torch.zeros(())) if learn_temperature else None
+
+    def randomise(self) -> None:
+        """Moves the router off zero, for tests."""
+        if self.e is not None:
+            nn.init.normal_(self.e)
+        nn.init.normal_(self.bias)
+
+    def temperature(self) -> Tensor | float:
+        """tau, exactly what the config says until it is trained."""
+        if self.log_temperature is None:
+            return self.initial_temperature
+        return (self.initial_temperature * self.log_temperature.exp()).clamp_min(LOWEST_TEMPERATURE)
+
+    def forward(self, h: list[Tensor], loras: list[FrozenLoras], rows: torch.Size, device: torch.device) -> Tensor:
+        """Logits, divided by the temperature.
+
+        Args:
+            h: ``A x`` for each matrix that is read, ``(*rows, R_m)``, or ``(*rows, positions, R_m)``.
+            loras: of those matrices.
+            rows: what decisions there are.
+            device: where they are needed.
+
+        Returns:
+            ``(*rows, K)`` in float32 or wider.
+        """
+        bias = self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
+        if self.e is None:
+            logits = bias.expand(*rows, -1)
+        else:
+            read = read_outputs if self.positions is None else read_positions
+            here = self.e.device
+            logits = read([one.to(here) for one in h], [one.on(here) for one in loras], self.e, bias)
+        return (logits / self.temperature()).to(device)
+
+    def from_outputs(self, outputs: Tensor) -> Tensor:
+        """The same from the LoRAs' outputs themselves, ``(*rows, K, D)`` or ``(*rows, positions, K, D)``."""
+        assert self.e is not None  # a block puts something out
+        e = self.e.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
+        read = outputs.to(e.dtype).flatten(-(e.dim() - 1))  # (*rows, D in all)
+        normalised = nn.functional.layer_norm(read, read.shape[-1:], eps=1e-12)
+        logits = normalised @ e.flatten(1).t() + self.bias.to(e)
+        tau = self.temperature()
+        return logits / (tau.to(logits.device) if isinstance(tau, Tensor) else tau)
+
+    def lay_out(self, values: Tensor, real: Tensor) -> Tensor:
+        """Puts each sequence's real tokens at its first positions, zeros after them.
+
+        Args:
+            values: ``(batch, tokens, F)``.
+            real: ``(batch, tokens)``.
+
+        Returns:
+            ``(batch, positions, F)``.
+
+        Raises:
+            LamellaError: a sequence is longer.
+        """
+        assert self.positions is not None
+        longest = int(real.sum(dim=1).max()) if real.numel() else 0
+        if longest > self.positions:
+            raise LamellaError(
+                f"A sequence of {longest} tokens is longer than flatten_length={self.positions}, which the routers were"
+                " made for. Truncate it, compose with a larger flatten_length, or use router_input='mean'."
+            )
+        batch, features = len(values), values.shape[-1]
+        place = (real.cumsum(dim=1) - 1).masked_fill(~real, self.positions)  # padding goes to a place that is cut off
+        laid = values.new_zeros(batch, self.positions + 1, features)
+        return laid.scatter(1, place[..., None].expand(-1, -1, features), values)[:, : self.positions]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        reads = 0 if self.e is None else self.e.shape[-1]
+        return f"num_loras={self.num_loras}, reads={reads}, positions={self.positions}"

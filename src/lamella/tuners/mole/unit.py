@@ -1,0 +1,280 @@
+"""What decides: one unit of one adapter, its router and the modules that its weights are for."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lamella.backbones import Place
+from lamella.errors import LamellaError
+from lamella.routing import Frame, Readable, Routing
+from lamella.tuners.mole.balancing import attach_balance
+from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.decision import ByHand, Decision
+from lamella.tuners.mole.keeping import Kept, keep_decision, kept_decision, tokens_before
+from lamella.tuners.mole.reading import RankSpaceReader, Reader
+from lamella.tuners.mole.recomputing import SharedWeights
+from lamella.tuners.mole.router import MoleRouter
+from lamella.tuners.mole.units import UnitPlan
+
+if TYPE_CHECKING:
+    from lamella.tuners.mole.layer import MoleLinear
+
+
+class Unit:
+    """The modules of one adapter that share a decision.
+
+    Attributes:
+        place: where it lies, and its name there, for who watches.
+        name: its dotted name in the model.
+        names: the K LoRAs, in the order of the logits.
+        members: the modules that its weights are for, in the model's order.
+        readers: those whose LoRAs' outputs the router reads.
+        balance_share: what its own loss counts: one over the routers of its block.
+        watchers: who wants to see what each member is given and its weights.
+    """
+
+    def __init__(self, plan: UnitPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool) -> None:
+        self.place: Place = plan.place
+        self.name = plan.name
+        self.input = plan.input
+        self.adapter = adapter
+        self.config = config
+        self.names = tuple(names)
+        self.decoder = decoder
+        self.members: list[MoleLinear] = []
+        self.readers: list[MoleLinear] = []
+        self.balance_share = 1.0
+        self.watchers: list[Callable[..., None]] = []
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each row of the input has a decision of its own."""
+        return self.config.router_input == "token" or self.input == "row"
+
+    @property
+    def leader(self) -> "MoleLinear":
+        """The module that holds the router."""
+        return (self.readers or self.members)[0]
+
+    @property
+    def router(self) -> MoleRouter:
+        """The router, which may be on another device than the members."""
+        router = self.leader.lamella_mole_router[self.adapter]
+        assert isinstance(router, MoleRouter)
+        return router
+
+    def weigh(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
+        """The LoRAs' weights for a module's input.
+
+        Args:
+            layer: one of the members.
+            x: its input, ``(*rows, in)``.
+            frame: the running stack's.
+
+        Returns:
+            Weights ``(*some, K)``, ``some`` a leading part of ``rows``, None where no LoRA is to run; and ``A x`` where
+            it is known already.
+        """
+        by_hand = self.by_hand(frame)
+        if by_hand.fixed is not None:
+            fixed = by_hand.stated(x.device)
+            if layer is self.leader:
+                self.tell_fixed(fixed, x, frame)
+            weights, h = fixed if fixed.dim() == 1 else self._repeated(fixed, layer, x), None
+        else:
+            weights, h = self._decided(layer, x, frame, by_hand)
+        for watch in self.watchers:
+            watch(layer, x, weights, frame)
+        return weights, h
+
+    def _decided(
+        self, layer: "MoleLinear", x: Tensor, frame: Frame | None, by_hand: ByHand
+    ) -> tuple[Tensor, Tensor | None]:
+        """By the routers."""
+        decision = self._find(layer, frame)
+        if decision is None:
+            self._refuse_too_early(layer)
+            reader = RankSpaceReader(self.router, self.readers, self.adapter)
+            decision = self.decide(layer, x, reader, frame, by_hand)
+        handed, h = decision.handed.pop(layer, (None, None))
+        return self.fit(decision, layer, x), h if handed is x else None
+
+    def by_hand(self, frame: Frame | None) -> ByHand:
+        """What was stated for this call."""
+        stated: ByHand | None = None if frame is None else frame.call.stated.get(("mole", self.adapter))
+        return stated or ByHand()
+
+    def _find(self, layer: "MoleLinear", frame: Frame | None) -> Decision | None:
+        """The decision already taken in this call; none where the module that took it is called again."""
+        if frame is None:
+            return None
+        decision: Decision | None = frame.handed_over.get(self)
+        if decision is None and self.place.module == "network":
+            shared: SharedWeights | None = frame.call.shared.get(self)
+            # A recomputed block takes its own decision anew, and only its own.
+            if shared is not None and layer is not shared.decision.by:
+                return shared.seen_from(frame)
+        return None if decision is None or decision.by is layer else decision
+
+    def _refuse_too_early(self, layer: "MoleLinear") -> None:
+        if self.readers and layer not in self.readers:
+            raise LamellaError(
+                f"{layer.name} runs before any module that {self.name} reads to weigh its LoRAs, or outside a forward "
+                "of its model. Call the model itself; if it does run in that order, use granularity='matrix'."
+            )
+
+    def decide(self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, by_hand: ByHand) -> Decision:
+        """Takes the decision, with its balance loss attached and its observers told.
+
+        Args:
+            layer: the module at whose call it is taken.
+            x: the unit's input, ``(*rows, in)``.
+            reader: of the LoRAs' outputs for it.
+            frame: the running stack's.
+            by_hand: what was stated.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            decision, logits, real = self._taken(layer, x, reader, frame, by_hand)
+        if frame is not None:
+            decision.weights = attach_balance(self, decision.weights, logits, real, frame)
+            if self.place.module == "network":
+                decision.weights = SharedWeights.share(self, decision, frame)
+            frame.handed_over[self] = decision
+        elif layer.training and logits.requires_grad and self.config.balance != "none" and self.config.balance_coef:
+            raise LamellaError(
+                f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
+                "unknown to its balance loss. Call the model itself, checkpoint with gradient_checkpointing_enable(), "
+                "or set balance='none'."
+            )
+        return decision
+
+    def _taken(
+        self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, by_hand: ByHand
+    ) -> tuple[Decision, Tensor, Tensor | None]:
+        """The decision, the logits it comes from, and which rows of those are real, ``(rows,)``."""
+        if self.by_token:
+            logits, handed = reader.by_token(x)
+            mask = None if frame is None else frame.token_mask(x, of_encoder=self.input == "encoder")
+            decision = Decision(by_hand.weights(logits), layer, handed=handed)
+            self._tell(logits, by_hand, mask, x.shape[:-1], frame)
+            return decision, logits, mask
+        tokens = self._as_sequences(layer, x, frame)  # (batch, tokens, in)
+        kept = self._kept(frame)
+        if kept is not None:
+            if len(kept.logits) != len(tokens):
+                raise LamellaError(
+                    f"The cache holds decisions for {len(kept.logits)} sequences, and {self.name} is given "
+                    f"{len(tokens)}. Repeat or select them by the cache's own methods, or start from an empty cache."
+                )
+            logits = kept.logits.to(x.device)
+            return Decision(by_hand.weights(logits), layer), logits, None
+        readable = self._readable(tokens, layer, frame)
+        logits = reader.by_sequence(tokens, readable.read)  # (batch, K)
+        if frame is not None and self._keeps(frame):
+            keep_decision(frame.call, (self.adapter, self.name), Kept(logits.detach(), readable.complete))
+        real = readable.read.any(dim=1)
+        uniform = None if readable.without is None else by_hand.weights(torch.zeros_like(logits[0]))
+        decision = Decision(by_hand.weights(logits), layer, readable.without, uniform)
+        self._tell(logits, by_hand, real, x.shape[:1], frame)
+        return decision, logits, real
+
+    def _as_sequences(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> Tensor:
+        """An input as ``(batch, tokens, in)``."""
+        if x.dim() > 2:
+            return x.flatten(1, -2)
+        mask = None if frame is None else frame.mask
+        if mask is not None and mask.numel() == len(x):
+            return x.view(*mask.shape, -1)
+        raise LamellaError(
+            f"{layer.name} is given rows of which nobody says to which sequence they belong, shape {tuple(x.shape)}, "
+            "and a router weighs its LoRAs for whole sequences. Use router_input='token' with granularity='matrix'."
+        )
+
+    def _readable(self, tokens: Tensor, layer: "MoleLinear", frame: Frame | None) -> Readable:
+        """What a decision for whole sequences may read."""
+        if frame is None:
+            return Readable(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), None)
+        if self.input == "encoder":
+            mask = frame.token_mask(tokens, of_encoder=True)
+            ones = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            return Readable(ones if mask is None else mask.view(tokens.shape[:2]).to(tokens.device), None)
+        return frame.readable(tokens, self.decoder, self.config.prompt_tokens)
+
+    def _keeps(self, frame: Frame) -> bool:
+        """Whether a sequence that goes on in a later call goes on with this decision."""
+        return self.decoder and self.input == "own" and not frame.call.tracker.whole_input
+
+    def _kept(self, frame: Frame | None) -> Kept | None:
+        if frame is None or not self._keeps(frame):
+            return None
+        kept = kept_decision(frame.call, (self.adapter, self.name))
+        before = tokens_before(frame.call)
+        if kept is None and before > 0:
+            raise LamellaError(
+                f"The cache holds {before} tokens for which {self.name} has not decided: they were read without this "
+                "adapter or with fixed weights. Start from an empty cache, or pass use_cache=False."
+            )
+        if kept is not None and not kept.complete:
+            raise LamellaError(
+                f"{self.name} weighed its LoRAs by the first {before} tokens in the cache, and the prompt goes on "
+                "after them. Give the prompt in one forward (generate without prefill_chunk_size), say where it ends "
+                "(lamella.prompt), or pass use_cache=False."
+            )
+        return kept
+
+    def fit(self, decision: Decision, layer: "MoleLinear", x: Tensor) -> Tensor:
+        """The decision's weights for this module's rows."""
+        weights = decision.weights.to(x.device)
+        if self.by_token:
+            if weights.shape[:-1].numel() != x.shape[:-1].numel():
+                raise LamellaError(
+                    f"{layer.name} is given {tuple(x.shape[:-1])} rows, and {self.name} has decided for "
+                    f"{tuple(weights.shape[:-1])}. Use router_input='mean' or granularity='matrix'."
+                )
+            return weights.view(*x.shape[:-1], -1)
+        if decision.without is None:
+            return self._repeated(weights, layer, x)
+        without, uniform = decision.without.to(x.device), decision.uniform
+        assert uniform is not None
+        uniform = uniform.to(x.device)
+        if layer.reads_encoder:  # every token attends to these rows, those that run without the decision too
+            mixed = torch.where(without.any(dim=1, keepdim=True), uniform, weights)
+            return self._repeated(mixed, layer, x)
+        by_token = torch.where(without[..., None], uniform, weights[:, None])  # (batch, tokens, K)
+        return by_token.view(*x.shape[:-1], -1)
+
+    def _repeated(self, weights: Tensor, layer: "MoleLinear", x: Tensor) -> Tensor:
+        """Weights per sequence for rows of which several, one after another, belong to each."""
+        if len(x) % len(weights):
+            raise LamellaError(
+                f"There are weights for {len(weights)} sequences, and {layer.name} is given {len(x)} rows; give one "
+                "set of weights per sequence of the batch."
+            )
+        return weights if len(x) == len(weights) else weights.repeat_interleave(len(x) // len(weights), dim=0)
+
+    def _tell(
+        self, logits: Tensor, by_hand: ByHand, real: Tensor | None, shape: torch.Size, frame: Frame | None
+    ) -> None:
+        """Shows the decision to who watches."""
+        if frame is None or not frame.observers:
+            return
+        rows = by_hand.masked(logits.detach()).flatten(0, -2)  # (N, K)
+        weights, indices = torch.softmax(rows, dim=-1).sort(dim=-1, descending=True, stable=True)
+        used = len(self.names) if by_hand.kept is None else int(by_hand.kept.sum())
+        granularity: Any = "token" if self.by_token else "sequence"
+        routing = Routing(rows, weights[:, :used], indices[:, :used], granularity)
+        for observe in frame.observers:
+            observe(self, self.adapter, routing, real, shape)
+
+    def tell_fixed(self, fixed: Tensor, x: Tensor, frame: Frame | None) -> None:
+        """Shows weights stated by hand as the decision for every sequence."""
+        if frame is None or not frame.observers:
+            return
+        rows = fixed.expand(len(x), -1) if fixed.dim() == 1 else self._repeated(fixed, self.leader, x)
+        weights, indices = rows.sort(dim=-1, descending=True, stable=True)
+        logits = rows.clamp_min(torch.finfo(rows.dtype).tiny).log()  # all may be 0
+        routing = Routing(logits, weights, indices, "sequence")
+        for observe in frame.observers:
+            observe(self, self.adapter, routing, None, x.shape[:1])

@@ -1,0 +1,92 @@
+"""One plain LoRA in the place of a composition: exact where the weights are constant, its error measured otherwise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from tests import tiny
+from tests.tuners.mole import trained
+from torch import Tensor
+
+import lamella
+from lamella import LamellaError, collapse, export_experts, fixed_weights, masked_experts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loras")
+
+
+def batches(kind: str, count: int = 8) -> list[dict[str, Tensor]]:
+    model = tiny.build(kind, layers=2)
+    return [tiny.inputs(model, rows=6, seed=seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("kind", trained.SETTINGS)
+@pytest.mark.parametrize("granularity", ["matrix", "block", "network"])
+def test_constant_weights_collapse_exactly(kind: str, granularity: str, folder: Path) -> None:
+    model = trained.composition(kind, folder, granularity=granularity, sharp=False)
+    with torch.no_grad():  # by the bias alone, each unit its own
+        for index, router in enumerate(trained.routers_of(model).values()):
+            router.bias.copy_(torch.tensor([0.3, -0.2, 0.1 * index]))
+    given = batches(kind)
+    with lamella.prompt([7] * 6):
+        plain = collapse(model, given)
+    assert plain.error < 1e-5
+    assert max(plain.per_module.values()) < 1e-5
+    assert type(plain.model.peft_config["default"]).__name__ == "LoraConfig"
+    if kind in ("bert", "distilbert"):
+        torch.testing.assert_close(
+            trained.run(plain.model, given[0]), trained.run(model, given[0]), rtol=1e-4, atol=1e-6
+        )
+
+
+@settings(max_examples=5, deadline=None)
+@drawn(weights=st.lists(st.floats(0, 2), min_size=3, max_size=3).filter(lambda w: sum(w) > 0.1))
+def test_weights_by_hand_collapse_exactly(weights: list[float], folder: Path) -> None:
+    model = trained.composition("bert", folder)
+    given = batches("bert")
+    with fixed_weights(model, dict(zip(trained.NAMES, weights, strict=True))):
+        plain = collapse(model, given)
+        expected = trained.run(model, given[0])
+    assert plain.error < 1e-6
+    torch.testing.assert_close(trained.run(plain.model, given[0]), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_varying_weights_have_an_error_that_is_measured(folder: Path) -> None:
+    model = trained.composition("bert", folder)
+    given = batches("bert")
+    before = trained.run(model, given[0])
+    plain = collapse(model, given)
+    assert plain.held_out
+    assert 1e-4 < plain.error < 1
+    assert torch.equal(trained.run(model, given[0]), before)
+    with masked_experts(model, drop=["news", "law"]):  # one LoRA is left, with the weight 1
+        assert collapse(model, given).error < 1e-6
+    small = collapse(model, given, rank=1)
+    assert small.error >= plain.error
+    assert set(small.model.peft_config["default"].rank_pattern.values()) == {1}
+
+
+def test_the_collapsed_lora_is_saved_and_served_by_peft_alone(folder: Path, tmp_path: Path) -> None:
+    model = trained.composition("bert", folder, double=False, task_type="SEQ_CLS")
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].weight.mul_(2)
+    given = batches("bert")
+    plain = collapse(model, given)
+    plain.model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.bert(), tmp_path).eval()
+    torch.testing.assert_close(trained.run(again, given[0]), trained.run(plain.model, given[0]))
+
+
+def test_what_no_lora_can_do_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LamellaError, match="form='block-delta' mixes the outputs of whole blocks"):
+        collapse(trained.composition("bert", folder, form="block-delta"), batches("bert"))
+    with pytest.raises(LamellaError, match=r"lie where its config's adapters say"):
+        export_experts(trained.composition("bert", folder), tmp_path)
+    with pytest.raises(LamellaError, match="at least one batch"):
+        collapse(trained.composition("bert", folder), [])
