@@ -16,6 +16,7 @@ TREC_TEST = "619de8bd1cddda9b2825caea161588ee56534aa9c5d7f801da43aeacf44a3d2d"
 SIZES = {
     "trec": (4181, 400, 800),
     "movies": (7270, 800, 2000),
+    "movies-neutral": (7803, 800, 2000),
     "amazon": (2584, 373, 741),
     "tweets": (2940, 420, 840),
     "editorials": (3616, 503, 1008),

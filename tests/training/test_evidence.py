@@ -8,7 +8,7 @@ from tests.training.tiny_studies import write_study
 
 from lamella.errors import LamellaError
 from lamella.evaluation.intervals import holm, paired_interval
-from lamella.training import evidence
+from lamella.training import evidence, kept_studies
 from lamella.training.evidence import keep, load_study, study_names
 from lamella.training.evidence_page import evidence_page
 from lamella.training.grid import cells_of, read_grid
@@ -23,6 +23,7 @@ def packaged(tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
     monkeypatch.setattr(evidence, "study_names", lambda: ["study"])
     monkeypatch.setattr(evidence, "read_grid", lambda name: read_grid(str(path)))
+    monkeypatch.setattr(kept_studies, "composition_names", lambda: [])
     return path
 
 

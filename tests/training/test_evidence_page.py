@@ -1,17 +1,18 @@
 from pathlib import Path
 
-from lamella.training.evidence import load_study, study_names
+from lamella.training.evidence import study_names
 from lamella.training.evidence_page import evidence_page
+from lamella.training.kept_studies import composition_names, kept_studies
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_page_is_what_the_kept_studies_say():
     kept = DOCS / "results" / "studies"
-    page = evidence_page([load_study(name, kept) for name in study_names()])
+    page = evidence_page(kept_studies(kept))
     assert (DOCS / "evidence.md").read_text(encoding="utf-8") == page, "run `lamella evidence`"
 
 
 def test_nothing_is_kept_that_no_recipe_plans():
     kept = (DOCS / "results" / "studies").glob("*")
-    assert {path.name.partition(".")[0] for path in kept} <= set(study_names())
+    assert {path.name.partition(".")[0] for path in kept} <= {*study_names(), *composition_names()}

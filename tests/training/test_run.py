@@ -22,6 +22,9 @@ MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
 MOLEX = {"name": "molex", "r": 2, "target_modules": ["query", "value"]}
 
 
+LEARNED_ALPHA = {**MOLEX, "alpha": 0.7, "alpha_mode": "learned"}
+
+
 class KilledError(Exception):
     """Stands for a signal that ends the process."""
 
@@ -45,6 +48,20 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("scope", ["shared", "per-layer"])
+def test_where_a_learned_alpha_began_and_ended_is_recorded(bert, questions, run_folder, scope):
+    metrics = train(tiny_settings(bert, questions, {**LEARNED_ALPHA, "alpha_scope": scope}), run_folder).metrics
+
+    start, end = metrics["alpha"]["start"], metrics["alpha"]["end"]
+    assert start.keys() == end.keys()
+    assert len(start) == {"shared": 1, "per-layer": 2}[scope]
+    assert list(start.values()) == pytest.approx([0.7] * len(start))
+    saved = load_file(run_folder / "adapter" / "adapter_model.safetensors")
+    logits = [tensor for name, tensor in saved.items() if "molex_alpha" in name]
+    assert sorted(end.values()) == pytest.approx(sorted(float(logit.sigmoid()) for logit in logits))
+    assert end != start
 
 
 @pytest.mark.parametrize("method", ["head", "lora", MOLA, MOLEX, "prompt-tuning", "full"])
@@ -96,7 +113,7 @@ def test_a_copied_adapter_gives_the_same_predictions(bert, questions, run_folder
 
 
 def _without_times(metrics):
-    times = {"train_seconds", "seconds_per_step", "peak_memory_bytes"}
+    times = {"build_seconds", "train_seconds", "seconds_per_step", "peak_memory_bytes"}
     return {key: value for key, value in metrics.items() if key not in times}
 
 

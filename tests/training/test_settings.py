@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamella.errors import LamellaError
+from lamella.training.composition.grid import is_composition, read_composition
 from lamella.training.grid import cells_of, read_grid
 from lamella.training.methods import Lora, Mola
 from lamella.training.settings import RunSettings, read_recipe, recipe_names, resolve
@@ -81,6 +82,8 @@ def test_every_packaged_recipe_is_valid():
     for name in recipe_names():
         if "methods" in read_recipe(name):
             assert cells_of(read_grid(name))
+        elif is_composition(name):
+            assert read_composition(name).names
         else:
             assert isinstance(resolve(name), RunSettings)
 

@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from lamella.cli.allocate import allocate
 from lamella.cli.bench import bench
 from lamella.cli.compare import compare
+from lamella.cli.compose import compose
 from lamella.cli.demo import demo
 from lamella.cli.doctor import doctor
 from lamella.cli.evaluate import evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compare, doctor, evaluate, evidence, trace, export, allocate):
+for command in (demo, train, compose, compare, doctor, evaluate, evidence, trace, export, allocate):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

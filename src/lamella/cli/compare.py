@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lamella.cli.compositions import run_composition, show_composition_plan
 from lamella.cli.studies import run_study, show_plan
 
 
@@ -23,6 +24,8 @@ def compare(
 ) -> None:
     """Train every method on every backbone and task with every seed; say which are better, and how sure that is.
 
+    A recipe with 'sources' trains a LoRA for each of them and compares ways to compose these.
+
     A study that was interrupted goes on where it stopped, and equal settings are trained once. Exit status 1 if a cell
     could not be run.
 
@@ -30,15 +33,24 @@ def compare(
     """
     from lamella.cli.words import recipe_and_overrides
     from lamella.errors import LamellaError
+    from lamella.training.composition.grid import is_composition, read_composition
     from lamella.training.grid import read_grid
     from lamella.training.rows import StudyFolder
 
     recipe, overrides = recipe_and_overrides(words)
     if recipe is None:
         raise LamellaError("Name the recipe of a study: the packaged trec-shapes, or a YAML file.")
+    name = Path(recipe).stem
+    if is_composition(recipe):
+        composition, path = read_composition(recipe, overrides), output or Path("runs") / name
+        if plan:
+            show_composition_plan(composition, path, jobs, json=json)
+        else:
+            run_composition(name, composition, path, jobs, force=force, json=json)
+        return
     grid = read_grid(recipe, overrides)
-    folder = StudyFolder(output or Path("runs") / Path(recipe).stem)
+    folder = StudyFolder(output or Path("runs") / name)
     if plan:
         show_plan(grid, folder, jobs, json=json)
     else:
-        run_study(f"lamella compare {Path(recipe).stem}", grid, folder, jobs, force=force, json=json)
+        run_study(f"lamella compare {name}", grid, folder, jobs, force=force, json=json)

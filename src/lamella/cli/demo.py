@@ -4,34 +4,47 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from lamella.cli.compositions import run_composition
 from lamella.cli.studies import run_study
 
 _QUICK = "run.limit={train: 320, validation: 100, test: 200}"
+_QUICK_COMPOSITION = ("rows=64", "test_rows=40", "lora.limit={train: 64, validation: 16, test: 16}")
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs and the report.")] = Path(
-        "runs/demo"
-    ),
+    what: Annotated[
+        Literal["methods", "compose"],
+        typer.Argument(help="Methods side by side, or ways to compose LoRAs that are trained already."),
+    ] = "methods",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder; runs/demo or runs/demo-compose if absent.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few hundred rows; scores then mean nothing.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method.")] = 2,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each; all cores if absent.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Compare MoLA with LoRA of equal size on MiniLM and TREC questions, with a floor, in minutes and on any laptop.
+    """Compare MoLA and MoLEx with LoRA, or a learned composition with simple ones: in minutes, on any laptop.
 
-    It is `lamella compare demo`. Finished runs are kept: a demo that was interrupted goes on where it stopped.
+    It is `lamella compare demo`, or `lamella compare demo-compose`. Finished runs are kept: a demo that was interrupted
+    goes on where it stopped.
 
-    Example: lamella demo --seeds 3 -o runs/demo
+    Example: lamella demo compose --seeds 3 -o runs/composed
     """
+    from lamella.training.composition.grid import read_composition
     from lamella.training.grid import read_grid
     from lamella.training.rows import StudyFolder
 
-    grid = read_grid("demo", [f"seeds={seeds}", *[_QUICK] * quick])
+    jobs, changes = jobs or os.cpu_count() or 1, [f"seeds={seeds}"]
+    if what == "compose":
+        grid = read_composition("demo-compose", [*changes, *_QUICK_COMPOSITION * quick])
+        run_composition("demo-compose", grid, output or Path("runs/demo-compose"), jobs, force=force, json=json)
+        return
     title = "lamella demo: what a mixture of experts is worth on TREC"
-    run_study(title, grid, StudyFolder(output), jobs or os.cpu_count() or 1, force=force, json=json)
+    folder = StudyFolder(output or Path("runs/demo"))
+    run_study(title, read_grid("demo", [*changes, *[_QUICK] * quick]), folder, jobs, force=force, json=json)

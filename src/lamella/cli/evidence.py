@@ -25,8 +25,8 @@ def evidence(
     Example: lamella evidence --add runs/trec-shapes
     """
     from lamella.errors import LamellaError
-    from lamella.training.evidence import keep, load_study, study_names
     from lamella.training.evidence_page import evidence_page
+    from lamella.training.kept_studies import keep_study, kept_studies
     from lamella.writing import write_whole
 
     if not docs.is_dir():
@@ -35,8 +35,8 @@ def evidence(
         raise LamellaError("--check writes nothing and --add does. Give one of them.")
     kept, path = docs / "results" / "studies", docs / "evidence.md"
     for folder in add or []:
-        console.print(f"Kept: {keep(folder, kept)}", highlight=False)
-    studies = [load_study(name, kept) for name in study_names()]
+        console.print(f"Kept: {keep_study(folder, kept)}", highlight=False)
+    studies = kept_studies(kept)
     page = evidence_page(studies)
     same = path.is_file() and path.read_text(encoding="utf-8") == page
     if not check:

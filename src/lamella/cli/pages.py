@@ -7,6 +7,7 @@ import pandas as pd
 from lamella.reporting.report import Report
 from lamella.reporting.tokens import token_texts
 from lamella.training.callbacks import entropy_over_training
+from lamella.training.composition.study import ComposedStudy
 from lamella.training.doctor import Diagnosis, doctor
 from lamella.training.evaluating import Traced, trace
 from lamella.training.robustness import Robustness
@@ -39,6 +40,21 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         choices=study.choices,
         settings=study.settings,
         notes=[*study.notes, *[_MEASURED] * (len(costs) > 0)],
+        findings=study.findings,
+        findings_checked=True,
+    )
+
+
+def composition_report(title: str, study: ComposedStudy) -> Report:
+    """The page of a study of composition."""
+    return Report(
+        title=title,
+        summary=study.summary,
+        results=study.results,
+        cost=study.cost,
+        routing=None,
+        settings=study.settings,
+        notes=study.notes,
         findings=study.findings,
         findings_checked=True,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lamella.cli.output import Bar, print_json, show_run
+
+if TYPE_CHECKING:
+    from lamella.training.settings import RunSettings
 
 
 def train(
@@ -29,15 +32,21 @@ def train(
 
     Example: lamella train trec-mola lr=1e-3 method.num_experts=2-2-4-4 -o runs/narrow
     """
-    from lamella.cli.pages import run_report
     from lamella.cli.words import recipe_and_overrides
-    from lamella.reporting.report import write_report
-    from lamella.training.preflight import preflight_of
-    from lamella.training.run import train as run
     from lamella.training.settings import resolve
 
     recipe, overrides = recipe_and_overrides(words or [])
     settings = resolve(recipe, overrides, model=model, task=task, method=method)
+    carry_out(settings, output, check=check, force=force, json=json)
+
+
+def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force: bool, json: bool) -> None:
+    """Train a run and show it; with ``check``, its preflight alone, exit status 1 if it found an error."""
+    from lamella.cli.pages import run_report
+    from lamella.reporting.report import write_report
+    from lamella.training.preflight import preflight_of
+    from lamella.training.run import train as run
+
     if check:
         found = preflight_of(settings)
         if json:

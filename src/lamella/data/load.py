@@ -7,6 +7,7 @@ import os
 
 from lamella.data.columns import Table, read_columns
 from lamella.data.demo import DEMO_TASKS, load_demo
+from lamella.data.derived import fewer, held, union
 from lamella.data.files import load_file
 from lamella.data.origins import MIRROR, from_hub, mirror_folder
 from lamella.data.public import PUBLIC_TASKS, load_public
@@ -25,7 +26,9 @@ def load_task(name: str, *, seed: int = 0) -> Task:
         name: one of `KNOWN_TASKS` (demo tasks come from PyPI, public ones from the folder that the environment
             variable `LAMELLA_DATA` names or from the hub), `blitzer/books`, `bbh/TASK`, `file:PATH` (one file, or a
             folder with train, validation and test files), `hub:REPOSITORY[/CONFIG]`, or `mirror:FOLDER` for a folder of
-            the mirror as it stands. `trec` always means the demo task; `mirror:trec` the mirror's copy.
+            the mirror as it stands. `trec` always means the demo task; `mirror:trec` the mirror's copy. Made of these:
+            `NAME@800` has at most so many training rows, `mix:NAME+NAME` is their union, and `held:NAME` the
+            validation rows alone, as a small task to fit on what was trained on the others.
         seed: order of the training rows; running prose keeps its order. It never changes which rows are in a split.
 
     Raises:
@@ -33,6 +36,11 @@ def load_task(name: str, *, seed: int = 0) -> Task:
     """
     scheme, colon, rest = name.partition(":")
     stem = name.partition("/")[0]
+    if colon and rest and scheme in ("mix", "held"):
+        return _load_derived(name, scheme, rest, seed)
+    base, at, rows = name.rpartition("@")
+    if at and rows.isdigit():
+        return fewer(name, load_task(base, seed=seed), int(rows))
     if name in DEMO_TASKS:
         return load_demo(name, seed)
     if stem in PUBLIC_TASKS:
@@ -47,8 +55,14 @@ def load_task(name: str, *, seed: int = 0) -> Task:
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
     raise LamellaError(
         f"There is no task {name!r}. {meant}"
-        f"Known tasks: {', '.join(KNOWN_TASKS)}; or file:PATH, hub:REPOSITORY, mirror:FOLDER."
+        f"Known tasks: {', '.join(KNOWN_TASKS)}; or file:PATH, hub:REPOSITORY, mirror:FOLDER, mix:TASK+TASK, held:TASK."
     )
+
+
+def _load_derived(name: str, scheme: str, rest: str, seed: int) -> Task:
+    if scheme == "held":
+        return held(name, load_task(rest, seed=seed), seed)
+    return union(name, [load_task(part.strip(), seed=seed) for part in rest.split("+")], seed)
 
 
 def _load_hub(name: str, where: str, seed: int) -> Task:

@@ -87,6 +87,11 @@ def is_decoder(config: Any) -> bool:
     return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))
 
 
+def has_own_head(model: PreTrainedModel) -> bool:
+    """Whether a model's weights were saved with the head that it has, so that the head is not a new one."""
+    return type(model).__name__ in (model.config.architectures or [])
+
+
 def load_backbone(
     name: str, task: Task | None = None, *, dtype: str = "float32", revision: str | None = None
 ) -> Backbone:

@@ -141,6 +141,13 @@ def without_overlap(kind: TaskKind, splits: Splits) -> tuple[Splits, list[str]]:
     return clean, notes
 
 
+def sample_rows(split: Dataset, count: int) -> Dataset:
+    """At most ``count`` rows of a split, always the same ones and in their own order: packed prose stays prose."""
+    if count >= len(split):
+        return split
+    return split.select(sorted(random.Random(0).sample(range(len(split)), count)))
+
+
 def build_task(
     name: str,
     kind: TaskKind,

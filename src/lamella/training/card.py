@@ -92,6 +92,7 @@ def _revision(backbone: Backbone) -> str:
 
 def _method(settings: RunSettings, metrics: Mapping[str, Any]) -> str:
     own = settings.method.model_dump(mode="json", exclude={"name", "match"}, exclude_none=True)
+    own |= {"adapters": " ".join(own["adapters"])} if "adapters" in own else {}  # names, not places on this machine
     own |= {"r": metrics["rank"]} if "rank" in metrics else {}
     values = ", ".join(f"{key}={value}" for key, value in own.items())
     text = f"{settings.method.name}{f' ({values})' if values else ''}."

@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def study_names() -> list[str]:
-    """The packaged recipes that are studies."""
+    """The packaged recipes that are studies of methods."""
     return [name for name in recipe_names() if "methods" in read_recipe(name)]
 
 
@@ -61,7 +61,8 @@ def keep(folder: Path, into: Path) -> str:
     cells = rows.drop_duplicates(_PLACE)
     metrics = [_metric(study, key) for key in cells["key"]]
     scores = [_scores(study, key, metric) for key, metric in zip(cells["key"], metrics, strict=True)]
-    record = {"study": grid.model_dump(mode="json"), "machines": _machines(study, cells["key"])}
+    machines = sorted({machine_of(study.run(key)) for key in cells["key"]})
+    record = {"study": grid.model_dump(mode="json"), "machines": machines}
     _write(into / f"{name}.examples.parquet", cells[_PLACE].assign(metric=metrics, scores=scores))
     _write(into / f"{name}.costs.parquet", _costs(folder))
     _write(into / f"{name}.noise.parquet", _noise(folder, cells.assign(metric=metrics)))
@@ -96,14 +97,12 @@ def _scores(study: StudyFolder, key: str, metric: str) -> Floats:
     return np.array([(study.row(key) or {})["metrics"]["test"][metric]])
 
 
-def _machines(study: StudyFolder, keys: Sequence[str]) -> list[str]:
-    found = set()
-    for key in keys:
-        machine = json.loads((study.run(key) / "environment.json").read_text(encoding="utf-8"))
-        device = ", ".join(machine["accelerators"]) or machine["processor"]
-        versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
-        found.add(f"{device}; {versions}")
-    return sorted(found)
+def machine_of(run: Path) -> str:
+    """What a run ran on, in words: device and versions."""
+    machine = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    device = ", ".join(machine["accelerators"]) or machine["processor"]
+    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    return f"{device}; {versions}"
 
 
 def _costs(folder: Path) -> pd.DataFrame:
@@ -258,11 +257,15 @@ def _corrected(found: Sequence[Contrast]) -> list[Contrast]:
 
 @dataclass(frozen=True)
 class KeptStudy:
-    """A packaged study with what is kept of it: a standing for each backbone and task, and the machines it ran on."""
+    """A packaged study with what is kept of it: a standing for each backbone and task, and the machines it ran on.
+
+    ``remarks`` say what was measured besides scores.
+    """
 
     name: str
     standings: list[Standing]
     machines: list[str]
+    remarks: tuple[str, ...] = ()
 
     @property
     def planned(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lamella.training.composition.study import kept
 from lamella.training.evidence import RESAMPLES, Contrast, KeptStudy, Standing
 from lamella.training.methods import Method
 
@@ -44,6 +45,7 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
     shaped = [one for one in mixtures if len(_named(one, "mola")) > 1]
     settings = [one for one in standings if one.methods[one.reference].name == "molex"]
     controlled = [one for one in routed if _controls(one)]
+    composed = [one for one in standings if one.methods[one.reference].name == "mole"]
     parts = [
         _HEAD,
         _planned(studies),
@@ -56,10 +58,18 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
         "## MoLA: layer-wise LoRA experts",
         _answers("Does MoLA beat LoRA of the same size here?", mixtures, _mola_sizes),
         _answers("Does its shape along the depth matter?", shaped, _shapes),
+        "## MOLE: trained LoRAs, composed",
+        _answers("Does it beat the other ways to compose them?", [one for one in composed if not kept(one)], _all),
+        _answers("How much of each LoRA is kept?", [one for one in composed if kept(one)], _all),
         "## The studies",
         *map(_study, studies),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _all(standing: Standing) -> str:
+    """Every method against the reference."""
+    return _grouped(standing, standing.against_reference)
 
 
 def _answers(question: str, standings: Sequence[Standing], answer: Callable[[Standing], str]) -> str:
@@ -214,7 +224,7 @@ def _planned(studies: Sequence[KeptStudy]) -> str:
 
 def _study(study: KeptStudy) -> str:
     parts = [f"### {study.name}", f"{study.run} of {study.planned} cells run."] if study.run else [f"### {study.name}"]
-    parts += [f"On {machine}." for machine in study.machines]
+    parts += [*(f"On {machine}." for machine in study.machines), *study.remarks]
     for standing in study.standings:
         if len(study.standings) > 1:
             parts.append(f"#### {standing.task} with {standing.backbone}")

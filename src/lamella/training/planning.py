@@ -76,9 +76,18 @@ def _guess(settings: RunSettings) -> float:
         rows_read = steps * settings.batch_size * settings.accumulation
     training = rows_read * rows["train"] / len(task.splits["train"])
     scoring = sum(count for name, count in rows.items() if name != "train")
+    return float(_weights(model) * (6 * training + 2 * scoring) / _FLOPS)
+
+
+def guess_scoring(settings: RunSettings, splits: Iterable[Iterable[Mapping[str, Any]]]) -> float:
+    """Seconds to score these rows with a run's backbone: a guess, 2 operations for each weight and token."""
+    tokens = sum(_tokens(split, settings.max_length) for split in splits)
+    return float(_weights(load_backbone(settings.model).model) * 2 * tokens / _FLOPS)
+
+
+def _weights(model: Any) -> int:
     embeddings = model.get_input_embeddings().weight.numel()
-    weights = sum(parameter.numel() for parameter in model.parameters()) - embeddings
-    return float(weights * (6 * training + 2 * scoring) / _FLOPS)
+    return sum(parameter.numel() for parameter in model.parameters()) - int(embeddings)
 
 
 def _tokens(split: Iterable[Mapping[str, Any]], max_length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,28 +107,41 @@ class _Run:
             decoder=self.backbone.decoder,
         )
         self.rows = _training_rows(self.encoded, self.task)
+        if not settings.method.resumes and settings.keep == "best":
+            raise LamellaError(
+                f"'{settings.method.name}' cannot go back to its best checkpoint: PEFT's lack what it trains. "
+                "Set keep=last."
+            )
+        started = time.perf_counter()
         self.built = settings.method.build(self.backbone, self.task)
+        self.build_seconds = time.perf_counter() - started
         self.model: nn.Module = self.built.model
         self.watch, routing = Stopwatch(), RoutingHistory(self.model, place.path / "routing.parquet")
-        self.trainer = RunTrainer(
-            settings,
-            self.task,
-            self.model,
-            self.rows,
-            self.encoded,
-            place,
-            callbacks=[self.watch, routing, LogLines(), FirstStep(), *callbacks],
-            log_sources=[self.watch.latest, routing.latest],
-        )
+        self.trainer: RunTrainer | None = None  # a method that is done when it is built has nothing to train
+        if trainable_parameters(self.model):
+            self.trainer = RunTrainer(
+                settings,
+                self.task,
+                self.model,
+                self.rows,
+                self.encoded,
+                place,
+                callbacks=[self.watch, routing, LogLines(), FirstStep(), *callbacks],
+                log_sources=[self.watch.latest, routing.latest],
+            )
 
     def complete(self) -> RunResult:
         """Train and measure; the last thing written is `metrics.json`."""
         self._log_start()
         better = selection(self.task)
         before = self._scores() if better.name == "perplexity" else {}
-        self._fit()
-        # accelerate wraps the forward for mixed precision; what is scored and saved is the model without it
-        self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_fp32_wrapper=False)
+        alpha = self._learned_alpha()
+        if self.trainer is None:
+            self.model.to(self.process.device)
+        else:
+            self._fit(self.trainer)
+            # accelerate wraps the forward for mixed precision; what is scored and saved is the model without it
+            self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_fp32_wrapper=False)
         after, routing = self._traced_scores()
         metrics = {
             "model": self.settings.model,
@@ -139,6 +153,7 @@ class _Run:
             **{split: scores.metrics for split, scores in after.items()},
             **({"before": {split: scores.metrics for split, scores in before.items()}} if before else {}),
             **self._costs(),
+            **({"alpha": {"start": alpha, "end": self._learned_alpha()}} if alpha else {}),
             "routing": routing,
             "notes": [*self.task.notes, *self.encoded.notes],
         }
@@ -147,22 +162,22 @@ class _Run:
         self.process.wait_for_everyone()
         return RunResult(self.place, self.place.metrics())
 
-    def _fit(self) -> None:
+    def _fit(self, trainer: RunTrainer) -> None:
         with self.process.main_process_first():  # the first one also removes what a kill left half-written
             checkpoint = self.place.last_checkpoint()
-        if checkpoint is None:
-            self.trainer.train()
+        if checkpoint is None or not self.settings.method.resumes:
+            trainer.train()
         else:
             logger.info("resuming from %s", checkpoint.name)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if state.global_step < state.max_steps:
-                self.trainer.train(resume_from_checkpoint=str(checkpoint))
+                trainer.train(resume_from_checkpoint=str(checkpoint))
             else:  # it was interrupted while scoring or saving
                 load_weights(self.model, checkpoint)
-                self.trainer.state = state
+                trainer.state = state
                 self.watch.resume(state)
-        best = self.trainer.state.best_global_step
-        if best and best != self.trainer.state.global_step:
+        best = trainer.state.best_global_step
+        if best and best != trainer.state.global_step:
             logger.info("keeping the weights of step %d, the best on validation", best)
             load_weights(self.model, self.place.checkpoints / f"checkpoint-{best}")
 
@@ -185,8 +200,13 @@ class _Run:
             trace.save(self.place.path / "trace.parquet")
         return scores, routing_summary(trace.frame)
 
+    def _learned_alpha(self) -> dict[str, float]:
+        """MoLEx's learned alphas as they are now, by block or stack; empty where none is learned."""
+        alphas = getattr(getattr(self.model, "base_model", None), "alphas", None)
+        return alphas() if callable(alphas) else {}
+
     def _costs(self) -> dict[str, Any]:
-        state = self.trainer.state
+        state = TrainerState() if self.trainer is None else self.trainer.state
         summary = getattr(getattr(self.model, "base_model", None), "summary", None)
         return {
             "trainable_parameters": trainable_parameters(self.model),
@@ -194,8 +214,9 @@ class _Run:
             "summary": str(summary()) if callable(summary) else None,
             "steps": state.global_step,
             "kept_step": state.best_global_step or state.global_step,
+            "build_seconds": self.build_seconds,
             "train_seconds": self.watch.seconds,
-            "seconds_per_step": self.watch.seconds / state.global_step,
+            "seconds_per_step": self.watch.seconds / max(1, state.global_step),
             "tokens": int(state.num_input_tokens_seen),
             "peak_memory_bytes": peak_memory(),
             "processes": self.process.num_processes,
@@ -207,9 +228,10 @@ class _Run:
             with whole(self.place.path / "predictions.parquet") as path:
                 pd.concat(frames, ignore_index=True).to_parquet(path)
         card = model_card(self.model, self.backbone, self.task, self.settings, metrics)
-        save_trained(self.model, self.backbone, self.place, card)
+        save_trained(self.model, self.settings.method, self.backbone, self.place, card)
         batch = self.encoded.collator([self.rows[i] for i in range(min(4, len(self.rows)))])
-        equal = check_saved(self.model, self.place, self.settings.model, self.task, batch)
+        method = self.settings.method
+        equal = check_saved(self.model, method, self.place, self.settings.model, self.task, batch)
         self.place.write_json("metrics.json", metrics | {"saved_equals_loaded": equal})
         self.place.remove_checkpoints()
         logger.info("finished")

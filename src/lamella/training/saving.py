@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lamella.data import load_backbone
 from lamella.errors import LamellaError
 from lamella.training.folder import RunFolder
+from lamella.training.methods import Method
 from lamella.writing import whole
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-5
 
 
-def save_trained(model: PreTrainedModel | PeftModel, backbone: Backbone, folder: RunFolder, card: str) -> None:
+def save_trained(
+    model: PreTrainedModel | PeftModel, method: Method, backbone: Backbone, folder: RunFolder, card: str
+) -> None:
     """Write ``adapter/`` (PEFT's format) or, for a model without adapter, ``model/``, with tokenizer and model card.
 
     An adapter names its base as others know it, not a folder of this machine.
@@ -31,8 +34,7 @@ def save_trained(model: PreTrainedModel | PeftModel, backbone: Backbone, folder:
     with whole(folder.path / _name(model)) as path:
         if isinstance(model, PeftModel):
             model.active_peft_config.base_model_name_or_path = backbone.published
-            # runs never resize the vocabulary, and to find out PEFT would ask the hub
-            model.save_pretrained(path, save_embedding_layers=False)
+            method.save(model, path)
         else:
             model.save_pretrained(path)
         backbone.tokenizer.save_pretrained(path)
@@ -59,7 +61,12 @@ def load_weights(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
 
 
 def check_saved(
-    model: PreTrainedModel | PeftModel, folder: RunFolder, backbone: str, task: Task, batch: Mapping[str, torch.Tensor]
+    model: PreTrainedModel | PeftModel,
+    method: Method,
+    folder: RunFolder,
+    backbone: str,
+    task: Task,
+    batch: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Load the saved run onto a fresh backbone and compare its logits on one batch with those of ``model``.
 
@@ -71,7 +78,7 @@ def check_saved(
     """
     path = folder.path / _name(model)
     if isinstance(model, PeftModel):
-        loaded = PeftModel.from_pretrained(load_backbone(backbone, task).model, path)
+        loaded: Any = method.load(load_backbone(backbone, task), task, path)
     else:
         loaded = type(model).from_pretrained(path)
     device = _device(model)

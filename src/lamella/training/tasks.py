@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from lamella.data import Task, load_task
+from lamella.data.splitting import sample_rows
 from lamella.errors import LamellaError
 from lamella.training.settings import RunSettings
 
@@ -30,7 +30,5 @@ def limited(task: Task, limit: int | Mapping[Any, int] | None) -> Task:
         raise LamellaError(f"limit names the split '{missing[0]}', but {task.name} has {', '.join(task.splits)}.")
     splits = dict(task.splits)
     for name, count in counts.items():
-        if count < len(splits[name]):
-            rows = random.Random(0).sample(range(len(splits[name])), count)
-            splits[name] = splits[name].select(sorted(rows))  # in their own order: packed prose stays prose
+        splits[name] = sample_rows(splits[name], count)
     return replace(task, splits=splits)

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch import nn
 
 from lamella.data import Encoded, Task, encode, load_backbone, load_task
-from lamella.data.models import is_decoder
+from lamella.data.models import has_own_head, is_decoder
 from lamella.errors import LamellaError
 from lamella.training.checks.base import head_size, load_base
 from lamella.training.checks.files import CONFIG
@@ -223,6 +223,8 @@ def _check_head(folder: Path, base: nn.Module, task: Task) -> None:
         needed: int | None = 1 if task.kind == "regression" else len(task.label_names)
     else:
         needed = 1 if task.kind == "multiple-choice" and not trains_tokens(task, base) else None
+    if found is None and has_own_head(base):
+        return  # the base was saved with its head, which the adapter left alone
     if found != needed:
         raise LamellaError(
             f"The adapter has {'no head' if found is None else f'a head with {found} output(s)'}, and {task.name}, a "

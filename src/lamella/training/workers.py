@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from transformers import TrainerCallback
 
@@ -58,9 +57,7 @@ def work_in_processes(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each process has one core
     context = multiprocessing.get_context("spawn")  # a forked torch keeps locks and threads that no longer exist
-    processes: list[BaseProcess] = [
-        context.Process(target=_worker, args=(list(cells), folder.path)) for _ in range(jobs)
-    ]
+    processes: list[BaseProcess] = [context.Process(target=_worker, args=(list(cells), folder)) for _ in range(jobs)]
     waiting = {cell.key: cell for cell in cells if not folder.finished(cell.key)}
     for process in processes:
         process.start()
@@ -81,10 +78,10 @@ def work_in_processes(
         )
 
 
-def _worker(cells: list[Cell], folder: Path) -> None:
+def _worker(cells: list[Cell], folder: StudyFolder) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_libraries()  # several processes share one terminal
-    work(cells, StudyFolder(folder))
+    work(cells, folder)
 
 
 def _end_with_parent() -> None:

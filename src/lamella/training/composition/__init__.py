@@ -1,0 +1,1 @@
+"""Studies of composition: LoRAs trained apart, put together in many ways, and asked what each of them still knows."""

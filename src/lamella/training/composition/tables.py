@@ -1,0 +1,131 @@
+"""The rows of a study of composition: every score on every test, and how much of each LoRA is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from lamella.data import load_task
+from lamella.evaluation.metrics import accuracy
+from lamella.training.composition.answers import Floats, divergence, test_of
+from lamella.training.composition.grid import CompositionGrid, StagedCell, alone
+from lamella.training.composition.interference import interference
+from lamella.training.composition.running import CompositionFolder, read_answers
+from lamella.training.floors import FLOOR, MAJORITY, floor_predictions
+from lamella.training.methods.compositions import lora_folder
+from lamella.tuners.mole.sources import read_lora
+
+MIXTURE = "mixture"
+ACCURACY, KL = "accuracy", "kl from own LoRA"
+# of each metric, whether more is better
+METRICS = {ACCURACY: True, KL: False, "accuracy kept": True, "answers kept": True}
+_PLACE = ["backbone", "task", "method", "seed"]
+
+
+def score_rows(
+    grid: CompositionGrid, cells: Sequence[StagedCell], folder: CompositionFolder
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The scores, and what they are means of.
+
+    Returns:
+        rows: backbone, task (the test), method, seed, metric, value, greater_is_better, floor_linear, floor_majority,
+            status ("done" or "not run"), key, trainable_parameters, seconds. On a source's own test, and on the mixture
+            of all of them, also what is kept of each LoRA there: ``kl from own LoRA`` (nats, KL(own || this)),
+            ``accuracy kept`` (this less the own one's) and ``answers kept`` (share of equal predictions). ``seconds``
+            are those of building and training.
+        examples: backbone, task, method, seed, metric, scores: one number for each text; accuracy and KL.
+    """
+    found = {(cell.method, cell.seed): read_answers(folder, cell) for cell in cells}
+    floors = _floors(grid)
+    rows, examples = [], []
+    for cell in cells:
+        own, row = found[cell.method, cell.seed], folder.row(cell.key)
+        place = {"backbone": grid.backbone, "method": cell.method, "seed": cell.seed}
+        if own is None or row is None:
+            rows.append(place | {"task": MIXTURE, "metric": ACCURACY, "status": "not run", "key": cell.key})
+            continue
+        metrics = row["metrics"]
+        costs = {
+            "status": "done",
+            "key": cell.key,
+            "trainable_parameters": metrics["trainable_parameters"],
+            "seconds": metrics["build_seconds"] + metrics["train_seconds"],
+        }
+        alone_ones = {name: found[alone(name), cell.seed] for name in grid.sources}
+        for test, texts in _tests(grid, own, alone_ones):
+            for metric, values in texts.items():
+                at = place | {"task": test, "metric": metric}
+                floor = floors[test] if metric == ACCURACY else {}
+                rows.append(at | {"value": float(values.mean()), **floor} | costs)
+                if metric in (ACCURACY, KL):
+                    examples.append(at | {"scores": values.astype(np.float32)})
+    order = [*_PLACE, "metric", "value", "greater_is_better", "floor_linear", "floor_majority", "status", "key"]
+    frame = pd.DataFrame(rows).assign(greater_is_better=lambda one: one["metric"].map(METRICS))
+    frame = frame.reindex(columns=[*order, "trainable_parameters", "seconds"])
+    return frame, pd.DataFrame(examples, columns=[*_PLACE, "metric", "scores"])
+
+
+def _tests(
+    grid: CompositionGrid, own: pd.DataFrame, alone_ones: Mapping[str, pd.DataFrame | None]
+) -> Iterator[tuple[str, dict[str, Floats]]]:
+    """Of each test and then of the mixture, one number per text by metric."""
+    parts: list[dict[str, Floats]] = []
+    for test in grid.tests:
+        here = _answered(own, test)
+        texts = {ACCURACY: here[1]}
+        lora = alone_ones.get(test)
+        if lora is not None:
+            theirs = _answered(lora, test)
+            texts[KL] = divergence(theirs[0], here[0])
+            texts["accuracy kept"] = here[1] - theirs[1]
+            texts["answers kept"] = (here[0].argmax(1) == theirs[0].argmax(1)).astype(np.float64)
+        yield test, texts
+        if test in grid.sources:
+            parts.append(texts)
+    shared = [metric for metric in METRICS if all(metric in texts for texts in parts)]
+    yield MIXTURE, {metric: np.concatenate([texts[metric] for texts in parts]) for metric in shared}
+
+
+def _answered(found: pd.DataFrame, test: str) -> tuple[Floats, Floats]:
+    """Log-probabilities (texts, classes), and whether each text was answered rightly."""
+    here = found[found["test"] == test]
+    logs = np.stack(here["log_probs"].to_list())
+    return logs, (logs.argmax(1) == here["label"].to_numpy()).astype(np.float64)
+
+
+def _floors(grid: CompositionGrid) -> dict[str, dict[str, float]]:
+    """Accuracy on every test of what a linear model, and the commonest label, of all sources' training rows say."""
+    union = load_task(grid.union)
+    found, sizes = {}, {}
+    for name, place in grid.tests.items():
+        test = test_of(load_task(place), grid.test_rows)
+        task = replace(union, splits={"train": union.splits["train"], "test": test})
+        guesses, labels = floor_predictions(task), np.asarray(test["label"])
+        words = {"floor_linear": FLOOR, "floor_majority": MAJORITY}
+        found[name] = {word: accuracy(guesses[floor]["test"], labels) for word, floor in words.items()}
+        sizes[name] = len(test)
+    weights = [sizes[name] for name in grid.sources]
+    found[MIXTURE] = {
+        word: float(np.average([found[name][word] for name in grid.sources], weights=weights))
+        for word in ("floor_linear", "floor_majority")
+    }
+    return found
+
+
+def interference_rows(grid: CompositionGrid, cells: Sequence[StagedCell], folder: CompositionFolder) -> pd.DataFrame:
+    """For each seed and pair of sources, as `interference`: seed, first, second, cosine, sign_conflict."""
+    frames = []
+    for seed in grid.seed_list:
+        loras = {
+            name: next(iter(read_lora(lora_folder(str(folder.run(cell.key)))).components.values()))
+            for name in grid.sources
+            for cell in cells
+            if (cell.method, cell.seed) == (alone(name), seed) and folder.finished(cell.key)
+        }
+        if len(loras) > 1:
+            frames.append(interference({name: dict(own) for name, own in loras.items()}).assign(seed=seed))
+    columns = ["seed", "first", "second", "cosine", "sign_conflict"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)

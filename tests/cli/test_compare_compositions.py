@@ -1,0 +1,60 @@
+import json
+
+import pandas as pd
+import pytest
+from tests.cli.test_commands import lamella  # noqa: F401
+from tests.training.composition.conftest import recipe  # noqa: F401
+
+
+def test_compare_runs_a_study_of_composition(lamella, recipe, tmp_path):  # noqa: F811
+    words = ["compare", recipe, "seeds=1", "-o", tmp_path / "out"]
+
+    status, out, _ = lamella(*words, "--plan", "--json")
+    assert status == 0
+    assert json.loads(out)["cells"] == 8
+    assert not (tmp_path / "out").exists()
+
+    status, out, err = lamella(*words, "--json")
+    assert status == 0, err
+    printed = json.loads(out)
+    assert printed["not_run"] == []
+    assert {row["method"] for row in printed["cost"]} >= {"MOLE", "uniform", "joint LoRA"}
+    assert {"results.parquet", "examples.parquet", "interference.parquet", "study.yaml", "report.html"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    assert "kl from own LoRA" in set(pd.read_parquet(tmp_path / "out" / "results.parquet")["metric"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "sign conflict" in page
+
+    status, out, err = lamella(*words)
+    assert (status, out) == (0, "")
+    assert "8 done, 0 to run" in err
+
+
+def test_an_arm_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa: F811
+    status, _, err = lamella("compare", recipe, "seeds=1", "arms.uniform.router_lr=1", "-o", tmp_path / "out")
+
+    assert status == 0, "a method that does not train has no optimizer that could refuse it"
+    status, _, err = lamella("compare", recipe, "seeds=1", "arms.X-LoRA.router_lr=1", "-o", tmp_path / "out")
+    assert status == 1
+    assert "Not run: 1 cell(s), the first: X-LoRA" in err
+
+
+@pytest.mark.real
+def test_all_ways_to_compose_three_kinds_of_texts_in_miniature(lamella, tmp_path):  # noqa: F811
+    small = ["seeds=1", "rows=24", "test_rows=8", "run.max_length=24", "lora.limit={train: 32, validation: 8, test: 8}"]
+    small += ["head.limit={train: 64, validation: 8, test: 8}", "arms.LoRAHub.method.evaluations=4"]
+    texts = ["sources={amazon: amazon, tweets: tweets, editorials: editorials}", "held_out={movies: movies-neutral}"]
+
+    status, out, err = lamella("compare", "mole-domains", *texts, *small, "-o", tmp_path / "out", "--json")
+
+    assert status == 0, err
+    printed = json.loads(out)
+    assert printed["not_run"] == []
+    rows = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(rows["task"]) == {"amazon", "tweets", "editorials", "movies", "mixture"}
+    assert rows["method"].nunique() == 16 + 5
+    assert (rows["status"] == "done").all()
+    interference = pd.read_parquet(tmp_path / "out" / "interference.parquet")
+    assert len(interference) == 3
+    assert interference["sign_conflict"].between(0.2, 0.8).all()
