@@ -1,10 +1,12 @@
 import pytest
 import torch
-from tests import tiny
+from tests import tiny, tiny_pipelines
 from torch import nn
 from transformers import (
     AutoModel,
     BartConfig,
+    DebertaV2Config,
+    DebertaV2Model,
     DistilBertConfig,
     GPTNeoXConfig,
     ModernBertConfig,
@@ -130,6 +132,11 @@ def test_places() -> None:
         ("encoder_attn.out_proj", False),
         ("crossattention.self.key", True),
         ("key", False),
+        ("attn2.to_k", True),
+        ("attn2.to_v", True),
+        ("attn2.to_q", False),
+        ("attn1.to_k", False),
+        ("attention.self.key_proj", False),
     ],
 )
 def test_only_keys_and_values_of_cross_attention_read_the_encoder(module: str, reads: bool) -> None:
@@ -146,6 +153,9 @@ def test_only_keys_and_values_of_cross_attention_read_the_encoder(module: str, r
         ("layer.1.EncDecAttention.q", ("layer.1.EncDecAttention.q",)),
         ("layer.1.EncDecAttention.v", ("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v")),
         ("q", ("q", "k", "v")),
+        ("attn1.to_v", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        ("attn2.to_q", ("attn2.to_q",)),
+        ("attn2.to_k", ("attn2.to_k", "attn2.to_v")),
     ],
 )
 def test_siblings_share_an_input_and_cross_attention_keeps_its_two_apart(
@@ -169,3 +179,44 @@ def test_siblings_are_given_the_very_same_tensor(name: str) -> None:
             assert given_to[id(sibling)] is given_to[id(layer)], (layer.name, sibling.name)
         shared += len(layer.same_input) > 1
     assert shared == {"bert": 6, "mpnet": 6, "gpt2": 0, "llama": 10, "t5": 24}[name]
+
+
+class Given:
+    """Which linear modules were given which tensor, in their first call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.by_name: dict[str, torch.Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, args, name=name: self.by_name.setdefault(name, args[0]))
+
+    def siblings(self, endings: tuple[str, ...]) -> set[tuple[str, ...]]:
+        """Those that the table says share an input with the modules so named, all of them asserted to do so."""
+        found = set()
+        for name, x in self.by_name.items():
+            *block, attention, own = name.split(".")
+            if own in endings:
+                names = siblings_with_same_input(Place("blocks", 0, f"{attention}.{own}"))
+                assert all(self.by_name[".".join([*block, sibling])] is x for sibling in names), (name, names)
+                found.add(names)
+        return found
+
+
+def test_siblings_in_deberta_are_given_the_very_same_tensor() -> None:
+    model = DebertaV2Model(DebertaV2Config(**SMALL, vocab_size=9, relative_attention=True, share_att_key=True))
+    given = Given(model)
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5]]))
+    names = tuple(f"self.{name}" for name in ("query_proj", "key_proj", "value_proj"))
+    assert given.siblings(("query_proj", "key_proj", "value_proj")) == {names}
+
+
+def test_siblings_in_diffusers_are_given_the_very_same_tensor_and_cross_attention_keeps_its_two_apart() -> None:
+    given = Given(tiny_pipelines.stable_diffusion().unet)
+    unet = given.model
+    with torch.no_grad():
+        unet(tiny_pipelines.latents(2), timestep=3, encoder_hidden_states=torch.randn(2, 5, tiny_pipelines.WIDTH))
+    assert given.siblings(("to_q", "to_k", "to_v")) == {
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_q",), ("attn2.to_k", "attn2.to_v"),
+    }  # fmt: skip

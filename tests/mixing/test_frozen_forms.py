@@ -5,13 +5,22 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.reference import mole
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.mixing import FrozenLoras, concatenate, forward_frozen, mix_frozen, mix_merged, mix_plain, prefers_merged
+from lamella.mixing import (
+    FrozenLoras,
+    concatenate,
+    forward_frozen,
+    leave_out_unused,
+    mix_frozen,
+    mix_merged,
+    mix_plain,
+    prefers_merged,
+)
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 Per = Literal["token", "sequence", "call"]
@@ -244,3 +253,33 @@ def test_merging_pays_from_about_half_the_width_on_whatever_the_ranks() -> None:
     assert prefers_merged(512, 768, 768)
     assert not prefers_merged(512, 768, 3072)
     assert prefers_merged(1024, 768, 3072)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranks=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    used=st.lists(st.booleans(), min_size=4, max_size=4),
+    per=st.sampled_from(["token", "sequence", "call"]),
+)
+def test_leaving_out_loras_without_weight_changes_nothing(ranks: list[int], used: list[bool], per: Per) -> None:
+    assume(any(ranks) and any(used))
+    case, kept = Case(ranks, per, seed=0), torch.tensor(used)
+    with torch.no_grad():
+        case.weights *= kept
+    forms = [case.in_rank_space, case.as_one, *([case.merged] if per != "token" else [])]
+    expected = [(form(), *case.gradients(form())) for form in forms]
+    weights, loras = case.weights, case.frozen
+    for form, (result, of_x, of_weights) in zip(forms, expected, strict=True):
+        case.weights, case.frozen = leave_out_unused(weights, loras)
+        assert case.frozen.ranks == tuple(rank for rank, one in zip(ranks, used, strict=True) if one)
+        fewer = form()
+        torch.testing.assert_close(fewer, result, **CLOSE)
+        found = torch.autograd.grad((fewer * case.direction).sum(), (case.x, weights))
+        torch.testing.assert_close(found[0], of_x, **CLOSE)
+        torch.testing.assert_close(found[1], of_weights * kept, **CLOSE)
+
+
+def test_where_no_lora_has_weight_none_is_left_out() -> None:
+    case = Case([1, 2], "sequence", seed=0)
+    weights = torch.zeros_like(case.weights)
+    assert leave_out_unused(weights, case.frozen) == (weights, case.frozen)

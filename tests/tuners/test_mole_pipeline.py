@@ -266,10 +266,24 @@ def test_gradient_checkpointing_changes_no_gradient(sd: Case) -> None:
 
 def test_what_was_composed_is_said(sd: Case) -> None:
     said = str(sd.composed())
-    assert "MOLE of 3 LoRAs (cat, dog, ink)" in said
+    assert "MOLE of 3 LoRAs: " in said
+    assert "LoRAs by number: 0 cat, 1 dog, 2 ink" in said
     assert "unet: 52 modules, 16 routers" in said
     assert "text_encoder: 6 modules, 2 routers" in said
     assert "time_emb_proj" in said
+
+
+def test_only_the_best_lora_of_each_sample_is_used(sd: Case) -> None:
+    composition = sd.composed(MoleConfig(init_weights=False, temperature=20.0, top_k=1))
+    for component in composition.components:
+        seen = watch(composition, component)
+        tiny.run(composition.pipe, PROMPTS, num_inference_steps=1)
+        assert {own.max().item() for decisions in seen.values() for own in decisions} == {1.0}
+        assert all(torch.equal(own.sum(dim=-1), torch.ones(len(own))) for one in seen.values() for own in one)
+    for unit in (unit for own in composition.components.values() for unit in own.units):
+        unit.router.e.data.zero_()
+        unit.router.bias.data.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    assert_close(tiny.run(composition.pipe, PROMPTS), sd.by_diffusers({"dog": 1.0}))
 
 
 def test_routers_are_in_the_mode_of_their_model(sd: Case) -> None:

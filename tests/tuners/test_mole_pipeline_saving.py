@@ -135,6 +135,7 @@ def test_bad_requests_are_refused_and_change_nothing(loras: dict[str, Path], tmp
     refused("form='published' means nothing", pipe, loras, MoleConfig(form="published"))
     refused("embed_adapters=True means nothing", pipe, loras, MoleConfig(embed_adapters=True))
     refused("exclude_modules=.* means nothing", pipe, loras, MoleConfig(exclude_modules=["to_q"]))
+    refused("top_k=3 is more than the 2 LoRAs", pipe, loras, MoleConfig(top_k=3))
     xl = tiny.sdxl()
     of_xl = {name: tiny.write_lora(xl, tmp_path / name, at) for at, name in enumerate(("a", "b"))}
     refused("text_encoder_2, which the pipeline does not have", pipe, {**loras, **of_xl})
@@ -181,3 +182,31 @@ def test_what_diffusers_would_do_to_loras_of_its_own_is_refused(composition: Pip
     pipe.unet.peft_config = {"default": None}  # what diffusers looks into first
     with pytest.raises(LamellaError, match="set_adapters is for LoRAs that diffusers holds"):
         pipe.unet.set_adapters("default", 0.5)
+
+
+def test_diffusers_own_way_to_save_is_refused_until_the_composition_is_out(
+    composition: PipelineComposition, tmp_path: Path
+) -> None:
+    pipe = composition.pipe
+    for target in (pipe, pipe.unet, pipe.text_encoder):
+        with pytest.raises(LamellaError, match=r"composition\.save\(folder\).*composition\.unload\(\)"):
+            target.save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()
+    pipe.vae.save_pretrained(tmp_path / "vae")  # nothing is composed there
+    composition.unload()
+    composition.unload()
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = type(pipe).from_pretrained(tmp_path / "pipe")
+    for name in ("unet", "text_encoder"):
+        state, expected = getattr(again, name).state_dict(), getattr(pipe, name).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_the_number_of_loras_in_use_is_saved(loras: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = MoleConfig(init_weights=False, temperature=20.0, top_k=1)
+    composition = compose_pipeline(tiny.stable_diffusion(), loras, config)
+    loaded = load_pipeline(tiny.stable_diffusion(), composition.save(tmp_path / "saved"))
+    assert loaded.config.top_k == 1
+    assert torch.equal(tiny.run(loaded.pipe, PROMPTS), tiny.run(composition.pipe, PROMPTS))

@@ -75,13 +75,17 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa
+    ("to_q", "to_k", "to_v"),  # diffusers
     ("gate_proj", "up_proj"),
     ("wi_0", "wi_1"),
 )
 
 # Names of cross-attention modules; their keys and values read the encoder's states, their queries the decoder's.
-CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"})
-_KEYS_AND_VALUES = frozenset({"key", "value", "k", "v", "k_proj", "v_proj", "k_lin", "v_lin"})
+CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "attn2"})
+_KEYS_AND_VALUES = frozenset(
+    {"key", "value", "k", "v", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj", "to_k", "to_v"}
+)
 
 
 @dataclass(frozen=True)

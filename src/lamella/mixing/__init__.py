@@ -6,7 +6,7 @@ their outputs tell a router, read in rank space.
 
 from lamella.mixing.choice import SORTED_ABOVE, Form, choose_form
 from lamella.mixing.dense import mix_dense, project
-from lamella.mixing.frozen import FrozenLoras, concatenate, mix_frozen
+from lamella.mixing.frozen import FrozenLoras, concatenate, leave_out_unused, mix_frozen
 from lamella.mixing.merged import forward_frozen, mix_merged, prefers_merged
 from lamella.mixing.plain import mix_plain
 from lamella.mixing.rank_space import read_outputs, read_positions
@@ -20,6 +20,7 @@ __all__ = [
     "choose_form",
     "concatenate",
     "forward_frozen",
+    "leave_out_unused",
     "mix_dense",
     "mix_frozen",
     "mix_merged",

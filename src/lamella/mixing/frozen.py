@@ -56,6 +56,24 @@ def concatenate(loras: Sequence[tuple[Tensor, Tensor, float] | None], dtype: tor
     )
 
 
+def leave_out_unused(weights: Tensor, loras: FrozenLoras) -> tuple[Tensor, FrozenLoras]:
+    """The LoRAs that have a weight in some row, and their weights; all of them where none has any.
+
+    Args:
+        weights: ``(*some, K)``.
+        loras: K of them.
+    """
+    used = weights.detach().reshape(-1, weights.shape[-1]).ne(0).any(dim=0)  # (K,)
+    ranks = torch.tensor(loras.ranks, device=used.device)
+    left = tuple(ranks[used].tolist())
+    if not left:
+        return weights, loras
+    columns = used.repeat_interleave(ranks)  # (R,)
+    return weights[..., used], FrozenLoras(
+        loras.A[columns.to(loras.A.device)], loras.B[:, columns.to(loras.B.device)], left
+    )
+
+
 class _MixFrozen(torch.autograd.Function):
     @staticmethod
     def forward(

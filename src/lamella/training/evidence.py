@@ -183,6 +183,7 @@ class Standing:
         floors: test value of the main metric by floor.
         noise: as kept, for this backbone and task.
         alphas: by method, each seed's learned alpha before and after training, a mean over what has one.
+        entropies: of a composition's methods, each seed's entropy of the routers, in nats.
     """
 
     study: str
@@ -200,6 +201,7 @@ class Standing:
     floors: Mapping[str, float]
     noise: pd.DataFrame
     alphas: Mapping[str, Sequence[tuple[float, float]]]
+    entropies: Mapping[str, Sequence[float]]
 
     @property
     def planned(self) -> int:
@@ -336,4 +338,5 @@ def _standing(name: str, grid: Grid, cells: Sequence[Cell], tables: Mapping[str,
         floors={word: value for word, value in floors.items() if not pd.isna(value)},
         noise=noise,
         alphas=alphas,
+        entropies={},
     )

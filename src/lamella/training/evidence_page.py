@@ -46,6 +46,8 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
     settings = [one for one in standings if one.methods[one.reference].name == "molex"]
     controlled = [one for one in routed if _controls(one)]
     composed = [one for one in standings if one.methods[one.reference].name == "mole"]
+    tuned = [one for one in composed if len(_named(one, "mole")) > 2]
+    composed = [one for one in composed if one not in tuned]
     parts = [
         _HEAD,
         _planned(studies),
@@ -61,6 +63,7 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
         "## MOLE: trained LoRAs, composed",
         _answers("Does it beat the other ways to compose them?", [one for one in composed if not kept(one)], _all),
         _answers("How much of each LoRA is kept?", [one for one in composed if kept(one)], _all),
+        _answers("Which of its settings matter?", tuned, _mole_settings),
         "## The studies",
         *map(_study, studies),
     ]
@@ -144,6 +147,15 @@ def _costs(standing: Standing) -> str:
 def _molex_settings(standing: Standing) -> str:
     moved = [_moved(name, ends) for name, ends in standing.alphas.items()]
     return " ".join([_against_reference(standing, "molex"), *moved])
+
+
+def _mole_settings(standing: Standing) -> str:
+    own = [name for name in _named(standing, "mole") if name != standing.reference]
+    said = _grouped(standing, standing.contrasts([(name, standing.reference) for name in own]))
+    missing = [f" {name}: {_NOT_RUN}." for name in own if not standing.tests[name]]
+    means = [f"{name} {_number(float(np.mean(nats)))}" for name, nats in standing.entropies.items()]
+    entropy = f" Entropy of the weights, in nats: {', '.join(means)}." if means and not kept(standing) else ""
+    return said + "".join(missing) + entropy
 
 
 def _moved(name: str, ends: Sequence[tuple[float, float]]) -> str:

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests import tiny
 from tests.tuners.mole import trained
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 import lamella
 from lamella import LamellaError, MoleConfig, compose, fixed_weights, masked_experts
@@ -184,3 +185,34 @@ def test_loras_that_were_read_already_are_composed_as_they_are(folder: Path) -> 
     by_name = lamella.compose(tiny.bert(), dict(zip("abc", sources, strict=True)))
     assert list(by_list.peft_config["default"].adapters) == [source.name for source in sources]
     assert list(by_name.peft_config["default"].adapters) == ["a", "b", "c"]
+
+
+def test_a_module_that_is_given_what_is_no_sequence_cannot_decide_for_others(tmp_path: Path) -> None:
+    """DeBERTa with share_att_key gives its queries and keys a table of relative positions too."""
+
+    def deberta() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return DebertaV2ForSequenceClassification(
+            DebertaV2Config(
+                vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=4,
+                max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            )
+        ).eval()  # fmt: skip
+
+    for index, targets in enumerate((["query_proj", "value_proj"], ["key_proj", "output.dense"])):
+        base = deberta()
+        torch.manual_seed(index)
+        adapted = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
+        adapted.save_pretrained(tmp_path / f"lora{index}")
+    paths = [tmp_path / "lora0", tmp_path / "lora1"]
+    given = tiny.inputs(tiny.bert())
+    for router_input in ("mean", "token"):
+        model = compose(deberta(), paths, MoleConfig(router_input=router_input))
+        with pytest.raises(LamellaError, match=r"query_proj decides.*\(3, 7\).*\(1, 8\).*granularity='matrix'"):
+            model(**given)
+        model = compose(deberta(), paths, MoleConfig(router_input=router_input, granularity="matrix")).eval()
+        with fixed_weights(model, {"lora0": 1}):
+            alone = PeftModel.from_pretrained(deberta(), tmp_path / "lora0").eval()
+            torch.testing.assert_close(trained.run(model, given), trained.run(alone, given))
+        trained.run(model, given)

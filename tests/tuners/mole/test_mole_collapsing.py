@@ -45,6 +45,17 @@ def test_constant_weights_collapse_exactly(kind: str, granularity: str, folder: 
         )
 
 
+def test_the_k_best_collapse_exactly_where_they_are_the_same_for_all(folder: Path) -> None:
+    model = trained.composition("bert", folder, sharp=False, top_k=2)
+    with torch.no_grad():
+        for router in trained.routers_of(model).values():
+            router.bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
+    given = batches("bert")
+    plain = collapse(model, given)
+    assert plain.error < 1e-5
+    torch.testing.assert_close(trained.run(plain.model, given[0]), trained.run(model, given[0]), rtol=1e-4, atol=1e-6)
+
+
 @settings(max_examples=5, deadline=None)
 @drawn(weights=st.lists(st.floats(0, 2), min_size=3, max_size=3).filter(lambda w: sum(w) > 0.1))
 def test_weights_by_hand_collapse_exactly(weights: list[float], folder: Path) -> None:

@@ -131,6 +131,7 @@ def test_a_lora_that_has_changed_is_refused_wherever_it_lies(folder: Path, tmp_p
             "balance": st.sampled_from(["log", "entropy", "switch", "none"]),
             "balance_coef": st.floats(0, 2),
             "prompt_tokens": st.integers(1, 9),
+            "top_k": st.sampled_from([None, 1, 3]),
             "embed_adapters": st.booleans(),
             "exclude_modules": st.sampled_from([None, ["value"], ["value", "query"]]),
             "task_type": st.sampled_from([None, "SEQ_CLS"]),
@@ -166,10 +167,12 @@ def test_only_routers_are_saved_and_counted(folder: Path, tmp_path: Path) -> Non
 
 def test_the_summary_says_what_was_composed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = trained.composition("bert", folder, granularity="sublayer", exclude_modules=["output.dense"])
+    routers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.print_trainable_parameters()
     said = capsys.readouterr().out
     for part in (
-        "MOLE of 3 LoRAs", "5 routers, one for each sublayer", "news: PEFT LoRA of rank 2 on 4 modules",
+        "MOLE of 3 LoRAs", "LoRAs by number: 0 news, 1 code, 2 law", f"routers: {routers:,} parameters",
+        "5 routers, one for each sublayer", "news: PEFT LoRA of rank 2 on 4 modules",
         "outside the blocks, each row decides for itself: bert.pooler.dense",
         "skipped code: bert.encoder.layer.0.output.dense: left out by the config",
     ):  # fmt: skip

@@ -11,7 +11,6 @@ from tests.tuners.mole import trained
 
 import lamella
 from lamella import fixed_weights, masked_experts, record_routing
-from lamella.tuners.mole.sources import read_lora
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +116,3 @@ def test_autocast_trains_routers_in_their_own_precision(folder: Path) -> None:
     loss.backward()
     found = tiny.gradients(model)
     assert all(gradient.dtype == torch.float32 and torch.isfinite(gradient).all() for gradient in found.values())
-
-
-def test_many_loras(folder: Path, tmp_path: Path) -> None:
-    sources = [read_lora(path) for path in trained.loras("bert", folder).values()]
-    many = {f"{i}": sources[i % 3] for i in range(128)}
-    model = lamella.compose(tiny.bert(), many).train()
-    model(**tiny.batch(model.get_base_model())).loss.backward()
-    assert all(gradient.shape[0] == 128 for name, gradient in tiny.gradients(model).items() if name.endswith("bias"))
-    given = tiny.inputs(model.get_base_model())
-    few = lamella.compose(tiny.bert(), {name: many[name] for name in list(many)[:126]}).eval()
-    three = lamella.compose(tiny.bert(), trained.loras("bert", folder)).eval()
-    torch.testing.assert_close(trained.run(few, given), trained.run(three, given), rtol=1e-4, atol=1e-5)

@@ -61,6 +61,15 @@ def loras(kind: str, folder: Path, count: int = 3, layers: int = 2) -> dict[str,
     return {NAMES[i]: lora(kind, folder, i, layers) for i in range(count)}
 
 
+def random_lora(folder: Path, index: int, rank: int = 4) -> Path:
+    """One of many LoRAs of one kind for BERT, each another, written without training."""
+    path, base = folder / f"random-{index}", tiny.bert()
+    torch.manual_seed(1000 + index)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False, target_modules=["query", "value"])
+    get_peft_model(base, config).save_pretrained(path)
+    return path
+
+
 def composition(
     kind: str, folder: Path, layers: int = 2, double: bool = True, sharp: bool = True, **config: Any
 ) -> PeftModel:

@@ -139,9 +139,17 @@ def _standing(
         sizes={row.method: int(row.trainable_parameters) for row in done.itertuples()},
         costs={},
         alphas={},
+        entropies=_entropies(done),
         floors={word: value for word, value in floors.items() if not pd.isna(value)},
         noise=pd.DataFrame(),
     )
+
+
+def _entropies(done: pd.DataFrame) -> dict[str, list[float]]:
+    if "entropy" not in done:
+        return {}
+    routed = done.dropna(subset="entropy")
+    return {str(arm): own["entropy"].tolist() for arm, own in routed.groupby("method", sort=False)}
 
 
 def _results(standing: Standing) -> pd.DataFrame:

@@ -32,10 +32,10 @@ def score_rows(
 
     Returns:
         rows: backbone, task (the test), method, seed, metric, value, greater_is_better, floor_linear, floor_majority,
-            status ("done" or "not run"), key, trainable_parameters, seconds. On a source's own test, and on the mixture
-            of all of them, also what is kept of each LoRA there: ``kl from own LoRA`` (nats, KL(own || this)),
+            status ("done" or "not run"), key, trainable_parameters, seconds, entropy. On a source's own test, and on the
+            mixture of all of them, also what is kept of each LoRA there: ``kl from own LoRA`` (nats, KL(own || this)),
             ``accuracy kept`` (this less the own one's) and ``answers kept`` (share of equal predictions). ``seconds``
-            are those of building and training.
+            are those of building and training, ``entropy`` the routers' in nats, on the rows arms are watched by.
         examples: backbone, task, method, seed, metric, scores: one number for each text; accuracy and KL.
     """
     found = {(cell.method, cell.seed): read_answers(folder, cell) for cell in cells}
@@ -53,6 +53,7 @@ def score_rows(
             "key": cell.key,
             "trainable_parameters": metrics["trainable_parameters"],
             "seconds": metrics["build_seconds"] + metrics["train_seconds"],
+            "entropy": (metrics.get("routing") or {}).get("entropy"),
         }
         alone_ones = {name: found[alone(name), cell.seed] for name in grid.sources}
         for test, texts in _tests(grid, own, alone_ones):
@@ -64,7 +65,7 @@ def score_rows(
                     examples.append(at | {"scores": values.astype(np.float32)})
     order = [*_PLACE, "metric", "value", "greater_is_better", "floor_linear", "floor_majority", "status", "key"]
     frame = pd.DataFrame(rows).assign(greater_is_better=lambda one: one["metric"].map(METRICS))
-    frame = frame.reindex(columns=[*order, "trainable_parameters", "seconds"])
+    frame = frame.reindex(columns=[*order, "trainable_parameters", "seconds", "entropy"])
     return frame, pd.DataFrame(examples, columns=[*_PLACE, "metric", "scores"])
 
 

@@ -25,6 +25,7 @@ class Mole(Composition):
     form: Literal["delta", "block-delta", "published"] = "delta"
     temperature: float = 1.0
     learn_temperature: bool = True
+    top_k: int | None = None
     balance: Literal["log", "entropy", "switch", "none"] = "log"
     balance_coef: float = Field(0.5, ge=0.0)
     prompt_tokens: int = Field(4, gt=0)

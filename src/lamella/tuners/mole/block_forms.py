@@ -4,6 +4,7 @@
 which adds the input that every block passes on a second time. F is the block alone, E_i the block with LoRA i.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,10 @@ from lamella.backbones import BlockCall, hidden_states_of, with_hidden_states
 from lamella.errors import LamellaError
 from lamella.routing import Frame, current_frame
 from lamella.routing.context import run_alone
+from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.reading import OutputReader
 from lamella.tuners.mole.unit import Unit
+from lamella.tuners.mole.units import UnitPlan
 
 if TYPE_CHECKING:
     from lamella.tuners.mole.layer import MoleLinear
@@ -28,7 +31,11 @@ class BlockUnit(Unit):
         features: of those outputs.
     """
 
-    features: int
+    def __init__(
+        self, plan: UnitPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool, features: int
+    ) -> None:
+        super().__init__(plan, adapter, config, names, decoder)
+        self.features = features
 
     def weigh(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
         """All weight on the LoRA that runs alone; None where the block runs by itself."""
@@ -65,7 +72,7 @@ class BlockUnit(Unit):
         if by_hand.fixed is not None:
             fixed = by_hand.stated(x.device)
             self.tell_fixed(fixed, x, frame)
-            return fixed if fixed.dim() == 1 else self._repeated(fixed, self.leader, x)
+            return fixed if fixed.dim() == 1 else self.repeated(fixed, self.leader, x)
         decision = self.decide(self.leader, x, OutputReader(self.router, each), frame, by_hand)
         return self.fit(decision, self.leader, x)
 

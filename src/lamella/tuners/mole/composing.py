@@ -44,15 +44,22 @@ def compose(
             f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty and give them to "
             "compose, or call get_peft_model(model, config)."
         )
-    if isinstance(adapters, Mapping):
-        named = {name: _read(given, name) for name, given in adapters.items()}
-    else:
-        named = by_name(_read(given, None) for given in adapters)
-    refuse_too_few(list(named))
-    config.hold_sources(list(named.values()))
+    sources = read_given(adapters)
+    refuse_too_few([source.name for source in sources])
+    config.hold_sources(sources)
     model: Any = get_peft_model(base, config, adapter_name)
     assert isinstance(model, PeftModel)
     return model
+
+
+def read_given(adapters: Mapping[str, Lora] | Sequence[Lora]) -> list[LoraSource]:
+    """Reads the LoRAs that a user gave.
+
+    Raises:
+        LamellaError: two of one name, or one that cannot be read.
+    """
+    named = adapters.items() if isinstance(adapters, Mapping) else ((None, given) for given in adapters)
+    return list(by_name(_read(given, name) for name, given in named).values())
 
 
 def _read(given: Lora, name: str | None) -> LoraSource:

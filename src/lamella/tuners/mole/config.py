@@ -25,6 +25,12 @@ class MoleConfig(LamellaConfig):
 
     ``y = W0 x + sum_i G_i s_i B_i A_i x`` in every linear module that a LoRA adapts, with one G for each unit.
 
+    A router has ``K * K * D`` parameters and a few: for each of K logits one for each output of each of the K LoRAs, D
+    in the matrices that it reads (a block: query, key and value where adapted), times the positions for "flatten". At
+    width 768 with query and value adapted, that is 98 thousand for 8 LoRAs, 25 million for 128 and 1.5 billion for
+    1,000, each of 16 bytes in training with Adam; granularity "network" has one router a stack. The summary says how
+    many parameters all routers have.
+
     Args:
         adapters: the LoRAs by name, in the order of the routers' logits: paths, hub ids or references
             (``{source, revision, subfolder, sha256}``). ``lamella.compose`` fills it in.
@@ -33,6 +39,10 @@ class MoleConfig(LamellaConfig):
         router_input: what of the LoRAs' outputs a router reads: their "mean" over a sequence's real tokens, those of
             each "token" for itself, or all of a sequence "flatten"-ed, as published.
         flatten_length: tokens of a flattened sequence, the longest that can be read.
+        top_k: of a decision's K weights, only the largest ones are used, renormalised: the softmax over their logits,
+            those that tie with the last among them; None for all, as published. Balance losses see all K. Where
+            decisions are for whole sequences, and fewer than K LoRAs can be in use in a batch, the rest cost nothing
+            but their part in the router.
         form: "delta" as above; "block-delta", ``F(x) + sum_i G_i (E_i(x) - F(x))`` on the outputs of whole blocks, each
             run with one LoRA; or "published", ``F(x) + sum_i G_i E_i(x)``, which counts the input twice.
         temperature: the logits are divided by it.
@@ -55,6 +65,7 @@ class MoleConfig(LamellaConfig):
     granularity: str = "block"
     router_input: str = "mean"
     flatten_length: int | None = None
+    top_k: int | None = None
     form: str = "delta"
     temperature: float = 1.0
     learn_temperature: bool = True
@@ -142,7 +153,7 @@ class MoleConfig(LamellaConfig):
                 raise LamellaError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, values))}.")
 
     def _check_numbers(self) -> None:
-        temperature, length = self.temperature, self.flatten_length
+        temperature, length, top_k = self.temperature, self.flatten_length, self.top_k
         checks: list[tuple[str, bool, str]] = [
             (
                 "temperature",
@@ -151,6 +162,7 @@ class MoleConfig(LamellaConfig):
             ),
             ("balance_coef", _is_number(self.balance_coef) and 0 <= self.balance_coef < float("inf"), "0 or more"),
             ("prompt_tokens", _is_whole(self.prompt_tokens) and self.prompt_tokens >= 1, "a whole number, 1 or more"),
+            ("top_k", top_k is None or (_is_whole(top_k) and top_k >= 1), "a whole number, 1 or more, or None for all"),
             ("flatten_length", length is None or (_is_whole(length) and length >= 1), "a whole number, 1 or more"),
         ]
         for name, holds, expected in checks:
@@ -172,6 +184,11 @@ class MoleConfig(LamellaConfig):
             raise LamellaError(
                 f"form={self.form!r} mixes the outputs of whole blocks, so it needs granularity='block', not "
                 f"{self.granularity!r}."
+            )
+        if self.form != "delta" and self.top_k is not None:
+            raise LamellaError(
+                f"form={self.form!r} runs the block with every LoRA before its router can weigh them, so that "
+                f"top_k={self.top_k} would spare nothing. Use form='delta', or leave top_k out."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise LamellaError("layers_pattern says which stack layers_to_transform means; give both or neither.")

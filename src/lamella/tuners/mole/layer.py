@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError
-from lamella.mixing import FrozenLoras, forward_frozen
+from lamella.mixing import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.mole.unit import Unit
@@ -99,12 +99,16 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         for adapter in [] if self.disable_adapters else self.active_adapters:
             if adapter not in self.units:
                 continue
-            weights, h = self.units[adapter].weigh(self, x, frame)
+            unit = self.units[adapter]
+            weights, h = unit.weigh(self, x, frame)
             if weights is None:
                 continue
+            loras = self.loras(adapter)
+            if h is None and unit.leaves_out(weights):
+                weights, loras = leave_out_unused(weights, loras)
             base = self.base_layer if y is None and not args and not kwargs else self._rest(y, args, kwargs)
             plain = self._plain() if base is self.base_layer else None
-            y = forward_frozen(base, plain, x, weights, self.loras(adapter), h)
+            y = forward_frozen(base, plain, x, weights, loras, h)
         return self.base_layer(x, *args, **kwargs) if y is None else y
 
     def _rest(self, y: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:

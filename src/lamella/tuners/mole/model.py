@@ -1,7 +1,8 @@
 """MOLE as a PEFT tuner: puts LoRAs that are trained already on a model, with one router for each unit."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -47,7 +48,7 @@ class MoleModel(BaseTuner):
         if sources is None and config.embedded is None:
             sources = read_sources(config)
         self._prepared = prepare(model, config, sources, self._stacks)
-        self._units = make_units(model, adapter_name, config, self._prepared, self._stacks)
+        self._units = make_units(self._prepared, self._unit_maker(model, adapter_name, config))
         if sources is not None:
             config.adapters = {source.name: source.reference.to_dict() for source in sources}
             config.embedded = self._prepared.ranks if config.embed_adapters else None
@@ -93,6 +94,19 @@ class MoleModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _unit_maker(self, model: nn.Module, adapter: str, config: MoleConfig) -> Callable[[UnitPlan], Unit]:
+        decoders = {stack.name for stack in self._stacks if stack.role == "decoder" or _is_decoder(model)}
+
+        def make(plan: UnitPlan) -> Unit:
+            decoder = plan.place.stack in decoders
+            if config.router_input == "flatten" and plan.input == "own" and decoder:
+                refuse_flatten_on_decoder(plan.place.stack)
+            if config.form == "delta" or plan.input == "row":
+                return Unit(plan, adapter, config, self._prepared.names, decoder)
+            return BlockUnit(plan, adapter, config, self._prepared.names, decoder, hidden_width(model))
+
+        return make
+
     def _summarise(self, model: nn.Module, adapter: str) -> Summary:
         config: MoleConfig = self.peft_config[adapter]
         prepared = self._prepared
@@ -102,16 +116,18 @@ class MoleModel(BaseTuner):
             if place is not None:
                 modules[place.stack][place.layer] += 1
         by_block = {name: [len(prepared.names) if count else 0 for count in counts] for name, counts in modules.items()}
+        used = {name: [min(count, config.top_k or count) for count in counts] for name, counts in by_block.items()}
+        trainable = sum(p.numel() for unit in set(self._units.values()) for p in unit.router.parameters())
         return Summary(
             method=f"MOLE of {len(prepared.names)} LoRAs",
             adapter=adapter,
             stacks=tuple(self._stacks),
             experts=by_block,
-            top_k=by_block,
+            top_k=used,
             modules=modules,
             skipped=tuple(prepared.skipped),
-            notes=(*prepared.notes, *_settings(config, prepared.units)),
-            trainable=sum(p.numel() for unit in set(self._units.values()) for p in unit.router.parameters()),
+            notes=(numbered(prepared.names), *prepared.notes, *_settings(config, prepared.units, trainable)),
+            trainable=trainable,
             unit="token" if config.router_input == "token" else "sequence",
         )
 
@@ -150,30 +166,14 @@ class MoleModel(BaseTuner):
         return {name: tensor.clone() if f".{cls.prefix}" in name else tensor for name, tensor in tensors.items()}
 
 
-def make_units(
-    model: nn.Module, adapter: str, config: MoleConfig, prepared: Prepared, stacks: Sequence[Stack]
-) -> dict[str, Unit]:
-    """The units of a composition by the names of their members.
-
-    Raises:
-        LamellaError: a flattened sequence on a decoder.
-    """
-    decoders = {stack.name for stack in stacks if stack.role == "decoder" or _is_decoder(model)}
+def make_units(prepared: Prepared, make: Callable[[UnitPlan], Unit]) -> dict[str, Unit]:
+    """The units of a composition by the names of their members; a block's routers share its balance loss."""
+    in_block = Counter((plan.place.stack, plan.place.layer) for plan in prepared.units)
     units: dict[str, Unit] = {}
-    in_block: dict[tuple[str, int], int] = {}
     for plan in prepared.units:
-        if config.router_input == "flatten" and plan.input == "own" and plan.place.stack in decoders:
-            refuse_flatten_on_decoder(plan.place.stack)
-        of_block = config.form != "delta" and plan.input != "row"
-        kind = BlockUnit if of_block else Unit
-        unit = kind(plan, adapter, config, prepared.names, plan.place.stack in decoders)
-        if isinstance(unit, BlockUnit):
-            unit.features = hidden_width(model)
+        unit = make(plan)
+        unit.balance_share = 1 / in_block[plan.place.stack, plan.place.layer] if plan.place.stack else 1
         units |= dict.fromkeys(plan.members, unit)
-        block = plan.place.stack, plan.place.layer
-        in_block[block] = in_block.get(block, 0) + 1
-    for unit in units.values():
-        unit.balance_share = 1 / (in_block[unit.place.stack, unit.place.layer] if unit.place.stack else 1)
     return units
 
 
@@ -237,9 +237,17 @@ def _is_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_decoder", False))
 
 
-def _settings(config: MoleConfig, units: Sequence[UnitPlan]) -> Iterator[str]:
+def numbered(names: Sequence[str]) -> str:
+    """Which LoRA an expert's number in a trace means."""
+    return f"LoRAs by number: {', '.join(f'{number} {name}' for number, name in enumerate(names))}"
+
+
+def _settings(config: MoleConfig, units: Sequence[UnitPlan], parameters: int) -> Iterator[str]:
     tau = f"temperature {config.temperature:g}{', learned' if config.learn_temperature else ''}"
     yield f"{len(units)} routers, one for each {config.granularity}, reading by {config.router_input}, {tau}"
+    yield f"routers: {parameters:,} parameters"
+    if config.top_k is not None:
+        yield f"of {len(config.adapters)} LoRAs the {config.top_k} with the largest weights are used"
     loss = "no balance loss" if config.balance == "none" else f"balance {config.balance} x {config.balance_coef:g}"
     yield f"{loss}; LoRAs {'embedded in the file' if config.embed_adapters else 'saved as references'}"
     blind = [unit.name for unit in units if not unit.reads]

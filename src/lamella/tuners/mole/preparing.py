@@ -69,6 +69,14 @@ def refuse_too_few(names: Sequence[str]) -> None:
         )
 
 
+def refuse_too_large(top_k: int | None, names: Sequence[str]) -> None:
+    """Raises where more LoRAs are to be used than there are."""
+    if top_k is not None and top_k > len(names):
+        raise LamellaError(
+            f"top_k={top_k} is more than the {len(names)} LoRAs of the composition; lower it, or None uses all."
+        )
+
+
 def prepare(
     model: nn.Module,
     config: MoleConfig,
@@ -88,6 +96,7 @@ def prepare(
             adapt, or settings that do not suit the model.
     """
     refuse_too_few(list(config.adapters))
+    refuse_too_large(config.top_k, list(config.adapters))
     widths = _linear_modules(model)
     linear = list(widths)
     skipped: list[tuple[str, str]] = []
@@ -96,7 +105,7 @@ def prepare(
     if sources is None:
         names, ranks, factors = tuple(config.adapters), _embedded_ranks(config, linear), None
         excluded |= set(_wanted(config, linear)[1])
-        notes.append(f"{len(names)} LoRAs from the adapter's own file: {', '.join(names)}")
+        notes.append(f"{len(names)} LoRAs from the adapter's own file")
     else:
         names = tuple(source.name for source in sources)
         factors = _factors(model, config, sources, excluded, skipped, notes)

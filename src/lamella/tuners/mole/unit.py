@@ -11,7 +11,7 @@ from lamella.errors import LamellaError
 from lamella.routing import Frame, Readable, Routing
 from lamella.tuners.mole.balancing import attach_balance
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.decision import ByHand, Decision
+from lamella.tuners.mole.decision import ByHand, Decision, share_out
 from lamella.tuners.mole.keeping import Kept, keep_decision, kept_decision, tokens_before
 from lamella.tuners.mole.reading import RankSpaceReader, Reader
 from lamella.tuners.mole.recomputing import SharedWeights
@@ -82,12 +82,17 @@ class Unit:
             fixed = by_hand.stated(x.device)
             if layer is self.leader:
                 self.tell_fixed(fixed, x, frame)
-            weights, h = fixed if fixed.dim() == 1 else self._repeated(fixed, layer, x), None
+            weights, h = fixed if fixed.dim() == 1 else self.repeated(fixed, layer, x), None
         else:
             weights, h = self._decided(layer, x, frame, by_hand)
         for watch in self.watchers:
             watch(layer, x, weights, frame)
         return weights, h
+
+    def leaves_out(self, weights: Tensor) -> bool:
+        """Whether weights are for so few sequences that some LoRAs have none in any of them, ties apart."""
+        top_k = self.config.top_k
+        return top_k is not None and weights.dim() == 2 and len(weights) * top_k < len(self.names)
 
     def _decided(
         self, layer: "MoleLinear", x: Tensor, frame: Frame | None, by_hand: ByHand
@@ -96,6 +101,7 @@ class Unit:
         decision = self._find(layer, frame)
         if decision is None:
             self._refuse_too_early(layer)
+            self._refuse_other_rows(layer, x, frame)
             reader = RankSpaceReader(self.router, self.readers, self.adapter)
             decision = self.decide(layer, x, reader, frame, by_hand)
         handed, h = decision.handed.pop(layer, (None, None))
@@ -123,6 +129,15 @@ class Unit:
             raise LamellaError(
                 f"{layer.name} runs before any module that {self.name} reads to weigh its LoRAs, or outside a forward "
                 "of its model. Call the model itself; if it does run in that order, use granularity='matrix'."
+            )
+
+    def _refuse_other_rows(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> None:
+        before: Decision | None = None if frame is None else frame.handed_over.get(self)
+        if before is not None and before.rows != x.shape[:-1] and len(self.members) > 1:
+            raise LamellaError(
+                f"{layer.name} decides for all of {self.name} and is called twice, with {tuple(before.rows)} rows and "
+                f"then with {tuple(x.shape[:-1])}, which cannot be the same tokens: in DeBERTa with share_att_key, a "
+                "table of relative positions. Use granularity='matrix', where each decides for itself."
             )
 
     def decide(self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, by_hand: ByHand) -> Decision:
@@ -157,10 +172,10 @@ class Unit:
         if self.by_token:
             logits, handed = reader.by_token(x)
             mask = None if frame is None else frame.token_mask(x, of_encoder=self.input == "encoder")
-            decision = Decision(by_hand.weights(logits), layer, handed=handed)
+            decision = Decision(by_hand.weights(logits, self.config.top_k), layer, x.shape[:-1], handed=handed)
             self._tell(logits, by_hand, mask, x.shape[:-1], frame)
             return decision, logits, mask
-        tokens = self._as_sequences(layer, x, frame)  # (batch, tokens, in)
+        tokens = self.as_sequences(layer, x, frame)  # (batch, tokens, in)
         kept = self._kept(frame)
         if kept is not None:
             if len(kept.logits) != len(tokens):
@@ -169,18 +184,19 @@ class Unit:
                     f"{len(tokens)}. Repeat or select them by the cache's own methods, or start from an empty cache."
                 )
             logits = kept.logits.to(x.device)
-            return Decision(by_hand.weights(logits), layer), logits, None
-        readable = self._readable(tokens, layer, frame)
+            return Decision(by_hand.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
+        readable = self.readable(tokens, layer, frame)
         logits = reader.by_sequence(tokens, readable.read)  # (batch, K)
         if frame is not None and self._keeps(frame):
             keep_decision(frame.call, (self.adapter, self.name), Kept(logits.detach(), readable.complete))
         real = readable.read.any(dim=1)
-        uniform = None if readable.without is None else by_hand.weights(torch.zeros_like(logits[0]))
-        decision = Decision(by_hand.weights(logits), layer, readable.without, uniform)
+        uniform = None if readable.without is None else by_hand.weights(torch.zeros_like(logits[0]), None)
+        weights = by_hand.weights(logits, self.config.top_k)
+        decision = Decision(weights, layer, x.shape[:-1], readable.without, uniform)
         self._tell(logits, by_hand, real, x.shape[:1], frame)
         return decision, logits, real
 
-    def _as_sequences(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> Tensor:
+    def as_sequences(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> Tensor:
         """An input as ``(batch, tokens, in)``."""
         if x.dim() > 2:
             return x.flatten(1, -2)
@@ -192,7 +208,7 @@ class Unit:
             "and a router weighs its LoRAs for whole sequences. Use router_input='token' with granularity='matrix'."
         )
 
-    def _readable(self, tokens: Tensor, layer: "MoleLinear", frame: Frame | None) -> Readable:
+    def readable(self, tokens: Tensor, layer: "MoleLinear", frame: Frame | None) -> Readable:
         """What a decision for whole sequences may read."""
         if frame is None:
             return Readable(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), None)
@@ -235,17 +251,17 @@ class Unit:
                 )
             return weights.view(*x.shape[:-1], -1)
         if decision.without is None:
-            return self._repeated(weights, layer, x)
+            return self.repeated(weights, layer, x)
         without, uniform = decision.without.to(x.device), decision.uniform
         assert uniform is not None
         uniform = uniform.to(x.device)
         if layer.reads_encoder:  # every token attends to these rows, those that run without the decision too
             mixed = torch.where(without.any(dim=1, keepdim=True), uniform, weights)
-            return self._repeated(mixed, layer, x)
+            return self.repeated(mixed, layer, x)
         by_token = torch.where(without[..., None], uniform, weights[:, None])  # (batch, tokens, K)
         return by_token.view(*x.shape[:-1], -1)
 
-    def _repeated(self, weights: Tensor, layer: "MoleLinear", x: Tensor) -> Tensor:
+    def repeated(self, weights: Tensor, layer: "MoleLinear", x: Tensor) -> Tensor:
         """Weights per sequence for rows of which several, one after another, belong to each."""
         if len(x) % len(weights):
             raise LamellaError(
@@ -261,8 +277,11 @@ class Unit:
         if frame is None or not frame.observers:
             return
         rows = by_hand.masked(logits.detach()).flatten(0, -2)  # (N, K)
-        weights, indices = torch.softmax(rows, dim=-1).sort(dim=-1, descending=True, stable=True)
+        given, top_k = share_out(rows, self.config.top_k), self.config.top_k
+        weights, indices = given.sort(dim=-1, descending=True, stable=True)
         used = len(self.names) if by_hand.kept is None else int(by_hand.kept.sum())
+        if top_k is not None:
+            used = min(used, max(top_k, int((given > 0).sum(dim=-1).max())))  # more where some tie
         granularity: Any = "token" if self.by_token else "sequence"
         routing = Routing(rows, weights[:, :used], indices[:, :used], granularity)
         for observe in frame.observers:
@@ -272,7 +291,7 @@ class Unit:
         """Shows weights stated by hand as the decision for every sequence."""
         if frame is None or not frame.observers:
             return
-        rows = fixed.expand(len(x), -1) if fixed.dim() == 1 else self._repeated(fixed, self.leader, x)
+        rows = fixed.expand(len(x), -1) if fixed.dim() == 1 else self.repeated(fixed, self.leader, x)
         weights, indices = rows.sort(dim=-1, descending=True, stable=True)
         logits = rows.clamp_min(torch.finfo(rows.dtype).tiny).log()  # all may be 0
         routing = Routing(logits, weights, indices, "sequence")

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,21 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
 from lamella.errors import LamellaError
-from lamella.tuners.mole.composing import Lora
+from lamella.tuners.mole.composing import Lora, read_given
 from lamella.tuners.mole.config import Adapters, MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
-from lamella.tuners.mole.model import listen, place_loras
+from lamella.tuners.mole.model import listen, make_units, place_loras
 from lamella.tuners.mole.pipeline.components import FactorsByModule, factors_by_component, models_of
 from lamella.tuners.mole.pipeline.composition import Component, PipelineComposition
 from lamella.tuners.mole.pipeline.layers import PipelineConv, PipelineLinear, Pointwise, SampleUnit
 from lamella.tuners.mole.pipeline.saving import read_routers
 from lamella.tuners.mole.pipeline.units import plan_units_of
-from lamella.tuners.mole.preparing import Prepared, read_sources, refuse_too_few
-from lamella.tuners.mole.sources import LoraSource, by_name, read_lora
-from lamella.tuners.mole.unit import Unit
+from lamella.tuners.mole.preparing import Prepared, read_sources, refuse_too_few, refuse_too_large
+from lamella.tuners.mole.sources import LoraSource
 
 _ADAPTER = "default"
 # What a composition in a pipeline reads of a MoleConfig.
-_READ = ("granularity", "temperature", "learn_temperature", "balance", "balance_coef", "init_weights")
+_READ = ("granularity", "top_k", "temperature", "learn_temperature", "balance", "balance_coef", "init_weights")
 _FILLED_IN = ("adapters", "lamella_version")
 
 
@@ -42,8 +41,8 @@ def compose_pipeline(
         pipe: the pipeline that the LoRAs were made for, without adapters.
         adapters: at least two LoRAs by name: diffusers' or kohya's files, PEFT folders, hub ids, or LoRAs that were
             read already. In a list each is called by its folder or file.
-        config: granularity, temperature and balance; MoleConfig's own where None. Routers in a pipeline read the mean
-            of a sample's tokens, and the form is "delta".
+        config: granularity, top_k, temperature and balance; MoleConfig's own where None. Routers in a pipeline read the
+            mean of a sample's tokens, and the form is "delta".
 
     Raises:
         LamellaError: fewer than two LoRAs, two of one name, one that cannot be read or does not fit, adapters in the
@@ -52,8 +51,7 @@ def compose_pipeline(
     config = MoleConfig() if config is None else copy.deepcopy(config)
     if config.adapters:
         raise LamellaError(f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty.")
-    named = adapters.items() if isinstance(adapters, Mapping) else ((None, given) for given in adapters)
-    sources = list(by_name(_read(given, name) for name, given in named).values())
+    sources = read_given(adapters)
     config.hold_sources(sources)  # notes where they lie
     config.take_sources()
     return _inject(pipe, sources, config)
@@ -85,21 +83,16 @@ def load_pipeline(pipe: Any, folder: Path | str, adapters: Adapters | None = Non
 
 def _inject(pipe: Any, sources: Sequence[LoraSource], config: MoleConfig) -> PipelineComposition:
     """Composes LoRAs that were read; the config holds their references."""
-    refuse_too_few([source.name for source in sources])
+    names = tuple(source.name for source in sources)
+    refuse_too_few(names)
+    refuse_too_large(config.top_k, names)
     _refuse_unread_settings(config)
     models = models_of(pipe)
-    names = tuple(source.name for source in sources)
     found = factors_by_component(models, sources)
     prepared = {component: _prepare(models[component], names, factors, config) for component, factors in found.items()}
     components = {component: _place(models[component], own, config) for component, own in prepared.items()}
     skipped = [(f"{source.name}: {name}", reason) for source in sources for name, reason in source.skipped]
     return PipelineComposition(pipe, config, names, components, skipped)
-
-
-def _read(given: Lora, name: str | None) -> LoraSource:
-    if isinstance(given, LoraSource):
-        return given if name is None else replace(given, name=name)
-    return read_lora(given, name=name)
 
 
 def _refuse_unread_settings(config: MoleConfig) -> None:
@@ -126,7 +119,7 @@ def _place(model: nn.Module, prepared: Prepared, config: MoleConfig) -> Componen
     """Puts the layers in place, in the model's order; only routers want a gradient afterwards."""
     trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     model.requires_grad_(False)
-    units: dict[str, Unit] = {**_make_units(prepared, config)}
+    units = make_units(prepared, lambda plan: SampleUnit(plan, _ADAPTER, config, prepared.names, decoder=False))
     layers: dict[str, MoleLinear] = {}
     for name in prepared.ranks:
         module = model.get_submodule(name)
@@ -144,16 +137,3 @@ def _place(model: nn.Module, prepared: Prepared, config: MoleConfig) -> Componen
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
     return Component(model, layers, distinct, trained)
-
-
-def _make_units(prepared: Prepared, config: MoleConfig) -> dict[str, SampleUnit]:
-    """The units by the names of their members."""
-    units: dict[str, SampleUnit] = {}
-    for plan in prepared.units:
-        unit = SampleUnit(plan, _ADAPTER, config, prepared.names, decoder=False)
-        units |= dict.fromkeys(plan.members, unit)
-    blocks = [(unit.place.stack, unit.place.layer) for unit in dict.fromkeys(units.values())]
-    for unit in units.values():
-        block = unit.place.stack, unit.place.layer
-        unit.balance_share = 1 / blocks.count(block) if unit.place.stack else 1
-    return units

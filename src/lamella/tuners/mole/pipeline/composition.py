@@ -13,6 +13,7 @@ from lamella.routing.context import untrack_calls
 from lamella.tuners.mole.by_hand import Weights, fixed_weights, masked_experts
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
+from lamella.tuners.mole.model import numbered
 from lamella.tuners.mole.pipeline.saving import write_routers
 from lamella.tuners.mole.unit import Unit
 
@@ -62,6 +63,9 @@ class PipelineComposition:
         self.names = names
         self.components = components
         self.skipped = tuple(skipped)
+        for target in self._targets():
+            if hasattr(target, "save_pretrained"):
+                target.save_pretrained = _refuse_to_save
 
     def routers(self) -> dict[str, nn.Module]:
         """The routers by component and unit."""
@@ -140,11 +144,17 @@ class PipelineComposition:
             untrack_calls(own.model)
             for parameter in own.trained:
                 parameter.requires_grad_(True)
+        for target in self._targets():
+            vars(target).pop("save_pretrained", None)
         self.components = {}
+
+    def _targets(self) -> tuple[Any, ...]:
+        """What diffusers would save with the names of the layers that the composition has put in place."""
+        return self.pipe, *(own.model for own in self.components.values())
 
     def __str__(self) -> str:
         count = sum(parameter.numel() for parameter in self.parameters())
-        lines = [f"MOLE of {len(self.names)} LoRAs ({', '.join(self.names)}): {count:,} trainable parameters"]
+        lines = [f"MOLE of {len(self.names)} LoRAs: {count:,} trainable parameters", f"  {numbered(self.names)}"]
         for name, own in self.components.items():
             alone = [unit.name for unit in own.units if not unit.place.stack]
             lines.append(f"  {name}: {len(own.layers)} modules, {len(own.units)} routers")
@@ -155,3 +165,11 @@ class PipelineComposition:
                 lines.append(f"    {len(blind)} routers read nothing, first {blind[0]}")
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In the place of diffusers' own way to save."""
+    raise LamellaError(
+        "save_pretrained would write a composed pipeline under names that no pipeline has. Write the composition with "
+        "composition.save(folder), or call composition.unload() first to save the pipeline without it."
+    )

@@ -15,17 +15,17 @@ class SampleUnit(Unit):
     All of a sample is read, padding of a prompt apart where a mask tells it: nothing in it is said before the rest.
     """
 
-    def _as_sequences(self, layer: MoleLinear, x: Tensor, frame: Frame | None) -> Tensor:
+    def as_sequences(self, layer: MoleLinear, x: Tensor, frame: Frame | None) -> Tensor:
         """``(batch, tokens, in)`` of an image's or a prompt's tokens, or of one vector per sample."""
         return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
 
-    def _readable(self, tokens: Tensor, layer: MoleLinear, frame: Frame | None) -> Readable:
+    def readable(self, tokens: Tensor, layer: MoleLinear, frame: Frame | None) -> Readable:
         mask = None if frame is None else frame.mask
         if mask is not None and mask.shape == tokens.shape[:2]:
             return Readable(mask.to(tokens.device), None)
         return Readable(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), None)
 
-    def _repeated(self, weights: Tensor, layer: MoleLinear, x: Tensor) -> Tensor:
+    def repeated(self, weights: Tensor, layer: MoleLinear, x: Tensor) -> Tensor:
         """Classifier-free guidance runs all samples twice, one whole batch after the other."""
         if len(x) not in (len(weights), 2 * len(weights)):
             raise LamellaError(
