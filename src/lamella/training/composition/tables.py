@@ -32,8 +32,8 @@ def score_rows(
 
     Returns:
         rows: backbone, task (the test), method, seed, metric, value, greater_is_better, floor_linear, floor_majority,
-            status ("done" or "not run"), key, trainable_parameters, seconds, entropy. On a source's own test, and on the
-            mixture of all of them, also what is kept of each LoRA there: ``kl from own LoRA`` (nats, KL(own || this)),
+            status ("done" or "not run"), key, trainable_parameters, seconds, entropy. On a source's own test, and on
+            the mixture of all of them, also what is kept of each LoRA: ``kl from own LoRA`` (nats, KL(own || this)),
             ``accuracy kept`` (this less the own one's) and ``answers kept`` (share of equal predictions). ``seconds``
             are those of building and training, ``entropy`` the routers' in nats, on the rows arms are watched by.
         examples: backbone, task, method, seed, metric, scores: one number for each text; accuracy and KL.
