@@ -46,11 +46,11 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
 
 
 def composition_report(title: str, study: ComposedStudy) -> Report:
-    """The page of a study of composition."""
+    """The page of a study of composition: the tests that its verdict speaks of."""
     return Report(
         title=title,
         summary=study.summary,
-        results=study.results,
+        results=study.results[study.results["task"].isin(study.headline)],
         cost=study.cost,
         routing=None,
         settings=study.settings,

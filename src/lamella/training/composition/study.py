@@ -202,8 +202,7 @@ def _words(standing: Standing) -> str:
     text = f"On {standing.task}, mean {standing.metric} over {seeds} seed(s): {said}."
     groups: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not told apart from": []}
     for one in standing.against_reference:
-        words = f" ({one.interval}, p {one.p_value:.3g})" if one.told_apart else ""
-        groups[_side(standing, one)].append(one.first + words)
+        groups[_side(standing, one)].append(one.first)
     groups_said = [f"{words} {standing.reference}: {', '.join(arms)}." for words, arms in groups.items() if arms]
     return " ".join([text, *groups_said])
 
@@ -224,6 +223,8 @@ def _notes(grid: CompositionGrid) -> list[str]:
         "probabilities of an arm with those of that source's LoRA alone: mean KL(LoRA || arm) in nats, 0 for the same.",
         f"Intervals are 95 % paired bootstraps over texts and seeds ({RESAMPLES:,} draws); p is Holm's over the arms "
         "of a table. With few seeds such intervals are too narrow.",
+        "The tables are of the mixture and of what no LoRA was trained on; each source's own test is in "
+        "results.parquet.",
     ]
 
 
