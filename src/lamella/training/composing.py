@@ -11,11 +11,15 @@ from lamella.training.settings import RunSettings, resolve
 from lamella.training.trained import find_trained
 from lamella.tuners.mole.sources import read_lora
 
+# A router reads thousands of normalised features at once: at the rate of other methods its first steps would leave one
+# LoRA in each block.
+_RATE = "lr=3e-4"
+
 
 def composed_settings(
     adapters: Sequence[str], task: str, overrides: Iterable[str] = (), model: str | None = None
 ) -> RunSettings:
-    """The settings of a run that trains MOLE's routers.
+    """The settings of a run that trains MOLE's routers, at a learning rate of 3e-4 unless told otherwise.
 
     Args:
         adapters: ``NAME=PLACE``, or ``PLACE``, which is called by its folder or file then; a place is a run, a PEFT
@@ -38,7 +42,7 @@ def composed_settings(
     if len(named) < 2:
         raise LamellaError("A composition needs at least two LoRAs: --adapters PLACE PLACE, or NAME=PLACE each.")
     base = model or _base_of(next(iter(named.values())))
-    return resolve(None, overrides, model=base, task=task, method={"name": "mole", "adapters": named})
+    return resolve(None, [_RATE, *overrides], model=base, task=task, method={"name": "mole", "adapters": named})
 
 
 def tell_apart(words: Iterable[str]) -> tuple[list[str], list[str]]:
