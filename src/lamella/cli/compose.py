@@ -29,7 +29,8 @@ def compose(
 ) -> None:
     """Compose LoRAs that are trained already: routers learn how much each counts, and nothing else but a new head does.
 
-    Settings are those of `lamella train` with the method mole, such as lr=1e-4 or method.granularity=network; lr is 3e-4 if absent.
+    Settings are those of `lamella train` with the method mole, such as method.granularity=network; lr is 3e-4 if
+    absent.
 
     Example: lamella compose --adapters books=runs/books dvd=runs/dvd --task blitzer -o runs/both
     """
