@@ -261,13 +261,14 @@ def _corrected(found: Sequence[Contrast]) -> list[Contrast]:
 class KeptStudy:
     """A packaged study with what is kept of it: a standing for each backbone and task, and the machines it ran on.
 
-    ``remarks`` say what was measured besides scores.
+    ``remarks`` say what was measured besides scores; ``parts`` are tests whose union is a standing of its own.
     """
 
     name: str
     standings: list[Standing]
     machines: list[str]
     remarks: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def planned(self) -> int:

@@ -45,7 +45,12 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
     shaped = [one for one in mixtures if len(_named(one, "mola")) > 1]
     settings = [one for one in standings if one.methods[one.reference].name == "molex"]
     controlled = [one for one in routed if _controls(one)]
-    composed = [one for one in standings if one.methods[one.reference].name == "mole"]
+    composed = [
+        one
+        for study in studies
+        for one in study.standings
+        if one.methods[one.reference].name == "mole" and one.task not in study.parts
+    ]
     tuned = [one for one in composed if len(_named(one, "mole")) > 2]
     composed = [one for one in composed if one not in tuned]
     parts = [

@@ -84,7 +84,8 @@ def load_composition(name: str, folder: Path) -> KeptComposition:
     cells = stages_of(grid, folder_of(grid, folder)).all
     methods = {cell.method: cell.settings.method for cell in cells}
     found = standings(name, grid, methods, frames["results"], frames["examples"])
-    return KeptComposition(name, found, machines, tuple(interference_words(frames["interference"])))
+    words = tuple(interference_words(frames["interference"]))
+    return KeptComposition(name, found, machines, words, tuple(grid.sources))
 
 
 def _file(folder: Path, name: str, table: str) -> Path:
