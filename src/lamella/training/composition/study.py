@@ -157,7 +157,15 @@ def _results(standing: Standing) -> pd.DataFrame:
     place = {"task": standing.task, "metric": standing.metric}
     differences = {one.first: one for one in standing.against_reference}
     rows: list[dict[str, Any]] = [
-        {"method": f"floor ({word})", **place, "mean": value, "difference": "floor", "p": ""}
+        {
+            "method": f"floor ({word})",
+            **place,
+            **{f"seed {seed}": value for seed in standing.seeds},
+            "mean": value,
+            "interval": "",
+            "difference": "floor",
+            "p": "",
+        }
         for word, value in standing.floors.items()
     ]
     for arm, tests in standing.tests.items():
