@@ -21,7 +21,7 @@ def test_the_tiny_run_composes_trains_saves_and_reports_offline(tmp_path: Path) 
     command = [sys.executable, str(SCRIPT), "--tiny", "-o", str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "MOLE of 3 LoRAs (cat, dog, ink)" in done.stdout
+    assert "LoRAs by number: 0 cat, 1 dog, 2 ink" in done.stdout
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

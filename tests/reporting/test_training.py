@@ -15,7 +15,7 @@ def test_balance_and_dead_experts_are_drawn_where_they_were_logged(entropy):
     charts = training_charts(entropy.assign(balance=1.2, dead_experts=0))
     assert [chart.title for chart in charts] == [
         "Entropy, as a share of its maximum",
-        "Balance, E · Σ share²: 1 is even use",
+        "Balance, E · Σ weight²: 1 is even use",
         "Dead experts",
     ]
     assert len(training_charts(entropy.assign(balance=float("nan")))) == 1
