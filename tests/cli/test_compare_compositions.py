@@ -25,6 +25,7 @@ def test_compare_runs_a_study_of_composition(lamella, recipe, tmp_path):  # noqa
     assert "kl from own LoRA" in set(pd.read_parquet(tmp_path / "out" / "results.parquet")["metric"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "sign conflict" in page
+    assert any(note.startswith("The doctor did not examine") and "uniform" in note for note in printed["notes"])
 
     status, out, err = lamella(*words)
     assert (status, out) == (0, "")

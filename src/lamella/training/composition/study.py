@@ -87,6 +87,7 @@ def summarise_composition(name: str, grid: CompositionGrid, stages: Stages, fold
         },
         notes=[
             *_notes(grid),
+            *_unexamined(stages, folder),
             *interference_words(pairs),
             *[line for line, cell in zip(failed, cells, strict=True) if not folder.finished(cell.key)],
         ],
@@ -196,6 +197,14 @@ def _findings(stages: Stages, folder: CompositionFolder) -> list[Finding]:
         for cell in stages.all
         for finding in (folder.row(cell.key) or {}).get("diagnosis", {}).get("findings", [])
     ]
+
+
+def _unexamined(stages: Stages, folder: CompositionFolder) -> list[str]:
+    """Which arms the doctor did not look at."""
+    rows = {cell.method: folder.row(cell.key) for cell in stages.all}
+    left = [arm for arm, row in rows.items() if row is not None and "diagnosis" not in row]
+    words = "nothing in them is trained, or PEFT's X-LoRA cannot be loaded as the doctor loads"
+    return [f"The doctor did not examine {', '.join(left)}: {words}."] if left else []
 
 
 def _words(standing: Standing) -> str:
