@@ -1,28 +1,19 @@
 """MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import nn
 
 from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
-from lamella.errors import CannotMergeError, LamellaError
-from lamella.routing.context import untrack_calls
-from lamella.tuners.loading import check_tensors
+from lamella.tuners.model import RoutedModel
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.summary import Summary
 from lamella.tuners.targets import check_targets
 from lamella.tuners.tracking import track
 
-logger = logging.getLogger(__name__)
 
-
-class MolaModel(BaseTuner):
+class MolaModel(RoutedModel):
     """Puts LoRA experts and routers on the linear modules inside the blocks of a model.
 
     Built by ``get_peft_model(model, MolaConfig(...))``, ``PeftModel.from_pretrained`` or transformers' ``add_adapter``.
@@ -30,7 +21,14 @@ class MolaModel(BaseTuner):
 
     prefix: str = "lamella_mola_"
     tuner_layer_cls = MolaLinear
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    method = "MoLA"
+    cannot_merge = (
+        "MoLA chooses experts per token, so there is no single weight to merge into the base. Use "
+        "lamella.collapse(model, batches) for one plain LoRA with measured error, or lamella.export_experts(model, "
+        "folder) for each expert as a LoRA. A trainer that syncs weights by merging (TRL with vLLM) needs the "
+        "collapsed LoRA."
+    )
+    loaded_strictly = (prefix,)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Checks the whole request before the first module is touched, injects, and connects the new layers."""
@@ -47,17 +45,7 @@ class MolaModel(BaseTuner):
         ]
         _connect(layers, adapter_name)
         track(model)
-        self.summaries[adapter_name] = self._summarise(adapter_name, layers)
-        logger.info("%s", self.summaries[adapter_name])  # add_adapter leaves no tuner behind to ask
-
-    @property
-    def summaries(self) -> dict[str, Summary]:
-        """What each injection did, by adapter name."""
-        return self.__dict__.setdefault("_summaries", {})
-
-    def summary(self, adapter_name: str | None = None) -> Summary:
-        """What the injection of an adapter did; of the first active one when no name is given."""
-        return self.summaries[adapter_name or self.active_adapters[0]]
+        self.keep_summary(self._summarise(adapter_name, layers))
 
     def _create_and_replace(
         self,
@@ -98,41 +86,6 @@ class MolaModel(BaseTuner):
             notes=tuple(notes),
             trainable=sum(p.numel() for layer in layers for p in _adapter_parameters(layer, adapter_name)),
         )
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
-        untrack_calls(model)
-        return model
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT asks here whether rows of a batch may use different adapters; unanswered, it drops the wish."""
-        if kwargs.get("adapter_names") is not None:
-            raise LamellaError(
-                "MoLA cannot use a different adapter per row of a batch (adapter_names); call the model once for each."
-            )
-        yield
-
-    def _check_merge_allowed(self) -> None:
-        raise CannotMergeError(
-            "MoLA chooses experts per token, so there is no single weight to merge into the base. Use "
-            "lamella.collapse(model, batches) for one plain LoRA with measured error, or lamella.export_experts(model, "
-            "folder) for each expert as a LoRA. A trainer that syncs weights by merging (TRL with vLLM) needs the "
-            "collapsed LoRA."
-        )
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            check_tensors(model, cls.prefix, adapter_name, tensors)
-        except LamellaError:
-            if isinstance(model, PeftModel) and len(model.peft_config) > 1:
-                model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
-            raise
-        return tensors
 
 
 def _layers(model: nn.Module) -> list[MolaLinear]:

@@ -1,19 +1,15 @@
 """MOLE as a PEFT tuner: puts LoRAs that are trained already on a model, with one router for each unit."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from lamella.backbones import Stack, find_place, locate_stacks
-from lamella.errors import CannotMergeError, LamellaError
-from lamella.routing.context import find_tracker, untrack_calls
-from lamella.tuners.loading import check_tensors
+from lamella.routing.context import find_tracker
+from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.balancing import BalanceCollector
 from lamella.tuners.mole.block_forms import BlockUnit, hidden_width, mix_at_block, remove_mixtures
 from lamella.tuners.mole.config import MoleConfig
@@ -26,10 +22,8 @@ from lamella.tuners.mole.units import UnitPlan, refuse_flatten_on_decoder
 from lamella.tuners.summary import Summary
 from lamella.tuners.tracking import track
 
-logger = logging.getLogger(__name__)
 
-
-class MoleModel(BaseTuner):
+class MoleModel(RoutedModel):
     """Puts K frozen LoRAs on the modules that they adapt, and routers beside them.
 
     Built by ``lamella.compose``, ``get_peft_model(model, MoleConfig(adapters=...))``, ``PeftModel.from_pretrained`` or
@@ -38,7 +32,10 @@ class MoleModel(BaseTuner):
 
     prefix: str = "lamella_mole_"
     tuner_layer_cls = MoleLinear
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    method = "MOLE"
+    cannot_merge = CANNOT_MERGE
+    instead_of_adapter_names = "To weigh the LoRAs differently per row, use lamella.fixed_weights(model, [{...}, ...])."
+    loaded_strictly = (prefix,)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Reads the LoRAs and checks the whole request before the first module is touched, then injects."""
@@ -58,17 +55,7 @@ class MoleModel(BaseTuner):
         for unit in set(self._units.values()):
             if isinstance(unit, BlockUnit):
                 mix_at_block(model.get_submodule(unit.name), unit)
-        self.summaries[adapter_name] = self._summarise(model, adapter_name)
-        logger.info("%s", self.summaries[adapter_name])  # add_adapter leaves no tuner behind to ask
-
-    @property
-    def summaries(self) -> dict[str, Summary]:
-        """What each injection did, by adapter name."""
-        return self.__dict__.setdefault("_summaries", {})
-
-    def summary(self, adapter_name: str | None = None) -> Summary:
-        """What the injection of an adapter did; of the first active one when no name is given."""
-        return self.summaries[adapter_name or self.active_adapters[0]]
+        self.keep_summary(self._summarise(model, adapter_name))
 
     def _prepare_adapter_config(self, peft_config: MoleConfig, model_config: dict[str, Any]) -> MoleConfig:
         return peft_config  # there are no target_modules to fill in
@@ -134,33 +121,13 @@ class MoleModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         remove_mixtures(model)
-        untrack_calls(model)
         return model
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT asks here whether rows of a batch may use different adapters; unanswered, it drops the wish."""
-        if kwargs.get("adapter_names") is not None:
-            raise LamellaError(
-                "MOLE cannot use a different adapter per row of a batch (adapter_names). To weigh the LoRAs differently"
-                " per row, use lamella.fixed_weights(model, [{...}, ...])."
-            )
-        yield
-
-    def _check_merge_allowed(self) -> None:
-        raise CannotMergeError(CANNOT_MERGE)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MoleConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            check_tensors(model, cls.prefix, adapter_name, tensors)
-        except LamellaError:
-            if isinstance(model, PeftModel) and len(model.peft_config) > 1:
-                model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
-            raise
         # Loaded without copying, a tensor lies in memory as in the file, and one that is not aligned is multiplied in
         # another order: the same numbers would give other last digits.
         return {name: tensor.clone() if f".{cls.prefix}" in name else tensor for name, tensor in tensors.items()}

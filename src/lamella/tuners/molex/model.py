@@ -1,32 +1,26 @@
 """MoLEx as a PEFT tuner: wraps whole blocks, with LoRA inside them, and shares routers between them."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lamella.backbones import Place, Stack, locate_stacks
-from lamella.errors import CannotMergeError, LamellaError
-from lamella.routing.context import untrack_calls
-from lamella.tuners.loading import check_tensors
+from lamella.errors import LamellaError
+from lamella.tuners.model import RoutedModel
 from lamella.tuners.molex.block import CANNOT_MERGE, MolexBlock
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.inner_lora import find_targets, inject_lora
 from lamella.tuners.molex.plan import make_plans
 from lamella.tuners.molex.summarising import summarise
-from lamella.tuners.summary import Summary
 from lamella.tuners.tracking import track
 
-logger = logging.getLogger(__name__)
 
-
-class MolexModel(BaseTuner):
+class MolexModel(RoutedModel):
     """Wraps the blocks of a model so that each can mix in another, and puts LoRA inside them.
 
     Built by ``get_peft_model(model, MolexConfig(...))``, ``PeftModel.from_pretrained`` or transformers'
@@ -35,7 +29,9 @@ class MolexModel(BaseTuner):
 
     prefix: str = "lamella_molex_"
     tuner_layer_cls = BaseTunerLayer  # the blocks, and the LoRA layers inside them: all belong to this tuner
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    method = "MoLEx"
+    cannot_merge = CANNOT_MERGE
+    loaded_strictly = (prefix, "lora_")
 
     def inject_adapter(
         self,
@@ -62,17 +58,7 @@ class MolexModel(BaseTuner):
         # How the config's modules are matched is settled here; a file's names say no more.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         track(model)
-        self.summaries[adapter_name] = summarise(model, adapter_name, config, self._plans, inside, outside)
-        logger.info("%s", self.summaries[adapter_name])  # add_adapter leaves no tuner behind to ask
-
-    @property
-    def summaries(self) -> dict[str, Summary]:
-        """What each injection did, by adapter name."""
-        return self.__dict__.setdefault("_summaries", {})
-
-    def summary(self, adapter_name: str | None = None) -> Summary:
-        """What the injection of an adapter did; of the first active one when no name is given."""
-        return self.summaries[adapter_name or self.active_adapters[0]]
+        self.keep_summary(summarise(model, adapter_name, config, self._plans, inside, outside))
 
     @torch.no_grad()
     def alphas(self, adapter_name: str | None = None) -> dict[str, float]:
@@ -160,35 +146,8 @@ class MolexModel(BaseTuner):
             self._check_merge_allowed()
         for parent, name, block in _wrapped(self.model):
             setattr(parent, name, block.base_layer)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        untrack_calls(model)
-        return model
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT asks here whether rows of a batch may use different adapters; unanswered, it drops the wish."""
-        if kwargs.get("adapter_names") is not None:
-            raise LamellaError(
-                "MoLEx cannot use a different adapter per row of a batch (adapter_names); call the model once for each."
-            )
-        yield
-
-    def _check_merge_allowed(self) -> None:
-        raise CannotMergeError(CANNOT_MERGE)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: MolexConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            for prefix in (cls.prefix, "lora_"):
-                check_tensors(model, prefix, adapter_name, tensors)
-        except LamellaError:
-            if isinstance(model, PeftModel) and len(model.peft_config) > 1:
-                model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
-            raise
-        return tensors
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return unloaded
 
 
 def _wrapped(model: nn.Module) -> list[tuple[nn.Module, str, MolexBlock]]:

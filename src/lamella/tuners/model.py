@@ -1,0 +1,76 @@
+"""What all of lamella's methods share as PEFT tuners: summaries, strict loading, and what a routed model refuses."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from lamella.errors import CannotMergeError, LamellaError
+from lamella.routing.context import untrack_calls
+from lamella.tuners.loading import check_tensors
+from lamella.tuners.summary import Summary
+
+logger = logging.getLogger(__name__)
+
+
+class RoutedModel(BaseTuner):
+    """A tuner whose layers decide by their input, so that none can be merged and every tensor must be there.
+
+    A method sets what it is called, why it cannot be merged, and what to do instead of an adapter per row.
+    """
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    method: ClassVar[str]
+    cannot_merge: ClassVar[str]
+    instead_of_adapter_names: ClassVar[str] = "Call the model once for each."
+    loaded_strictly: ClassVar[tuple[str, ...]]  # what the names of the tensors start with that must all be there
+
+    @property
+    def summaries(self) -> dict[str, Summary]:
+        """What each injection did, by adapter name."""
+        return self.__dict__.setdefault("_summaries", {})
+
+    def summary(self, adapter_name: str | None = None) -> Summary:
+        """What the injection of an adapter did; of the first active one when no name is given."""
+        return self.summaries[adapter_name or self.active_adapters[0]]
+
+    def keep_summary(self, summary: Summary) -> None:
+        """Keeps what an injection did, and logs it: ``add_adapter`` leaves no tuner behind to ask."""
+        self.summaries[summary.adapter] = summary
+        logger.info("%s", summary)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        untrack_calls(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here whether rows of a batch may use different adapters; unanswered, it drops the wish."""
+        if kwargs.get("adapter_names") is not None:
+            raise LamellaError(
+                f"{self.method} cannot use a different adapter per row of a batch (adapter_names). "
+                f"{self.instead_of_adapter_names}"
+            )
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        raise CannotMergeError(self.cannot_merge)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            for prefix in cls.loaded_strictly:
+                check_tensors(model, prefix, adapter_name, tensors)
+        except LamellaError:
+            if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+                model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
+            raise
+        return tensors
