@@ -4,6 +4,7 @@ Importing lamella registers its methods with PEFT, so that ``get_peft_model``, `
 transformers' ``load_adapter`` know them.
 """
 
+from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.routing import prompt
 from lamella.tracing import Trace, record_routing
@@ -31,6 +32,7 @@ __all__ = [
     "Diagnosis",
     "Finding",
     "LamellaError",
+    "MoELayer",
     "MolaConfig",
     "MoleConfig",
     "MolexConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "fixed_weights",
     "load_pipeline",
     "masked_experts",
+    "moe_layers",
     "param_groups",
     "preflight",
     "prompt",

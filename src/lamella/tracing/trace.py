@@ -1,7 +1,10 @@
-"""Recording of routing decisions: all k choices, real tokens only, once under checkpointing, right with a cache."""
+"""Recording of routing decisions: all k choices, real tokens only, once under checkpointing, right with a cache.
+
+Routers of lamella's adapters are recorded, and those that a mixture-of-experts model came with.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lamella.backbones.moe import FAMILIES, Dispatch, explain_unknown, find_moe_layers, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.routing import Routing
 from lamella.routing.context import RoutedCall, current_frame, find_tracker
@@ -18,7 +22,11 @@ from lamella.writing import whole
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("adapter", "stack", "layer", "module", "expert", "num_experts", "share", "mean_weight", "entropy", "tokens")
+NATIVE = "native"  # the adapter's name of routers that belong to no adapter
+COLUMNS = (
+    "adapter", "stack", "layer", "module", "expert", "num_experts", "share", "mean_weight", "entropy", "tokens",
+    "dropped",
+)  # fmt: skip
 TOKEN_COLUMNS = (
     "adapter", "stack", "layer", "module", "call", "sequence", "position", "rank", "expert", "weight",
 )  # fmt: skip
@@ -29,10 +37,11 @@ Key = tuple[str, str, int, str]  # adapter, stack, layer, module
 @dataclass
 class _Router:
     """Running sums of one router: selections and weights per expert ``(E,)``, tokens that chose both of a pair of
-    experts ``(E, E)``, entropy and tokens.
+    experts ``(E, E)``, entropy and tokens; and apart from them, per expert, selections it had no room for ``(E,)``.
     """
 
     counts: Tensor
+    dropped: Tensor
     weights: Tensor
     together: Tensor
     entropy: Tensor
@@ -42,15 +51,17 @@ class _Router:
     def empty(cls, num_experts: int, device: torch.device) -> "_Router":
         sums = torch.zeros(num_experts, dtype=torch.float64, device=device)
         pairs = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
-        return cls(sums.long(), sums, pairs, sums.sum(), sums.sum().long())
+        return cls(sums.long(), sums.long(), sums, pairs, sums.sum(), sums.sum().long())
 
     def add(self, routing: Routing, mask: Tensor | None) -> None:
         indices, weights, probs = routing.indices, routing.weights.detach(), routing.probs.detach()
+        kept = _kept(routing)
         if mask is not None:
-            indices, weights, probs = indices[mask], weights[mask], probs[mask]
-        self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
-        self.weights = self.weights.index_add(0, indices.flatten(), weights.flatten().double())
-        chosen = torch.zeros_like(probs).scatter_(1, indices, 1.0)  # (N, E)
+            indices, weights, probs, kept = indices[mask], weights[mask], probs[mask], kept[mask]
+        self.counts = self.counts + torch.bincount(indices[kept], minlength=len(self.counts))
+        self.dropped = self.dropped + torch.bincount(indices[~kept], minlength=len(self.counts))
+        self.weights = self.weights.index_add(0, indices[kept], weights[kept].double())
+        chosen = torch.zeros_like(probs).scatter_(1, indices, kept.to(probs.dtype))  # (N, E)
         self.together = self.together + (chosen.T @ chosen).double()
         self.entropy = self.entropy + torch.special.entr(probs).sum().double()
         self.tokens = self.tokens + len(indices)
@@ -66,13 +77,13 @@ class Trace:
     def __init__(self, per_token: bool = False) -> None:
         self._routers: dict[Key, _Router] = {}
         self._per_token = per_token
-        self._choices: list[tuple[Key, int, Tensor, Tensor, Tensor]] = []
+        self._choices: list[tuple[Key, int, Tensor, Tensor, Tensor, Tensor]] = []
         self._calls: list[RoutedCall] = []
 
     def observe(self, layer: Any, adapter: str, routing: Routing, mask: Tensor | None, shape: torch.Size) -> None:
         """Takes in one router's decision for tokens of that shape, ``(batch, tokens)``, or for sequences ``(batch,)``.
 
-        Called by the layers.
+        Called by the layers; ``layer.place`` says where they are.
         """
         key = (adapter, layer.place.stack, layer.place.layer, layer.place.module)
         if key not in self._routers:
@@ -82,6 +93,10 @@ class Trace:
         if self._per_token:
             self._keep(key, routing, mask, shape)
 
+    def observe_native(self, dispatch: Dispatch) -> None:
+        """Takes in one decision of a router that the model came with."""
+        self.observe(dispatch.layer, NATIVE, dispatch.routing, dispatch.real, torch.Size(dispatch.shape))
+
     def _keep(self, key: Key, routing: Routing, mask: Tensor | None, shape: torch.Size) -> None:
         frame = current_frame()
         assert frame is not None  # observers are told inside a forward
@@ -89,13 +104,20 @@ class Trace:
             self._calls.append(frame.call)
         at = _places(shape, routing.granularity)  # (N, 2)
         real = torch.ones(len(at), dtype=torch.bool) if mask is None else mask.cpu()
-        indices, weights = routing.indices.cpu()[real], routing.weights.detach().float().cpu()[real]
-        self._choices.append((key, self._calls.index(frame.call), at[real], indices, weights))
+        kept = _kept(routing).cpu()[real]  # (N, k)
+        rows, ranks = torch.where(kept)
+        indices, weights = routing.indices.cpu()[real][kept], routing.weights.detach().float().cpu()[real][kept]
+        self._choices.append((key, self._calls.index(frame.call), at[real][rows], ranks, indices, weights))
 
     @property
     def counts(self) -> dict[Key, Tensor]:
-        """Selections per expert, ``(E,)``, by (adapter, stack, layer, module)."""
+        """Selections per expert, ``(E,)``, by (adapter, stack, layer, module); none that it had no room for."""
         return {key: router.counts.cpu() for key, router in self._routers.items()}
+
+    @property
+    def dropped(self) -> dict[Key, Tensor]:
+        """Selections that the expert had no room for, per expert, ``(E,)``; the token got nothing from it."""
+        return {key: router.dropped.cpu() for key, router in self._routers.items()}
 
     @property
     def entropy(self) -> dict[Key, float]:
@@ -107,9 +129,11 @@ class Trace:
         """A row per router and expert.
 
         ``share`` is the fraction of the router's selections that fell on the expert (sums to 1 over experts),
-        ``mean_weight`` the mean over all real tokens of the weight the expert got (zero where not chosen; sums to 1),
-        ``entropy`` the router's mean entropy in nats, ``tokens`` the decisions it took: one per real token, or one per
-        sequence or batch where that is what a decision is for.
+        ``mean_weight`` the mean over all real tokens of the weight the expert got (zero where not chosen; sums to 1
+        where the router normalises its weights), ``entropy`` the router's mean entropy in nats, ``tokens`` the
+        decisions it took: one per real token, or one per sequence or batch where that is what a decision is for,
+        ``dropped`` the selections the expert had no room for, which count nowhere else. ``adapter`` is "native" for
+        a router that the model came with.
         """
         import pandas as pd
 
@@ -119,8 +143,9 @@ class Trace:
             share = (router.counts / router.counts.sum().clamp_min(1)).tolist()
             mean_weight = (router.weights / max(tokens, 1)).tolist()
             entropy = float(router.entropy) / max(tokens, 1)
-            for expert, (part, weight) in enumerate(zip(share, mean_weight, strict=True)):
-                rows.append((adapter, stack, layer, module, expert, len(share), part, weight, entropy, tokens))
+            per_expert = zip(share, mean_weight, router.dropped.tolist(), strict=True)
+            for expert, (part, weight, dropped) in enumerate(per_expert):
+                rows.append((adapter, stack, layer, module, expert, len(share), part, weight, entropy, tokens, dropped))
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     @property
@@ -160,7 +185,7 @@ class Trace:
 
         ``call`` counts the forwards recorded, ``sequence`` and ``position`` say where the token lies in that forward's
         input (with a cache, a forward's input is only the new tokens). A decision for a whole sequence has position -1,
-        one for a whole batch sequence -1 too.
+        one for a whole batch sequence -1 too. A choice that was dropped has no row.
 
         Raises:
             LamellaError: it was not asked for.
@@ -170,19 +195,18 @@ class Trace:
         if not self._per_token:
             raise LamellaError("Tokens were not kept; record with record_routing(model, per_token=True).")
         parts = []
-        for (adapter, stack, layer, module), call, at, indices, weights in self._choices:
-            top_k = indices.shape[1]
+        for (adapter, stack, layer, module), call, at, ranks, indices, weights in self._choices:
             columns = {
                 "adapter": adapter,
                 "stack": stack,
                 "layer": layer,
                 "module": module,
                 "call": call,
-                "sequence": at[:, 0].repeat_interleave(top_k).numpy(),
-                "position": at[:, 1].repeat_interleave(top_k).numpy(),
-                "rank": torch.arange(top_k).repeat(len(at)).numpy(),
-                "expert": indices.flatten().numpy(),
-                "weight": weights.flatten().numpy(),
+                "sequence": at[:, 0].numpy(),
+                "position": at[:, 1].numpy(),
+                "rank": ranks.numpy(),
+                "expert": indices.numpy(),
+                "weight": weights.numpy(),
             }
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(TOKEN_COLUMNS))
@@ -203,26 +227,43 @@ def _places(shape: torch.Size, granularity: str) -> Tensor:
     return places if len(shape) == 2 else torch.stack([torch.zeros_like(places[:, 0]), places[:, 0]], dim=1)
 
 
+def _kept(routing: Routing) -> Tensor:
+    """Which choices were carried out, ``(N, k)``."""
+    kept: Tensor | None = getattr(routing, "kept", None)
+    return torch.ones_like(routing.indices, dtype=torch.bool) if kept is None else kept
+
+
 @contextmanager
 def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]:
     """Records what the routers of a model do inside the context; outside it, recording costs nothing.
 
+    In a mixture-of-experts model with a lamella adapter both are recorded, told apart by the column ``adapter``. In
+    ``generate`` a row that has ended runs on with the others, as real tokens to the model, and so it does here.
+
     Args:
-        model: a model with a lamella adapter.
+        model: a model with a lamella adapter, or a mixture of experts of a family that lamella knows.
         per_token: also keep every token's experts and weights, for ``Trace.tokens``; memory grows with the tokens.
 
     Raises:
-        LamellaError: the model has no lamella adapter.
+        LamellaError: the model has neither.
     """
     tracker = find_tracker(model)
-    if tracker is None:
-        raise LamellaError(
-            f"{type(model).__name__} has no lamella adapter, so there is no routing to record; apply one with "
-            "get_peft_model(model, MolaConfig(...)) or MolexConfig(...), or compose LoRAs with lamella.compose, first."
-        )
+    native = find_moe_layers(model, [family for family in FAMILIES if family.native])
+    if tracker is None and not native:
+        raise LamellaError(_nothing_to_record(model))
     trace = Trace(per_token)
-    tracker.observers.append(trace.observe)
-    try:
+    with ExitStack() as recording:
+        if tracker is not None:
+            tracker.observers.append(trace.observe)
+            recording.callback(tracker.observers.remove, trace.observe)
+        if native:
+            recording.enter_context(watch_dispatch(model, native, trace.observe_native))
         yield trace
-    finally:
-        tracker.observers.remove(trace.observe)
+
+
+def _nothing_to_record(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} has no lamella adapter, so there is no routing to record; apply one with "
+        "get_peft_model(model, MolaConfig(...)) or MolexConfig(...), or compose LoRAs with lamella.compose, first. "
+        f"Nor has it experts of its own that lamella could watch: {explain_unknown(model)}"
+    )

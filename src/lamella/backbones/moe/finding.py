@@ -1,0 +1,62 @@
+"""The mixture-of-experts layers of a model."""
+
+from collections.abc import Iterable
+
+from peft import PeftModel
+from torch import nn
+
+from lamella.backbones.blocks import find_place, locate_stacks
+from lamella.backbones.moe.family import FAMILIES, MoEFamily
+from lamella.backbones.moe.layer import MoELayer
+from lamella.backbones.moe.unknown import explain_unknown
+from lamella.errors import LamellaError
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The mixture-of-experts layers of a model, in the order of its blocks, an encoder's before a decoder's.
+
+    Layers of an adapter whose experts are routed are among them. The model may be on the meta device.
+
+    Raises:
+        LamellaError: the model has none, or none that lamella knows.
+    """
+    layers = find_moe_layers(model)
+    if not layers:
+        raise LamellaError(explain_unknown(model))
+    return layers
+
+
+def find_moe_layers(model: nn.Module, families: Iterable[MoEFamily] = FAMILIES) -> list[MoELayer]:
+    """The same, of these families, and an empty list where there are none.
+
+    Raises:
+        LamellaError: a layer lies outside every stack of blocks.
+    """
+    known = {name: family for family in families for name in family.sparse}
+    inside, base = _without_peft(model)
+    candidates = [(name, module) for name, module in base.named_modules() if type(module).__name__ in known]
+    found = [
+        (name, module, family)
+        for name, module in candidates
+        if (family := known[type(module).__name__].of(module)) is not None
+    ]
+    if not found:
+        return []
+    stacks = locate_stacks(base)
+    first = {stack.name: sum(before.depth for before in stacks[:at]) for at, stack in enumerate(stacks)}
+    layers = []
+    for name, module, family in found:
+        place = find_place(name, stacks)
+        if place is None:
+            raise LamellaError(f"{name} lies outside every stack of blocks of {type(base).__name__}.")
+        block = base.get_submodule(f"{place.stack}.{place.layer}" if place.stack else str(place.layer))
+        layers.append(MoELayer(first[place.stack] + place.layer, inside + name, family, module, block, place))
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _without_peft(model: nn.Module) -> tuple[str, nn.Module]:
+    """The model that an adapter was put on, so that places have the same names with and without one; and the way in."""
+    if not isinstance(model, PeftModel):
+        return "", model
+    base: nn.Module = model.get_base_model()
+    return next(f"{name}." for name, module in model.named_modules() if module is base), base
