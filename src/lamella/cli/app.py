@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from lamella.cli.allocate import allocate
 from lamella.cli.bench import bench
+from lamella.cli.build import build
 from lamella.cli.compare import compare
 from lamella.cli.compose import compose
 from lamella.cli.demo import demo
@@ -19,6 +20,7 @@ from lamella.cli.evaluate import evaluate
 from lamella.cli.evidence import evidence
 from lamella.cli.export import export
 from lamella.cli.output import console
+from lamella.cli.similarity import similarity
 from lamella.cli.trace import trace
 from lamella.cli.train import train
 from lamella.errors import LamellaError
@@ -31,8 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compose, compare, doctor, evaluate, evidence, trace, export, allocate):
+for command in (demo, train, compose, compare, doctor, evaluate, evidence, trace, export, allocate, build):
     app.command()(command)
+app.add_typer(similarity, name="similarity")
 app.add_typer(bench, name="bench")
 
 

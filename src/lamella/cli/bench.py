@@ -95,6 +95,30 @@ def mole(
 
 
 @bench.command()
+def similarity(
+    rounds: _Rounds = 5,
+    threads: _Threads = 1,
+    samples: Annotated[int, typer.Option(min=2, help="Of each expert.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Of an aligner; the published code takes 10.")] = 10,
+    width: Annotated[int, typer.Option(min=8, help="Features of the model of the whole flow.")] = 128,
+    layers: Annotated[int, typer.Option(min=2, help="Its layers.")] = 24,
+    batches: Annotated[int, typer.Option(min=1, help="Of 8 x 128 tokens: the text of the whole flow.")] = 6,
+    device: _Device = "cpu",
+    output: _Output = None,
+    json: _Json = False,
+) -> None:
+    """Aligners for many pairs of experts at once, and the flow from text to losses, beside the published way.
+
+    Example: lamella bench similarity --rounds 5 --threads 1 -o bench-similarity.json
+    """
+    from lamella.bench import SimilaritySettings, bench_similarity
+
+    given = {"rounds": rounds, "threads": threads, "samples": samples, "steps": steps, "device": device}
+    settings = SimilaritySettings.parse({**given, "width": width, "layers": layers, "batches": batches})
+    _finish(bench_similarity(settings, starting=console.print), output, json)
+
+
+@bench.command()
 def forms(
     rounds: _Rounds = 7,
     threads: _Threads = 1,

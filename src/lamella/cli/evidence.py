@@ -27,6 +27,7 @@ def evidence(
     from lamella.errors import LamellaError
     from lamella.training.evidence_page import evidence_page
     from lamella.training.kept_studies import keep_study, kept_studies
+    from lamella.training.similarity_evidence import is_similarity, keep_similarity, kept_similarity
     from lamella.writing import write_whole
 
     if not docs.is_dir():
@@ -34,10 +35,12 @@ def evidence(
     if check and add:
         raise LamellaError("--check writes nothing and --add does. Give one of them.")
     kept, path = docs / "results" / "studies", docs / "evidence.md"
+    of_experts = docs / "results" / "similarity"
     for folder in add or []:
-        console.print(f"Kept: {keep_study(folder, kept)}", highlight=False)
+        name = keep_similarity(folder, of_experts) if is_similarity(folder) else keep_study(folder, kept)
+        console.print(f"Kept: {name}", highlight=False)
     studies = kept_studies(kept)
-    page = evidence_page(studies)
+    page = evidence_page(studies, kept_similarity(of_experts))
     same = path.is_file() and path.read_text(encoding="utf-8") == page
     if not check:
         write_whole(path, page)

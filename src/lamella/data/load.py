@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 
 from lamella.data.columns import Table, read_columns
 from lamella.data.demo import DEMO_TASKS, load_demo
@@ -27,8 +28,9 @@ def load_task(name: str, *, seed: int = 0) -> Task:
             variable `LAMELLA_DATA` names or from the hub), `blitzer/books`, `bbh/TASK`, `file:PATH` (one file, or a
             folder with train, validation and test files), `hub:REPOSITORY[/CONFIG]`, or `mirror:FOLDER` for a folder of
             the mirror as it stands. `trec` always means the demo task; `mirror:trec` the mirror's copy. Made of these:
-            `NAME@800` has at most so many training rows, `mix:NAME+NAME` is their union, and `held:NAME` the
-            validation rows alone, as a small task to fit on what was trained on the others.
+            `NAME@800` has at most so many training rows, `NAME@800/50` also at most so many validation rows,
+            `mix:NAME+NAME` is their union, and `held:NAME` the validation rows alone, as a small task to fit on what
+            was trained on the others.
         seed: order of the training rows; running prose keeps its order. It never changes which rows are in a split.
 
     Raises:
@@ -38,9 +40,9 @@ def load_task(name: str, *, seed: int = 0) -> Task:
     stem = name.partition("/")[0]
     if colon and rest and scheme in ("mix", "held"):
         return _load_derived(name, scheme, rest, seed)
-    base, at, rows = name.rpartition("@")
-    if at and rows.isdigit():
-        return fewer(name, load_task(base, seed=seed), int(rows))
+    if counted := re.fullmatch(r"(.+)@(\d+)(?:/(\d+))?", name):
+        base, *rows = counted.groups()
+        return fewer(name, load_task(base, seed=seed), *(int(count) for count in rows if count))
     if name in DEMO_TASKS:
         return load_demo(name, seed)
     if stem in PUBLIC_TASKS:

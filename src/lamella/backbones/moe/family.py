@@ -75,7 +75,7 @@ class MoEFamily:
         experts: Any = self.experts(sparse)
         both = experts.gate_up_proj[index]  # (2*ff, h)
         ff = both.shape[0] // 2
-        return Expert(both[ff:], experts.down_proj[index], gated(experts.act_fn), both[:ff])
+        return Expert(both[ff:], experts.down_proj[index], Gated(experts.act_fn), both[:ff])
 
     def shared(self, sparse: nn.Module) -> Callable[[Tensor], Tensor] | None:
         """What every token gets beside its experts, ``(N, h) -> (N, h)``; None where there is nothing."""
@@ -140,14 +140,16 @@ def register(family: type[MoEFamily]) -> type[MoEFamily]:
     return family
 
 
-def gated(activation: Callable[[Tensor], Tensor]) -> Activation:
+@dataclass(frozen=True)
+class Gated:
     """``activation(gate) * up``, the gated linear unit that most families use."""
 
-    def hidden(gate: Tensor | None, up: Tensor) -> Tensor:
-        assert gate is not None
-        return activation(gate) * up
+    activation: Callable[[Tensor], Tensor]
 
-    return hidden
+    def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """The hidden units ``(N, ff)``."""
+        assert gate is not None
+        return self.activation(gate) * up
 
 
 def ungated(activation: Callable[[Tensor], Tensor]) -> Activation:

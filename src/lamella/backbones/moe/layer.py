@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import overload
+from typing import Protocol, overload, runtime_checkable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from lamella.backbones.blocks import Place
 from lamella.backbones.moe.expert import Expert
 from lamella.backbones.moe.family import Callables, MoEFamily, NativeRouting
 from lamella.errors import LamellaError
+
+
+@runtime_checkable
+class HoldsExperts(Protocol):
+    """A module in the place of a family's own experts that knows how to give them out."""
+
+    def expert(self, index: int) -> Expert:
+        """What does the work of one of the E experts."""
 
 
 class Experts(Sequence[Expert]):
@@ -45,6 +53,9 @@ class Experts(Sequence[Expert]):
                 f"The experts of this {type(self._sparse).__name__} are wrapped by a PEFT adapter, so their parameters "
                 "are not all they compute with. Merge the adapter first (merge_and_unload), or keep it off the experts."
             )
+        held = self._family.experts(self._sparse)
+        if isinstance(held, HoldsExperts):
+            return held.expert(index % len(self))
         return self._family.expert(self._sparse, index % len(self))
 
 

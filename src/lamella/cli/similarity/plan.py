@@ -1,0 +1,46 @@
+"""`lamella similarity plan`: what a study would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamella.cli.output import print_json
+from lamella.cli.similarity.subject import Json
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A model's name, path or config.json; weights are not read.")],
+    per_expert: Annotated[int, typer.Option(min=2, help="Samples of each expert.")] = 512,
+    aligner: Annotated[str, typer.Option(help="layernorm, linear, low-rank or identity.")] = "layernorm",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of an aligner, at most.")] = 200,
+    per_source: Annotated[
+        int | None, typer.Option(min=1, help="Stand-ins of each expert that the screen lets through; all if absent.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the samples: float32 or bfloat16.")] = "float32",
+    skew: Annotated[float, typer.Option(min=1, help="How much more often than the rarest the mean is chosen.")] = 4.0,
+    flops: Annotated[float | None, typer.Option(help="FLOP/s of your machines; measured here if absent.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file of the plan.")] = None,
+    json: Json = False,
+) -> None:
+    """Print tokens, FLOPs, memory and hours of a study before starting it.
+
+    Example: lamella similarity plan Qwen/Qwen1.5-MoE-A2.7B --dtype bfloat16 --per-source 16
+    """
+    from dataclasses import asdict
+
+    from lamella.data.models import located
+    from lamella.similarity import plan as planned
+
+    found = planned(
+        located(model), per_expert, aligner=aligner, steps=steps, per_source=per_source, dtype=dtype, skew=skew,
+        flops_per_second=flops,
+    )  # fmt: skip
+    if output is not None:
+        found.write(output)
+    if json:
+        print_json(asdict(found))
+    else:
+        typer.echo(str(found))

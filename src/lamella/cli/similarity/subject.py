@@ -1,0 +1,77 @@
+"""The model and the texts of a study, as its folder names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lamella.similarity.capture import Capture, TextBatches
+    from lamella.similarity.study import StudyFolder, Subject
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A study's folder with the model loaded.
+
+    Attributes:
+        folder: where each step keeps what it found.
+        subject: of what the study is.
+        model: in evaluation mode.
+        tokenizer: of the model.
+    """
+
+    folder: StudyFolder
+    subject: Subject
+    model: Any
+    tokenizer: Any
+
+    @property
+    def capture(self) -> Capture:
+        """The capture, checked to be of this model."""
+        from lamella.similarity.capture import Capture
+
+        found = Capture.load(self.folder.capture)
+        found.check(self.model, self.tokenizer)
+        return found
+
+    def texts(self, text: str | None, split: str, documents: int | None) -> TextBatches:
+        """A text as token batches, cut as the captured one was; that text itself where none is named."""
+        from lamella.similarity.capture import text_batches
+
+        return text_batches(
+            _source(text or self.subject.text), self.tokenizer, split, self.subject.max_length,
+            self.subject.batch_size, documents, encoder_decoder=self.model.config.is_encoder_decoder,
+        )  # fmt: skip
+
+
+def open_study(path: Path) -> Opened:
+    """The study in a folder, and its model.
+
+    Raises:
+        LamellaError: no study lies there, or its model is gone.
+    """
+    from lamella.similarity.study import StudyFolder
+
+    folder = StudyFolder(path)
+    return open_subject(folder, folder.subject())
+
+
+def open_subject(folder: StudyFolder, subject: Subject) -> Opened:
+    """A folder with the model of a subject loaded."""
+    from lamella.data import load_backbone
+
+    backbone = load_backbone(subject.model, dtype=subject.dtype)
+    return Opened(folder, subject, backbone.model.eval(), backbone.tokenizer)
+
+
+def _source(text: str) -> Any:
+    from pathlib import Path
+
+    return Path(text) if Path(text).is_file() else text

@@ -1,0 +1,90 @@
+"""What a study of expert similarity found, in a few sentences with their numbers."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from lamella.reporting.similarity.matrices import pair_means
+
+
+def verdict(
+    alignment: pd.DataFrame | None,
+    distance: Mapping[str, Mapping[str, float]] | None,
+    swap: pd.DataFrame | None,
+    compression: pd.DataFrame | None,
+) -> list[str]:
+    """A sentence or two for each step that was run."""
+    sentences = []
+    if alignment is not None and len(alignment):
+        sentences += _of_alignment(alignment)
+    if swap is not None and len(swap):
+        sentences.append(_of_swaps(swap, distance))
+    if compression is not None and len(compression):
+        sentences.append(_of_compression(compression))
+    return sentences or ["Nothing was measured yet."]
+
+
+def _of_alignment(alignment: pd.DataFrame) -> list[str]:
+    pairs = pair_means(alignment)
+    others = pairs[pairs["kind"] == "pair"]
+    if others.empty:
+        return ["No pair of two different experts was aligned."]
+    best = others.loc[others.groupby(["source_layer", "source_expert"])["nmse"].idxmin()]
+    top = best.loc[best["nmse"].idxmin()]
+    within = (best["source_layer"] == best["target_layer"]).mean()
+    found = (
+        f"Of {len(best)} experts, the best stand-in behind an aligner leaves a median {best['nmse'].median():.0%} of "
+        f"the output variance unexplained on held-out tokens; {within:.0%} of the best stand-ins lie in the same "
+        f"layer. The closest pair is {_name(top)} ({top['nmse']:.0%})."
+    )
+    return [found, _of_variance(alignment)]
+
+
+def _of_variance(alignment: pd.DataFrame) -> str:
+    rows = alignment[alignment["kind"] == "pair"]
+    raw = rows["mse"].rank().corr(rows["source_variance"].rank())
+    normalised = rows["nmse"].rank().corr(rows["source_variance"].rank())
+    known = "" if np.isnan(normalised) else f"; the normalised error by {normalised:.2f}"
+    return (
+        f"Raw error follows the variance of the expert that is replaced (rank correlation {raw:.2f}{known}), so "
+        "matrices show the unexplained share."
+    )
+
+
+def _of_swaps(swap: pd.DataFrame, distance: Mapping[str, Mapping[str, float]] | None) -> str:
+    real = swap[swap["distance"] > 0]
+    if real.empty:
+        return f"{len(swap)} swaps were tried, none between two layers."
+    worst = real.loc[real["effect"].abs().idxmax()]
+    sentences = [
+        f"{len(real)} swaps between layers were tried; the largest effect is {worst['metric']} {worst['effect']:+.3f} "
+        f"[{worst['low']:+.3f}, {worst['high']:+.3f}] ({worst['unit']} of layers {worst['first_layer']} and "
+        f"{worst['second_layer']})."
+    ]
+    for name, found in (distance or {}).items():
+        low, high = found["low"], found["high"]
+        changes = "grows" if low > 0 else "shrinks" if high < 0 else "does not change beyond chance"
+        sentences.append(
+            f"The effect of {name} {changes} with the distance of the layers: {found['slope']:+.4f} per layer "
+            f"[{low:+.4f}, {high:+.4f}]."
+        )
+    return " ".join(sentences)
+
+
+def _of_compression(compression: pd.DataFrame) -> str:
+    rows = compression[compression["budget"] < 1]
+    if rows.empty:
+        return "Nothing was compressed."
+    budget = rows["budget"].max()
+    here = rows[(rows["budget"] == budget) & (rows["domain"] == rows["domain"].iloc[0])]
+    means = here.groupby("method")["ratio"].mean().sort_values()
+    listed = ", ".join(f"{method} {ratio:.3f}" for method, ratio in means.items())
+    return f"Keeping {budget:.0%} of the experts' parameters multiplies perplexity by: {listed}."
+
+
+def _name(pair: pd.Series) -> str:
+    return (
+        f"expert {int(pair['source_expert'])} of layer {int(pair['source_layer'])} by expert "
+        f"{int(pair['target_expert'])} of layer {int(pair['target_layer'])}"
+    )

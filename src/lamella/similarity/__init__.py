@@ -1,0 +1,48 @@
+"""Which experts of a mixture, in which layers, can stand in for which, what a swap costs, and what can be merged.
+
+Each step reads what the one before it left on disk: `capture`, then `screen`, `align`, `swap`, `compress`.
+"""
+
+from lamella.similarity.align import align, beyond_controls, fit_aligners, seed_ceiling
+from lamella.similarity.capture import Capture, capture, text_batches
+from lamella.similarity.compress import (
+    Compressed,
+    compress,
+    compression_curve,
+    find_routes,
+    largest_compression,
+    reroute,
+    rerouting_table,
+)
+from lamella.similarity.distributions import distributions
+from lamella.similarity.screen import choose_pairs, screen
+from lamella.similarity.swap import distance_regression, expert_pairs, layer_pairs, swap, swap_effects
+from lamella.similarity.sweep import Plan, plan, sweep
+
+__all__ = [
+    "Capture",
+    "Compressed",
+    "Plan",
+    "align",
+    "beyond_controls",
+    "capture",
+    "choose_pairs",
+    "compress",
+    "compression_curve",
+    "distance_regression",
+    "distributions",
+    "expert_pairs",
+    "find_routes",
+    "fit_aligners",
+    "largest_compression",
+    "layer_pairs",
+    "plan",
+    "reroute",
+    "rerouting_table",
+    "screen",
+    "seed_ceiling",
+    "swap",
+    "swap_effects",
+    "sweep",
+    "text_batches",
+]

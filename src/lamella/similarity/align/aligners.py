@@ -1,0 +1,198 @@
+"""Aligners: what stands before an expert so that it can do another expert's work."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from lamella.errors import LamellaError
+
+Kind = Literal["layernorm", "linear", "low-rank", "identity"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+EPSILON = 1e-5  # of the layer norm; torch's and the published value
+
+
+class Aligner(nn.Module):
+    """``A(x)``, ``(..., h) -> (..., h)``; what an expert is given in another expert's place.
+
+    Attributes:
+        hidden_size: h.
+        bias: ``(h,)``.
+    """
+
+    kind: ClassVar[Kind]
+    hidden_size: int
+    bias: Tensor
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        for name, shape in self.shapes(hidden_size, rank).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.fill(dict(self.named_parameters()))
+
+    @classmethod
+    def shapes(cls, hidden_size: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters, by name."""
+        return {}
+
+    @classmethod
+    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
+        """Writes the start of training into parameters of these names and shapes."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """M ``(h, h)`` where ``A(x) = M x + bias``.
+
+        Raises:
+            LamellaError: the aligner is not linear.
+        """
+        raise LamellaError(
+            f"A {self.kind} aligner is no matrix and cannot be folded into an expert's weights; "
+            'train a "linear" or a "low-rank" one.'
+        )
+
+
+class LayerNormAligner(Aligner):
+    """``LayerNorm(W x + b)``, as published; it starts as ``nn.Linear`` and ``nn.LayerNorm`` do: W and b uniform within
+    1/sqrt(h), gain 1, shift 0.
+
+    Source: Alisetti & Kumar, MoE Align: Quantifying Expert Similarity Across Transformer Layers.
+    """
+
+    kind = "layernorm"
+    weight: Tensor
+    gain: Tensor
+    shift: Tensor
+
+    @classmethod
+    def shapes(cls, hidden_size: int, rank: int) -> dict[str, tuple[int, ...]]:
+        vector = (hidden_size,)
+        return {"weight": (hidden_size, hidden_size), "bias": vector, "gain": vector, "shift": vector}
+
+    @classmethod
+    @torch.no_grad()
+    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
+        bound = parameters["bias"].shape[0] ** -0.5
+        parameters["weight"].uniform_(-bound, bound, generator=generator)
+        parameters["bias"].uniform_(-bound, bound, generator=generator)
+        parameters["gain"].fill_(1.0)
+        parameters["shift"].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(linear(x, self.weight, self.bias), (self.hidden_size,), self.gain, self.shift, EPSILON)
+
+
+class LinearAligner(Aligner):
+    """``W x + b``; it starts as the identity, which `align` scales for each pair (see ``fitting.IDENTITY_SCALES``)."""
+
+    kind = "linear"
+    weight: Tensor
+
+    @classmethod
+    def shapes(cls, hidden_size: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (hidden_size, hidden_size), "bias": (hidden_size,)}
+
+    @classmethod
+    @torch.no_grad()
+    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
+        parameters["weight"].zero_().fill_diagonal_(1.0)
+        parameters["bias"].zero_()
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LowRankAligner(Aligner):
+    """``x + U V x + b``, U ``(h, r)``, V ``(r, h)``; it starts as the identity: U and b zero, V uniform within
+    1/sqrt(h), as a LoRA does.
+    """
+
+    kind = "low-rank"
+    up: Tensor
+    down: Tensor
+
+    @classmethod
+    def shapes(cls, hidden_size: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"up": (hidden_size, rank), "down": (rank, hidden_size), "bias": (hidden_size,)}
+
+    @classmethod
+    @torch.no_grad()
+    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
+        bound = parameters["bias"].shape[0] ** -0.5
+        parameters["down"].uniform_(-bound, bound, generator=generator)
+        parameters["up"].zero_()
+        parameters["bias"].zero_()
+
+    @property
+    def matrix(self) -> Tensor:
+        return torch.eye(self.hidden_size, device=self.up.device, dtype=self.up.dtype) + self.up @ self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + linear(linear(x, self.down), self.up, self.bias)
+
+
+class IdentityAligner(Aligner):
+    """``x``: the expert as it is; nothing is trained."""
+
+    kind = "identity"
+
+    @property
+    def matrix(self) -> Tensor:
+        return torch.eye(self.hidden_size)
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        """Zeros ``(h,)``."""
+        return torch.zeros(self.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+_CLASSES: dict[str, type[Aligner]] = {
+    one.kind: one for one in (LayerNormAligner, LinearAligner, LowRankAligner, IdentityAligner)
+}
+
+
+def aligner_class(kind: str) -> type[Aligner]:
+    """The class of a kind of aligner.
+
+    Raises:
+        LamellaError: there is no such kind.
+    """
+    if kind not in _CLASSES:
+        raise LamellaError(f"There is no aligner {kind!r}; there are {', '.join(KINDS)}.")
+    return _CLASSES[kind]
+
+
+def aligner_rank(hidden_size: int, rank: int | None = None) -> int:
+    """The rank of a low-rank aligner: an eighth of the hidden size unless given.
+
+    Raises:
+        LamellaError: it lies outside 1 to the hidden size.
+    """
+    chosen = max(1, hidden_size // 8) if rank is None else rank
+    if not 1 <= chosen <= hidden_size:
+        raise LamellaError(f"An aligner of {hidden_size} dimensions cannot have rank {rank}; use 1 to {hidden_size}.")
+    return chosen
+
+
+def make_aligner(kind: str, hidden_size: int, rank: int | None = None) -> Aligner:
+    """An aligner before training.
+
+    Args:
+        kind: "layernorm", "linear", "low-rank" or "identity".
+        hidden_size: h, the size of what experts are given.
+        rank: of a low-rank one; an eighth of the hidden size unless given.
+
+    Raises:
+        LamellaError: there is no such kind, or the rank cannot be.
+    """
+    return aligner_class(kind)(hidden_size, aligner_rank(hidden_size, rank))

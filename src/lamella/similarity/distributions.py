@@ -1,0 +1,77 @@
+"""How what experts are given and put out is distributed: norms per layer, and tokens in a principal plane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lamella.backbones.moe import moe_layers
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lamella.similarity.capture import Capture
+
+SIDES = ("input", "output")
+_BINS = 30
+_TOKENS_IN_PLANE = 8  # of each expert
+_POINTS = 1500  # of a picture
+
+
+def distributions(capture: Capture, model: nn.Module) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Histograms of norms and tokens in the plane of their two principal components, inputs and outputs apart.
+
+    Returns:
+        A row per layer, side and bin: ``layer, side, norm`` (middle of the bin), ``share``; and a row per token:
+        ``layer, expert, side, x, y``. The plane is of all layers together, so that they can be compared.
+    """
+    import pandas as pd
+
+    found: dict[str, dict[tuple[int, int], Tensor]] = {side: {} for side in SIDES}
+    experts = {layer.index: layer.experts for layer in moe_layers(model)}
+    for layer, expert in capture.experts:
+        given = capture.inputs(layer, expert)  # (n, h)
+        function = experts[layer][expert]
+        with torch.no_grad():
+            put_out = function(given.to(function.up)).float().cpu()  # (n, h)
+        found["input"][layer, expert], found["output"][layer, expert] = given, put_out
+    norms = [row for side in SIDES for row in _norms(side, found[side])]
+    places = [row for side in SIDES for row in _plane(side, found[side])]
+    return (
+        pd.DataFrame(norms, columns=["layer", "side", "norm", "share"]),
+        pd.DataFrame(places, columns=["layer", "expert", "side", "x", "y"]),
+    )
+
+
+def _norms(side: str, tokens: dict[tuple[int, int], Tensor]) -> Iterable[tuple[int, str, float, float]]:
+    layers = sorted({layer for layer, _ in tokens})
+    norms = {
+        layer: torch.cat([x.norm(dim=1) for (own, _), x in tokens.items() if own == layer]) for layer in layers
+    }  # each (n,)
+    every = torch.cat(list(norms.values()))
+    if not len(every):
+        return
+    edges = torch.linspace(0.0, float(every.quantile(0.995)) * 1.05 + 1e-9, _BINS + 1)
+    for layer, own in norms.items():
+        shares = torch.histogram(own.clamp(max=float(edges[-1])), edges).hist / len(own)  # (bins,)
+        middles = (edges[1:] + edges[:-1]) / 2
+        for middle, share in zip(middles.tolist(), shares.tolist(), strict=True):
+            yield layer, side, middle, share
+
+
+def _plane(side: str, tokens: dict[tuple[int, int], Tensor]) -> Iterable[tuple[int, int, str, float, float]]:
+    each = max(1, min(_TOKENS_IN_PLANE, _POINTS // max(1, len(tokens))))
+    chosen = {name: x[:each] for name, x in tokens.items() if len(x)}
+    if len(chosen) < 2:
+        return
+    stacked = torch.cat(list(chosen.values()))  # (N, h)
+    centred = stacked - stacked.mean(dim=0)
+    _, _, components = torch.linalg.svd(centred, full_matrices=False)  # (k, h), largest first
+    at = iter((centred @ components[:2].T).tolist())  # (N, 2)
+    for (layer, expert), x in chosen.items():
+        for _ in range(len(x)):
+            left, top = next(at)
+            yield layer, expert, side, left, top

@@ -1,0 +1,29 @@
+"""Experts, routers or whole blocks in each other's place, and what that costs."""
+
+from lamella.similarity.swap.distance import distance_regression
+from lamella.similarity.swap.effects import swap_effects
+from lamella.similarity.swap.pairs import RANDOM, Swap, control_swaps, expert_pairs, layer_pairs
+from lamella.similarity.swap.scores import Metric, TextScores, text_scores
+from lamella.similarity.swap.shift import routing_shift
+from lamella.similarity.swap.swapping import randomised, swap
+from lamella.similarity.swap.tables import swap_table
+from lamella.similarity.swap.units import Named, Unit
+
+__all__ = [
+    "RANDOM",
+    "Metric",
+    "Named",
+    "Swap",
+    "TextScores",
+    "Unit",
+    "control_swaps",
+    "distance_regression",
+    "expert_pairs",
+    "layer_pairs",
+    "randomised",
+    "routing_shift",
+    "swap",
+    "swap_effects",
+    "swap_table",
+    "text_scores",
+]

@@ -1,0 +1,76 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from lamella.errors import LamellaError
+from lamella.similarity.worth import NAMES, control_table, truth_auc, worth
+
+EXPERTS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+KINDS = {(0, 0): "news", (0, 1): "news", (0, 2): "law", (0, 3): "law", (1, 0): "news"}
+
+
+def alignment(nmse, seeds=(0, 1)):
+    rows = []
+    for seed in seeds:
+        for source in EXPERTS:
+            for target in [*EXPERTS, (-1, -1)]:
+                kind = "self" if source == target else "random-target" if target == (-1, -1) else "pair"
+                value = nmse(source, target) + 0.001 * seed
+                rows.append(dict(zip(NAMES, (*source, *target), strict=True)) | {
+                    "kind": kind, "aligner": "linear", "seed": seed, "nmse": value, "mse": value * (1 + source[1]),
+                    "source_variance": 1.0 + source[1], "identity_nmse": 1.5, "mean_nmse": 1.0,
+                    "samples_per_parameter": 2.0, "over_mean": value - 1, "over_identity": value - 1.5,
+                    "over_random": value - 0.9,
+                })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_kind(source, target):
+    if source == target:
+        return 0.0
+    if target == (-1, -1):
+        return 0.9
+    return 0.2 + 0.01 * target[1] if KINDS[source] == KINDS[target] else 0.6 + 0.01 * target[1]
+
+
+def test_controls_stand_apart_from_pairs():
+    table = control_table(alignment(by_kind)).set_index("control")
+    assert table.loc["itself", "median"] < 0.01
+    assert table.loc["a random expert", "median"] == pytest.approx(0.9005)
+    assert table.loc["all pairs", "rows"] == 2 * 20
+    assert table.loc["pairs in one layer", "rows"] == 2 * 12
+    assert table.loc["the mean", "median"] == 1.0
+
+
+def test_worth_counts_what_is_beyond_and_what_is_below_the_floor():
+    found = alignment(lambda s, t: 0.95 if t == (0, 3) and s != t else by_kind(s, t))
+    names = found.loc[(found["kind"] == "pair") & (found["seed"] == 0), NAMES].reset_index(drop=True)
+    screened = names.assign(floor=0.1, cka_distance=0.5, weight_distance=0.5)
+    screened.loc[0, "floor"] = 0.9
+    result = worth(found, screened)
+    assert result["beyond"] == pytest.approx(16 / 20)
+    assert result["below the floor"] == 2  # the first pair, both seeds
+    assert result["ceiling"] == pytest.approx(1.0)
+    assert "cka_distance" not in result  # it ranks nothing
+
+
+def test_the_auc_of_a_measure_that_knows_the_kinds_is_one_and_of_a_blind_one_a_half():
+    perfect = truth_auc(alignment(by_kind), KINDS)
+    assert (perfect["auc"], perfect["low"], perfect["high"]) == (1.0, 1.0, 1.0)
+    assert perfect["experts"] == 4  # the one alone in its layer has no stand-in there
+    blind = truth_auc(alignment(lambda s, t: 0.5), KINDS)
+    assert blind["auc"] == 0.5
+    assert truth_auc(alignment(lambda s, t: 1 - by_kind(s, t)), KINDS)["auc"] == 0.0
+
+
+def test_the_auc_is_the_chance_counted_by_hand():
+    values = {(0, 1): 0.3, (0, 2): 0.2, (0, 3): 0.3}  # stand-ins of expert (0, 0): own kind first
+    rng = np.random.default_rng(0)
+    found = alignment(lambda s, t: values.get(t, 0.0) if s == (0, 0) else rng.uniform(), seeds=(0,))
+    found = found[(found["source_layer"] == 0) & (found["source_expert"] == 0)]
+    assert truth_auc(found, KINDS)["auc"] == pytest.approx((0 + 0.5) / 2)
+
+
+def test_kinds_without_a_second_expert_are_refused():
+    with pytest.raises(LamellaError, match="own kind"):
+        truth_auc(alignment(by_kind), {name: str(name) for name in EXPERTS})
