@@ -11,7 +11,7 @@ def test_compare_runs_a_study_of_composition(lamella, recipe, tmp_path):  # noqa
 
     status, out, _ = lamella(*words, "--plan", "--json")
     assert status == 0
-    assert json.loads(out)["cells"] == 8
+    assert json.loads(out)["cells"] == 9
     assert not (tmp_path / "out").exists()
 
     status, out, err = lamella(*words, "--json")
@@ -19,9 +19,14 @@ def test_compare_runs_a_study_of_composition(lamella, recipe, tmp_path):  # noqa
     printed = json.loads(out)
     assert printed["not_run"] == []
     assert {row["method"] for row in printed["cost"]} >= {"MOLE", "uniform", "joint LoRA"}
-    assert {"results.parquet", "examples.parquet", "interference.parquet", "study.yaml", "report.html"} <= {
-        path.name for path in (tmp_path / "out").iterdir()
-    }
+    assert {
+        "results.parquet",
+        "examples.parquet",
+        "interference.parquet",
+        "masked.parquet",
+        "study.yaml",
+        "report.html",
+    } <= {path.name for path in (tmp_path / "out").iterdir()}
     assert "kl from own LoRA" in set(pd.read_parquet(tmp_path / "out" / "results.parquet")["metric"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "sign conflict" in page
@@ -29,7 +34,7 @@ def test_compare_runs_a_study_of_composition(lamella, recipe, tmp_path):  # noqa
 
     status, out, err = lamella(*words)
     assert (status, out) == (0, "")
-    assert "8 done, 0 to run" in err
+    assert "9 done, 0 to run" in err
 
 
 def test_an_arm_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa: F811
