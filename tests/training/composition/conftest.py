@@ -36,7 +36,9 @@ def recipe(bert, tmp_path_factory):
             "uniform": {"method": "uniform"},
             "only a": {"method": {"name": "single", "adapter": "a"}},
             "X-LoRA": {"method": "xlora"},
+            "only b": {"method": "uniform", "sources": ["b"]},
         },
+        "masked": ["MOLE", "uniform"],
     }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))

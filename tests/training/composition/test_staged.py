@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ def tensors(folder, cell):
 def test_every_cell_is_run_and_is_an_ordinary_run(ran):
     _, stages, folder = ran
 
-    assert [len(cells) for cells in (stages.heads, stages.loras, stages.arms)] == [2, 6, 8]
+    assert [len(cells) for cells in (stages.heads, stages.loras, stages.arms)] == [2, 6, 10]
     for cell in stages.all:
         assert folder.failure(cell.key) is None
         metrics = json.loads((folder.run(cell.key) / "metrics.json").read_text())
@@ -29,7 +30,7 @@ def test_every_cell_is_run_and_is_an_ordinary_run(ran):
         assert metrics["seed"] == cell.seed
         examined = cell.method in ("MOLE", "a LoRA", "b LoRA", JOINT, HEAD)
         assert ("diagnosis" in folder.row(cell.key)) == examined
-    untrained = [cell for cell in stages.arms if cell.method in ("uniform", "only a")]
+    untrained = [cell for cell in stages.arms if cell.method in ("uniform", "only a", "only b")]
     for cell in untrained:
         metrics = folder.row(cell.key)["metrics"]
         assert (metrics["trainable_parameters"], metrics["steps"], metrics["train_seconds"]) == (0, 0, 0)
@@ -59,6 +60,34 @@ def test_loras_learn_their_own_rows_and_the_joint_one_all_of_them(ran):
     assert {cell.method for cell in stages.heads} == {HEAD}
 
 
+def test_an_arm_composes_the_sources_that_it_names(ran):
+    _, stages, folder = ran
+    loras = {cell.method: str(folder.run(cell.key)) for cell in stages.loras if cell.seed == 0}
+    arms = {cell.method: cell for cell in stages.arms if cell.seed == 0}
+
+    assert arms["uniform"].settings.method.adapters == {"a": loras["a LoRA"], "b": loras["b LoRA"]}
+    assert arms["only b"].settings.method.adapters == {"b": loras["b LoRA"]}
+    assert arms["only b"].settings.task == arms["uniform"].settings.task
+    own, found = (pd.read_parquet(folder.answers(cell.key)) for cell in (stages.loras[1], arms["only b"]))
+    for left, right in zip(own["log_probs"], found["log_probs"], strict=True):
+        assert right == pytest.approx(left, abs=1e-5)
+
+
+def test_masked_arms_answer_without_each_of_their_loras(ran):
+    _, stages, folder = ran
+    arms = {cell.method: cell for cell in stages.arms if cell.seed == 0}
+    whole, only = (pd.read_parquet(folder.answers(arms[name].key)) for name in ("MOLE", "only b"))
+
+    for name in ("MOLE", "uniform"):
+        masked = pd.read_parquet(folder.masked(arms[name].key))
+        assert list(masked.groupby("dropped", sort=False).size().items()) == [("a", len(whole)), ("b", len(whole))]
+        # of two LoRAs the other one is left, with all the weight
+        without_a = masked[masked["dropped"] == "a"]
+        for left, right in zip(only["log_probs"], without_a["log_probs"], strict=True):
+            assert right == pytest.approx(left, abs=1e-5)
+    assert not folder.masked(arms["X-LoRA"].key).exists()
+
+
 def test_keys_say_what_a_cell_rests_on_and_not_where_it_lies(ran, recipe, tmp_path):
     grid, stages, _ = ran
     elsewhere = stages_of(grid, folder_of(grid, tmp_path))
@@ -68,12 +97,12 @@ def test_keys_say_what_a_cell_rests_on_and_not_where_it_lies(ran, recipe, tmp_pa
     assert [cell.key for cell in elsewhere.all] == [cell.key for cell in stages.all]
     assert [cell.key for cell in changed.heads] == [cell.key for cell in stages.heads]
     assert not {cell.key for cell in (*changed.loras, *changed.arms)} & {cell.key for cell in stages.all}
-    assert len({cell.key for cell in stages.all}) == 16
+    assert len({cell.key for cell in stages.all}) == 18
 
 
 def test_what_is_done_is_not_done_again(ran, tmp_path, monkeypatch):
     grid, stages, folder = ran
-    copy = CompositionFolder(tmp_path / "copy", folder.tests, folder.test_rows)
+    copy = CompositionFolder(tmp_path / "copy", folder.tests)
     shutil.copytree(folder.path, copy.path)
     arm = stages.arms[1]
     (copy.path / "rows" / f"{arm.key}.json").unlink()  # killed between the end of a run and its row
@@ -118,7 +147,7 @@ def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
     for grid in (few, many):
         folder = folder_of(grid, tmp_path)
         found = plan_stages(grid, stages_of(grid, folder), folder)
-        assert (found.cells, found.done) == (16, 0)
+        assert (found.cells, found.done) == (18, 0)
         hours.append(found.hours)
     assert 0 < hours[0] < hours[1]
 
@@ -132,6 +161,11 @@ def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
         ("seeds=[0,0]", "each of them once"),
         ("held_out={MOLE: x}", "different names"),
         ("sauces={}", "sources"),
+        ("arms.uniform.sources=[d]", "There is no source 'd'"),
+        ("arms.uniform.sources=[]", "must be a list of the study's sources"),
+        ("masked=[nobody]", "arm for 'masked' 'nobody'"),
+        ("masked=[X-LoRA]", "masked names the arm X-LoRA"),
+        ("masked=[only b]", "masked names the arm only b"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(recipe, change, message):

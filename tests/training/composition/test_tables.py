@@ -8,11 +8,11 @@ import torch
 from lamella.data import encode, load_backbone, load_task
 from lamella.training.composition import kept
 from lamella.training.composition.answers import divergence
-from lamella.training.composition.grid import read_composition
+from lamella.training.composition.grid import ACCURACY, read_composition
 from lamella.training.composition.interference import interference
 from lamella.training.composition.kept import keep_composition, load_composition
 from lamella.training.composition.study import summarise_composition
-from lamella.training.composition.tables import ACCURACY, KL, MIXTURE
+from lamella.training.composition.tables import KL, MIXTURE
 from lamella.training.evidence_page import evidence_page
 from lamella.tuners.mole.sources import Factors
 
@@ -98,6 +98,21 @@ def test_every_row_says_what_it_cost(ran, rows):
     assert floors["floor_linear"].between(0, 1).all()
 
 
+def test_what_a_mask_takes_is_measured_against_the_whole_arm(ran, study, rows):
+    masked = pd.read_parquet(ran[2].path / "masked.parquet").set_index(["method", "dropped", "seed", "task"])
+    assert len(masked) == 2 * 2 * 2 * 4  # arms, LoRAs, seeds, tests with the mixture
+    for seed in (0, 1):
+        for test in ("a", "b", "c", MIXTURE):
+            for arm in ("MOLE", "uniform"):
+                one = masked.loc[(arm, "a", seed, test)]
+                assert one["value"] == pytest.approx(rows.loc[("only b", seed, test, ACCURACY), "value"])
+                assert one["value"] == pytest.approx(np.mean(one["scores"]))
+    without = masked["value"].loc[("uniform", "b", slice(None), MIXTURE)].mean()
+    change = without - rows["value"].loc[("uniform", slice(None), MIXTURE, ACCURACY)].mean()
+    (said,) = [note for note in study.notes if note.startswith("uniform with a LoRA left out")]
+    assert f"without b on the mixture {without:.3f} ({change:+.3f} [" in said
+
+
 def test_the_study_says_it_in_words_and_tables(study):
     assert study.not_run == []
     assert not [finding for finding in study.findings if finding.severity == "error"]
@@ -111,6 +126,7 @@ def test_the_study_says_it_in_words_and_tables(study):
         "uniform",
         "only a",
         "X-LoRA",
+        "only b",
         "a LoRA",
         "b LoRA",
         "joint LoRA",
@@ -126,7 +142,7 @@ def test_kept_and_loaded_it_says_the_same(ran, recipe, study, tmp_path, monkeypa
     name = keep_composition(folder, tmp_path / "kept")
     found = load_composition(name, tmp_path / "kept")
 
-    assert (found.run, found.planned) == (16, 16)
+    assert (found.run, found.planned) == (18, 18)
     table = study.results.set_index(["task", "method"])
     for standing in found.standings:
         for arm, tests in standing.tests.items():
@@ -137,8 +153,9 @@ def test_kept_and_loaded_it_says_the_same(ran, recipe, study, tmp_path, monkeypa
     assert "### Does it beat the other ways to compose them?" in page
     assert "### How much of each LoRA is kept?" in page
     assert "a and b: cosine" in page
+    assert "| arm | dropped | a | b | c | mixture |" in page
     nothing = load_composition(name, tmp_path / "nowhere")
-    assert (nothing.run, nothing.planned) == (0, 16)
+    assert (nothing.run, nothing.planned) == (0, 18)
     assert "*not run*" in evidence_page([nothing])
 
 

@@ -1,9 +1,9 @@
-"""What a trained model answers on many tests: the log-probabilities of every class, text by text."""
+"""What a trained model answers on many tests: the log-probabilities of every class, or the loss of every text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,53 +13,143 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lamella.data import Task, encode, load_backbone, load_task
+from lamella.data import Backbone, Encoded, Task, encode, load_backbone, load_task
 from lamella.data.splitting import sample_rows
 from lamella.errors import LamellaError
+from lamella.training.composition.alone import LorasAlone
+from lamella.training.composition.texts import text_answers
+from lamella.training.methods import Composition
 from lamella.training.scoring import length_batches
 from lamella.training.settings import RunSettings
+from lamella.tuners.mole.by_hand import masked_experts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Floats = npt.NDArray[np.float64]
+_CLASSES = ("classification", "pair-classification")
 
 
-def answers(settings: RunSettings, run: Path, tests: Mapping[str, str], rows: int | None) -> pd.DataFrame:
-    """A row per test and text: test, row, label, log_probs (natural, a list with an entry per class).
+@dataclass(frozen=True)
+class Questions:
+    """What a study asks its models.
+
+    Attributes:
+        tasks: by name; their test rows are read as a run reads rows.
+        rows: of each, always the same ones; all where None.
+        compares: tests are texts of a language model, whose tokens are compared with those of a source's LoRA at once;
+            else they are of classes, and comparing can wait.
+    """
+
+    tasks: Mapping[str, str]
+    rows: int | None
+    compares: bool
+
+    def loaded(self) -> dict[str, Task]:
+        """The tasks with the test rows that are used, and those alone.
+
+        Raises:
+            LamellaError: one has no test rows, or cannot be asked so.
+        """
+        tasks = {name: load_task(task) for name, task in self.tasks.items()}
+        kinds = ("causal-lm",) if self.compares else _CLASSES
+        for task in tasks.values():
+            if task.kind not in kinds or "test" not in task.splits:
+                what = "the loss of texts" if self.compares else "the probabilities of classes"
+                raise LamellaError(
+                    f"This study of composition compares {what} on test rows, and {task.name}, a {task.kind} task with "
+                    f"{', '.join(task.splits)} rows, has none. Choose {' or '.join(kinds)} tasks with a test split, or "
+                    "say answers: classes or tokens as it fits them."
+                )
+        return {name: replace(task, splits={"test": test_of(task, self.rows)}) for name, task in tasks.items()}
+
+
+def answers(settings: RunSettings, run: Path, tests: Questions, loras: Mapping[str, str]) -> pd.DataFrame:
+    """A row per test and text.
+
+    Of classes: test, row, label, log_probs (natural, a list with an entry per class). Of texts: test, row, loss and, on
+    the test of a source, kl, as `text_answers` has them.
 
     Args:
         settings: of the run.
         run: its folder.
-        tests: tasks by name; their test rows are read as the run reads rows.
-        rows: of each test, always the same ones; all where None.
+        tests: what is asked.
+        loras: where the LoRA of each source lies; read where tokens are compared with theirs.
 
     Raises:
-        LamellaError: a test has no classes or no test rows, or the run cannot be loaded.
+        LamellaError: a test that cannot be asked, or a run or LoRA that cannot be loaded.
     """
-    tasks = {name: load_task(task) for name, task in tests.items()}
-    first = next(iter(tasks.values()))
+    asked = tests.loaded()
+    model, backbone = _trained(settings, run, asked)
+    alone = LorasAlone(settings.model, next(iter(asked.values())), loras) if tests.compares else None
+    return _asked(model, backbone, settings, asked, alone)
+
+
+def masked_answers(settings: RunSettings, run: Path, tests: Questions) -> pd.DataFrame:
+    """The same without each of the run's LoRAs in turn, not compared with any: ``dropped``, and the columns of answers.
+
+    A composition by routers shares the dropped weight out among the others, as `lamella.masked_experts`; one that is
+    not trained is put together from the others.
+
+    Raises:
+        LamellaError: as `answers`.
+    """
+    asked = tests.loaded()
+    frames = [
+        _asked(model, backbone, settings, asked, None).assign(dropped=dropped)
+        for dropped, model, backbone in _without_each(settings, run, asked)
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _without_each(
+    settings: RunSettings, run: Path, asked: Mapping[str, Task]
+) -> Iterator[tuple[str, nn.Module, Backbone]]:
+    method = settings.method
+    assert isinstance(method, Composition)  # the recipe was checked
+    model, backbone = _trained(settings, run, asked)
+    for dropped in method.adapters:
+        if method.name == "mole":
+            with masked_experts(model, [dropped]):
+                yield dropped, model, backbone
+        else:
+            rest = {name: place for name, place in method.adapters.items() if name != dropped}
+            task = next(iter(asked.values()))
+            bare = load_backbone(settings.model, task)
+            yield dropped, method.model_copy(update={"adapters": rest}).build(bare, task).model.eval(), bare
+
+
+def _trained(settings: RunSettings, run: Path, asked: Mapping[str, Task]) -> tuple[nn.Module, Backbone]:
+    first = next(iter(asked.values()))
     backbone = load_backbone(settings.model, first)
-    model = settings.method.load(backbone, first, run / "adapter").eval()
+    return settings.method.load(backbone, first, run / "adapter").eval(), backbone
+
+
+def _asked(
+    model: nn.Module, backbone: Backbone, settings: RunSettings, asked: Mapping[str, Task], alone: LorasAlone | None
+) -> pd.DataFrame:
     frames = []
-    for name, task in tasks.items():
-        if task.kind not in ("classification", "pair-classification") or "test" not in task.splits:
-            raise LamellaError(
-                f"A study of composition compares the probabilities of classes on test rows, and {task.name}, a "
-                f"{task.kind} task, has none. Choose classification tasks with a test split."
-            )
-        only = replace(task, splits={"test": test_of(task, rows)})
-        encoded = encode(only, backbone.tokenizer, max_length=settings.max_length, decoder=backbone.decoder)
-        assert encoded.test is not None
-        found = log_probs(model, encoded.test, encoded.collator, settings.eval_batch_size)
-        place = {"test": name, "row": range(len(found)), "label": np.asarray(encoded.test["labels"])}
-        frames.append(pd.DataFrame({**place, "log_probs": list(found)}))
+    for name, task in asked.items():
+        encoded = encode(task, backbone.tokenizer, max_length=settings.max_length, decoder=backbone.decoder)
+        if task.kind in _CLASSES:
+            found = _classes(model, encoded, settings.eval_batch_size)
+        else:
+            other = None if alone is None else alone.of(name)
+            found = text_answers(model, encoded, settings.eval_batch_size, other)
+        frames.append(found.assign(test=name, row=range(len(found))))
     return pd.concat(frames, ignore_index=True)
 
 
 def test_of(task: Task, rows: int | None) -> Dataset:
     """At most ``rows`` of a task's test rows, always the same ones; all where None."""
     return task.splits["test"] if rows is None else sample_rows(task.splits["test"], rows)
+
+
+def _classes(model: nn.Module, encoded: Encoded, batch_size: int) -> pd.DataFrame:
+    rows = encoded.test
+    assert rows is not None
+    found = log_probs(model, rows, encoded.collator, batch_size)
+    return pd.DataFrame({"label": np.asarray(rows["labels"]), "log_probs": list(found)})
 
 
 def log_probs(model: nn.Module, rows: Any, collator: Any, batch_size: int) -> Floats:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,17 +16,24 @@ from lamella.training.rows import StudyFolder
 from lamella.training.schema import Settings, unknown_key
 from lamella.training.settings import RunSettings, override, read_recipe
 
-HEAD, JOINT, HELD_OUT = "no LoRA", "joint LoRA", "held out"
+HEAD, JOINT = "no LoRA", "joint LoRA"
+ACCURACY, LOSS = "accuracy", "loss"
+METRIC = {"classes": ACCURACY, "tokens": LOSS}
+_MASKABLE = ("mole", "uniform")
 
 
 class CompositionGrid(Settings):
     """A study of composition as its recipe says it.
 
-    The head is trained once per seed, with the backbone frozen, on the training rows of all sources, and is frozen from
-    then on: all LoRAs and all arms share it, and differ in their deltas alone.
+    Where classes are asked for, a head is trained once per seed, with the backbone frozen, on the training rows of all
+    sources, and is frozen from then on: all LoRAs and all arms share it, and differ in their deltas alone. A language
+    model needs no head.
     """
 
     backbone: str
+    answers: Literal["classes", "tokens"] = Field(
+        "classes", description="what tests ask for: the class of a text, or its tokens, scored by their loss"
+    )
     sources: dict[str, str] = Field(min_length=2, description="the task that each LoRA learns, by a name for it")
     held_out: dict[str, str] = Field(description="tasks that no LoRA learns, by a name for them")
     seeds: list[int] | int = Field(3, description="a list, or how many: 0, 1, ...")
@@ -35,7 +42,11 @@ class CompositionGrid(Settings):
     )
     head: dict[str, Any] = Field(default_factory=dict, description="settings of the run that trains the head")
     arms: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="by the name that tables show: 'method', and any setting of a run that is its own"
+        min_length=1,
+        description="by the name that tables show: 'method', 'sources' if it composes not all, and settings of its run",
+    )
+    masked: list[str] = Field(
+        default_factory=list, description="arms that answer again without each of their LoRAs in turn: mole, uniform"
     )
     rows: int = Field(256, gt=0, description="that arms are fitted on: validation rows of the sources, unseen by LoRAs")
     test_rows: int | None = Field(None, gt=0, description="of each source and held-out task; all if absent")
@@ -51,6 +62,11 @@ class CompositionGrid(Settings):
     def reference_name(self) -> str:
         """The arm that the others are compared with."""
         return self.reference or next(iter(self.arms))
+
+    @property
+    def metric(self) -> str:
+        """What tests are scored by."""
+        return METRIC[self.answers]
 
     @property
     def union(self) -> str:
@@ -79,9 +95,13 @@ class StagedCell(Cell):
 
     Attributes:
         identity: the settings, as JSON, with keys in place of paths.
+        loras: where the LoRAs of this cell's seed lie, by source.
+        masked: whether its model answers without each of its LoRAs too.
     """
 
     identity: str = ""
+    loras: Mapping[str, str] = field(default_factory=dict)
+    masked: bool = False
 
     @property
     def key(self) -> str:
@@ -123,16 +143,48 @@ def read_composition(recipe: str, overrides: Iterable[str] = ()) -> CompositionG
         raise LamellaError(unknown_key(grid.reference_name, grid.arms).replace("setting", "arm for 'reference'", 1))
     if lacking := [name for name, own in grid.arms.items() if not isinstance(own.get("method"), str | dict)]:
         raise LamellaError(f"arms.{lacking[0]} says not which method it is. Add a line 'method: uniform', for example.")
-    places = {"run.": grid.run, "lora.": grid.lora, "head.": grid.head}
-    places |= {f"arms.{name}.": own for name, own in grid.arms.items()}
-    for place, own in places.items():
-        if given := [key for key in ("model", "task", "seed") if key in own]:
-            raise LamellaError(f"{place}{given[0]} follows from the study's backbone, sources and seeds. Leave it out.")
+    _check_settings(grid)
+    _check_masked(grid)
     if len(set(grid.names) | set(grid.tests)) < len(grid.names) + len(grid.sources) + len(grid.held_out):
         raise LamellaError(
             "Arms, sources and held-out tasks need different names, other than those of the LoRAs alone."
         )
     return grid
+
+
+def _check_settings(grid: CompositionGrid) -> None:
+    places = {"run.": grid.run, "lora.": grid.lora, "head.": grid.head}
+    places |= {f"arms.{name}.": own for name, own in grid.arms.items()}
+    for place, own in places.items():
+        if given := [key for key in ("model", "task", "seed") if key in own]:
+            raise LamellaError(f"{place}{given[0]} follows from the study's backbone, sources and seeds. Leave it out.")
+    for name, own in grid.arms.items():
+        chosen = own.get("sources", list(grid.sources))
+        if not isinstance(chosen, list) or not chosen:
+            raise LamellaError(f"arms.{name}.sources={chosen} must be a list of the study's sources, for example [a].")
+        if unknown := [source for source in chosen if source not in grid.sources]:
+            raise LamellaError(unknown_key(str(unknown[0]), grid.sources).replace("setting", "source", 1))
+
+
+def _check_masked(grid: CompositionGrid) -> None:
+    for name in grid.masked:
+        if name not in grid.arms:
+            raise LamellaError(unknown_key(name, grid.arms).replace("setting", "arm for 'masked'", 1))
+        if _method(grid.arms[name])["name"] not in _MASKABLE or len(chosen_sources(grid, name)) < 2:
+            raise LamellaError(
+                f"masked names the arm {name}, but LoRAs can be left out only of an arm of {' or '.join(_MASKABLE)} "
+                "with at least two of them."
+            )
+
+
+def chosen_sources(grid: CompositionGrid, arm: str) -> list[str]:
+    """The sources whose LoRAs an arm composes."""
+    return list(grid.arms[arm].get("sources", grid.sources))
+
+
+def _method(own: Mapping[str, Any]) -> dict[str, Any]:
+    stated = own["method"]
+    return {"name": stated} if isinstance(stated, str) else dict(stated)
 
 
 def stages_of(grid: CompositionGrid, folder: StudyFolder) -> Stages:
@@ -143,22 +195,35 @@ def stages_of(grid: CompositionGrid, folder: StudyFolder) -> Stages:
     """
     heads, loras, arms = [], [], []
     for seed in grid.seed_list:
-        head = _cell(grid, HEAD, grid.union, seed, grid.backbone, {"method": "head", **grid.head})
-        of_base = base_folder(folder, head)
-        base = {of_base: f"head:{head.key}"}
+        head, of_base, base = _head(grid, seed, folder)
         lora = {**grid.lora, "method": {"name": "lora-only", **grid.lora.get("method", {})}}
         own = {name: _cell(grid, alone(name), task, seed, of_base, lora, base) for name, task in grid.sources.items()}
         joint = _cell(grid, JOINT, grid.union, seed, of_base, lora, base)
         adapters = {name: str(folder.run(cell.key)) for name, cell in own.items()}
         places = {**base, **{adapters[name]: f"lora:{cell.key}" for name, cell in own.items()}}
-        heads.append(head)
-        loras += [*own.values(), joint]
-        for name, settings in grid.arms.items():
-            stated = settings["method"]
-            method = {**({"name": stated} if isinstance(stated, str) else stated), "adapters": adapters}
-            values = {"limit": {"train": grid.rows}, **settings, "method": method}
-            arms.append(_cell(grid, name, f"held:{grid.union}", seed, of_base, values, places))
+        composed = [_arm(grid, name, seed, of_base, adapters, places) for name in grid.arms]
+        heads.append(replace(head, loras=adapters))
+        loras += [replace(cell, loras=adapters) for cell in (*own.values(), joint)]
+        arms += [replace(cell, loras=adapters, masked=cell.method in grid.masked) for cell in composed]
     return Stages(heads, loras, arms)
+
+
+def _head(grid: CompositionGrid, seed: int, folder: StudyFolder) -> tuple[StagedCell, str, dict[str, str]]:
+    """The cell without a LoRA, the model that LoRAs are trained on, and what stands for its place in keys."""
+    if grid.answers == "classes":
+        head = _cell(grid, HEAD, grid.union, seed, grid.backbone, {"method": "head", **grid.head})
+        of_base = base_folder(folder, head)
+        return head, of_base, {of_base: f"head:{head.key}"}
+    return _cell(grid, HEAD, grid.union, seed, grid.backbone, {"method": "bare", **grid.head}), grid.backbone, {}
+
+
+def _arm(
+    grid: CompositionGrid, name: str, seed: int, model: str, adapters: Mapping[str, str], places: Mapping[str, str]
+) -> StagedCell:
+    own = {key: value for key, value in grid.arms[name].items() if key != "sources"}
+    method = {**_method(own), "adapters": {source: adapters[source] for source in chosen_sources(grid, name)}}
+    values = {"limit": {"train": grid.rows}, **own, "method": method}
+    return _cell(grid, name, f"held:{grid.union}", seed, model, values, places)
 
 
 def base_folder(folder: StudyFolder, head: Cell) -> str:

@@ -10,13 +10,12 @@ import yaml
 
 from lamella.errors import LamellaError
 from lamella.training.composition.grid import CompositionGrid, read_composition, stages_of
+from lamella.training.composition.masking import masking_table
 from lamella.training.composition.running import folder_of
-from lamella.training.composition.study import interference_words, standings
-from lamella.training.composition.tables import ACCURACY, MIXTURE
+from lamella.training.composition.study import interference_words, perplexity_words, standings, tables_of
+from lamella.training.composition.tables import KL, MIXTURE
 from lamella.training.evidence import KeptStudy, machine_of
 from lamella.writing import whole, write_whole
-
-_TABLES = ("results", "examples", "interference")
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,13 @@ def keep_composition(folder: Path, into: Path) -> str:
     if not (folder / "results.parquet").is_file():
         raise LamellaError(f"{folder} has no results.parquet. Finish it first: lamella compare {name} -o {folder}.")
     stated = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
-    _check_planned(name, CompositionGrid.parse(stated))
-    found = {table: pd.read_parquet(folder / f"{table}.parquet") for table in _TABLES}
+    ran = CompositionGrid.parse(stated)
+    _check_planned(name, ran)
+    found = {table: pd.read_parquet(folder / f"{table}.parquet") for table in tables_of(ran)}
     rows = found["results"][found["results"]["status"] == "done"]
     examples = found["examples"]
     # what is kept of a LoRA is resampled over all of them together; the texts of one are among these
-    found["examples"] = examples[(examples["metric"] == ACCURACY) | (examples["task"] == MIXTURE)]
+    found["examples"] = examples[(examples["metric"] != KL) | (examples["task"] == MIXTURE)]
     found["results"] = rows
     for table, frame in found.items():
         with whole(_file(into, name, table)) as unfinished:
@@ -69,12 +69,12 @@ def load_composition(name: str, folder: Path) -> KeptComposition:
         LamellaError: the recipe has changed since the study was run, or one of its files is missing.
     """
     grid, record = read_composition(name), folder / f"{name}.yaml"
-    files = {table: _file(folder, name, table) for table in _TABLES}
+    files = {table: _file(folder, name, table) for table in tables_of(grid)}
     there = [path.is_file() for path in (record, *files.values())]
     if any(there) and not all(there):
         raise LamellaError(f"{folder} lacks a file of the study {name}. Keep it again: lamella evidence --add.")
-    columns = ["task", "metric", "status", "scores", "first", "second", "cosine", "sign_conflict"]
-    frames = {table: pd.DataFrame(columns=columns) for table in _TABLES}
+    columns = ["task", "method", "metric", "status", "scores", "first", "second", "cosine", "sign_conflict"]
+    frames = {table: pd.DataFrame(columns=columns) for table in tables_of(grid)}
     machines: list[str] = []
     if all(there):
         kept = yaml.safe_load(record.read_text(encoding="utf-8"))
@@ -84,8 +84,9 @@ def load_composition(name: str, folder: Path) -> KeptComposition:
     cells = stages_of(grid, folder_of(grid, folder)).all
     methods = {cell.method: cell.settings.method for cell in cells}
     found = standings(name, grid, methods, frames["results"], frames["examples"])
-    words = tuple(interference_words(frames["interference"]))
-    return KeptComposition(name, found, machines, words, tuple(grid.sources))
+    words = [*interference_words(frames["interference"]), *perplexity_words(frames["results"])]
+    words += masking_table(frames["masked"], frames["examples"]) if grid.masked else []
+    return KeptComposition(name, found, machines, tuple(words), tuple(grid.sources))
 
 
 def _file(folder: Path, name: str, table: str) -> Path:

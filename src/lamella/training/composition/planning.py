@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lamella.data import load_task
-from lamella.training.composition.answers import test_of
 from lamella.training.composition.grid import CompositionGrid, Stages
 from lamella.training.composition.running import CompositionFolder
 from lamella.training.planning import Plan, guess_scoring, plan
@@ -20,5 +18,5 @@ def plan_stages(grid: CompositionGrid, stages: Stages, folder: CompositionFolder
     guessed = sum(cell.task not in timed for cell in cells)
     if not guessed:
         return found
-    tests = [test_of(load_task(task), grid.test_rows) for task in grid.tests.values()]
+    tests = [task.splits["test"] for task in folder.tests.loaded().values()]
     return replace(found, hours=found.hours + guessed * guess_scoring(cells[0].settings, tests) / jobs / 3600)

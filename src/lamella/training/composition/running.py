@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from lamella.data import load_backbone
-from lamella.training.composition.answers import answers
-from lamella.training.composition.grid import HEAD, CompositionGrid, StagedCell, Stages, base_folder
+from lamella.training.composition.answers import Questions, answers, masked_answers
+from lamella.training.composition.grid import CompositionGrid, StagedCell, Stages, base_folder
 from lamella.training.doctor import doctor
 from lamella.training.folder import RunFolder
 from lamella.training.grid import Cell
+from lamella.training.methods import Composition
 from lamella.training.rows import StudyFolder
 from lamella.training.run import train
 from lamella.training.tasks import task_of
@@ -30,33 +31,52 @@ class CompositionFolder(StudyFolder):
     """A study's folder; beside its runs, ``bases/KEY`` of every head and ``answers/KEY.parquet`` of every cell.
 
     Attributes:
-        tests: the tasks that every cell answers, by name.
-        test_rows: of each; all where None.
+        tests: what every cell answers.
     """
 
-    tests: Mapping[str, str]
-    test_rows: int | None
+    tests: Questions
 
     def answers(self, key: str) -> Path:
-        """What a cell's model answered: test, row, label and log-probabilities."""
+        """What a cell's model answered: test, row and what it said."""
         return self.path / "answers" / f"{key}.parquet"
+
+    def masked(self, key: str) -> Path:
+        """What it answered without each of its LoRAs: dropped, and the same."""
+        return self.path / "masked" / f"{key}.parquet"
 
     def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Run a claimed cell to its end, let its model answer every test, and write its row."""
+        assert isinstance(cell, StagedCell)
         started = time.perf_counter()
         run = RunFolder(self.run(cell.key))
         metrics = run.metrics() if run.finished else train(cell.settings, run.path, callbacks=callbacks).metrics
-        if cell.method == HEAD:
+        if cell.settings.method.name == "head":
             self._keep_base(cell)
-        found = answers(cell.settings, run.path, self.tests, self.test_rows)
-        with whole(self.answers(cell.key)) as unfinished:
-            found.to_parquet(unfinished, index=False)
+        if self.tests.compares and not isinstance(cell.settings.method, Composition):
+            # answers are compared with those of the LoRAs alone, which are yet to be trained; earlier ones are stale
+            self.answers(cell.key).unlink(missing_ok=True)
+        else:
+            self.answer(cell)
         seconds = max(time.perf_counter() - started, metrics["train_seconds"])
         row = {"settings": cell.settings.model_dump(mode="json"), "seconds": seconds, "metrics": metrics}
         # what was not trained has nothing to examine, and PEFT's X-LoRA cannot be loaded as doctors do
         if metrics["steps"] and cell.settings.method.resumes:
             row["diagnosis"] = doctor(run.path).as_dict()
         write_whole(self._row(cell.key), json.dumps(row))
+
+    def answered(self, key: str) -> bool:
+        """Whether the cell is finished and has answered."""
+        return self.finished(key) and self.answers(key).is_file()
+
+    def answer(self, cell: StagedCell) -> None:
+        """Let a trained cell's model answer every test, without each of its LoRAs too where the recipe asks for it."""
+        run = self.run(cell.key)
+        if cell.masked:
+            with whole(self.masked(cell.key)) as unfinished:
+                masked_answers(cell.settings, run, self.tests).to_parquet(unfinished, index=False)
+        found = answers(cell.settings, run, self.tests, cell.loras)
+        with whole(self.answers(cell.key)) as unfinished:
+            found.to_parquet(unfinished, index=False)
 
     def _keep_base(self, cell: Cell) -> None:
         """The backbone with a trained head as one model, which the LoRAs of that seed are trained on."""
@@ -68,9 +88,23 @@ class CompositionFolder(StudyFolder):
             backbone.tokenizer.save_pretrained(unfinished)
 
 
+@dataclass(frozen=True)
+class AnswersFolder(CompositionFolder):
+    """The same folder to those who answer for cells that were trained before they could: its work is answers alone."""
+
+    def finished(self, key: str) -> bool:
+        """Whether the cell has answered."""
+        return self.answers(key).is_file()
+
+    def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        """Let a claimed cell's model answer."""
+        assert isinstance(cell, StagedCell)
+        self.answer(cell)
+
+
 def folder_of(grid: CompositionGrid, path: Path) -> CompositionFolder:
     """The folder of a study."""
-    return CompositionFolder(path, grid.tests, grid.test_rows)
+    return CompositionFolder(path, Questions(grid.tests, grid.test_rows, grid.answers == "tokens"))
 
 
 def run_stages(
@@ -87,13 +121,25 @@ def run_stages(
     Raises:
         LamellaError: a process of several died.
     """
-    for cells in (stages.heads, stages.loras, stages.arms):
+
+    def run(cells: Sequence[StagedCell], place: CompositionFolder) -> None:
         if jobs > 1:
-            work_in_processes(cells, folder, min(jobs, len(cells)), starting)
+            work_in_processes(cells, place, min(jobs, len(cells)), starting)
         else:
-            work(cells, folder, callbacks, starting)
+            work(cells, place, callbacks, starting)
+
+    run(stages.heads, folder)
+    run(stages.loras, folder)
+    if folder.tests.compares:
+        run([*stages.heads, *stages.loras], AnswersFolder(folder.path, folder.tests))
+    run(stages.arms, folder)
 
 
 def read_answers(folder: CompositionFolder, cell: StagedCell) -> pd.DataFrame | None:
-    """What a finished cell answered; None where it is not finished."""
-    return pd.read_parquet(folder.answers(cell.key)) if folder.finished(cell.key) else None
+    """What a cell answered; None where it has not."""
+    return pd.read_parquet(folder.answers(cell.key)) if folder.answered(cell.key) else None
+
+
+def read_masked(folder: CompositionFolder, cell: StagedCell) -> pd.DataFrame | None:
+    """What it answered without each of its LoRAs; None where it was not asked or has not answered."""
+    return pd.read_parquet(folder.masked(cell.key)) if cell.masked and folder.answered(cell.key) else None

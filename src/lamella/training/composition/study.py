@@ -13,9 +13,18 @@ import yaml
 
 from lamella.evaluation.intervals import paired_interval
 from lamella.training.checks.finding import Finding
-from lamella.training.composition.grid import HEAD, JOINT, CompositionGrid, Stages
+from lamella.training.composition.grid import HEAD, JOINT, LOSS, CompositionGrid, Stages
+from lamella.training.composition.masking import masking_words
 from lamella.training.composition.running import CompositionFolder
-from lamella.training.composition.tables import ACCURACY, KL, METRICS, MIXTURE, interference_rows, score_rows
+from lamella.training.composition.tables import (
+    KL,
+    METRICS,
+    MIXTURE,
+    PERPLEXITY,
+    interference_rows,
+    masked_rows,
+    score_rows,
+)
 from lamella.training.evidence import RESAMPLES, Contrast, Standing
 from lamella.training.methods import Method
 from lamella.writing import whole, write_whole
@@ -59,7 +68,7 @@ class ComposedStudy:
 
 
 def summarise_composition(name: str, grid: CompositionGrid, stages: Stages, folder: CompositionFolder) -> ComposedStudy:
-    """Write ``results.parquet``, ``examples.parquet``, ``interference.parquet`` and ``study.yaml``; make the tables.
+    """Write the study's tables, as Parquet, and ``study.yaml``; make what is said of them.
 
     Raises:
         LamellaError: a task cannot be loaded.
@@ -67,9 +76,11 @@ def summarise_composition(name: str, grid: CompositionGrid, stages: Stages, fold
     cells = stages.all
     rows, examples = score_rows(grid, cells, folder)
     pairs = interference_rows(grid, cells, folder)
-    for file, frame in {"results": rows, "examples": examples, "interference": pairs}.items():
+    masked = masked_rows(grid, cells, folder)
+    tables = {"results": rows, "examples": examples, "interference": pairs, "masked": masked}
+    for file in tables_of(grid):
         with whole(folder.path / f"{file}.parquet") as unfinished:
-            frame.to_parquet(unfinished, index=False)
+            tables[file].to_parquet(unfinished, index=False)
     recipe = grid.model_dump(mode="json")
     write_whole(folder.path / "study.yaml", yaml.safe_dump(recipe, sort_keys=False))
     methods = {cell.method: cell.settings.method for cell in cells if cell.seed == grid.seed_list[0]}
@@ -89,17 +100,24 @@ def summarise_composition(name: str, grid: CompositionGrid, stages: Stages, fold
             *_notes(grid),
             *_unexamined(stages, folder),
             *interference_words(pairs),
-            *[line for line, cell in zip(failed, cells, strict=True) if not folder.finished(cell.key)],
+            *perplexity_words(rows),
+            *masking_words(masked, examples),
+            *[line for line, cell in zip(failed, cells, strict=True) if not folder.answered(cell.key)],
         ],
-        not_run=[cell.label for cell in cells if not folder.finished(cell.key)],
+        not_run=[cell.label for cell in cells if not folder.answered(cell.key)],
     )
+
+
+def tables_of(grid: CompositionGrid) -> tuple[str, ...]:
+    """The tables that a study has, by the names of their files."""
+    return ("results", "examples", "interference", *(["masked"] if grid.masked else []))
 
 
 def standings(
     name: str, grid: CompositionGrid, methods: Mapping[str, Method], rows: pd.DataFrame, examples: pd.DataFrame
 ) -> list[Standing]:
-    """Accuracy on the mixture, every source and every held-out test; then what is kept on the mixture, as a KL."""
-    places = [(test, ACCURACY) for test in (MIXTURE, *grid.held_out, *grid.sources)]
+    """The score on the mixture, every source and every held-out test; then what is kept on the mixture, as a KL."""
+    places = [(test, grid.metric) for test in (MIXTURE, *grid.held_out, *grid.sources)]
     return [_standing(name, grid, methods, rows, examples, *place) for place in [*places, (MIXTURE, KL)]]
 
 
@@ -129,7 +147,7 @@ def _standing(
     return Standing(
         study=name,
         backbone=grid.backbone,
-        task=test if metric == ACCURACY else f"{test}{_KEPT}",
+        task=f"{test}{_KEPT}" if metric == KL else test,
         methods={arm: methods[arm] for arm in grid.names},
         seeds=grid.seed_list,
         reference=grid.reference_name,
@@ -185,7 +203,7 @@ def _results(standing: Standing) -> pd.DataFrame:
 
 
 def _cost(grid: CompositionGrid, rows: pd.DataFrame) -> pd.DataFrame:
-    done = rows[(rows["task"] == MIXTURE) & (rows["metric"] == ACCURACY) & (rows["status"] == "done")]
+    done = rows[(rows["task"] == MIXTURE) & (rows["metric"] == grid.metric) & (rows["status"] == "done")]
     costs = done.groupby("method")[["trainable_parameters", "seconds"]].median()
     costs = costs.rename(columns={"trainable_parameters": "trainable parameters", "seconds": "seconds to make"})
     return costs.reindex(grid.names).rename_axis("method").reset_index()
@@ -231,13 +249,19 @@ def _side(standing: Standing, one: Contrast) -> str:
 
 
 def _notes(grid: CompositionGrid) -> list[str]:
-    return [
+    head = (
         "The task head is trained once per seed on the training rows of all sources, the backbone frozen, and is "
-        f"frozen in every LoRA and arm; '{HEAD}' is that model. Arms are fitted on {grid.rows} validation rows of the "
-        "sources, which no LoRA was trained on.",
+        f"frozen in every LoRA and arm; '{HEAD}' is that model."
+    )
+    compared = "mean KL(LoRA || arm) in nats, 0 for the same."
+    if grid.metric == LOSS:
+        head = f"'{HEAD}' is the backbone as it is. Loss is in nats per token: the mean over texts of a text's mean."
+        compared = f"over the whole vocabulary at every token; {compared}"
+    return [
+        f"{head} Arms are fitted on {grid.rows} validation rows of the sources, which no LoRA was trained on.",
         f"'{JOINT}' is one LoRA trained on all sources' training rows: an upper reference, no composition.",
         "The mixture is the test rows of all sources. 'kl from own LoRA' compares, on every source's test rows, the "
-        "probabilities of an arm with those of that source's LoRA alone: mean KL(LoRA || arm) in nats, 0 for the same.",
+        f"probabilities of an arm with those of that source's LoRA alone: {compared}",
         f"Intervals are 95 % paired bootstraps over texts and seeds ({RESAMPLES:,} draws); p is Holm's over the arms "
         "of a table. With few seeds such intervals are too narrow.",
         "The tables are of the mixture and of what no LoRA was trained on; each source's own test is in "
@@ -255,3 +279,13 @@ def interference_words(pairs: pd.DataFrame) -> Sequence[str]:
         for (first, second), row in means.iterrows()
     ]
     return [f"Deltas of the LoRAs, pair by pair (mean over seeds): {'; '.join(said)}."]
+
+
+def perplexity_words(rows: pd.DataFrame) -> Sequence[str]:
+    """The perplexities on the mixture in words; nothing where classes were asked for."""
+    here = rows[(rows["task"] == MIXTURE) & (rows["metric"] == PERPLEXITY)]
+    if here.empty:
+        return []
+    means = here.groupby("method", sort=False)["value"].mean()
+    said = ", ".join(f"{arm} {value:.1f}" for arm, value in means.items())
+    return [f"Perplexity on the mixture, exp of the loss (mean over seeds): {said}."]

@@ -10,18 +10,26 @@ import pandas as pd
 
 from lamella.data import load_task
 from lamella.evaluation.metrics import accuracy
-from lamella.training.composition.answers import Floats, divergence, test_of
-from lamella.training.composition.grid import CompositionGrid, StagedCell, alone
+from lamella.training.composition.answers import Floats, divergence
+from lamella.training.composition.grid import ACCURACY, LOSS, CompositionGrid, StagedCell, alone
 from lamella.training.composition.interference import interference
-from lamella.training.composition.running import CompositionFolder, read_answers
+from lamella.training.composition.running import CompositionFolder, read_answers, read_masked
 from lamella.training.floors import FLOOR, MAJORITY, floor_predictions
 from lamella.training.methods.compositions import lora_folder
 from lamella.tuners.mole.sources import read_lora
 
 MIXTURE = "mixture"
-ACCURACY, KL = "accuracy", "kl from own LoRA"
+KL, PERPLEXITY = "kl from own LoRA", "perplexity"
 # of each metric, whether more is better
-METRICS = {ACCURACY: True, KL: False, "accuracy kept": True, "answers kept": True}
+METRICS = {
+    ACCURACY: True,
+    LOSS: False,
+    KL: False,
+    "accuracy kept": True,
+    "answers kept": True,
+    "loss over own LoRA": False,
+    PERPLEXITY: False,
+}
 _PLACE = ["backbone", "task", "method", "seed"]
 
 
@@ -32,20 +40,22 @@ def score_rows(
 
     Returns:
         rows: backbone, task (the test), method, seed, metric, value, greater_is_better, floor_linear, floor_majority,
-            status ("done" or "not run"), key, trainable_parameters, seconds, entropy. On a source's own test, and on
-            the mixture of all of them, also what is kept of each LoRA: ``kl from own LoRA`` (nats, KL(own || this)),
-            ``accuracy kept`` (this less the own one's) and ``answers kept`` (share of equal predictions). ``seconds``
-            are those of building and training, ``entropy`` the routers' in nats, on the rows arms are watched by.
-        examples: backbone, task, method, seed, metric, scores: one number for each text; accuracy and KL.
+            status ("done" or "not run"), key, trainable_parameters, seconds, entropy. The metric is ``accuracy``, or of
+            texts ``loss`` (nats per token, the mean over texts of a text's mean) with its ``perplexity``. On a source's
+            own test, and on the mixture of all of them, also what is kept of each LoRA: ``kl from own LoRA`` (nats,
+            KL(own || this), of texts a mean over tokens) and this one's score less the own one's, ``accuracy kept`` or
+            ``loss over own LoRA``; of classes ``answers kept`` too, the share of equal predictions. ``seconds`` are
+            those of building and training, ``entropy`` the routers' in nats, on the rows arms are watched by.
+        examples: backbone, task, method, seed, metric, scores: one number for each text; the metric and KL.
     """
     found = {(cell.method, cell.seed): read_answers(folder, cell) for cell in cells}
-    floors = _floors(grid)
+    floors = _floors(grid, folder)
     rows, examples = [], []
     for cell in cells:
         own, row = found[cell.method, cell.seed], folder.row(cell.key)
         place = {"backbone": grid.backbone, "method": cell.method, "seed": cell.seed}
         if own is None or row is None:
-            rows.append(place | {"task": MIXTURE, "metric": ACCURACY, "status": "not run", "key": cell.key})
+            rows.append(place | {"task": MIXTURE, "metric": grid.metric, "status": "not run", "key": cell.key})
             continue
         metrics = row["metrics"]
         costs = {
@@ -59,9 +69,11 @@ def score_rows(
         for test, texts in _tests(grid, own, alone_ones):
             for metric, values in texts.items():
                 at = place | {"task": test, "metric": metric}
-                floor = floors[test] if metric == ACCURACY else {}
+                floor = floors.get(test, {}) if metric == grid.metric else {}
                 rows.append(at | {"value": float(values.mean()), **floor} | costs)
-                if metric in (ACCURACY, KL):
+                if metric == LOSS:
+                    rows.append(at | {"metric": PERPLEXITY, "value": float(np.exp(values.mean()))} | costs)
+                if metric in (grid.metric, KL):
                     examples.append(at | {"scores": values.astype(np.float32)})
     order = [*_PLACE, "metric", "value", "greater_is_better", "floor_linear", "floor_majority", "status", "key"]
     frame = pd.DataFrame(rows).assign(greater_is_better=lambda one: one["metric"].map(METRICS))
@@ -73,16 +85,11 @@ def _tests(
     grid: CompositionGrid, own: pd.DataFrame, alone_ones: Mapping[str, pd.DataFrame | None]
 ) -> Iterator[tuple[str, dict[str, Floats]]]:
     """Of each test and then of the mixture, one number per text by metric."""
+    read = _of_texts if grid.metric == LOSS else _of_classes
     parts: list[dict[str, Floats]] = []
     for test in grid.tests:
-        here = _answered(own, test)
-        texts = {ACCURACY: here[1]}
         lora = alone_ones.get(test)
-        if lora is not None:
-            theirs = _answered(lora, test)
-            texts[KL] = divergence(theirs[0], here[0])
-            texts["accuracy kept"] = here[1] - theirs[1]
-            texts["answers kept"] = (here[0].argmax(1) == theirs[0].argmax(1)).astype(np.float64)
+        texts = read(_on(own, test), None if lora is None else _on(lora, test))
         yield test, texts
         if test in grid.sources:
             parts.append(texts)
@@ -90,19 +97,60 @@ def _tests(
     yield MIXTURE, {metric: np.concatenate([texts[metric] for texts in parts]) for metric in shared}
 
 
-def _answered(found: pd.DataFrame, test: str) -> tuple[Floats, Floats]:
+def _on(found: pd.DataFrame, test: str) -> pd.DataFrame:
+    return found[found["test"] == test]
+
+
+def _of_classes(own: pd.DataFrame, lora: pd.DataFrame | None) -> dict[str, Floats]:
+    logs, right = _answered(own)
+    if lora is None:
+        return {ACCURACY: right}
+    theirs, theirs_right = _answered(lora)
+    return {
+        ACCURACY: right,
+        KL: divergence(theirs, logs),
+        "accuracy kept": right - theirs_right,
+        "answers kept": (logs.argmax(1) == theirs.argmax(1)).astype(np.float64),
+    }
+
+
+def _answered(found: pd.DataFrame) -> tuple[Floats, Floats]:
     """Log-probabilities (texts, classes), and whether each text was answered rightly."""
-    here = found[found["test"] == test]
-    logs = np.stack(here["log_probs"].to_list())
-    return logs, (logs.argmax(1) == here["label"].to_numpy()).astype(np.float64)
+    logs = np.stack(found["log_probs"].to_list())
+    return logs, (logs.argmax(1) == found["label"].to_numpy()).astype(np.float64)
 
 
-def _floors(grid: CompositionGrid) -> dict[str, dict[str, float]]:
-    """Accuracy on every test of what a linear model, and the commonest label, of all sources' training rows say."""
+def _of_texts(own: pd.DataFrame, lora: pd.DataFrame | None) -> dict[str, Floats]:
+    loss: Floats = own["loss"].to_numpy()
+    if lora is None:
+        return {LOSS: loss}
+    return {LOSS: loss, KL: own["kl"].to_numpy(), "loss over own LoRA": loss - lora["loss"].to_numpy()}
+
+
+def masked_rows(grid: CompositionGrid, cells: Sequence[StagedCell], folder: CompositionFolder) -> pd.DataFrame:
+    """What arms score without each of their LoRAs: method, dropped, seed, task (the test), value, scores per text."""
+    rows = []
+    for cell in cells:
+        found = read_masked(folder, cell)
+        for dropped, own in () if found is None else found.groupby("dropped", sort=False):
+            for test, texts in _tests(grid, own, {}):
+                place = {"method": cell.method, "dropped": dropped, "seed": cell.seed, "task": test}
+                scores = texts[grid.metric]
+                rows.append(place | {"value": float(scores.mean()), "scores": scores.astype(np.float32)})
+    return pd.DataFrame(rows, columns=["method", "dropped", "seed", "task", "value", "scores"])
+
+
+def _floors(grid: CompositionGrid, folder: CompositionFolder) -> dict[str, dict[str, float]]:
+    """Accuracy on every test of what a linear model, and the commonest label, of all sources' training rows say.
+
+    Nothing of texts, which have no such floors.
+    """
+    if grid.metric == LOSS:
+        return {}
     union = load_task(grid.union)
     found, sizes = {}, {}
-    for name, place in grid.tests.items():
-        test = test_of(load_task(place), grid.test_rows)
+    for name, tested in folder.tests.loaded().items():
+        test = tested.splits["test"]
         task = replace(union, splits={"train": union.splits["train"], "test": test})
         guesses, labels = floor_predictions(task), np.asarray(test["label"])
         words = {"floor_linear": FLOOR, "floor_majority": MAJORITY}

@@ -4,6 +4,7 @@ One file a method; importing this package registers them all. Those over trained
 """
 
 from lamella.training.methods.arrow import Arrow
+from lamella.training.methods.bare import Bare
 from lamella.training.methods.base import Built, Method, method, method_from, trainable_parameters
 from lamella.training.methods.best import Best
 from lamella.training.methods.compositions import Composition
@@ -24,6 +25,7 @@ from lamella.training.methods.xlora import XLora
 
 __all__ = [
     "Arrow",
+    "Bare",
     "Best",
     "Built",
     "Composition",
