@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from lamella.writing import whole, write_whole
@@ -19,10 +21,17 @@ def test_what_was_there_stays_when_writing_fails_and_nothing_is_left_beside_it(t
             raise OSError("the disk is full")
 
     write(target)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match="the disk is full") as caught:
         fails()
+    assert caught.value.filename == str(target)
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
     assert target.is_dir() if kind == "folder" else target.read_text() == "old"
+
+
+def test_another_file_that_cannot_be_read_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, whole(tmp_path / "it") as unfinished:
+        shutil.copyfile(tmp_path / "gone", unfinished)
+    assert caught.value.filename == str(tmp_path / "gone")
 
 
 def test_a_folder_takes_the_place_of_another_whole(tmp_path):

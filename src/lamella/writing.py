@@ -13,6 +13,9 @@ def whole(path: Path) -> Iterator[Path]:
 
     It lies in the same folder, so that what names other files relative to its own place stays right. That folder is
     made where there is none.
+
+    Raises:
+        OSError: it could not be written (a full disk, say); it names ``path``, and what was there is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".writing-{uuid.uuid4().hex[:12]}-{path.name}")
@@ -21,6 +24,11 @@ def whole(path: Path) -> Iterator[Path]:
         if path.is_dir() and unfinished.is_dir():
             shutil.rmtree(path)
         unfinished.replace(path)
+    except OSError as error:
+        # an error without a file comes from a library that had just this one open
+        if error.filename is not None and unfinished.name not in str(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)

@@ -1,15 +1,21 @@
 """`lamella similarity` from the first command to the page, on a tiny random model of every family."""
 
+import errno
 import json
+import shutil
 import sys
 
 import pandas as pd
 import pytest
-from tests import tiny_moe
+from tests import tiny, tiny_moe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lamella.cli import main
+from lamella.cli.output import print_json
+from lamella.cli.similarity.subject import open_study
+from lamella.similarity import sweep
+from lamella.similarity.swap import routing_shift
 
 WORDS = [f"w{number}" for number in range(3, tiny_moe.VOCAB)]
 
@@ -73,12 +79,12 @@ def test_every_step_runs_on_every_family(family, text, tmp_path, monkeypatch, ca
 def test_a_step_out_of_turn_names_the_command_that_is_missing(text, tmp_path, monkeypatch, capsys):
     study = tmp_path / "study"
     assert run(monkeypatch, "screen", study) == 2
-    assert "lamella similarity capture" in " ".join(capsys.readouterr().err.split())
+    assert "lamella similarity capture" in said(capsys)
     model = save_model("qwen2_moe", tmp_path / "model")
     assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 8) == 0
     capsys.readouterr()
     assert run(monkeypatch, "compress", study) == 2
-    assert "lamella similarity align" in " ".join(capsys.readouterr().err.split())
+    assert "lamella similarity align" in said(capsys)
 
 
 def test_a_folder_of_another_study_is_not_touched(text, tmp_path, monkeypatch, capsys):
@@ -86,29 +92,194 @@ def test_a_folder_of_another_study_is_not_touched(text, tmp_path, monkeypatch, c
     assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 8) == 0
     before = (study / "capture" / "manifest.json").read_bytes()
     assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--documents", 5) == 2
-    assert "documents None there, 5 here" in " ".join(capsys.readouterr().err.split())
+    assert "documents None there, 5 here" in said(capsys)
     assert (study / "capture" / "manifest.json").read_bytes() == before
 
 
-def test_another_model_under_the_same_path_is_noticed(text, tmp_path, monkeypatch, capsys):
-    model, study = save_model("qwen2_moe", tmp_path / "model"), tmp_path / "study"
-    assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 8) == 0
+def captured(monkeypatch, text, tmp_path, *words, name="study"):
+    """A study of the tiny model: its model, its folder."""
+    model, study = tmp_path / "model", tmp_path / name
+    if not model.exists():
+        save_model("qwen2_moe", model)
+    assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 48, *words) == 0
+    return model, study
+
+
+def said(capsys):
+    """What the command said of an error, in one line."""
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("step", ["screen", "align", "swap", "compress"])
+def test_another_model_under_the_same_path_is_noticed_in_every_step(step, text, tmp_path, monkeypatch, capsys):
+    model, study = captured(monkeypatch, text, tmp_path)
     tiny_moe.FAMILIES["qwen2_moe"](seed=1).save_pretrained(model)
+    before = {path.name for path in study.iterdir()}
+    capsys.readouterr()
+    assert run(monkeypatch, step, study) == 2
+    assert "is of the model Qwen2MoeForCausalLM" in said(capsys)
+    assert {path.name for path in study.iterdir()} == before
+
+
+def test_batches_of_another_size_go_on_with_a_study(text, tmp_path, monkeypatch, capsys):
+    captured(monkeypatch, text, tmp_path, "--batch-size", 4)
+    captured(monkeypatch, text, tmp_path, "--batch-size", 2)
+
+
+@pytest.mark.parametrize("step", ["screen", "align", "swap", "compress", "report"])
+def test_an_unfinished_capture_is_refused_in_every_step(step, text, tmp_path, monkeypatch, capsys):
+    model, study = captured(monkeypatch, text, tmp_path)
+    manifest = study / "capture" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    capsys.readouterr()
+    assert run(monkeypatch, step, study) == 2
+    assert f"is not finished: it has 39 documents so far. Run `lamella similarity capture {model}" in said(capsys)
+
+
+def test_a_table_of_another_capture_is_left_out_of_the_page(text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+    assert run(monkeypatch, "screen", study) == 0
+    shutil.rmtree(study / "capture")
+    captured(monkeypatch, text, tmp_path, "--seed", 1)
+    capsys.readouterr()
+    assert run(monkeypatch, "align", study, "--per-source", 1) == 2
+    assert "screen.parquet was made from another capture" in said(capsys)
+    assert run(monkeypatch, "report", study) == 0
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert "screen.parquet was made from another capture" in page
+    assert "lamella similarity screen" in page
+
+
+def test_a_dense_model_begins_no_study(text, tmp_path, monkeypatch, capsys):
+    model, study = save_model("qwen2_moe", tmp_path / "model"), tmp_path / "study"
+    tiny.llama().save_pretrained(model)
+    assert run(monkeypatch, "capture", model, "--text", text, "-o", study) == 2
+    assert "LlamaForCausalLM" in said(capsys)
+    assert not study.exists()
+
+
+def seeds_of(study):
+    """How many rows each aligner and seed of the table has."""
+    table = pd.read_parquet(study / "alignment.parquet")
+    return table.groupby(["aligner", "seed"], sort=False).size().to_dict()
+
+
+def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+    _, other = captured(monkeypatch, text, tmp_path, "--split", "all", name="other")
+    quick = ("--same-layer", "--aligner", "linear")
+    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer") == 0
+    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 2, *quick) == 0
+    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick, "--score-on", other) == 0
+    elsewhere = "linear, scored on text.txt (all)"
+    arms = [("layernorm", 0), ("linear", 0), ("linear", 1), (elsewhere, 0)]
+    before = seeds_of(study)
+    assert list(before) == arms
+    assert len(set(before.values())) == 1
+    first = pd.read_parquet(study / "alignment.parquet")
+    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(study / "alignment.parquet"), first)
+    noted = json.loads((study / "alignment.json").read_text())["aligners"]
+    assert set(noted) == {"layernorm", "linear", elsewhere}
+    assert noted["linear"] | {"notes": []} == {
+        "steps": 3, "lr": 3e-3, "pull": None, "per_source": None, "same_layer": True, "score_on": None, "notes": [],
+    }  # fmt: skip
+    assert "48 documents of hash" in noted[elsewhere]["score_on"]
+    assert run(monkeypatch, "report", study) == 0
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert f"Unexplained share, aligner {elsewhere}" in page
+    assert f"The errors of the aligner {elsewhere} are on that text" in page
+    assert "linear.same_layer" in page
+    # other settings: all seeds of the old ones go
+    assert run(monkeypatch, "align", study, "--steps", 2, "--seeds", 1, *quick) == 0
+    assert list(seeds_of(study)) == [arm for arm in arms if arm != ("linear", 1)]
+
+
+def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer") == 0
+    before, tiles = (study / "alignment.parquet").read_bytes(), list((study / "tiles").iterdir())
+
+    def killed(*given, seed, **settings):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return sweep(*given, seed=seed, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lamella.similarity.sweep", killed)
+        assert run(patch, "align", study, "--steps", 3, "--seeds", 2, "--same-layer", "--aligner", "linear") != 0
+    assert (study / "alignment.parquet").read_bytes() == before
+    assert len(list((study / "tiles").iterdir())) > len(tiles)  # what was computed is not lost
+
+
+def test_one_way_swaps_go_both_orders_and_so_do_their_shifts(text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+    swap = ("swap", study, "--documents", 4, "--one-way")
+    assert run(monkeypatch, *swap, "--unit", "router") == 0
+    table = pd.read_parquet(study / "swap.parquet")
+    real = table[table["distance"] > 0]
+    assert not real["exchange"].any()
+    pairs = set(zip(real["first_layer"], real["second_layer"], strict=True))
+    assert pairs == {(second, first) for first, second in pairs}
+    assert len(pairs) == 6
+    opened = open_study(study)
+    shifts = pd.read_parquet(study / "shifts.parquet")
+    assert set(shifts["swap"]) == {"router 1 in the place of 0", "router 2 in the place of 0"}
+    batches = list(opened.texts(None, "test", 4))
+    expected = routing_shift(opened.model, batches, 0, 1, "router", exchange=False)
+    shown = shifts[shifts["swap"] == "router 1 in the place of 0"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(shown[expected.columns], expected)
+    assert run(monkeypatch, *swap, "--unit", "expert", "--layers", "0,1") == 0
+    experts = pd.read_parquet(study / "swap.parquet").query("unit == 'expert' and distance > 0")
+    assert len(experts) == 2 * 4 * 4
+
+
+@pytest.mark.parametrize("layers", ["0,x,2", "0", "0,1,2", "0,-1", ""])
+def test_layers_that_are_not_two_are_refused(layers, text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+    capsys.readouterr()
+    assert run(monkeypatch, "swap", study, "--unit", "expert", "--layers", layers) == 2
+    assert f"layers={layers!r} names no two layers" in said(capsys)
+
+
+def test_a_full_disk_is_said_with_the_file(text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+
+    def full(*given, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     capsys.readouterr()
     assert run(monkeypatch, "screen", study) == 2
-    assert "model" in capsys.readouterr().err
-    assert not (study / "screen.parquet").exists()
+    assert f"{study}/screen.parquet could not be read or written: No space left on device." in said(capsys)
+    assert not list(study.glob(".writing-*"))
+
+
+def test_an_error_of_no_file_is_not_hidden(text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+
+    def odd(*given, **settings):
+        raise OSError("odd")
+
+    monkeypatch.setattr("lamella.similarity.screen", odd)
+    with pytest.raises(OSError, match="odd"):
+        run(monkeypatch, "screen", study)
+
+
+def test_json_has_null_for_what_is_no_number(capsys):
+    print_json({"a": [float("nan"), 1.5], "b": {"c": float("inf"), "d": (1, "x")}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": None, "d": [1, "x"]}}
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         (["capture", "minilm-is-dense", "--text", "no-such-file.txt"], "could not be loaded"),
         (["plan", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_used_is_named(words, said, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_used_is_named(words, sentence, tmp_path, monkeypatch, capsys):
     extra = ["-o", tmp_path / "study"] if words[0] == "capture" else []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(monkeypatch, *words, *extra) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert sentence in said(capsys)

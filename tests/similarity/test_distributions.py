@@ -1,3 +1,5 @@
+import sys
+
 import pandas as pd
 import pytest
 import torch
@@ -34,3 +36,16 @@ def test_the_plane_holds_tokens_of_every_expert_and_most_of_what_two_directions_
     two = torch.linalg.svdvals(centred)[:2].square().sum()
     assert inputs[["x", "y"]].pow(2).to_numpy().sum() == pytest.approx(float(two), rel=1e-4)
     assert isinstance(plane, pd.DataFrame)
+
+
+def test_of_more_numbers_than_torch_can_order_every_so_many_are_taken(found, monkeypatch):
+    model, captured, norms, _ = found
+    tokens = sum(len(captured.inputs(*name)) for name in captured.experts)
+    taken, whole = [], torch.Tensor.quantile
+    monkeypatch.setattr(torch.Tensor, "quantile", lambda x, q: taken.append(len(x)) or whole(x, q))
+    monkeypatch.setattr(sys.modules[distributions.__module__], "_QUANTILE", tokens // 3)
+    again, _ = distributions(captured, model)
+    assert tokens // 8 < taken[0] <= tokens // 3
+    assert again.groupby(["layer", "side"])["share"].sum().tolist() == pytest.approx([1.0] * 6)
+    reach = norms.groupby("side")["norm"].max(), again.groupby("side")["norm"].max()
+    assert reach[1].tolist() == pytest.approx(reach[0].tolist(), rel=0.2)

@@ -42,6 +42,44 @@ def test_controls_stand_apart_from_pairs():
     assert table.loc["the mean", "median"] == 1.0
 
 
+def test_the_reverse_direction_is_compared_pair_by_pair():
+    flat = control_table(alignment(lambda s, t: 0.3)).set_index("control")
+    assert flat.loc["difference of both directions", "median"] == 0.0
+    assert flat.loc["difference of both directions", "rows"] == 2 * 10
+    down = alignment(lambda s, t: 0.5 if s < t else 0.3, seeds=(0,))
+    table = control_table(down[~((down["source_layer"] == 1) & (down["target_expert"] == 0))]).set_index("control")
+    row = table.loc["difference of both directions"]
+    assert (row["rows"], row["median"], row["low"]) == (9, pytest.approx(0.2), pytest.approx(0.2))
+
+
+def test_a_screen_meets_the_same_noise_as_the_ceiling():
+    """A screen as good as a seed, whose noise is as large, ranks as well as the ceiling says."""
+    rng = np.random.default_rng(0)
+    truth = {(s, t): rng.normal() for s in EXPERTS for t in EXPERTS}
+    runs = []
+    for _ in range(60):
+        drawn = [alignment(lambda s, t: truth.get((s, t), 0) + rng.normal(), seeds=(seed,)) for seed in range(3)]
+        screened = (
+            drawn[2]
+            .loc[drawn[2]["kind"] == "pair", NAMES]
+            .assign(floor=drawn[2]["nmse"], cka_distance=np.nan, weight_distance=0.5)
+        )
+        found = worth(pd.concat(drawn[:2]), screened)
+        assert not {"cka_distance", "weight_distance"} & set(found)  # they rank nothing
+        runs.append((found["floor"], found["ceiling within"]))
+    screens, ceilings = np.mean(runs, axis=0)
+    assert screens == pytest.approx(ceilings, abs=0.06)
+    single = worth(drawn[0], screened)
+    assert "ceiling" not in single
+    assert -1 <= single["floor"] <= 1
+
+
+def test_there_is_no_ceiling_where_seeds_change_nothing():
+    same = alignment(by_kind)
+    found = worth(same.assign(nmse=alignment(by_kind, seeds=(0, 0))["nmse"].to_numpy()))
+    assert not {"ceiling", "ceiling within"} & set(found)
+
+
 def test_worth_counts_what_is_beyond_and_what_is_below_the_floor():
     found = alignment(lambda s, t: 0.95 if t == (0, 3) and s != t else by_kind(s, t))
     names = found.loc[(found["kind"] == "pair") & (found["seed"] == 0), NAMES].reset_index(drop=True)

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pandas as pd
 import pytest
@@ -18,9 +19,13 @@ def study(tmp_path):
 
 
 def swaps():
+    """All layers of four: the effect is a tenth of the distance, and 1 with random weights."""
+    places = [(a, b) for a in range(4) for b in range(a, 4)] + [(0, -1)]
     return pd.DataFrame([
-        {"unit": "block", "metric": "nll", "distance": distance, "effect": effect, "baseline": 4.0}
-        for distance, effect in ((0.0, 0.0), (1.0, 0.1), (1.0, 0.3), (2.0, 0.5), (float("nan"), 1.0))
+        {"unit": "block", "metric": "nll", "first_layer": a, "first_expert": -1, "second_layer": b, "second_expert": -1,
+         "exchange": b >= 0, "aligned": False, "distance": float("nan") if b < 0 else float(b - a), "baseline": 4.0,
+         "effect": 1.0 if b < 0 else 0.1 * (b - a), "value": 4.0 + (1.0 if b < 0 else 0.1 * (b - a)), "seed": 0}
+        for a, b in places
     ])  # fmt: skip
 
 
@@ -44,12 +49,16 @@ def test_only_what_was_run_is_answered(study, tmp_path):
     assert "| a random expert | 10 | 0.9" in text
     assert "swap" not in text.lower().split("rows are in")[1].split("###")[-1]
     assert "merged" not in text
+    lines = text.split("\n")
+    assert all(not before or before.startswith("|") for before, line in pairwise(lines) if line.startswith("|"))
+    assert not [line for line in lines if "|" in line and not line.startswith("|")]  # a table begins its line
 
 
 def test_variance_and_ceiling_are_said_with_their_figures(study, tmp_path):
     text = page(study, tmp_path)
     assert "The outlier by raw error, expert 3 of layer 0" in text
     assert "with 1.00: the ceiling" in text
+    assert "| difference of both directions | 20 | 0.0" in text
 
 
 def test_a_known_truth_is_asked_for_its_auc(study, tmp_path):
@@ -60,11 +69,24 @@ def test_a_known_truth_is_asked_for_its_auc(study, tmp_path):
     assert "| without aligner | 0.50 [0.50, 0.50] | 4 |" in text
 
 
+def test_a_screen_without_a_measure_says_nothing_of_it(study, tmp_path):
+    truth = {"layers": [0, 1], "experts": [{"expert": e, "kind": KINDS[0, e]} for e in range(4)]}
+    (study / "ground_truth.json").write_text(json.dumps(truth))
+    pairs = alignment(by_kind, seeds=(0,)).query("kind == 'pair'")
+    screened = pairs.assign(floor=0.0, cka_distance=pairs["nmse"], weight_distance=float("nan"))
+    screened.drop(columns=["nmse", "kind"]).to_parquet(study / "screen.parquet")
+    text = page(study, tmp_path)
+    assert "| cka distance | 1.00 [1.00, 1.00] | 4 |" in text
+    assert "weight distance" not in text
+
+
 def test_swaps_merging_and_controls_stand_as_tables(study, tmp_path):
     swaps().to_parquet(study / "swap.parquet")
     compression().to_parquet(study / "compression.parquet")
     text = page(study, tmp_path)
-    assert "0: +0.0000 (1), 1: +0.2000 (2), 2: +0.5000 (1) | +1.0000 (1) |" in text
+    assert "0: +0.0000 (4), 1: +0.1000 (3), 2: +0.2000 (2), 3: +0.3000 (1) | +1.0000 (1) |" in text
+    assert "| block, nll | cannot be told with 4 layers to grow or to shrink | +0.1000 | 1.00 | 0.083 | 6 |" in text
+    assert "| **2** | 4.2000 | 4.1000 | 4.0000 | 4.1000 |" in text  # an exchange stands in both of its cells
     assert "| similarity | news | 25% (25% to 25%) |" in text
     assert "| random | news | 0% (0% to 0%) |" in text
 

@@ -20,7 +20,7 @@ LR = 1e-3
 Name = tuple[int, int]  # layer, expert
 
 
-class Adapter(nn.Module):
+class Aligner(nn.Module):
     """``LayerNorm(W x + b)``."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -67,24 +67,24 @@ def capture_pair(
 
 
 def train_pair(target: Expert, x: Tensor, y: Tensor, start: Mapping[str, Tensor], steps: int, frozen: bool) -> Tensor:
-    """The loss of the last step, before its update, after training one adapter.
+    """The loss of the last step, before its update, after training one aligner.
 
     Args:
-        target: the expert behind the adapter.
+        target: the expert behind the aligner.
         x: what the source was given, ``(n, h)``.
         y: what it put out, ``(n, h)``.
-        start: the adapter before training.
+        start: the aligner before training.
         steps: of Adam.
         frozen: whether the target's weights get no gradient; in the published code they do, unused.
     """
     matrices = {name: one.detach().requires_grad_(not frozen) for name, one in target.matrices.items()}
     expert = Expert(activation=target.activation, **matrices)
-    adapter = Adapter(start)
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=LR)
+    aligner = Aligner(start)
+    optimizer = torch.optim.Adam(aligner.parameters(), lr=LR)
     loss = x.new_zeros(())
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = mse_loss(expert(adapter(x)), y)
+        loss = mse_loss(expert(aligner(x)), y)
         loss.backward()
         optimizer.step()
     return loss.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
+from typing import NoReturn
 
 import typer
 from rich.logging import RichHandler
@@ -45,10 +46,18 @@ def main() -> None:
     try:
         app()
     except LamellaError as error:
-        print(textwrap.fill(str(error), 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error))
+    except OSError as error:
+        if error.filename is None:  # of no file, so nothing that a person could mend
+            raise
+        _stop(f"{error.filename} could not be read or written: {error.strerror}. What was finished before is intact.")
     finally:
         logging.getLogger().removeHandler(warnings_shown)
+
+
+def _stop(sentence: str) -> NoReturn:
+    print(textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    sys.exit(2)
 
 
 def _quiet() -> logging.Handler:

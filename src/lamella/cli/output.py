@@ -23,9 +23,17 @@ console = Console(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
-    json.dump(value, sys.stdout)
+    """One JSON object on standard output; what is no finite number, such as a median of nothing, is null."""
+    json.dump(_finite(value), sys.stdout, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_results(results: pd.DataFrame, cost: pd.DataFrame, summary: str) -> None:

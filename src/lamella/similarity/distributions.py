@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SIDES = ("input", "output")
 _BINS = 30
+_QUANTILE = 2**24  # numbers, the most that torch takes the quantile of
 _TOKENS_IN_PLANE = 8  # of each expert
 _POINTS = 1500  # of a picture
 
@@ -30,31 +31,33 @@ def distributions(capture: Capture, model: nn.Module) -> tuple[pd.DataFrame, pd.
     """
     import pandas as pd
 
-    found: dict[str, dict[tuple[int, int], Tensor]] = {side: {} for side in SIDES}
+    norms: dict[str, dict[int, list[Tensor]]] = {side: {} for side in SIDES}
+    tokens: dict[str, dict[tuple[int, int], Tensor]] = {side: {} for side in SIDES}
     experts = {layer.index: layer.experts for layer in moe_layers(model)}
-    for layer, expert in capture.experts:
-        given = capture.inputs(layer, expert)  # (n, h)
+    each = max(1, min(_TOKENS_IN_PLANE, _POINTS // max(1, len(capture.experts))))
+    for layer, expert in capture.experts:  # one at a time: all tokens of all experts need not fit in memory
         function = experts[layer][expert]
+        given = capture.inputs(layer, expert)  # (n, h)
         with torch.no_grad():
-            put_out = function(given.to(function.up)).float().cpu()  # (n, h)
-        found["input"][layer, expert], found["output"][layer, expert] = given, put_out
-    norms = [row for side in SIDES for row in _norms(side, found[side])]
-    places = [row for side in SIDES for row in _plane(side, found[side])]
+            put_out = function(given.to(function.up))
+        for side, x in zip(SIDES, (given, put_out), strict=True):
+            norms[side].setdefault(layer, []).append(x.float().norm(dim=1).cpu())
+            tokens[side][layer, expert] = x[:each].float().cpu()
+    shares = [row for side in SIDES for row in _shares(side, norms[side])]
+    places = [row for side in SIDES for row in _plane(side, tokens[side])]
     return (
-        pd.DataFrame(norms, columns=["layer", "side", "norm", "share"]),
+        pd.DataFrame(shares, columns=["layer", "side", "norm", "share"]),
         pd.DataFrame(places, columns=["layer", "expert", "side", "x", "y"]),
     )
 
 
-def _norms(side: str, tokens: dict[tuple[int, int], Tensor]) -> Iterable[tuple[int, str, float, float]]:
-    layers = sorted({layer for layer, _ in tokens})
-    norms = {
-        layer: torch.cat([x.norm(dim=1) for (own, _), x in tokens.items() if own == layer]) for layer in layers
-    }  # each (n,)
+def _shares(side: str, parts: dict[int, list[Tensor]]) -> Iterable[tuple[int, str, float, float]]:
+    norms = {layer: torch.cat(of_experts) for layer, of_experts in sorted(parts.items())}  # each (n,)
     every = torch.cat(list(norms.values()))
     if not len(every):
         return
-    edges = torch.linspace(0.0, float(every.quantile(0.995)) * 1.05 + 1e-9, _BINS + 1)
+    most = every[:: -(-len(every) // _QUANTILE)].quantile(0.995)
+    edges = torch.linspace(0.0, float(most) * 1.05 + 1e-9, _BINS + 1)
     for layer, own in norms.items():
         shares = torch.histogram(own.clamp(max=float(edges[-1])), edges).hist / len(own)  # (bins,)
         middles = (edges[1:] + edges[:-1]) / 2
@@ -63,8 +66,7 @@ def _norms(side: str, tokens: dict[tuple[int, int], Tensor]) -> Iterable[tuple[i
 
 
 def _plane(side: str, tokens: dict[tuple[int, int], Tensor]) -> Iterable[tuple[int, int, str, float, float]]:
-    each = max(1, min(_TOKENS_IN_PLANE, _POINTS // max(1, len(tokens))))
-    chosen = {name: x[:each] for name, x in tokens.items() if len(x)}
+    chosen = {name: x for name, x in tokens.items() if len(x)}
     if len(chosen) < 2:
         return
     stacked = torch.cat(list(chosen.values()))  # (N, h)

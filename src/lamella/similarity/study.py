@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError
+from lamella.similarity.capture import Capture, Manifest
 from lamella.writing import whole, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLES = (
-    "screen", "alignment", "swap", "shifts", "compression", "rerouting", "histogram", "plane",
-)  # fmt: skip
 _NAME = "study.json"
+_CAPTURE = "capture"  # what a table says of the capture that it is from
 
 
 @dataclass(frozen=True)
@@ -78,31 +77,71 @@ class StudyFolder:
             ) from error
 
     def begin(self, subject: Subject) -> None:
-        """Writes what the study is of; a study of the same goes on.
+        """Writes what the study is of; a study of the same goes on, with batches of any size.
 
         Raises:
             LamellaError: the folder holds a study of something else.
         """
-        if (self.path / _NAME).exists() and (before := self.subject()) != subject:
-            changed = [name for name, value in asdict(subject).items() if value != getattr(before, name)]
+        before = self.subject() if (self.path / _NAME).exists() else subject
+        if replace(before, batch_size=subject.batch_size) != subject:
+            changed = [
+                name
+                for name, value in asdict(subject).items()
+                if name != "batch_size" and value != getattr(before, name)
+            ]
             differences = ", ".join(
                 f"{name} {getattr(before, name)!r} there, {getattr(subject, name)!r} here" for name in changed
             )
             raise LamellaError(f"{self.path} holds a study of something else: {differences}. Name another folder.")
         write_whole(self.path / _NAME, json.dumps(asdict(subject), indent=1) + "\n")
 
+    def captured(self) -> Capture:
+        """The finished capture.
+
+        Raises:
+            LamellaError: nothing was captured here, or not to the end of the text.
+        """
+        subject, found = self.subject(), Capture.load(self.capture)
+        if not found.manifest.complete:
+            raise LamellaError(
+                f"The capture in {self.capture} is not finished: it has {found.manifest.rows_done:,} documents so far. "
+                f"Run `lamella similarity capture {subject.model} --text {subject.text} -o {self.path}` again, with "
+                "the options it was begun with; it goes on from there."
+            )
+        return found
+
+    def is_stale(self, name: str) -> bool:
+        """Whether a step's table was made from another capture than the one that is there now.
+
+        A table that does not say from which, because it needs none or was written elsewhere, is not.
+        """
+        path = self.path / f"{name}.parquet"
+        made_from = _said_in(path) if path.exists() else None
+        return made_from is not None and made_from != (self._identity() or made_from)
+
     def table(self, name: str) -> pd.DataFrame | None:
-        """A step's table; None where the step was not run."""
+        """A step's table; None where the step was not run.
+
+        Raises:
+            LamellaError: it was made from another capture.
+        """
         import pandas as pd
 
         path = self.path / f"{name}.parquet"
-        return pd.read_parquet(path) if path.exists() else None
+        if not path.exists():
+            return None
+        if self.is_stale(name):
+            raise LamellaError(
+                f"{path} was made from another capture ({_said_in(path)}) than the one that is there now "
+                f"({self._identity()}). Run the step that makes it again, or remove it."
+            )
+        return pd.read_parquet(path)
 
     def needed(self, name: str, command: str) -> pd.DataFrame:
         """A step's table.
 
         Raises:
-            LamellaError: the step was not run.
+            LamellaError: the step was not run, or on another capture.
         """
         found = self.table(name)
         if found is None:
@@ -112,11 +151,18 @@ class StudyFolder:
         return found
 
     def write(self, name: str, table: pd.DataFrame) -> Path:
-        """Keeps a step's table, whole or not at all."""
+        """Keeps a step's table, whole or not at all, and in it of which capture it is."""
         path = self.path / f"{name}.parquet"
+        kept = table.copy(deep=False)
+        if (identity := self._identity()) is not None:
+            kept.attrs = {**table.attrs, _CAPTURE: identity}
         with whole(path) as unfinished:
-            table.to_parquet(unfinished, index=False)
+            kept.to_parquet(unfinished, index=False)
         return path
+
+    def _identity(self) -> str | None:
+        """What tells the capture from another; None where there is none, as among kept results."""
+        return Manifest.read(self.capture).identity if self.capture.is_dir() else None
 
     def facts(self, name: str) -> Any:
         """What a step noted as JSON; None where it did not."""
@@ -126,3 +172,12 @@ class StudyFolder:
     def note(self, name: str, facts: Any) -> None:
         """Keeps what a step notes, whole or not at all."""
         write_whole(self.path / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _said_in(path: Path) -> str | None:
+    """Of which capture a table says that it is; its rows are not read."""
+    from pyarrow.parquet import read_schema
+
+    stated = (read_schema(path).pandas_metadata or {}).get("attributes") or {}
+    said = stated.get(_CAPTURE)
+    return None if said is None else str(said)

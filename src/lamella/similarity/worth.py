@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,19 +10,22 @@ import numpy as np
 
 from lamella.errors import LamellaError
 from lamella.similarity.align import beyond_controls, seed_ceiling
+from lamella.similarity.align.controls import mean_of_known, rank_agreement
 
 if TYPE_CHECKING:
     import pandas as pd
 
 NAMES = ["source_layer", "source_expert", "target_layer", "target_expert"]
 _SOURCE = NAMES[:2]
+_REVERSED = (("source", "target"), ("target", "source"))
 _MEASURES = ("floor", "cka_distance", "weight_distance")
 
 
 def control_table(alignment: pd.DataFrame) -> pd.DataFrame:
     """The unexplained share of pairs beside that of every control, of one aligner.
 
-    Columns ``control, rows, median, low, high``; nine tenths of the rows lie between ``low`` and ``high``.
+    Columns ``control, rows, median, low, high``; nine tenths of the rows lie between ``low`` and ``high``. The row of
+    both directions is of the size of nmse(s, t) - nmse(t, s): how far a pair says something else in reverse.
     """
     import pandas as pd
 
@@ -35,6 +39,7 @@ def control_table(alignment: pd.DataFrame) -> pd.DataFrame:
         "a random expert": alignment.loc[alignment["kind"] == "random-target", "nmse"],
         "no aligner": pairs["identity_nmse"],
         "the mean": pairs["mean_nmse"],
+        "difference of both directions": _directions(pairs),
     }
     rows = [
         (name, len(values), values.median(), values.quantile(0.05), values.quantile(0.95))
@@ -44,15 +49,26 @@ def control_table(alignment: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["control", "rows", "median", "low", "high"])
 
 
+def _directions(pairs: pd.DataFrame) -> pd.Series:
+    """The size of nmse(s, t) - nmse(t, s) for each two experts and seed that have both."""
+    ends = {f"{one}_{what}": f"{other}_{what}" for one, other in _REVERSED for what in ("layer", "expert")}
+    there = pairs[[*NAMES, "seed", "nmse"]]
+    both = there.merge(there.rename(columns=ends), on=[*NAMES, "seed"], suffixes=("", "_back"))
+    first = (both["source_layer"] < both["target_layer"]) | (
+        (both["source_layer"] == both["target_layer"]) & (both["source_expert"] < both["target_expert"])
+    )  # each two once
+    return (both["nmse"] - both["nmse_back"])[first].abs()
+
+
 def worth(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -> dict[str, float]:
     """Facts about an alignment of one aligner, by what they are.
 
     ``beyond``: share of pairs better than the mean, no aligner and a random expert. ``raw and variance``, ``share and
     variance``: rank correlation of the raw error and of the unexplained share with the replaced expert's variance.
-    ``samples per parameter``: of an aligner, median. With two seeds or more, ``ceiling`` and ``ceiling within``: how
-    one seed ranks pairs as the others do, over all and within an expert's stand-ins. With a screen, for each measure
-    how it ranks an expert's stand-ins as the mean over seeds does, and ``below the floor``: rows whose error is below
-    it.
+    ``samples per parameter``: of an aligner, median. With two seeds or more that differ, ``ceiling`` and ``ceiling
+    within``: how one seed ranks pairs as the mean of the others does, over all and within an expert's stand-ins. With a
+    screen, for each measure that ranks anything how it ranks an expert's stand-ins as those same means do (one seed
+    alone: as that seed does), and ``below the floor``: rows whose error is below it.
     """
     pairs = alignment[alignment["kind"] == "pair"]
     found = {
@@ -63,15 +79,9 @@ def worth(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -> dict
     }
     if pairs["seed"].nunique() > 1:
         ceiling = seed_ceiling(alignment)
-        found |= {"ceiling": ceiling["overall"], "ceiling within": ceiling["within"]}
+        found |= _known({"ceiling": ceiling["overall"], "ceiling within": ceiling["within"]})
     if screened is not None:
-        means = pairs.groupby(NAMES, as_index=False)[["nmse"]].mean().merge(screened, on=NAMES)
-        for measure in _MEASURES:
-            within = [
-                _ranks(rows, measure, "nmse") for _, rows in means.groupby(_SOURCE) if rows[measure].nunique() > 1
-            ]
-            if within:
-                found[measure] = float(np.nanmean(within))
+        found |= _known({name: _screen_ranks(pairs, screened.set_index(NAMES)[name]) for name in _MEASURES})
         both = pairs.merge(screened, on=NAMES)
         found["below the floor"] = float((both["nmse"] < both["floor"] - 1e-6).sum())
     return found
@@ -118,6 +128,20 @@ def truth_auc(
     draws = np.random.default_rng(seed).integers(len(areas), size=(resamples, len(areas)))
     low, high = np.quantile(np.array(areas)[draws].mean(1), [0.025, 0.975])
     return {"auc": float(np.mean(areas)), "low": float(low), "high": float(high), "experts": len(areas)}
+
+
+def _known(facts: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in facts.items() if not math.isnan(value)}
+
+
+def _screen_ranks(pairs: pd.DataFrame, measured: pd.Series) -> float:
+    """How a measure ranks an expert's stand-ins as the seeds less one do, mean over the seed left out.
+
+    The seed ceiling compares one seed with the same means, so that measure and ceiling meet the same noise.
+    """
+    seeds = pairs.pivot_table(index=NAMES, columns="seed", values="nmse").dropna()  # a row per pair
+    left_out = [[seed] for seed in seeds.columns] if len(seeds.columns) > 1 else [[]]
+    return mean_of_known(rank_agreement(measured, seeds.drop(columns=out).mean(axis=1))[1] for out in left_out)
 
 
 def _ranks(rows: pd.DataFrame, one: str, other: str) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lamella.errors import LamellaError
 from lamella.similarity import largest_compression
 from lamella.similarity.study import StudyFolder
+from lamella.similarity.swap import change_in_words, distance_regressions, kinds, layer_tables
 from lamella.similarity.worth import control_table, truth_auc, worth
 from lamella.writing import whole
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TABLES = ("screen", "alignment", "swap", "compression", "rerouting")
-_FACTS = ("study", "alignment", "distance", "ground_truth")
+_FACTS = ("study", "alignment", "ground_truth")
 _WITHIN = 0.01  # rise of perplexity up to which merging counts as free
 
 
@@ -86,7 +88,7 @@ documents over the variance of what the source puts out there: 0 is the same fun
 
 
 def _controls(study: KeptSimilarity) -> str | None:
-    return _per_aligner(study, lambda rows: _markdown(
+    return _per_aligner(study, lambda rows: "\n\n" + _markdown(
         ["", "rows", "median", "5 % to 95 %"],
         [
             [row["control"], f"{row['rows']:,}", f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
@@ -119,14 +121,14 @@ def _ranking(study: KeptSimilarity) -> str | None:
     def words(rows: pd.DataFrame) -> str:
         found = worth(rows, screened)
         if "ceiling" not in found:
-            return "One seed: no ceiling."
+            return "No ceiling: there is one seed, or nothing that a seed changes."
         measures = [(name, found[name]) for name in ("floor", "cka_distance", "weight_distance") if name in found]
         ranked = ", ".join(
             f"{name.replace('_', ' ')} {value:.2f} ({value / found['ceiling within']:.2f} of the ceiling)"
             for name, value in measures
         )
         return (
-            f"One seed ranks all pairs as another does with {found['ceiling']:.2f}, an expert's stand-ins with "
+            f"One seed ranks all pairs as the others do with {found['ceiling']:.2f}, an expert's stand-ins with "
             f"{found['ceiling within']:.2f}: the ceiling. An expert's stand-ins are ranked by "
             f"{ranked or 'nothing that was screened'}. Rows below the floor: {found.get('below the floor', 0):.0f}."
         )
@@ -147,7 +149,8 @@ def _truth(study: KeptSimilarity) -> str | None:
             measured.append((f"behind the aligner {kind}", rows, "nmse"))
         measured.append(("without aligner", alignment, "identity_nmse"))
     if screened is not None:
-        measured += [(name.replace("_", " "), screened, name) for name in ("cka_distance", "weight_distance")]
+        names = [name for name in ("cka_distance", "weight_distance") if screened[name].notna().any()]
+        measured += [(name.replace("_", " "), screened, name) for name in names]
     rows = []
     for name, table, measure in measured:
         found = truth_auc(table, kinds, measure)
@@ -162,26 +165,44 @@ def _distance(study: KeptSimilarity) -> str | None:
     swaps = study.folder.table("swap")
     if swaps is None:
         return None
-    found = study.folder.facts("distance") or {}
-    slopes = [
-        [name, f"{one['slope']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]", f"{one['spearman']:.2f}",
-         f"{one['p_value']:.3f}", f"{one['swaps']:.0f}"]
-        for name, one in found.items()
+    lines = [_regression(name, found) for name, found in distance_regressions(swaps).items()]
+    heads = ["swap, measure", "with distance the effect", "per layer of distance", "rank correlation", "p", "swaps"]
+    layouts = [_layout(name, scores, swaps) for name, scores in layer_tables(swaps).items()]
+    return "\n\n".join(["", *([_markdown(heads, lines)] if lines else []), _by_distance(swaps), *layouts])
+
+
+def _regression(name: str, found: Mapping[str, float]) -> list[Any]:
+    interval = "" if math.isnan(found["low"]) else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return [
+        name, change_in_words(found), f"{found['slope']:+.4f}{interval}", f"{found['spearman']:.2f}",
+        f"{found['p_value']:.3f}", f"{found['swaps']:.0f}",
     ]  # fmt: skip
-    heads = ["unit, measure", "effect per layer of distance", "rank correlation", "p", "swaps"]
-    return "\n\n".join(["", *([_markdown(heads, slopes)] if slopes else []), _by_distance(swaps)])
+
+
+def _layout(name: str, scores: pd.DataFrame, swaps: pd.DataFrame) -> str:
+    """The scores with two layers in each other's place, in the published layout."""
+    rows = [
+        [f"**{layer}**", *("" if math.isnan(score) else f"{score:.4f}" for score in line)]
+        for layer, line in zip(scores.index, scores.to_numpy(), strict=True)
+    ]
+    baseline = kinds(swaps)[name]["baseline"].iloc[0]
+    return (
+        f"Scores by the layers swapped ({name}), the second across; {baseline:.4f} without a swap:\n\n"
+        + _markdown(["", *map(str, scores.columns)], rows)
+    )  # fmt: skip
 
 
 def _by_distance(swaps: pd.DataFrame) -> str:
     """Mean effects by distance; at 0 an expert or layer with itself, or experts of one layer with each other."""
     rows = []
-    for (unit, metric), part in swaps.groupby(["unit", "metric"], sort=False):
-        random = part.loc[part["distance"].isna(), "effect"]
+    for name, part in kinds(swaps).items():
+        alike = (swaps["unit"] == part["unit"].iloc[0]) & (swaps["metric"] == part["metric"].iloc[0])
+        random = swaps.loc[alike & swaps["distance"].isna(), "effect"]
         means = part.groupby("distance")["effect"].agg(["mean", "count"])
         shown = ", ".join(f"{int(at)}: {row['mean']:+.4f} ({row['count']:.0f})" for at, row in means.iterrows())
         worst = "" if random.empty else f"{random.mean():+.4f} ({len(random)})"
-        rows.append([unit, metric, f"{part['baseline'].iloc[0]:.4f}", shown, worst])
-    return _markdown(["unit", "measure", "without swap", "mean effect by distance (swaps)", "random weights"], rows)
+        rows.append([name, f"{part['baseline'].iloc[0]:.4f}", shown, worst])
+    return _markdown(["swap, measure", "without swap", "mean effect by distance (swaps)", "random weights"], rows)
 
 
 def _merging(study: KeptSimilarity) -> str | None:
@@ -194,7 +215,8 @@ def _merging(study: KeptSimilarity) -> str | None:
         ratios = part.groupby("budget")["ratio"].mean().sort_index(ascending=False)
         most = largest.loc[(method, domain)]
         shown = ", ".join(f"{budget:.0%}: {ratio:.3f}" for budget, ratio in ratios.items())
-        rows.append([method, domain, f"{most['removed']:.0%} ({most['low']:.0%} to {most['high']:.0%})", shown])
+        end = "perhaps more" if math.isnan(most["high"]) else f"{most['high']:.0%}"
+        rows.append([method, domain, f"{most['removed']:.0%} ({most['low']:.0%} to {end})", shown])
     heads = ["merging by", "text", f"can go within {_WITHIN:.0%}", "perplexity ratio by share kept"]
     return "\n\n" + _markdown(heads, rows)
 

@@ -11,6 +11,7 @@ from torch import nn
 from lamella.backbones.moe import Dispatch, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.similarity.capture import Capture, Progress, capture
+from lamella.tracing import record_routing
 
 TEXTS = documents()
 
@@ -72,6 +73,12 @@ def test_documents_with_numbers_of_their_own_may_come_in_any_order(model, tmp_pa
     found = capture(model, stream, tmp_path / "found", per_expert=6)
     assert_same_samples(found, expected)
     assert all("rows" in batch for batch in stream)  # what was given is not changed
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 1, 6], [5, 3, 9, 2, 9, 0, 1]])
+def test_a_number_that_comes_again_in_another_batch_is_refused(model, tmp_path, rows):
+    with pytest.raises(LamellaError, match=rf"Document {[1, 9][rows[0] > 0]} comes again in batch 1"):
+        capture(model, batches(TEXTS, size=4, rows=rows), tmp_path, per_expert=6)
 
 
 def test_another_seed_draws_others_and_the_same_seed_the_same(model, tmp_path):
@@ -137,6 +144,13 @@ def test_tokens_without_room_are_counted_apart_and_not_sampled(tmp_path):
     assert found.routing.dropped.sum() == len(lost)
     assert (found.routing.selected - found.routing.dropped == found.routing.captured).all()
     assert len(sampled) == found.routing.captured.sum()
+    with torch.no_grad(), record_routing(model) as trace:
+        for batch in stream:
+            model(**batch)
+    assert sorted(found.routing.share) == pytest.approx(sorted(trace.frame.share))
+    taken = found.routing.captured
+    totals = taken.groupby(found.routing.layer).transform("sum")
+    assert found.routing.share.tolist() == pytest.approx((taken / totals).tolist())
 
 
 def test_bfloat16_keeps_the_same_tokens_in_half_the_room(model, tmp_path):

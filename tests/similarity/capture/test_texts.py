@@ -56,7 +56,7 @@ def texts(batches, tokenizer) -> list[str]:
 )
 def test_every_kind_of_task_is_text_for_a_decoder(tmp_path, chat_tokenizer, kind, expected):
     path = written(tmp_path, kind)
-    found = text_batches(path, chat_tokenizer, batch_size=4)
+    found = text_batches(path, chat_tokenizer, "all", batch_size=4)
     assert found.documents == len(NUMBERS)
     assert len(found) == 8
     assert expected in texts(found, chat_tokenizer)
@@ -76,7 +76,7 @@ def test_an_encoder_decoder_reads_a_text_and_writes_one(tmp_path, encoder_tokeni
     assert encoder_tokenizer.convert_ids_to_tokens(seq2seq["labels"][0]) == ["[CLS]", "w2", "w3", "[SEP]"]
     for kind in ("classification", "prose", "multiple-choice"):
         source = written(tmp_path, kind)
-        for batch in text_batches(source, encoder_tokenizer, encoder_decoder=True, batch_size=30):
+        for batch in text_batches(source, encoder_tokenizer, encoder_decoder=True, batch_size=30, split="all"):
             real = batch["attention_mask"].bool()
             if kind == "multiple-choice":
                 assert (batch["labels"] >= 0).any(dim=1).all()
@@ -90,7 +90,23 @@ def test_paragraphs_of_a_text_file_are_documents(tmp_path, decoder_tokenizer):
     found = text_batches(str(path), decoder_tokenizer)
     assert texts(found, decoder_tokenizer) == ["w1 w2 w3 <end>", "w4 w5 <end>", "w6 w7 <end>"]
     assert texts(found, decoder_tokenizer) == texts(found, decoder_tokenizer)  # it can be gone through again
-    assert "3 documents of prose.txt" in found.origin
+    assert "3 documents of prose.txt (train)" in found.origin
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_file_is_measured_on_other_documents_than_it_is_captured_on(tmp_path, chat_tokenizer, kind):
+    path = written(tmp_path, kind)
+    if kind == "prose":
+        path = tmp_path / "prose.txt"
+        path.write_text("\n\n".join(KINDS[kind](n)["text"] for n in [*NUMBERS, 3, 7]))  # two documents come twice
+    sides = {split: texts(text_batches(path, chat_tokenizer, split), chat_tokenizer) for split in ("train", "test")}
+    everything = texts(text_batches(path, chat_tokenizer, "all"), chat_tokenizer)
+    assert sorted([*sides["train"], *sides["test"]]) == sorted(everything)
+    assert not set(sides["train"]) & set(sides["test"])
+    assert 6 <= len(sides["test"]) <= 7
+    assert texts(text_batches(path, chat_tokenizer), chat_tokenizer) == sides["train"]
+    with pytest.raises(LamellaError, match="has no split 'banana'; it has train, test, all"):
+        text_batches(path, chat_tokenizer, "banana")
 
 
 def test_long_documents_are_cut_and_said(tmp_path, decoder_tokenizer):
@@ -118,6 +134,9 @@ def test_what_is_not_there_is_told(tmp_path, decoder_tokenizer):
         text_batches(str(tmp_path / "gone.jsonl"), decoder_tokenizer)
     with pytest.raises(LamellaError, match="There is no task 'gone'"):
         text_batches("gone", decoder_tokenizer)
+    (tmp_path / "one.txt").write_text("w1 w2")
+    with pytest.raises(LamellaError, match=r"The 1 documents of one.txt are too few for a split 'test'"):
+        text_batches(tmp_path / "one.txt", decoder_tokenizer, "test")
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(LamellaError, match=r"empty\.txt has no text"):
         text_batches(tmp_path / "empty.txt", decoder_tokenizer)
@@ -136,3 +155,20 @@ def test_they_are_what_a_capture_reads(tmp_path, decoder_tokenizer, family):
         found.append(capture(model, given, tmp_path / str(size), per_expert=9, **settings))
     assert_same_samples(*found)
     assert found[0].manifest.origin == given.origin
+
+
+def test_a_model_that_writes_answers_with_the_token_of_the_class(tmp_path, encoder_tokenizer):
+    rows = [{"text": f"w{at} w2", "label": "ab"[at % 2]} for at in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words, given = encoder_tokenizer, {"split": "all", "batch_size": 3}
+    words.add_tokens(["<|a|>"])
+    assert text_batches(path, words, encoder_decoder=True, **given).label_tokens == ()  # not one for every class
+    words.add_tokens(["<|b|>"])
+    batches = text_batches(path, words, encoder_decoder=True, **given)
+    a, b = words.convert_tokens_to_ids(["<|a|>", "<|b|>"])
+    assert batches.label_tokens == (a, b)
+    first = [text.split()[1] for text in texts(batches, words)]
+    labels = torch.cat([batch["labels"] for batch in batches])  # (6, 1)
+    assert labels.tolist() == [[a] if word in ("w0", "w2", "w4") else [b] for word in first]
+    assert text_batches(path, words, **given).label_tokens == ()

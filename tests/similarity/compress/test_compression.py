@@ -10,8 +10,10 @@ from tests.tiny_moe import FAMILIES, HIDDEN, inputs_for
 
 from lamella.backbones.moe import moe_layers, watch_dispatch
 from lamella.errors import LamellaError
-from lamella.similarity.align import make_aligner
+from lamella.similarity.align import align, make_aligner
+from lamella.similarity.capture import capture
 from lamella.similarity.compress import METHODS, compress
+from lamella.similarity.compress.compression import compress_each
 from lamella.similarity.compress.matching import average, match_units
 from lamella.similarity.compress.pool import PooledExperts
 
@@ -144,17 +146,53 @@ def test_a_group_is_the_usage_weighted_mean_of_matched_experts():
     assert small.report.weighted_by_usage
 
 
-@pytest.mark.parametrize("method", ["similarity", "weight-distance"])
+@pytest.fixture(scope="module")
+def silenced(tmp_path_factory):
+    """A model with two experts that never fire, its capture, and what `align` writes of it: no rows from them."""
+    model = FAMILIES["mixtral"]()
+    layers = moe_layers(model)
+    texts = [inputs_for(model, batch=8, tokens=14, padding=None, seed=seed) for seed in range(8)]
+    with layers[1].mask([0]), layers[2].mask([1]):
+        counted = capture(model, texts, tmp_path_factory.mktemp("silenced") / "capture", per_expert=200)
+    return model, counted, align(counted, model, aligner="identity", controls=False)
+
+
+@pytest.mark.parametrize("method", ["similarity", "weight-distance", "usage"])
 @pytest.mark.parametrize("merge", [True, False])
-def test_what_no_token_goes_to_goes_first_and_stands_for_nobody(method, merge):
-    model = FAMILIES["mixtral"](dtype=torch.float64)
-    counts = Counts(model)
-    unused = (counts.routing["layer"] == 2) & (counts.routing["expert"] == 1)
-    counts.routing.loc[unused, "share"] = 0.0
-    report = compress(model, table(model), ONE_LESS, method=method, merge=merge, capture=counts).report
-    (group,) = [group for group in report.groups if len(group) > 1]
-    assert group[1] == (2, 1)
-    assert report.weighted_by_usage
+def test_what_no_token_goes_to_goes_first_and_stands_for_nobody(silenced, method, merge):
+    model, counted, aligned = silenced
+    assert not {(1, 0), (2, 1)} & set(zip(aligned["source_layer"], aligned["source_expert"], strict=True))
+    small = compress(model, aligned, 10 / 12, method=method, merge=merge, capture=counted)
+    groups = [group for group in small.report.groups if len(group) > 1]
+    assert sorted(group[1] for group in groups) == [(1, 0), (2, 1)]
+    assert all(layer == group[1][0] for group in groups for layer, _ in group)
+    assert small.report.weighted_by_usage
+    layers, pools = moe_layers(model), moe_layers(small.model)
+    with torch.no_grad():
+        for (layer, expert), (_, unused) in groups:  # the one that stays is as it was
+            x, before = torch.randn(3, HIDDEN), layers[layer].experts[expert]
+            torch.testing.assert_close(pools[layer].experts_module.expert(unused)(x), before(x))
+
+
+def test_an_expert_without_tokens_is_given_no_aligner(silenced):
+    model, counted, aligned = silenced
+    asked = []
+
+    def train(pairs):
+        asked.extend(pairs)
+        return aligners("low-rank", pairs)
+
+    report = compress(model, aligned, 0.75, merge=False, aligner=train, capture=counted).report
+    assert asked
+    assert not {(1, 0), (2, 1)} & {source for source, _ in asked}
+    assert report.kept <= 0.75
+
+
+def test_every_budget_is_checked_before_the_first_model():
+    model = FAMILIES["mixtral"](intermediate_size=4)
+    settings = {"method": "random", "merge": True, "aligner": None, "measure": None, "capture": None, "seed": 0}
+    with pytest.raises(LamellaError, match="too few"):
+        next(compress_each(model, None, [0.5, 0.01], across_layers=False, **settings))
 
 
 def test_the_mean_of_an_expert_and_itself_in_another_order_is_itself():

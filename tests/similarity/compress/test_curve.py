@@ -91,6 +91,9 @@ def test_as_much_can_go_as_no_smaller_compression_forbids():
     assert row.largest == pytest.approx(0.5)
     assert largest_compression(curve({0.9: 1.2, 0.5: 1.0}))["removed"].item() == 0
     assert largest_compression(curve({0.9: 1.2}), within=0.5)["removed"].item() == pytest.approx(0.1)
+    within = largest_compression(curve({0.9: 1.0, 0.75: 1.001}))  # nothing is known beyond what was tried
+    assert within["removed"].item() == within["low"].item() == within["largest"].item() == 0.25
+    assert math.isnan(within["high"].item())
     both = pd.concat([curve({0.9: 1.0, 0.8: 1.03}), curve({0.9: 1.0, 0.8: 0.98}, seed=1)])
     assert largest_compression(both)["removed"].item() == pytest.approx(0.2)
 

@@ -36,7 +36,7 @@ def test_the_better_direction_counts():
 
 def test_what_is_hardly_used_is_cheap_to_replace():
     distances = np.array([[np.inf, 1.0, 2.0], [4.0, np.inf, np.inf], [3.0, 6.0, np.inf]])
-    expected = np.array([[np.inf, 0.5, 1.0], [0.0, np.inf, np.inf], [1.5, 3.0, np.inf]])
+    expected = np.array([[np.inf, 0.5, 1.0], [0.0, 0.0, 0.0], [1.5, 3.0, np.inf]])
     assert np.array_equal(weigh(distances, [0.5, 0.0, 0.5]), expected)
 
 

@@ -10,6 +10,9 @@ from tests import tiny_moe
 from tests.similarity.compress.planted import logits, same_state, state, table
 from tests.similarity.compress.test_compression import aligners
 from tests.tiny_moe import FAMILIES
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
@@ -69,7 +72,7 @@ def test_the_file_holds_each_number_once(tmp_path, tied):
     model = FAMILIES["mixtral"](tie_word_embeddings=tied)
     saved = compress(model, table(model), 0.5, across_layers=True)
     saved.save(tmp_path / "small")
-    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    tensors = load_file(tmp_path / "small" / "compressed.safetensors")
     parameters = dict(saved.model.named_parameters())
     assert sum(tensors[name].numel() for name in parameters) == saved.report.parameters
     buffers = dict(saved.model.named_buffers())
@@ -78,18 +81,39 @@ def test_the_file_holds_each_number_once(tmp_path, tied):
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
 
 
-def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
-    first = small(budget=0.75)
-    first.save(tmp_path / "small")
+def test_nothing_is_overwritten(tmp_path):
+    papers = tmp_path / "papers"
+    papers.mkdir()
+    (papers / "thesis.txt").write_text("years")
+    earlier = small(budget=0.75)
+    earlier.save(tmp_path / "small")
+    for folder in (papers, tmp_path / "small"):
+        with pytest.raises(LamellaError, match="exists already"):
+            small().save(folder)
+    assert (papers / "thesis.txt").read_text() == "years"
+    assert Compressed.load(tmp_path / "small").report == earlier.report
 
+
+def test_transformers_alone_does_not_open_it(tmp_path):
+    small().save(tmp_path / "small")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+def test_the_tokenizer_lies_beside_it(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    small().save(tmp_path / "small", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").get_vocab() == {"a": 0, "b": 1}
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(saving, "save_file", full)
     with pytest.raises(OSError, match="space"):
         small().save(tmp_path / "small")
-    assert Compressed.load(tmp_path / "small").report == first.report
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_broken_folders_are_named(tmp_path):
@@ -97,20 +121,19 @@ def test_broken_folders_are_named(tmp_path):
         Compressed.load(tmp_path)
     folder = tmp_path / "small"
     small().save(folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "compressed.safetensors")
     places = next(name for name in tensors if name.endswith("places"))
-    save_file(
-        {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, folder / "model.safetensors"
-    )
+    headless = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(headless, folder / "compressed.safetensors")
     with pytest.raises(LamellaError, match=r"do not belong together.*lm_head.weight"):
         Compressed.load(folder)
-    save_file({name: tensor for name, tensor in tensors.items() if name != places}, folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name != places}, folder / "compressed.safetensors")
     with pytest.raises(LamellaError, match="do not belong together"):
         Compressed.load(folder)
-    save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, folder / "compressed.safetensors")
     with pytest.raises(LamellaError, match="shape"):
         Compressed.load(folder)
-    (folder / "model.safetensors").write_bytes(b"cut")
+    (folder / "compressed.safetensors").write_bytes(b"cut")
     with pytest.raises(LamellaError, match="broken"):
         Compressed.load(folder)
     manifest = json.loads((folder / "compression.json").read_text())

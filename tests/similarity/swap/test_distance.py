@@ -6,14 +6,15 @@ import pytest
 from scipy.stats import spearmanr
 
 from lamella.errors import LamellaError
-from lamella.similarity.swap import distance_regression
+from lamella.similarity.swap import change_in_words, distance_regression, distance_regressions
 
 
 def frame(effect, layers=range(5), **columns):
     """All pairs of layers, with the effect of a function of both."""
     pairs = list(combinations(layers, 2))
     rows = {
-        "unit": "block", "metric": "nll", "exchange": True, "aligned": False, "first_expert": -1, "second_expert": -1,
+        "unit": "block", "metric": "nll", "exchange": True, "aligned": False, "seed": 0,
+        "first_expert": -1, "second_expert": -1,
         "first_layer": [i for i, _ in pairs], "second_layer": [j for _, j in pairs],
         "distance": [float(j - i) for i, j in pairs], "effect": [float(effect(i, j)) for i, j in pairs],
     }  # fmt: skip
@@ -73,27 +74,70 @@ def test_the_rank_correlation_and_its_p_value_are_the_slow_ones():
     assert found["p_value"] == pytest.approx(np.mean(np.abs(every) >= abs(observed) - 1e-9))
 
 
-def test_layers_are_drawn_and_not_swaps():
-    """One odd layer moves all its swaps together: the interval has to be far wider than that of drawn swaps."""
-    odd = np.random.default_rng(3).normal(size=8)
-    rows = frame(lambda i, j: odd[i] + odd[j], layers=range(8))
+def test_an_interval_ends_where_the_permutation_test_rejects():
+    noise = np.random.default_rng(2).normal(size=(6, 6))
+    rows = frame(lambda i, j: 0.3 * (j - i) + noise[i, j], layers=range(6))
     found = distance_regression(rows)
-    x, y = rows["distance"].to_numpy(), rows["effect"].to_numpy()
-    generator = np.random.default_rng(0)
-    draws = (generator.integers(0, len(x), len(x)) for _ in range(2000))
-    slopes = [np.polyfit(x[rows_drawn], y[rows_drawn], 1)[0] for rows_drawn in draws]
-    low, high = np.quantile(slopes, [0.025, 0.975])
-    assert found["high"] - found["low"] > 1.3 * (high - low)
-    slow = [slope for _ in range(2000) if (slope := layer_draw(x, y, rows, generator)) is not None]
-    assert (found["low"], found["high"]) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.06)
+    assert found["permutations"] == 720
+    step = 1e-6 * (found["high"] - found["low"])
+    for end, outwards in ((found["low"], -step), (found["high"], step)):
+        assert slow_p_value(rows, end - outwards) > 0.05
+        assert slow_p_value(rows, end + outwards) <= 0.05
 
 
-def layer_draw(x, y, rows, generator):
-    """A slope from layers drawn with replacement, each swap listed as often as its two layers were drawn together."""
-    drawn = generator.integers(0, 8, 8).tolist()
+def slow_p_value(rows, slope):
+    """How many of all relabellings correlate with effect - slope x distance as the distance itself does."""
+    left = rows["effect"] - slope * rows["distance"]
     ends = rows[["first_layer", "second_layer"]].to_numpy()
-    listed = [at for at, (i, j) in enumerate(ends) for _ in range(drawn.count(i) * drawn.count(j))]
-    return np.polyfit(x[listed], y[listed], 1)[0] if len(set(x[listed])) > 1 else None
+    found = [
+        abs(np.corrcoef(left, np.abs(np.asarray(order)[ends[:, 0]] - np.asarray(order)[ends[:, 1]]))[0, 1])
+        for order in permutations(range(6))
+    ]
+    return np.mean(np.array(found) >= found[0] - 1e-12)
+
+
+@pytest.mark.parametrize("layers", [5, 6])
+def test_intervals_miss_the_true_slope_as_seldom_as_they_say(layers):
+    """The effect of a swap is that of its two layers, so that swaps are not independent."""
+    generator = np.random.default_rng(1)
+    missed, runs = 0, 120
+    for _ in range(runs):
+        own, noise = generator.normal(size=layers), generator.normal(size=(layers, layers))
+        noise += own[:, None] + own
+        found = distance_regression(frame(lambda i, j, noise=noise: noise[i, j] + 0.7 * (j - i), range(layers)))
+        missed += not found["low"] <= 0.7 <= found["high"]
+    assert missed <= 0.1 * runs  # 6 are expected; more than 12 come once in a hundred times
+
+
+@pytest.mark.parametrize(("layers", "least"), [(3, 2 / 6), (4, 2 / 24)])
+def test_too_few_layers_have_no_interval_and_no_verdict(layers, least):
+    found = distance_regression(frame(lambda i, j: 0.5 * (j - i), layers=range(layers)))
+    assert found["slope"] == pytest.approx(0.5)
+    assert found["p_value"] == pytest.approx(least)
+    assert found["least_p"] == pytest.approx(least)
+    assert all(np.isnan(found[name]) for name in ("low", "high", "depth_low", "adjusted_high"))
+    assert change_in_words(found) == f"cannot be told with {layers} layers to grow or to shrink"
+
+
+@pytest.mark.parametrize(
+    ("effect", "words"),
+    [(lambda i, j: j - i, "grows"), (lambda i, j: i - j, "shrinks"), (lambda i, j: i * j, "does not change beyond")],
+)
+def test_what_a_regression_says(effect, words):
+    assert change_in_words(distance_regression(frame(effect))).startswith(words)
+
+
+def test_a_regression_for_each_unit_metric_and_direction():
+    rows = frame(lambda i, j: j - i)
+    random = rows.head(3).assign(second_layer=-1, exchange=False, distance=np.nan)
+    several = [
+        random,
+        rows, rows.assign(unit="router", exchange=False), rows.assign(metric="accuracy").head(1),
+        rows.assign(aligned=True, effect=rows["effect"] + 9),
+    ]  # fmt: skip
+    found = distance_regressions(pd.concat(several))
+    assert list(found) == ["block, nll", "router, nll, one way", "block, nll, behind aligners"]
+    assert found["block, nll"] == distance_regression(rows)
 
 
 def test_experts_move_with_their_layers():

@@ -12,6 +12,7 @@ from lamella.similarity.swap import (
     control_swaps,
     expert_pairs,
     layer_pairs,
+    layer_tables,
     swap_effects,
     swap_table,
     text_scores,
@@ -201,9 +202,14 @@ def test_tables_in_the_published_layout():
     model = FAMILIES["mixtral"]()
     layers = swap_effects(model, texts(), [*layer_pairs(model, "block"), (0, RANDOM)], "block")
     table = swap_table(layers)
-    assert (table.index.tolist(), table.columns.tolist()) == ([0, 1], [1, 2])
-    assert table.isna().to_numpy().tolist() == [[False, False], [True, False]]
-    assert table.loc[0, 2] == layers["value"][1]
+    assert table.index.tolist() == table.columns.tolist() == [0, 1, 2]
+    assert table.isna().to_numpy().tolist() == np.eye(3, dtype=bool).tolist()
+    assert table.loc[0, 2] == table.loc[2, 0] == layers["value"][1]
+    one_way = swap_table(layers.assign(exchange=False))
+    assert (one_way.index.tolist(), one_way.columns.tolist()) == ([0, 1], [1, 2])
+    both = layer_tables(pd.concat([layers, layers.assign(exchange=False), layers.assign(unit="expert")]))
+    assert list(both) == ["block, nll", "block, nll, one way"]
+    pd.testing.assert_frame_equal(both["block, nll"], table)
     experts = swap_effects(model, texts(), expert_pairs(model, 0, 2))
     assert swap_table(experts, "effect").shape == (4, 4)
     assert swap_table(experts, "effect").loc[1, 2] == experts["effect"][6]

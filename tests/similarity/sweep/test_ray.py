@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lamella.errors import LamellaError
-from lamella.similarity.align import align
+from lamella.similarity.align import align, write_alignment
 from lamella.similarity.sweep import sweep
 
 QUICK = {"aligner": "linear", "steps": 3, "tile_pairs": 22}
@@ -70,6 +70,8 @@ def test_a_killed_worker_changes_nothing(study, tmp_path, connected):
     names = [sorted(path.name for path in (tmp_path / place / "tiles").iterdir()) for place in ("here", "there")]
     assert names[0] == names[1]
     assert len(names[0]) == 6
+    for place, table in (("here", here), ("there", there)):
+        write_alignment(table, tmp_path / place / "alignment.parquet")
     for name in ["alignment.parquet", *(f"tiles/{tile}" for tile in names[0])]:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
     assert seen == [(done, 6) for done in range(7)]

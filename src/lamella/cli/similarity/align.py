@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from lamella.cli.similarity.subject import Json
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lamella.cli.similarity.subject import Opened
+    from lamella.similarity.study import StudyFolder
 
 
 def align(
@@ -36,45 +37,58 @@ def align(
 ) -> None:
     """Train an aligner for every ordered pair, score it on held-out documents, with controls. Goes on where it stopped.
 
+    The table keeps what other calls aligned: other aligners, seeds and texts to score on. An aligner with other
+    settings takes the place of its rows.
+
     Example: lamella similarity align studies/tiny --aligner layernorm --seeds 2
     """
-    import pandas as pd
-
+    from lamella.cli.similarity.arms import arm_name, keep_arms
     from lamella.cli.similarity.subject import open_study
     from lamella.similarity import choose_pairs, sweep
-    from lamella.similarity.capture import Capture
     from lamella.similarity.screen import all_pairs
     from lamella.similarity.study import StudyFolder
 
+    other = None if score_on is None else StudyFolder(score_on)
+    elsewhere = None if other is None else other.captured()
+    scored_on = None if other is None else _text_of(other)
     opened = open_study(study)
     folder, capture = opened.folder, opened.capture
     pairs = None if per_source is None else choose_pairs(folder.needed("screen", "screen"), per_source)
     if same_layer:
         pairs = [(source, target) for source, target in pairs or all_pairs(capture.experts) if source[0] == target[0]]
-    other = None if score_on is None else Capture.load(StudyFolder(score_on).capture)
-    tables, notes = [], []
+    given: dict[str, Any] = {"steps": steps, "lr": lr, "pull": pull}
+    tables = []
     with console.status("aligning") as status:
         for kind in aligner or ["layernorm"]:
             for seed in range(seeds):
-                settings: dict[str, Any] = {"aligner": kind, "seed": seed, "steps": steps, "lr": lr, "pull": pull}
                 table = sweep(
-                    capture, opened.subject.model, folder.path, pairs, ray=ray, score_on=other,
-                    dtype=opened.subject.dtype, device=device,
-                    progress=_telling(status, f"{kind}, seed {seed}"), **settings,
+                    capture, opened.subject.model, folder.path, pairs, ray=ray, score_on=elsewhere,
+                    dtype=opened.subject.dtype, device=device, progress=_telling(status, f"{kind}, seed {seed}"),
+                    aligner=kind, seed=seed, **given,
                 )  # fmt: skip
+                table["aligner"] = arm_name(kind, scored_on)
                 tables.append(table)
-                notes += table.attrs.get("notes", [])
-    joined = pd.concat(tables, ignore_index=True)
-    path = folder.write("alignment", joined)
-    folder.note("alignment", {"steps": steps, "lr": lr, "pull": pull, "notes": sorted(set(notes))})
-    _show(opened, joined, sorted(set(notes)), path, json)
+    settings = {
+        **given,
+        "per_source": per_source,
+        "same_layer": same_layer,
+        "score_on": None if elsewhere is None else elsewhere.manifest.identity,
+    }
+    path, notes = keep_arms(folder, tables, settings)
+    _show(folder.needed("alignment", "align"), notes, path, json)
+
+
+def _text_of(other: StudyFolder) -> str:
+    """The text of another study, as an arm is named by it."""
+    subject = other.subject()
+    return f"{Path(subject.text).name} ({subject.split})"
 
 
 def _telling(status: Any, what: str) -> Any:
     return lambda done, total: status.update(f"{what}: {done} of {total} tiles")
 
 
-def _show(opened: Opened, table: pd.DataFrame, notes: list[str], path: Path, json: bool) -> None:
+def _show(table: pd.DataFrame, notes: list[str], path: Path, json: bool) -> None:
     from lamella.similarity import beyond_controls, seed_ceiling
 
     pairs = table[table["kind"] == "pair"]
@@ -93,7 +107,11 @@ def _show(opened: Opened, table: pd.DataFrame, notes: list[str], path: Path, jso
         return
     for kind, found in facts["aligners"].items():
         ceiling = found["seed ceiling"]
-        known = "" if ceiling is None else f" One seed ranks pairs as another does with {ceiling['overall']:.2f}."
+        known = (
+            ""
+            if ceiling is None or math.isnan(ceiling["overall"])
+            else f" One seed ranks pairs as another does with {ceiling['overall']:.2f}."
+        )
         typer.echo(
             f"{kind}: {found['median nmse']:.1%} of the variance stays unexplained at the median; itself "
             f"{found['self']:.2%}, a random expert {found['random target']:.1%}; {found['beyond controls']:.0%} of the "

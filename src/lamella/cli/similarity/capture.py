@@ -18,7 +18,7 @@ def capture(
     model: Annotated[str, typer.Argument(help="tiny-moe, a hub id or a path of a mixture-of-experts model.")],
     text: Annotated[str, typer.Option(help="A named task, hub:NAME, or a file of text or rows.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the study.")],
-    split: Annotated[str, typer.Option(help="Of the task.")] = "train",
+    split: Annotated[str, typer.Option(help="Of the text; a file has train, test and all.")] = "train",
     documents: Annotated[int | None, typer.Option(min=1, help="At most so many; all if absent.")] = None,
     per_expert: Annotated[int, typer.Option(min=2, help="Samples of each expert.")] = 512,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a document, at most.")] = 256,
@@ -36,6 +36,7 @@ def capture(
 
     import torch
 
+    from lamella.backbones.moe import moe_layers
     from lamella.cli.similarity.subject import open_subject
     from lamella.errors import LamellaError
     from lamella.similarity import capture as captured
@@ -47,6 +48,7 @@ def capture(
         raise LamellaError(f"samples={samples!r}: samples are kept as {' or '.join(kept_as)}.")
     folder = StudyFolder(output)
     opened = open_subject(folder, Subject(model, text, split, max_length, batch_size, documents, dtype))
+    moe_layers(opened.model)  # what has no experts begins no study
     texts = opened.texts(text, split, documents)
     folder.begin(opened.subject)
     truth = Path(model) / "ground_truth.json"

@@ -14,6 +14,17 @@ from lamella.cli.similarity.subject import Json
 if TYPE_CHECKING:
     import pandas as pd
 
+# each table of the page, and the step that makes it
+_MADE_BY = {
+    "screen": "screen",
+    "alignment": "align",
+    "swap": "swap",
+    "shifts": "swap",
+    "compression": "compress",
+    "rerouting": "compress",
+    "histogram": "capture",
+    "plane": "capture",
+}
 _WORDS = {
     "beyond": "share of pairs better than the mean, no aligner and a random expert",
     "raw and variance": "rank correlation of the raw error with the replaced expert's variance",
@@ -36,30 +47,29 @@ def report(
 
     Example: lamella similarity report studies/tiny
     """
+    from lamella.cli.similarity.arms import noted_arms
     from lamella.reporting.similarity import SimilarityReport, write_similarity
-    from lamella.similarity.capture import Capture
     from lamella.similarity.study import StudyFolder
+    from lamella.similarity.swap import distance_regressions
 
     folder = StudyFolder(study)
-    subject = folder.subject()
-    capture = Capture.load(folder.capture)
-    alignment, screened = folder.table("alignment"), folder.table("screen")
-    noted = folder.facts("alignment") or {}
+    subject, capture = folder.subject(), folder.captured()
+    stale = [name for name in _MADE_BY if folder.is_stale(name)]
+    tables = {name: None if name in stale else folder.table(name) for name in _MADE_BY}
+    alignment = tables["alignment"]
+    arms = {} if alignment is None else noted_arms(folder)
     page = SimilarityReport(
         title=f"Expert similarity of {subject.model} on {subject.text}",
         routing=capture.routing,
-        shifts=folder.table("shifts"),
-        screen=screened,
-        alignment=alignment,
-        controls={} if alignment is None else _controls(alignment, screened),
-        swap=folder.table("swap"),
-        distance=folder.facts("distance"),
-        compression=folder.table("compression"),
-        rerouting=folder.table("rerouting"),
-        histogram=folder.table("histogram"),
-        plane=folder.table("plane"),
-        settings={"study": asdict(subject), "capture": _said(capture), "alignment": _without_notes(noted)},
-        notes=[*noted.get("notes", []), *_missing(capture)],
+        controls={} if alignment is None else _controls(alignment, tables["screen"]),
+        distance=None if tables["swap"] is None else distance_regressions(tables["swap"]),
+        settings={
+            "study": asdict(subject),
+            "capture": _said(capture),
+            "alignment": {name: _without_notes(arm) for name, arm in arms.items()},
+        },
+        notes=[*_out_of_date(stale, study), *_noted(arms), *_missing(capture)],
+        **tables,
     )
     write_similarity(page, folder.report)
     if json:
@@ -93,6 +103,24 @@ def _said(capture: Any) -> dict[str, Any]:
 
 def _without_notes(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if name != "notes"}
+
+
+def _noted(arms: dict[str, dict[str, Any]]) -> list[str]:
+    """What alignments skipped and why, and which were scored on another text than the captured one."""
+    notes = dict.fromkeys(note for arm in arms.values() for note in arm["notes"])
+    elsewhere = [name for name, arm in arms.items() if arm["score_on"] is not None]
+    return [
+        *(f"The errors of the aligner {name} are on that text, not on the captured one." for name in elsewhere),
+        *notes,
+    ]
+
+
+def _out_of_date(stale: list[str], study: Path) -> list[str]:
+    return [
+        f"{name}.parquet was made from another capture than the one that is there now, so it is left out; run "
+        f"`lamella similarity {_MADE_BY[name]} {study}` again."
+        for name in stale
+    ]
 
 
 def _missing(capture: Any) -> list[str]:

@@ -17,8 +17,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A study's folder with the model loaded.
+class Loaded:
+    """A study's folder with the model loaded; there need not be a capture yet.
 
     Attributes:
         folder: where each step keeps what it found.
@@ -32,15 +32,6 @@ class Opened:
     model: Any
     tokenizer: Any
 
-    @property
-    def capture(self) -> Capture:
-        """The capture, checked to be of this model."""
-        from lamella.similarity.capture import Capture
-
-        found = Capture.load(self.folder.capture)
-        found.check(self.model, self.tokenizer)
-        return found
-
     def texts(self, text: str | None, split: str, documents: int | None) -> TextBatches:
         """A text as token batches, cut as the captured one was; that text itself where none is named."""
         from lamella.similarity.capture import text_batches
@@ -51,24 +42,38 @@ class Opened:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Opened(Loaded):
+    """The same with what was captured.
+
+    Attributes:
+        capture: finished, and of this model and tokenizer.
+    """
+
+    capture: Capture
+
+
 def open_study(path: Path) -> Opened:
-    """The study in a folder, and its model.
+    """The study in a folder, its capture and its model.
 
     Raises:
-        LamellaError: no study lies there, or its model is gone.
+        LamellaError: no study lies there, its capture is not finished, or its model is gone or another one now.
     """
     from lamella.similarity.study import StudyFolder
 
     folder = StudyFolder(path)
-    return open_subject(folder, folder.subject())
+    capture = folder.captured()
+    loaded = open_subject(folder, folder.subject())
+    capture.check(loaded.model, loaded.tokenizer)
+    return Opened(folder, loaded.subject, loaded.model, loaded.tokenizer, capture)
 
 
-def open_subject(folder: StudyFolder, subject: Subject) -> Opened:
+def open_subject(folder: StudyFolder, subject: Subject) -> Loaded:
     """A folder with the model of a subject loaded."""
     from lamella.data import load_backbone
 
     backbone = load_backbone(subject.model, dtype=subject.dtype)
-    return Opened(folder, subject, backbone.model.eval(), backbone.tokenizer)
+    return Loaded(folder, subject, backbone.model.eval(), backbone.tokenizer)
 
 
 def _source(text: str) -> Any:

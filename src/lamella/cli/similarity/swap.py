@@ -26,7 +26,9 @@ def swap(
     layers: Annotated[
         str | None, typer.Option(help="For experts: two layers, such as 0,2; the first and the last if absent.")
     ] = None,
-    one_way: Annotated[bool, typer.Option("--one-way", help="The second takes the first's place only.")] = False,
+    one_way: Annotated[
+        bool, typer.Option("--one-way", help="The second takes the first's place only, for every pair in both orders.")
+    ] = False,
     text: Annotated[str | None, typer.Option(help="To measure on; the captured one's other split if absent.")] = None,
     split: Annotated[str, typer.Option(help="Of that text.")] = "test",
     documents: Annotated[int, typer.Option(min=2, help="To measure on, at most.")] = 64,
@@ -39,7 +41,7 @@ def swap(
     """
     from lamella.cli.similarity.subject import open_study
     from lamella.errors import LamellaError
-    from lamella.similarity.swap import Metric, swap_effects
+    from lamella.similarity.swap import Metric, change_in_words, distance_regressions, swap_effects
 
     units = unit or ["router+experts", "block"]
     if unknown := [one for one in units if one not in _UNITS]:
@@ -47,70 +49,66 @@ def swap(
     if metric not in get_args(Metric):
         raise LamellaError(f"metric={metric!r} is none of {', '.join(get_args(Metric))}.")
     opened = open_study(study)
-    batches = list(opened.texts(text, split, documents))
+    texts = opened.texts(text, split, documents)
+    if metric == "accuracy" and texts.writes and not texts.label_tokens:
+        raise LamellaError(
+            f"{opened.subject.model} writes its answers, and its tokenizer has no token <|NAME|> for every label of "
+            "the text, so its accuracy cannot be told. Measure with --metric nll."
+        )
+    batches = list(texts)
     with console.status("swapping") as status:
         for one in units:
             swap_effects(
-                opened.model, batches, _swaps(opened, one, layers), one, not one_way, metric, folder=study,  # type: ignore[arg-type]
+                opened.model, batches, _swaps(opened, one, layers, one_way), one, not one_way, metric,  # type: ignore[arg-type]
+                folder=study, choices=texts.label_tokens or None,
                 progress=lambda done, total, one=one: status.update(f"{one}: {done} of {total} swaps"),  # type: ignore[misc]
             )  # fmt: skip
     table = opened.folder.needed("swap", "swap")
-    regressions = _regressions(table)
-    opened.folder.note("distance", regressions)
+    regressions = distance_regressions(table)
     opened.folder.write("shifts", _shifts(opened, table, batches))
     if json:
         print_json({"table": str(study / "swap.parquet"), "swaps": len(table), "distance": regressions})
         return
     for name, found in regressions.items():
         typer.echo(
-            f"{name}: {found['slope']:+.4f} per layer of distance [{found['low']:+.4f}, {found['high']:+.4f}], "
-            f"rank correlation {found['spearman']:.2f} (p {found['p_value']:.3f})"
+            f"The effect of {name} {change_in_words(found)} with the distance of the layers: {found['slope']:+.4f} per "
+            f"layer, rank correlation {found['spearman']:.2f} (p {found['p_value']:.3f})."
         )
     typer.echo(f"{len(table)} swaps. Table: {study / 'swap.parquet'}")
 
 
-def _swaps(opened: Opened, unit: str, layers: str | None) -> list[Any]:
+def _swaps(opened: Opened, unit: str, layers: str | None, one_way: bool) -> list[Any]:
     from lamella.backbones.moe import moe_layers
     from lamella.errors import LamellaError
     from lamella.similarity.swap import control_swaps, expert_pairs, layer_pairs
 
     if unit != "expert":
-        pairs = layer_pairs(opened.model, unit)  # type: ignore[arg-type]
+        pairs = layer_pairs(opened.model, unit, ordered=one_way)  # type: ignore[arg-type]
         return [*pairs, *control_swaps(pairs)]
     indices = [layer.index for layer in moe_layers(opened.model)]
-    named = [indices[0], indices[-1]] if layers is None else [int(part) for part in layers.split(",") if part.isdigit()]
-    if len(named) != 2:
+    named = [str(indices[0]), str(indices[-1])] if layers is None else [part.strip() for part in layers.split(",")]
+    if len(named) != 2 or not all(part.isdecimal() for part in named):
         raise LamellaError(
             f"layers={layers!r} names no two layers; write two indices, such as {indices[0]},{indices[-1]}."
         )
-    pairs = expert_pairs(opened.model, *named)
-    return [*pairs, *control_swaps(pairs)]
-
-
-def _regressions(table: pd.DataFrame) -> dict[str, Any]:
-    """The regression of each unit and metric whose layers lie at two distances or more."""
-    from lamella.similarity import distance_regression
-
-    found = {}
-    for (unit, metric, exchange), rows in table[~table["aligned"]].groupby(["unit", "metric", "exchange"]):
-        real = rows[rows["distance"] > 0]
-        if real["distance"].nunique() > 1:
-            found[f"{unit}, {metric}" + ("" if exchange else ", one way")] = distance_regression(rows)
-    return found
+    pairs = expert_pairs(opened.model, *map(int, named))
+    back = [(second, first) for first, second in pairs] if one_way else []
+    return [*pairs, *back, *control_swaps(pairs)]
 
 
 def _shifts(opened: Opened, table: pd.DataFrame, batches: list[Any]) -> pd.DataFrame:
-    """Routing before and after the nearest and the farthest swap of each unit of whole layers."""
+    """Routing before and after the nearest and the farthest swap of each unit of whole layers, as it was measured."""
     import pandas as pd
 
     from lamella.similarity.swap import routing_shift
 
     frames = []
     whole = table[(table["unit"] != "expert") & (table["distance"] > 0)]
-    for unit, rows in whole.groupby("unit"):
+    for (unit, exchange), rows in whole.groupby(["unit", "exchange"]):
         for at in dict.fromkeys((rows["distance"].idxmin(), rows["distance"].idxmax())):
             first, second = int(rows.loc[at, "first_layer"]), int(rows.loc[at, "second_layer"])
-            shift = routing_shift(opened.model, batches, first, second, unit)
-            frames.append(shift.assign(swap=f"{unit} {first} and {second}"))
+            shift = routing_shift(opened.model, batches, first, second, unit, bool(exchange))
+            named = f"{unit} {first} and {second}" if exchange else f"{unit} {second} in the place of {first}"
+            frames.append(shift.assign(swap=named))
     columns = ["swap", "layer", "expert", "share_before", "share_after", "dropped_before", "dropped_after"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)

@@ -1,14 +1,19 @@
 """Matrices of similarity as heat-maps: layer by layer, and expert by expert of one pair of layers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 
 from lamella.reporting.curves import require_columns
+from lamella.similarity.align import beyond_controls
 
-PAIR_COLUMNS = ("source_layer", "source_expert", "target_layer", "target_expert", "kind", "aligner", "seed", "nmse")
+PAIR_COLUMNS = (
+    "source_layer", "source_expert", "target_layer", "target_expert", "kind", "aligner", "seed", "nmse",
+    "over_mean", "over_identity", "over_random",
+)  # fmt: skip
+MARK = "•"
 # Upper ends of the colour bands of the unexplained share; the last begins where the mean predictor is as good.
 BANDS = (
     (0.1, "below 0.1"),
@@ -25,11 +30,15 @@ _MOST_COLUMNS_WITH_TEXT = 16
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """The value as text, its colour, and the pair in words; colour 6 is the most similar, as in the legend."""
+    """The value as text, its colour, and the pair in words; colour 6 is the most similar, as in the legend.
+
+    ``mark`` stands beside the value, and alone where there is no room for it.
+    """
 
     text: str
     band: int
     detail: str
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,19 +58,22 @@ def legend() -> list[tuple[int, str]]:
     return [(6 - at, words) for at, (_, words) in enumerate(BANDS)]
 
 
-def pair_means(alignment: pd.DataFrame, aligner: str | None = None) -> pd.DataFrame:
-    """Ordered pairs with the mean unexplained share over the seeds of one aligner; the first one's where none is named.
+def pair_means(alignment: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By aligner, ordered pairs with the mean unexplained share over the seeds.
+
+    ``beyond`` says of a pair of two experts whether it is better than its controls with every seed.
 
     Raises:
         LamellaError: a column is missing.
     """
     require_columns(alignment, PAIR_COLUMNS, "alignment")
-    pairs = alignment[alignment["kind"].isin(["pair", "self"])]
-    if pairs.empty:
-        return pairs
-    chosen = pairs[pairs["aligner"] == (aligner or pairs["aligner"].iloc[0])]
+    pairs = beyond_controls(alignment[alignment["kind"].isin(["pair", "self"])])
+    pairs = pairs.assign(beyond=pairs["beyond"] & (pairs["kind"] == "pair"))
     places = ["source_layer", "source_expert", "target_layer", "target_expert", "kind"]
-    return chosen.groupby(places, as_index=False)["nmse"].mean()
+    return {
+        str(aligner): rows.groupby(places, as_index=False).agg(nmse=("nmse", "mean"), beyond=("beyond", "all"))
+        for aligner, rows in pairs.groupby("aligner", sort=False)
+    }
 
 
 def layer_matrices(pairs: pd.DataFrame) -> tuple[Matrix, ...]:
@@ -69,7 +81,7 @@ def layer_matrices(pairs: pd.DataFrame) -> tuple[Matrix, ...]:
     others = pairs[pairs["kind"] == "pair"]
     if others.empty:
         return ()
-    best = others.groupby(["source_layer", "source_expert", "target_layer"], as_index=False)["nmse"].min()
+    best = others.loc[others.groupby(["source_layer", "source_expert", "target_layer"])["nmse"].idxmin()]
     return (
         _layers(best, "best stand-in", "the best stand-in of each expert, mean over the experts"),
         _layers(others, "all pairs", "mean over all pairs"),
@@ -84,38 +96,36 @@ def expert_matrices(pairs: pd.DataFrame) -> tuple[Matrix, ...]:
 
 
 def _layers(frame: pd.DataFrame, name: str, what: str) -> Matrix:
-    table = frame.pivot_table(index="source_layer", columns="target_layer", values="nmse", aggfunc="mean")
-    return _matrix(
-        table, name, ("layer of the expert replaced", "layer of the stand-in"),
-        lambda source, target: f"layer {source} by layer {target}: {what}",
-    )  # fmt: skip
+    cells = {}
+    for (source, target), rows in frame.groupby(["source_layer", "target_layer"]):
+        beyond = int(rows["beyond"].sum())
+        cells[source, target] = _cell(
+            rows["nmse"].mean(), f"layer {source} by layer {target}: {what}", beyond == len(rows),
+            f"{beyond} of {len(rows)} pairs beyond their controls",
+        )  # fmt: skip
+    return _matrix(cells, name, ("layer of the expert replaced", "layer of the stand-in"))
 
 
 def _experts(frame: pd.DataFrame, source_layer: int, target_layer: int) -> Matrix:
-    table = frame.pivot_table(index="source_expert", columns="target_expert", values="nmse")
-    return _matrix(
-        table,
-        f"{source_layer} by {target_layer}",
-        (f"expert of layer {source_layer}", f"stand-in of layer {target_layer}"),
-        lambda source, target: f"expert {source} of layer {source_layer} by expert {target} of layer {target_layer}",
-    )
-
-
-def _matrix(table: pd.DataFrame, name: str, axes: tuple[str, str], words: Callable[[int, int], str]) -> Matrix:
-    columns: Sequence[int] = [int(column) for column in table.columns]
-    dense = len(columns) > _MOST_COLUMNS_WITH_TEXT
-    rows = tuple(
-        (
-            str(source),
-            tuple(_cell(float(value), words(int(source), target)) for target, value in zip(columns, row, strict=True)),
+    cells = {}
+    for row in frame.itertuples():
+        words = (
+            f"expert {row.source_expert} of layer {source_layer} by expert {row.target_expert} of layer {target_layer}"
         )
-        for source, row in zip(table.index, table.to_numpy(), strict=True)
-    )
-    return Matrix(name, *axes, tuple(map(str, columns)), rows, dense)
+        said = "a control" if row.kind == "self" else "beyond its controls" if row.beyond else "not beyond its controls"
+        cells[row.source_expert, row.target_expert] = _cell(row.nmse, words, row.beyond, said)
+    axes = (f"expert of layer {source_layer}", f"stand-in of layer {target_layer}")
+    return _matrix(cells, f"{source_layer} by {target_layer}", axes)
 
 
-def _cell(value: float, words: str) -> MatrixCell | None:
+def _matrix(cells: Mapping[tuple[int, int], MatrixCell | None], name: str, axes: tuple[str, str]) -> Matrix:
+    sources, targets = (sorted({pair[end] for pair in cells}) for end in (0, 1))
+    rows = tuple((str(source), tuple(cells.get((source, target)) for target in targets)) for source in sources)
+    return Matrix(name, *axes, tuple(map(str, targets)), rows, dense=len(targets) > _MOST_COLUMNS_WITH_TEXT)
+
+
+def _cell(value: float, words: str, beyond: bool, said: str) -> MatrixCell | None:
     if math.isnan(value):
         return None
     band = next(at for at, (end, _) in enumerate(BANDS) if value < end)
-    return MatrixCell(f"{value:.2f}", 6 - band, f"{words}: {value:.3f}")
+    return MatrixCell(f"{value:.2f}", 6 - band, f"{words}: {value:.3f}, {said}", MARK if beyond else "")

@@ -1,22 +1,25 @@
 """A study of expert similarity as one HTML page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
+from lamella.errors import LamellaError
 from lamella.reporting.curves import Chart, line_chart, require_columns
 from lamella.reporting.pages import page_environment
 from lamella.reporting.similarity.dendrogram import tree
-from lamella.reporting.similarity.matrices import expert_matrices, layer_matrices, legend, pair_means
+from lamella.reporting.similarity.matrices import MARK, expert_matrices, layer_matrices, legend, pair_means
 from lamella.reporting.similarity.routing import routing_legend, routing_matrices
 from lamella.reporting.similarity.scatter import Scatter, scatter
 from lamella.reporting.similarity.verdict import verdict
 from lamella.reporting.tables import Table, frame_table, settings_sections
+from lamella.similarity.swap import kinds, layer_tables
 from lamella.writing import write_whole
 
+Drawn = TypeVar("Drawn")
 _STEPS = ("alignment", "screen", "swap", "compression", "rerouting")
 
 
@@ -29,10 +32,10 @@ class SimilarityReport:
         routing: layer, expert, selected, dropped, share.
         shifts: swap, layer, expert, share_before, share_after.
         screen: a row per ordered pair: floor, cka_distance, weight_distance, coactivation.
-        alignment: a row per ordered pair, aligner, seed and kind: mse, nmse, source_variance and what was trained.
+        alignment: a row per ordered pair, aligner, seed and kind, as ``align`` gives them.
         controls: tables of controls by caption, first column "control".
-        swap: a row per swap: unit, layers, experts, distance, metric, effect, low, high.
-        distance: by "unit, metric", the regression of the effect on the distance: slope, intercept, low, high.
+        swap: a row per swap, as ``swap_effects`` gives them.
+        distance: what ``distance_regressions`` found in these swaps.
         compression: method, budget, domain, ratio, low, high.
         rerouting: how, what, reach, domain, perplexity, baseline, ratio, low, high.
         histogram: norms of tokens: layer, side ("input" or "output"), norm, share.
@@ -63,12 +66,13 @@ def render_similarity(report: SimilarityReport) -> str:
     Raises:
         LamellaError: a table lacks a column it must have.
     """
-    pairs = None if report.alignment is None else pair_means(report.alignment)
+    pairs = {} if report.alignment is None else pair_means(report.alignment)
+    _check_regressions(report.distance or {})
     parts: dict[str, Any] = {
-        "layers": () if pairs is None else layer_matrices(pairs),
-        "experts": () if pairs is None else expert_matrices(pairs),
+        "layers": _by_aligner(pairs, layer_matrices),
+        "experts": _by_aligner(pairs, expert_matrices),
         "controls": [_table(frame, caption) for caption, frame in report.controls.items()],
-        "tree": None if pairs is None else tree(pairs),
+        "trees": _by_aligner(pairs, tree),
         "routing": routing_matrices(report.routing, report.shifts),
         "distributions": _norms(report.histogram),
         "plane": _planes(report.plane),
@@ -83,8 +87,9 @@ def render_similarity(report: SimilarityReport) -> str:
             report=report,
             verdict=verdict(report.alignment, report.distance, report.swap, report.compression),
             legend=legend(),
+            mark=MARK,
             routing_legend=routing_legend(),
-            swap_tables=[] if report.swap is None else [_table(_worst_swaps(report.swap), "The largest effects")],
+            swap_tables=[] if report.swap is None else [*_layouts(report.swap), *_worst_swaps(report.swap)],
             compression_tables=_tables(report.compression, _COMPRESSED, "All budgets"),
             sections=settings_sections(report.settings),
             contents=[name for name in _CONTENTS if parts[_CONTENTS[name]]],
@@ -103,16 +108,35 @@ _CONTENTS = {
     "Layers": "layers",
     "Experts": "experts",
     "Controls": "controls",
-    "Clusters": "tree",
+    "Clusters": "trees",
     "Routing": "routing",
     "Distributions": "distributions",
     "Swaps": "swaps",
     "Compression": "compression",
     "Rerouting": "rerouting",
 }
+_REGRESSION = ("slope", "intercept", "low", "high", "spearman", "p_value", "least_p", "layers", "level")
+_SWAP = (
+    "unit", "first_layer", "first_expert", "second_layer", "second_expert", "exchange", "aligned", "distance", "metric",
+    "baseline", "value", "effect", "low", "high", "seed",
+)  # fmt: skip
 _REROUTED = ("how", "what", "reach", "domain", "perplexity", "baseline", "ratio")
 _COMPRESSED = ("method", "budget", "domain", "experts_left", "parameters", "perplexity", "baseline", "ratio")
 _MOST_SWAPS = 12
+
+
+def _by_aligner(pairs: Mapping[str, pd.DataFrame], draw: Callable[[pd.DataFrame], Drawn]) -> list[tuple[str, Drawn]]:
+    """What there is to draw of each aligner's pairs."""
+    return [(aligner, drawn) for aligner, rows in pairs.items() if (drawn := draw(rows))]
+
+
+def _check_regressions(distance: Mapping[str, Mapping[str, float]]) -> None:
+    for name, found in distance.items():
+        if missing := [part for part in _REGRESSION if part not in found]:
+            raise LamellaError(
+                f"The regression of {name} on the distance has no {missing[0]}: another version of lamella noted it. "
+                "Run `lamella similarity swap` on the study again; what was swapped is not swapped again."
+            )
 
 
 def _table(frame: pd.DataFrame, caption: str) -> Table:
@@ -162,16 +186,28 @@ def _planes(plane: pd.DataFrame | None) -> tuple[Scatter, ...]:
 def _swap_charts(swap: pd.DataFrame | None, distance: Mapping[str, Mapping[str, float]] | None) -> tuple[Scatter, ...]:
     if swap is None:
         return ()
-    require_columns(swap, ("unit", "first_layer", "second_layer", "distance", "metric", "effect"), "swaps")
+    require_columns(swap, _SWAP, "swaps")
     charts = []
-    for (unit, metric), rows in swap.groupby(["unit", "metric"]):
-        named = rows.rename(columns={"effect": f"change of {metric}"}).assign(words=_swap_words(rows))
+    for name, rows in kinds(swap).items():
+        what = f"change of {rows['metric'].iloc[0]}"
+        named = rows.rename(columns={"effect": what}).assign(words=_swap_words(rows))
         chart = scatter(
-            named, x="distance", y=f"change of {metric}", group="unit", words="words", reach=[0.0],
-            title=f"Change of {metric} over distance: {unit}", line=(distance or {}).get(f"{unit}, {metric}"),
+            named, x="distance", y=what, group="unit", words="words", reach=[0.0],
+            title=f"Change over distance: {name}", line=(distance or {}).get(name),
         )  # fmt: skip
         charts.append(chart)
     return tuple(chart for chart in charts if chart)
+
+
+def _layouts(swap: pd.DataFrame) -> list[Table]:
+    """The scores after swaps of whole layers, layers by layers."""
+    tables = []
+    for name, scores in layer_tables(swap).items():
+        baseline = kinds(swap)[name]["baseline"].iloc[0]
+        shown = scores.rename(index=str, columns=str).reset_index(names="layer")
+        caption = f"Score after a swap of two layers: {name}; {baseline:.4f} without"
+        tables.append(frame_table(shown, caption, missing="", first="layer"))
+    return tables
 
 
 def _swap_words(swap: pd.DataFrame) -> list[str]:
@@ -185,9 +221,9 @@ def _part(layer: int, expert: int) -> str:
     return f"expert {expert} of layer {layer}" if expert >= 0 else f"layer {layer}"
 
 
-def _worst_swaps(swap: pd.DataFrame) -> pd.DataFrame:
+def _worst_swaps(swap: pd.DataFrame) -> list[Table]:
     rows = swap.reindex(swap["effect"].abs().sort_values(ascending=False).index[:_MOST_SWAPS])
-    return pd.DataFrame(
+    shown = pd.DataFrame(
         {
             "swap": _swap_words(rows),
             "unit": list(rows["unit"]),
@@ -197,6 +233,7 @@ def _worst_swaps(swap: pd.DataFrame) -> pd.DataFrame:
             "interval": list(zip(rows["low"], rows["high"], strict=True)),
         }
     )
+    return [_table(shown, "The largest effects")]
 
 
 def _compression_charts(compression: pd.DataFrame | None) -> tuple[Chart, ...]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lamella.reporting.similarity.matrices import pair_means
+from lamella.similarity.swap import change_in_words
 
 
 def verdict(
@@ -26,19 +27,23 @@ def verdict(
 
 
 def _of_alignment(alignment: pd.DataFrame) -> list[str]:
-    pairs = pair_means(alignment)
-    others = pairs[pairs["kind"] == "pair"]
-    if others.empty:
+    found = {aligner: pairs[pairs["kind"] == "pair"] for aligner, pairs in pair_means(alignment).items()}
+    sentences = [_of_aligner(aligner, pairs) for aligner, pairs in found.items() if len(pairs)]
+    if not sentences:
         return ["No pair of two different experts was aligned."]
-    best = others.loc[others.groupby(["source_layer", "source_expert"])["nmse"].idxmin()]
+    return [*sentences, _of_variance(alignment)]
+
+
+def _of_aligner(aligner: str, pairs: pd.DataFrame) -> str:
+    best = pairs.loc[pairs.groupby(["source_layer", "source_expert"])["nmse"].idxmin()]
     top = best.loc[best["nmse"].idxmin()]
     within = (best["source_layer"] == best["target_layer"]).mean()
-    found = (
-        f"Of {len(best)} experts, the best stand-in behind an aligner leaves a median {best['nmse'].median():.0%} of "
-        f"the output variance unexplained on held-out tokens; {within:.0%} of the best stand-ins lie in the same "
-        f"layer. The closest pair is {_name(top)} ({top['nmse']:.0%})."
+    return (
+        f"Of {len(best)} experts, the best stand-in behind an aligner ({aligner}) leaves a median "
+        f"{best['nmse'].median():.0%} of the output variance unexplained on held-out tokens; {within:.0%} of the best "
+        f"stand-ins lie in the same layer. The closest pair is {_name(top)} ({top['nmse']:.0%}). Of all {len(pairs):,} "
+        f"pairs, {pairs['beyond'].mean():.0%} are better than all their controls with every seed."
     )
-    return [found, _of_variance(alignment)]
 
 
 def _of_variance(alignment: pd.DataFrame) -> str:
@@ -63,11 +68,10 @@ def _of_swaps(swap: pd.DataFrame, distance: Mapping[str, Mapping[str, float]] | 
         f"{worst['second_layer']})."
     ]
     for name, found in (distance or {}).items():
-        low, high = found["low"], found["high"]
-        changes = "grows" if low > 0 else "shrinks" if high < 0 else "does not change beyond chance"
+        interval = "" if np.isnan(found["low"]) else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
         sentences.append(
-            f"The effect of {name} {changes} with the distance of the layers: {found['slope']:+.4f} per layer "
-            f"[{low:+.4f}, {high:+.4f}]."
+            f"The effect of {name} {change_in_words(found)} with the distance of the layers: {found['slope']:+.4f} per "
+            f"layer{interval}, rank correlation {found['spearman']:.2f} (p {found['p_value']:.3f})."
         )
     return " ".join(sentences)
 

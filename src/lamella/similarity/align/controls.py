@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +13,7 @@ from lamella.backbones.moe import Expert
 from lamella.errors import LamellaError
 from lamella.similarity.align.frozen import with_matrices
 from lamella.similarity.align.sources import Name
+from lamella.similarity.align.table import NAMES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +60,8 @@ def seed_ceiling(frame: pd.DataFrame) -> dict[str, float]:
 
     Returns:
         ``overall``: rank correlation of one seed's nmse with the mean over the other seeds, mean over seeds;
-        ``within``: the same within each source, mean over sources too; ``seeds``: how many.
+        ``within``: the same within each source, mean over sources too; ``seeds``: how many. NaN where no seed changes
+        anything, as of the identity.
 
     Raises:
         LamellaError: fewer than two seeds, or more than one aligner.
@@ -67,19 +71,36 @@ def seed_ceiling(frame: pd.DataFrame) -> dict[str, float]:
         raise LamellaError(
             "A seed ceiling needs the pairs of one aligner with two seeds or more; align again with seed=1."
         )
-    names = ["source_layer", "source_expert", "target_layer", "target_expert"]
-    seeds = pairs.pivot_table(index=names, columns="seed", values="nmse").dropna()  # a row per pair
-    overall, within = [], []
-    for seed in seeds.columns:
-        both = seeds.assign(one=seeds[seed], others=seeds.drop(columns=seed).mean(axis=1))[["one", "others"]]
-        overall.append(_rank_correlation(both))
-        within += [_rank_correlation(of_source) for _, of_source in both.groupby(level=names[:2]) if len(of_source) > 2]
-    return {
-        "overall": float(np.nanmean(overall)),
-        "within": float(np.nanmean(within)) if within else float("nan"),
-        "seeds": float(len(seeds.columns)),
-    }
+    seeds = pairs.pivot_table(index=list(NAMES), columns="seed", values="nmse").dropna()  # a row per pair
+    if seeds.eq(seeds.iloc[:, 0], axis=0).all(axis=None):
+        return {"overall": float("nan"), "within": float("nan"), "seeds": float(len(seeds.columns))}
+    ranked = [rank_agreement(seeds[seed], seeds.drop(columns=seed).mean(axis=1)) for seed in seeds.columns]
+    overall, within = zip(*ranked, strict=True)
+    return {"overall": mean_of_known(overall), "within": mean_of_known(within), "seeds": float(len(ranked))}
+
+
+def rank_agreement(one: pd.Series, other: pd.Series) -> tuple[float, float]:
+    """Rank correlation of two measures of the same pairs: over all, and within each source, mean over sources.
+
+    NaN where there is none: for fewer than three pairs, and where one measure does not vary.
+
+    Args:
+        one, other: by source_layer, source_expert, target_layer, target_expert; pairs that lack one are left out.
+    """
+    import pandas as pd
+
+    both = pd.concat({"one": one, "other": other}, axis=1, join="inner").dropna()
+    within = [_rank_correlation(of_source) for _, of_source in both.groupby(level=list(NAMES[:2]))]
+    return _rank_correlation(both), mean_of_known(within)
+
+
+def mean_of_known(values: Iterable[float]) -> float:
+    """The mean of those that are not NaN; NaN where all are."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else float("nan")
 
 
 def _rank_correlation(both: pd.DataFrame) -> float:
-    return float(both["one"].rank().corr(both["others"].rank()))
+    if len(both) < 3 or both.nunique().min() < 2:
+        return float("nan")
+    return float(both["one"].rank().corr(both["other"].rank()))

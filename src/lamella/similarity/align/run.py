@@ -58,8 +58,9 @@ def align(
         model: the captured model; nothing in it changes.
         pairs: (source, target), each a (layer, expert); None takes all ordered pairs of captured experts.
         aligner: "layernorm" (published), "linear", "low-rank" or "identity".
-        seed: of the aligners' start and the random experts, together with the pair: a pair's row is the same whatever
-            else is asked for. A linear aligner starts the same for every seed: from a multiple of the identity.
+        seed: of the documents to stop by, of the aligners' start and of the random experts, the last two together with
+            the pair: a pair's row is the same whatever else is asked for. Held-out documents are the same for every
+            seed, and so is the start of a linear aligner: a multiple of the identity.
         steps: of full-batch Adam, at most.
         lr: its step size.
         rank: of low-rank aligners; an eighth of the hidden size unless given.
@@ -84,7 +85,7 @@ def align(
     Source: Alisetti & Kumar, MoE Align: Quantifying Expert Similarity Across Transformer Layers, with held-out scores.
     """
     settings = Settings.checked(aligner, capture.hidden_size, seed, steps, lr, rank, _pull(pull))
-    plan = _plan(capture, model, pairs, held_out, score_on)
+    plan = _plan(capture, model, pairs, held_out, score_on, seed)
     rows, random_errors = [], {}
     for fitted in plan.random_fits(settings) if controls else ():
         source = fitted.sources[0]
@@ -118,7 +119,7 @@ def fit_aligners(
         LamellaError: as `align`.
     """
     settings = Settings.checked(aligner, capture.hidden_size, seed, steps, lr, rank, _pull(pull))
-    plan = _plan(capture, model, pairs, held_out, None)
+    plan = _plan(capture, model, pairs, held_out, None, seed)
     return {
         (source.name, fitted.target): unstack(
             settings.kind, fitted.trained.parameters, at, settings.hidden_size, settings.rank
@@ -164,7 +165,12 @@ class _Plan:
 
 
 def _plan(
-    capture: Capture, model: nn.Module, pairs: Iterable[Pair] | None, held_out: float, score_on: Capture | None
+    capture: Capture,
+    model: nn.Module,
+    pairs: Iterable[Pair] | None,
+    held_out: float,
+    score_on: Capture | None,
+    seed: int,
 ) -> _Plan:
     for one in (capture, score_on):
         if one is not None:
@@ -174,7 +180,7 @@ def _plan(
     experts = {name: layers[name[0]].experts[name[1]] for name in sorted({name for pair in chosen for name in pair})}
     _check_shapes(chosen, experts)
     read = {
-        name: read_source(capture, name, experts[name], held_out, score_on)
+        name: read_source(capture, name, experts[name], held_out, score_on, seed)
         for name in sorted({source for source, _ in chosen})
     }
     notes = [one for one in read.values() if isinstance(one, str)]

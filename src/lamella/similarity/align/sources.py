@@ -104,7 +104,7 @@ class Source:
 
 @torch.no_grad()
 def read_source(
-    capture: Capture, name: Name, expert: Expert, held_out: float, score_on: Capture | None = None
+    capture: Capture, name: Name, expert: Expert, held_out: float, score_on: Capture | None = None, seed: int = 0
 ) -> Source | str:
     """An expert as a source, or why it cannot be one.
 
@@ -114,6 +114,7 @@ def read_source(
         expert: what makes outputs of them, in its own precision.
         held_out: share of the documents.
         score_on: a capture of other text, whose held-out part is scored instead.
+        seed: of the choice of documents to stop by; the held-out ones are the same for every seed.
 
     Raises:
         LamellaError: an input or output that is not finite.
@@ -121,7 +122,7 @@ def read_source(
     train, held = capture.split(*name, held_out=held_out)
     rows = capture.rows(*name)
     captured = len(rows)
-    learn, stop = _apart(train, rows)
+    learn, stop = _apart(train, rows, seed)
     x = capture.inputs(*name)
     other = x
     if score_on is not None:
@@ -139,10 +140,10 @@ def read_source(
     return source
 
 
-def _apart(train: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _apart(train: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Training samples to learn from and to stop by: one in five documents, at least one, is for the latter."""
     documents, places = torch.unique(rows[train], return_inverse=True)
-    order = hashed(_STOP_WORD, documents).argsort()
+    order = hashed(_STOP_WORD, seed, documents).argsort()
     stopping = torch.zeros(len(documents), dtype=torch.bool)
     stopping[order[: max(1, round(STOP_SHARE * len(documents)))]] = True
     apart = stopping[places] if len(documents) else torch.zeros(0, dtype=torch.bool)

@@ -81,6 +81,31 @@ class Documents:
         return int(words[real].sum())
 
 
+class _Numbers:
+    """The numbers of the documents that came, without those of an unbroken beginning: little memory in most orders."""
+
+    def __init__(self) -> None:
+        self._below = 0
+        self._beyond: set[int] = set()
+
+    def take(self, documents: Documents) -> None:
+        """Takes up the numbers of a batch.
+
+        Raises:
+            LamellaError: one of them came before: its tokens would have the keys of others, and be drawn with them.
+        """
+        for row in documents.rows.tolist():
+            if 0 <= row < self._below or row in self._beyond:
+                raise LamellaError(
+                    f"Document {row} comes again in batch {documents.number}: the rows of the batches have to give "
+                    "each document of the text a number of its own. Number them on, or leave the rows out."
+                )
+            self._beyond.add(row)
+        while self._below in self._beyond:
+            self._beyond.remove(self._below)
+            self._below += 1
+
+
 def added(text: int, more: int) -> int:
     """The sum of two hashes of text, as int64 wraps it."""
     return (text + more + (1 << 63)) % (1 << 64) - (1 << 63)
@@ -90,11 +115,13 @@ def unread(batches: Iterable[Batch], done: Manifest, folder: Path) -> Iterator[D
     """The documents after those that a capture has taken in, which are read over and compared.
 
     Raises:
-        LamellaError: the documents taken in were others, or the text ends before them.
+        LamellaError: the documents taken in were others, the text ends before them, or a document comes twice.
     """
     seen = text = 0
+    numbers = _Numbers()
     for number, batch in enumerate(batches):
         documents = Documents.of(batch, number, first=seen)
+        numbers.take(documents)
         known = min(len(documents), done.rows_done - seen)
         if known > 0:
             text = added(text, documents.part(0, known).text)

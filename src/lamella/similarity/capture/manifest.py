@@ -58,6 +58,14 @@ class Manifest:
         """``dtype`` as torch has it."""
         return DTYPES[self.dtype]
 
+    @property
+    def identity(self) -> str:
+        """What tells a capture from another of the same or another model and text, in words."""
+        return (
+            f"{self.rows_done:,} documents of hash {self.text}, {self.per_expert:,} samples an expert in {self.dtype}, "
+            f"seed {self.seed}, {self.model}"
+        )
+
     def shard(self, folder: Path, layer: int) -> Path:
         """The file of one layer's samples and counts."""
         return folder / self.shards / f"layer-{layer:03d}.safetensors"

@@ -104,13 +104,15 @@ class Capture:
 
         ``selected`` counts the real tokens that chose the expert, ``dropped`` those among them that it had no room
         for, ``tokens`` the real tokens of the layer, ``captured`` the samples kept. ``share`` is the fraction of the
-        layer's selections that fell on the expert; it sums to 1 over a layer that any token reached.
+        layer's selections, dropped ones left out, that fell on the expert, as in a trace; it sums to 1 over a layer
+        that any token reached.
         """
         import pandas as pd
 
         parts = []
         for layer, count in self.counts.items():
             selected = count["selected"]
+            taken = selected - count["dropped"]
             columns = {
                 "layer": layer,
                 "expert": torch.arange(len(selected)).numpy(),
@@ -118,7 +120,7 @@ class Capture:
                 "dropped": count["dropped"].numpy(),
                 "tokens": int(count["tokens"]),
                 "captured": count["captured"].numpy(),
-                "share": (selected.double() / selected.sum().clamp_min(1)).numpy(),
+                "share": (taken.double() / taken.sum().clamp_min(1)).numpy(),
             }
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True)

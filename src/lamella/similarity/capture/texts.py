@@ -1,11 +1,13 @@
 """Token batches from any task or file, in the order of the text, one document a row."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lamella.data import Task, encode, load_task
@@ -13,9 +15,11 @@ from lamella.data.assets import sha256_of
 from lamella.data.collating import IGNORED
 from lamella.data.columns import Table, read_columns
 from lamella.data.files import SUFFIXES, read_rows
-from lamella.data.splitting import build_task
-from lamella.data.task import Row, TaskKind
+from lamella.data.splitting import build_task, hold_out
+from lamella.data.task import Row, TaskKind, input_columns
 from lamella.errors import LamellaError
+
+_TEST = 5  # one document of a file in so many is for tests
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class TextBatches:
         collator: pads them.
         batch_size: documents of a batch.
         writes: whether batches have labels, for a model that reads one text and writes another.
+        label_tokens: of such a model that answers with one token, ``<|NAME|>`` for each label of the task; labels are
+            these then. Empty otherwise.
     """
 
     origin: str
@@ -37,6 +43,7 @@ class TextBatches:
     collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] = field(repr=False)
     batch_size: int
     writes: bool
+    label_tokens: tuple[int, ...] = ()
 
     @property
     def documents(self) -> int:
@@ -53,6 +60,8 @@ class TextBatches:
             labels = batch.pop("labels")
             if self.writes:
                 ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+                if self.label_tokens:
+                    ids = torch.tensor(self.label_tokens)[labels][:, None]  # (batch, 1)
                 batch["labels"] = labels if labels.dim() == 2 else ids
             yield batch
 
@@ -74,14 +83,16 @@ def text_batches(
 
     Args:
         source: a task, the name of one as ``load_task`` takes it, or a file: .txt, a document between blank lines, or
-            rows as in ``file:PATH``, all of them and not split.
+            rows as in ``file:PATH``.
         tokenizer: of the model.
-        split: of a task.
+        split: of the task. A file has "test", a fifth of its documents, chosen by their hash (those with
+            the same text together), "train", the others, and "all".
         max_length: most tokens of a document; what is beyond is cut off.
         batch_size: documents of a batch.
         limit: documents used, a fixed sample in the order of the text; None for all.
         encoder_decoder: whether the model reads one text and writes another: batches have labels then, as in training
-            (the target of seq2seq rows, prose itself); a text with a class has itself.
+            (the target of seq2seq rows, prose itself); a text with a class has the class's token where the tokenizer
+            has ``<|NAME|>`` for every class, and otherwise itself.
 
     Raises:
         LamellaError: no such source or split, or rows that cannot be used.
@@ -105,20 +116,28 @@ def text_batches(
         collator=encoded.collator,
         batch_size=batch_size,
         writes=encoder_decoder,
+        label_tokens=_label_tokens(task, tokenizer) if encoder_decoder else (),
     )
+
+
+def _label_tokens(task: Task, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that stand for the labels; none unless every label has one."""
+    known = tokenizer.get_vocab()
+    tokens = [known.get(f"<|{name}|>") for name in task.label_names]
+    return tuple(token for token in tokens if token is not None) if None not in tokens else ()
 
 
 def _only(source: Task | str | Path, split: str) -> Task:
     """The source as a task of one split, which encoding knows as train."""
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", *SUFFIXES))):
-        return _file(Path(source).expanduser())
+        return _file(Path(source).expanduser(), split)
     task = source if isinstance(source, Task) else load_task(source)
     if split not in task.splits:
         raise LamellaError(f"{task.name} has no split {split!r}; it has {', '.join(task.splits)}.")
     return replace(task, name=f"{task.name} ({split})", splits={"train": task.splits[split]})
 
 
-def _file(path: Path) -> Task:
+def _file(path: Path, split: str) -> Task:
     if path.suffix == ".txt":
         kind: TaskKind = "causal-lm"
         rows: list[Row] = [{"text": text} for text in _paragraphs(path)]
@@ -127,7 +146,25 @@ def _file(path: Path) -> Task:
         kind, splits, names, _ = read_columns({"train": Table(path.name, read_rows(path))})
         rows = splits["train"]
     source = f"{path.name} sha256 {sha256_of(path)[:16]}"
-    return build_task(path.name, kind, {"train": rows}, label_names=names, source=source, licence="not stated")
+    name, rows = f"{path.name} ({split})", _side(path.name, kind, rows, split)
+    return build_task(name, kind, {"train": rows}, label_names=names, source=source, licence="not stated")
+
+
+def _side(name: str, kind: TaskKind, rows: list[Row], split: str) -> list[Row]:
+    """The rows of a file that are of a split; rows that ask the same are on one side."""
+    if split == "all":
+        return rows
+    inputs = input_columns(kind, set(rows[0]))
+    train, test = hold_out(rows, len(rows) // _TEST, lambda row: json.dumps([row[column] for column in inputs]))
+    sides = {"train": train, "test": test}
+    if split not in sides:
+        raise LamellaError(f"{name} has no split {split!r}; it has train, test, all.")
+    if not sides[split]:
+        raise LamellaError(
+            f"The {len(rows)} documents of {name} are too few for a split {split!r} of their own. Give more of them, "
+            "or take the split all."
+        )
+    return sides[split]
 
 
 def _paragraphs(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ from lamella.similarity.compress.distances import (
     cheaper_way,
     choose_measure,
     directed,
+    is_used,
     random_distances,
     weigh,
     weight_distances,
@@ -57,7 +58,7 @@ class Choice:
         sizes: numbers that each of them stores.
         steps: all of the joins, by position in ``keys``.
         distances: ``(n, n)`` from source to target, weighed by the source's share; None where usage alone decides.
-        extra: numbers that a stand-in stores beside its target.
+        extra: numbers that a stand-in stores beside its target; counted for those that need none, too.
         measure: the column of the table that decides; None where no table does.
     """
 
@@ -95,10 +96,12 @@ def choose(layers: Sequence[MoELayer], keys: Sequence[Name], table: pd.DataFrame
         distances = weigh(distances, _shares(setting, keys))
     steps = list(linkage(within_reach(cheaper_way(distances), keys, setting.across_layers)))
     extra = 0
-    if setting.aligner is not None and steps:  # what the first pair stores, all do
-        target, source = (keys[at] for at in _representative_first(steps[0], distances))
-        trained = train_aligners(setting.aligner, [(source, target)])[source, target]
-        extra = stand_in_parameters(by_index[target[0]].experts[target[1]], trained)
+    if setting.aligner is not None:
+        joined = ([keys[at] for at in _representative_first(step, distances)] for step in steps)
+        aligned = ((source, target) for target, source in joined if is_used(source, setting.shares))
+        if (pair := next(aligned, None)) is not None:  # what the first pair stores, all do
+            layer, expert = pair[1]
+            extra = stand_in_parameters(by_index[layer].experts[expert], train_aligners(setting.aligner, [pair])[pair])
     return Choice(keys, sizes, steps, distances, extra, measure)
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
 from lamella.similarity.compress.choosing import METHODS, Aligners, Method, Setting, choose, train_aligners
-from lamella.similarity.compress.distances import usage
+from lamella.similarity.compress.distances import is_used, usage
 from lamella.similarity.compress.layers import native_layers
 from lamella.similarity.compress.matching import average
 from lamella.similarity.compress.pool import PooledExperts, StoredExpert, expert_parameters, stand_in
@@ -40,15 +40,21 @@ class Compressed:
     model: PreTrainedModel
     report: Report
 
-    def save(self, folder: str | Path) -> None:
-        """Writes model and report to a folder, whole or not at all; what experts share is written once.
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Writes model and report to a new folder, whole or not at all; what experts share is written once.
+
+        Only ``Compressed.load`` opens it: ``from_pretrained``, which knows no shared experts, finds no weights there.
+
+        Args:
+            folder: that is not there yet.
+            tokenizer: of the model, to lie beside it.
 
         Raises:
-            LamellaError: transformers has no class of the model's name to load it by.
+            LamellaError: the folder exists, or transformers has no class of the model's name to load it by.
         """
         from lamella.similarity.compress.saving import save
 
-        save(self.model, self.report, Path(folder))
+        save(self.model, self.report, Path(folder), tokenizer)
 
     @classmethod
     def load(cls, folder: str | Path) -> Compressed:
@@ -85,7 +91,8 @@ def compress(
     Args:
         model: left as it is.
         similarity: a table of ordered pairs from ``align`` or ``screen``; needed by the method "similarity". Pairs that
-            it lacks never come together.
+            it lacks never come together, but for experts that no token of the capture went to: whoever takes their
+            place, it costs nothing.
         budget: share of the experts' parameters to keep at most, 0 < budget <= 1; 1 changes nothing.
         method: "similarity" by the table, or the baselines: "weight-distance" by the weights alone (hidden units
             matched), "usage" by the router's counts, "random" by random distances.
@@ -93,7 +100,7 @@ def compress(
             the others are closest to; or that expert alone.
         aligner: trains the aligners of the pairs (source, target) that it is given, as
             ``partial(fit_aligners, capture, model)`` does; with ``merge=False`` a replaced expert is its stand-in
-            behind its aligner, whose storage counts. All must be of one size.
+            behind its aligner, whose storage counts. All must be of one size. An expert without tokens needs none.
         across_layers: whether experts of two neighbouring layers may share one stored expert.
         measure: column of ``similarity``; by default "identity_nmse" (without aligner), "nmse" (with), or
             "cka_distance" where the table is a screen. Of two directions the better one counts.
@@ -136,15 +143,15 @@ def compress_each(
     seed: int,
 ) -> Iterator[Compressed]:
     """``compress`` to each budget, one after the other; what is the same for all is computed once."""
-    _check(budgets, method, merge, aligner)
+    check_arguments(budgets, method, merge, aligner)
     layers = _whole_layers(model)
     if capture is not None:
         capture.check(model)
     keys = [(layer.index, expert) for layer in layers for expert in range(layer.num_experts)]
     shares = None if capture is None else usage(capture, keys)
     choice = choose(layers, keys, similarity, Setting(method, across_layers, measure, aligner, shares, seed))
-    for budget in budgets:
-        groups = choice.groups(budget)
+    # all of them first: a budget out of reach is refused before the first model
+    for budget, groups in [(budget, choice.groups(budget)) for budget in budgets]:
         with torch.no_grad():
             small = _with_pools(model, layers, _store(layers, groups, merge, aligner, shares))
         report = Report(
@@ -166,7 +173,12 @@ def compress_each(
         yield Compressed(small, report)
 
 
-def _check(budgets: Sequence[float], method: str, merge: bool, aligner: Aligners | None) -> None:
+def check_arguments(budgets: Sequence[float], method: str, merge: bool, aligner: Aligners | None) -> None:
+    """What can be refused before anything is computed.
+
+    Raises:
+        LamellaError: a budget outside 0 to 1, an unknown method, or an aligner for merged experts.
+    """
     if wrong := [budget for budget in budgets if not 0 < budget <= 1]:
         raise LamellaError(f"budget={wrong[0]} is no share of the experts' parameters to keep; give 0 < budget <= 1.")
     if method not in METHODS:
@@ -202,7 +214,7 @@ def _store(
     by_index = {layer.index: layer for layer in layers}
     changed = {layer for group in groups if len(group) > 1 for layer, _ in group}
     places: dict[Name, nn.Module] = {}
-    pairs = [(source, group[0]) for group in groups for source in group[1:]]
+    pairs = [(source, group[0]) for group in groups for source in group[1:] if is_used(source, shares)]
     trained = {} if aligner is None else train_aligners(aligner, pairs)
     for group in groups:
         if group[0][0] not in changed:
@@ -214,7 +226,8 @@ def _store(
             stored = StoredExpert.copy_of(experts[0])
         places[group[0]] = stored
         for source in group[1:]:
-            places[source] = stored if aligner is None else stand_in(stored, trained[source, group[0]])
+            fitted = trained.get((source, group[0]))
+            places[source] = stored if fitted is None else stand_in(stored, fitted)
     return places
 
 

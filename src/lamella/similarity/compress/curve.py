@@ -103,8 +103,9 @@ def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFra
     Returns:
         One row per method and domain: method, domain, removed (the largest share of expert parameters removed such
         that there and at every smaller one the ratio is at most 1 + ``within``, 0 where even the smallest is too
-        much), low (the same for the upper end of the ratio's interval: so much is sure) and high (for its lower end:
-        more is surely too much), and largest (the largest share that was tried). Ratios and ends are means over seeds.
+        much), low (the same for the upper end of the ratio's interval: so much is sure), high (for its lower end: the
+        next share that was tried is surely too much; NaN where none larger was tried, since nothing is known beyond)
+        and largest (the largest share that was tried). Ratios and ends are means over seeds.
 
     Raises:
         LamellaError: the frame is no compression curve, or ``within`` is negative.
@@ -121,5 +122,7 @@ def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFra
         removed = {
             end: 1 - min([1.0, *means.index[(means[end] <= 1 + within).cummin()]]) for end in ("ratio", "low", "high")
         }
-        rows.append((method, domain, removed["ratio"], removed["high"], removed["low"], 1 - float(means.index.min())))
+        largest = 1 - float(means.index.min())
+        most = removed["low"] if removed["low"] < largest else float("nan")
+        rows.append((method, domain, removed["ratio"], removed["high"], most, largest))
     return pd.DataFrame(rows, columns=["method", "domain", "removed", "low", "high", "largest"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,9 +80,18 @@ def _check_rows(pairs: pd.DataFrame, keys: Sequence[Name], measure: str) -> None
 
 
 def weigh(distances: Distances, shares: Sequence[float]) -> Distances:
-    """What it costs to let a target stand in for a source: the distance, by how many tokens the source gets."""
-    measured = np.isfinite(distances)  # what was not stays infinite for an expert of share 0, too
-    return np.multiply(distances, np.asarray(shares)[:, None], where=measured, out=np.full_like(distances, np.inf))
+    """What it costs to let a target stand in for a source: the distance, by how many tokens the source gets.
+
+    A source that gets none costs nothing, measured or not: without tokens nothing can be measured.
+    """
+    share = np.asarray(shares)[:, None]  # (n, 1)
+    weighed = np.multiply(distances, share, where=np.isfinite(distances), out=np.full_like(distances, np.inf))
+    return np.where(share == 0, 0.0, weighed)
+
+
+def is_used(expert: Name, shares: Mapping[Name, float] | None) -> bool:
+    """Whether any token went to the expert, as far as anybody counted."""
+    return shares is None or shares[expert] > 0
 
 
 def cheaper_way(distances: Distances) -> Distances:

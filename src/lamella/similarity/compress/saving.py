@@ -12,7 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from lamella.backbones.moe import MoELayer, moe_layers
@@ -22,14 +22,18 @@ from lamella.similarity.compress.pool import AlignedExpert, PooledExperts, Store
 from lamella.similarity.compress.report import Report
 from lamella.writing import whole
 
-WEIGHTS, MANIFEST = "model.safetensors", "compression.json"
+# Not model.safetensors: transformers would open that, find no experts by the names it knows, and draw random ones.
+WEIGHTS, MANIFEST = "compressed.safetensors", "compression.json"
 # What transformers does not write into a config and what changes the last bits; any torch has these.
 _KERNELS = ("_attn_implementation", "_experts_implementation")
 _EVERYWHERE = ("eager", "sdpa", "grouped_mm", "batched_mm")
 
 
-def save(model: PreTrainedModel, report: Report, folder: Path) -> None:
-    """Writes weights, config, manifest and report; whole or not at all."""
+def save(
+    model: PreTrainedModel, report: Report, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Writes weights, config, manifest and report, and the tokenizer if there is one; whole or not at all."""
+    refuse_existing(folder)
     name = type(model).__name__
     if not hasattr(transformers, name):
         raise LamellaError(
@@ -50,7 +54,19 @@ def save(model: PreTrainedModel, report: Report, folder: Path) -> None:
         model.config.save_pretrained(unfinished)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def refuse_existing(folder: Path) -> None:
+    """Whatever lies there stays: another model, a study, or an earlier compressed model.
+
+    Raises:
+        LamellaError: something lies there.
+    """
+    if folder.exists():
+        raise LamellaError(f"{folder} exists already, and nothing is overwritten. Choose another folder to save to.")
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, Report]:

@@ -1,12 +1,12 @@
 """Experts, routers or whole blocks in each other's place, and what that costs."""
 
-from lamella.similarity.swap.distance import distance_regression
+from lamella.similarity.swap.distance import change_in_words, distance_regression, distance_regressions
 from lamella.similarity.swap.effects import swap_effects
 from lamella.similarity.swap.pairs import RANDOM, Swap, control_swaps, expert_pairs, layer_pairs
 from lamella.similarity.swap.scores import Metric, TextScores, text_scores
 from lamella.similarity.swap.shift import routing_shift
 from lamella.similarity.swap.swapping import randomised, swap
-from lamella.similarity.swap.tables import swap_table
+from lamella.similarity.swap.tables import kinds, layer_tables, swap_table
 from lamella.similarity.swap.units import Named, Unit
 
 __all__ = [
@@ -16,10 +16,14 @@ __all__ = [
     "Swap",
     "TextScores",
     "Unit",
+    "change_in_words",
     "control_swaps",
     "distance_regression",
+    "distance_regressions",
     "expert_pairs",
+    "kinds",
     "layer_pairs",
+    "layer_tables",
     "randomised",
     "routing_shift",
     "swap",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError
 from lamella.similarity.align import align as align_pairs
-from lamella.similarity.align import write_alignment
 from lamella.similarity.capture import Capture
 from lamella.similarity.screen.pairs import NAMES, Pair, all_pairs, check_pairs
 from lamella.similarity.sweep.on_ray import compute_on_ray
@@ -61,7 +60,7 @@ def sweep(
         settings: of ``align``: aligner, seed, steps, ...
 
     Returns:
-        The rows of all tiles, sorted by pair, as `align` gives them; also in ``out/alignment.parquet``.
+        The rows of all tiles, sorted by pair, as `align` gives them.
 
     Raises:
         LamellaError: no pairs, a pair of an expert that was not captured, a setting that ``align`` does not have, or
@@ -101,7 +100,7 @@ def sweep(
         for tile in missing:
             opened.compute(work, tile)
             finished()
-    return _join(out, [work.path(tile) for tile in tiles])
+    return _join([work.path(tile) for tile in tiles])
 
 
 def _resolve(align: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def _resolve(align: Callable[..., Any], settings: dict[str, Any]) -> dict[str, A
     return {**defaults, **settings}
 
 
-def _join(out: Path, paths: list[Path]) -> pd.DataFrame:
+def _join(paths: list[Path]) -> pd.DataFrame:
     import pandas as pd
 
     frames = [pd.read_parquet(path) for path in paths]
@@ -124,5 +123,4 @@ def _join(out: Path, paths: list[Path]) -> pd.DataFrame:
     rows = pd.concat(filled, ignore_index=True)
     table = rows.sort_values([*NAMES, "kind"], kind="stable", ignore_index=True)
     table.attrs = {"notes": notes}
-    write_alignment(table, out / "alignment.parquet")
     return table

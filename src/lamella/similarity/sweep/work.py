@@ -91,19 +91,20 @@ class Opened:
         if len(self.captures) > 1:
             settings["score_on"] = self.captures[1]
         with _one_thread():
-            if (notes := self._unusable(tile, settings["held_out"])) is None:
+            if (notes := self._unusable(tile, settings)) is None:
                 frame = work.align(self.captures[0], self.model, pairs=tile.pairs, **settings)
             else:
                 frame = table_of([])
                 frame.attrs["notes"] = notes
         write_alignment(frame, work.path(tile))
 
-    def _unusable(self, tile: Tile, held_out: float) -> list[str] | None:
+    def _unusable(self, tile: Tile, settings: Mapping[str, Any]) -> list[str] | None:
         """Why no source of a tile can be aligned, which is no error while others can; None where one can be."""
         layers = {layer.index: layer for layer in moe_layers(self.model)}
-        capture, notes = self.captures[0], []
+        given = (settings["held_out"], settings.get("score_on"), settings["seed"])
+        notes = []
         for layer, index in tile.sources:
-            read = read_source(capture, (layer, index), layers[layer].experts[index], held_out, *self.captures[1:])
+            read = read_source(self.captures[0], (layer, index), layers[layer].experts[index], *given)
             if not isinstance(read, str):
                 return None
             notes.append(read)
