@@ -84,6 +84,14 @@ def test_bbh_is_few_shot_and_needs_a_task(mirror):
         load_task("bbh")
 
 
+def test_bbh_split_leaves_most_rows_to_learn_from(mirror):
+    mirror("bbh", test=[{"task": "navigate", "input": f"q {number}", "target": "Yes"} for number in range(250)])
+    task, few = load_task("bbh-split/navigate"), load_task("bbh-split/navigate@5")
+    assert (task.kind, sizes(task)) == ("seq2seq", {"train": 140, "validation": 10, "test": 100})
+    assert sizes(few) == {"train": 5, "validation": 10, "test": 100}
+    assert set(task.splits["test"]["source"]) < set(load_task("bbh/navigate").splits["test"]["source"])
+
+
 def test_scienceqa_puts_the_hint_first(mirror):
     rows = {split: [{"question": f"{split}?", "hint": " h ", "choices": ["a", "b"], "label": 1}] for split in "abc"}
     mirror("scienceqa_mola", train=rows["a"], validation=rows["b"], test=rows["c"])

@@ -3,13 +3,14 @@ from pathlib import Path
 from lamella.training.evidence import study_names
 from lamella.training.evidence_page import evidence_page
 from lamella.training.kept_studies import composition_names, kept_studies
+from lamella.training.similarity_evidence import kept_similarity
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_page_is_what_the_kept_studies_say():
     kept = DOCS / "results" / "studies"
-    page = evidence_page(kept_studies(kept))
+    page = evidence_page(kept_studies(kept), kept_similarity(DOCS / "results" / "similarity"))
     assert (DOCS / "evidence.md").read_text(encoding="utf-8") == page, "run `lamella evidence`"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lamella.data.columns import Table, check_published
 from lamella.data.origins import MIRROR, Raw, from_hub, from_mirror, mirror_folder
@@ -75,6 +75,7 @@ class PublicTask:
         metric: the benchmark's metric, where it is not the kind's usual one.
         subset: column that `name/SUBSET` selects by.
         few_shot: rows kept for training, all others being the test; 0 for tasks with published splits.
+        watched: further rows of such a task, kept for validation.
         caution: a note for the user.
     """
 
@@ -89,6 +90,7 @@ class PublicTask:
     metric: str | None = None
     subset: str | None = None
     few_shot: int = 0
+    watched: int = 0
     caution: str = ""
 
 
@@ -161,6 +163,8 @@ PUBLIC_TASKS: dict[str, PublicTask] = {
         subset="task", few_shot=5,
     ),
 }  # fmt: skip
+# the same rows for those who learn one task to use it on another: most tasks have 250, which leaves 100 for the test
+PUBLIC_TASKS["bbh-split"] = replace(PUBLIC_TASKS["bbh"], few_shot=140, watched=10)
 
 
 def load_public(name: str, seed: int = 0, *, hub_only: bool = False) -> Task:
@@ -235,5 +239,6 @@ def _selected(stem: str, public: PublicTask, subset: str, splits: Splits) -> Spl
 def _finished(public: PublicTask, splits: Splits) -> tuple[Splits, list[str]]:
     if public.few_shot:
         rows = splits["all"]
-        return split_whole(public.kind, rows, test=len(rows) - public.few_shot, validation=0)
+        tested = len(rows) - public.few_shot - public.watched
+        return split_whole(public.kind, rows, test=tested, validation=public.watched)
     return complete_published(public.kind, splits)

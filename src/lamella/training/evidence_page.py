@@ -31,7 +31,8 @@ How to read it:
   answer. Below 0.05 a method is called better or worse; *not told apart* does not mean equal.
 - Noise is put on the test inputs by `lamella evaluate --noise`, given a study's runs, with -o in its folder `noise`.
   What it takes away is the clean score less the noisy one; training seeds and draws of the noise are resampled.
-- The floors are TF-IDF with a linear model, and the commonest training label.
+- The floors are TF-IDF with a linear model, and the commonest training label; of options, chance and the commonest
+  answer of the tested rows.
 - Parameters include the task head. A step's time is that of the reference's in one interleaved run of untrained models,
   with one thread; empty where it was not measured. `docs/performance.md` says more of cost.
 """

@@ -125,7 +125,7 @@ def test_losses_and_divergences_are_those_of_each_text_by_itself(ran, method):
     grid, stages, folder = ran
     cell = next(cell for cell in stages.all if cell.method == method)
     found = pd.read_parquet(folder.answers(cell.key)).set_index(["test", "row"])
-    tested = Questions(grid.tests, grid.test_rows, True).loaded()
+    tested = Questions(grid.tests, grid.test_rows, "tokens").loaded()
     for test, place in grid.tests.items():
         whole = load_task(place).splits["test"]
         column = "text" if "text" in whole.column_names else "completion"
@@ -144,7 +144,7 @@ def test_losses_and_divergences_are_those_of_each_text_by_itself(ran, method):
 
 def test_without_a_lora_it_is_the_backbone_as_it_is(ran):
     grid, stages, folder = ran
-    tested = Questions(grid.tests, grid.test_rows, True).loaded()["c"]
+    tested = Questions(grid.tests, grid.test_rows, "tokens").loaded()["c"]
     backbone = load_backbone(grid.backbone, tested)
     found = pd.read_parquet(folder.answers(stages.heads[0].key))
     for text, stated in zip(tested.splits["test"]["text"], found[found["test"] == "c"]["loss"], strict=True):
@@ -198,6 +198,6 @@ def test_the_study_speaks_of_loss(study, rows, ran, prose_recipe, tmp_path, monk
 
 def test_tests_that_cannot_be_asked_so_are_refused(ran, questions):
     with pytest.raises(LamellaError, match=r"compares the loss of texts .* a classification task"):
-        Questions({"t": questions}, None, True).loaded()
+        Questions({"t": questions}, None, "tokens").loaded()
     with pytest.raises(LamellaError, match=r"compares the probabilities of classes .* a causal-lm task"):
-        Questions(ran[0].tests, None, False).loaded()
+        Questions(ran[0].tests, None, "classes").loaded()

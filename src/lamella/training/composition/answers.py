@@ -1,4 +1,4 @@
-"""What a trained model answers on many tests: the log-probabilities of every class, or the loss of every text."""
+"""What a trained model answers on many tests: log-probabilities of classes or options, or the loss of every text."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lamella.data import Backbone, Encoded, Task, encode, load_backbone, load_ta
 from lamella.data.splitting import sample_rows
 from lamella.errors import LamellaError
 from lamella.training.composition.alone import LorasAlone
+from lamella.training.composition.grid import Answers, TestRows
+from lamella.training.composition.options import option_answers, with_options
 from lamella.training.composition.texts import text_answers
 from lamella.training.methods import Composition
 from lamella.training.scoring import length_batches
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Floats = npt.NDArray[np.float64]
-_CLASSES = ("classification", "pair-classification")
+# of what tests ask for: the tasks that can be asked so, and what is compared
+_KINDS: Mapping[Answers, tuple[tuple[str, ...], str]] = {
+    "classes": (("classification", "pair-classification"), "the probabilities of classes"),
+    "options": (("seq2seq",), "the likelihood of options"),
+    "tokens": (("causal-lm",), "the loss of texts"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,39 +43,48 @@ class Questions:
 
     Attributes:
         tasks: by name; their test rows are read as a run reads rows.
-        rows: of each, always the same ones; all where None.
-        compares: tests are texts of a language model, whose tokens are compared with those of a source's LoRA at once;
-            else they are of classes, and comparing can wait.
+        rows: of each, or by name, always the same ones; all where None.
+        answers: what tests ask for.
     """
 
     tasks: Mapping[str, str]
-    rows: int | None
-    compares: bool
+    rows: TestRows
+    answers: Answers
+
+    @property
+    def compares(self) -> bool:
+        """Whether tokens are compared with those of a source's LoRA at once; with classes and options it can wait."""
+        return self.answers == "tokens"
 
     def loaded(self) -> dict[str, Task]:
-        """The tasks with the test rows that are used, and those alone.
+        """The tasks with the test rows that are used, and those alone; the options of those that have any as labels.
 
         Raises:
             LamellaError: one has no test rows, or cannot be asked so.
         """
         tasks = {name: load_task(task) for name, task in self.tasks.items()}
-        kinds = ("causal-lm",) if self.compares else _CLASSES
+        kinds, what = _KINDS[self.answers]
         for task in tasks.values():
             if task.kind not in kinds or "test" not in task.splits:
-                what = "the loss of texts" if self.compares else "the probabilities of classes"
                 raise LamellaError(
                     f"This study of composition compares {what} on test rows, and {task.name}, a {task.kind} task with "
                     f"{', '.join(task.splits)} rows, has none. Choose {' or '.join(kinds)} tasks with a test split, or "
-                    "say answers: classes or tokens as it fits them."
+                    "say answers: classes, options or tokens as it fits them."
                 )
-        return {name: replace(task, splits={"test": test_of(task, self.rows)}) for name, task in tasks.items()}
+        if self.answers == "options":
+            tasks = {name: with_options(task) for name, task in tasks.items()}
+        return {name: replace(task, splits={"test": self._test(name, task)}) for name, task in tasks.items()}
+
+    def _test(self, name: str, task: Task) -> Dataset:
+        rows = self.rows[name] if isinstance(self.rows, dict) else self.rows
+        return task.splits["test"] if rows is None else sample_rows(task.splits["test"], rows)
 
 
 def answers(settings: RunSettings, run: Path, tests: Questions, loras: Mapping[str, str]) -> pd.DataFrame:
     """A row per test and text.
 
-    Of classes: test, row, label, log_probs (natural, a list with an entry per class). Of texts: test, row, loss and, on
-    the test of a source, kl, as `text_answers` has them.
+    Of classes and options: test, row, label, log_probs (natural, a list with an entry per class or option). Of texts:
+    test, row, loss and, on the test of a source, kl, as `text_answers` has them.
 
     Args:
         settings: of the run.
@@ -130,19 +146,20 @@ def _asked(
 ) -> pd.DataFrame:
     frames = []
     for name, task in asked.items():
-        encoded = encode(task, backbone.tokenizer, max_length=settings.max_length, decoder=backbone.decoder)
-        if task.kind in _CLASSES:
-            found = _classes(model, encoded, settings.eval_batch_size)
-        else:
-            other = None if alone is None else alone.of(name)
-            found = text_answers(model, encoded, settings.eval_batch_size, other)
+        found = _answered(model, backbone, settings, task, None if alone is None else alone.of(name))
         frames.append(found.assign(test=name, row=range(len(found))))
     return pd.concat(frames, ignore_index=True)
 
 
-def test_of(task: Task, rows: int | None) -> Dataset:
-    """At most ``rows`` of a task's test rows, always the same ones; all where None."""
-    return task.splits["test"] if rows is None else sample_rows(task.splits["test"], rows)
+def _answered(
+    model: nn.Module, backbone: Backbone, settings: RunSettings, task: Task, other: nn.Module | None
+) -> pd.DataFrame:
+    if task.kind in _KINDS["options"][0]:
+        return option_answers(model, backbone, task, settings.max_length, settings.eval_batch_size)
+    encoded = encode(task, backbone.tokenizer, max_length=settings.max_length, decoder=backbone.decoder)
+    if task.kind in _KINDS["classes"][0]:
+        return _classes(model, encoded, settings.eval_batch_size)
+    return text_answers(model, encoded, settings.eval_batch_size, other)
 
 
 def _classes(model: nn.Module, encoded: Encoded, batch_size: int) -> pd.DataFrame:

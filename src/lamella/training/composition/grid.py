@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from lamella.errors import LamellaError
 from lamella.training.grid import Cell
@@ -18,7 +18,9 @@ from lamella.training.settings import RunSettings, override, read_recipe
 
 HEAD, JOINT = "no LoRA", "joint LoRA"
 ACCURACY, LOSS = "accuracy", "loss"
-METRIC = {"classes": ACCURACY, "tokens": LOSS}
+Answers = Literal["classes", "options", "tokens"]
+TestRows = PositiveInt | dict[str, PositiveInt] | None
+METRIC = {"classes": ACCURACY, "options": ACCURACY, "tokens": LOSS}
 _MASKABLE = ("mole", "uniform")
 
 
@@ -27,12 +29,14 @@ class CompositionGrid(Settings):
 
     Where classes are asked for, a head is trained once per seed, with the backbone frozen, on the training rows of all
     sources, and is frozen from then on: all LoRAs and all arms share it, and differ in their deltas alone. A language
-    model needs no head.
+    model, which is asked for options or tokens, needs no head.
     """
 
     backbone: str
-    answers: Literal["classes", "tokens"] = Field(
-        "classes", description="what tests ask for: the class of a text, or its tokens, scored by their loss"
+    answers: Answers = Field(
+        "classes",
+        description="what tests ask for: the class of a text, the likeliest of a task's answers, or a text's tokens, "
+        "scored by their loss",
     )
     sources: dict[str, str] = Field(min_length=2, description="the task that each LoRA learns, by a name for it")
     held_out: dict[str, str] = Field(description="tasks that no LoRA learns, by a name for them")
@@ -48,8 +52,11 @@ class CompositionGrid(Settings):
     masked: list[str] = Field(
         default_factory=list, description="arms that answer again without each of their LoRAs in turn: mole, uniform"
     )
-    rows: int = Field(256, gt=0, description="that arms are fitted on: validation rows of the sources, unseen by LoRAs")
-    test_rows: int | None = Field(None, gt=0, description="of each source and held-out task; all if absent")
+    fitted_on: str | None = Field(
+        None, description="the held-out task whose training rows arms are fitted on; else the sources' validation rows"
+    )
+    rows: int = Field(256, gt=0, description="that arms are fitted on, unseen by LoRAs")
+    test_rows: TestRows = Field(None, description="of each source and held-out task, or by their names; all if absent")
     run: dict[str, Any] = Field(default_factory=dict, description="settings of every run")
     reference: str | None = Field(None, description="the arm that the others are compared with; the first if absent")
 
@@ -72,6 +79,11 @@ class CompositionGrid(Settings):
     def union(self) -> str:
         """The task of all sources together."""
         return f"mix:{'+'.join(self.sources.values())}"
+
+    @property
+    def fitting(self) -> str:
+        """The task that arms are fitted on."""
+        return f"held:{self.union}" if self.fitted_on is None else self.held_out[self.fitted_on]
 
     @property
     def names(self) -> list[str]:
@@ -141,6 +153,12 @@ def read_composition(recipe: str, overrides: Iterable[str] = ()) -> CompositionG
         raise LamellaError(f"seeds={grid.seeds} must name at least one seed, and each of them once.")
     if grid.reference_name not in grid.arms:
         raise LamellaError(unknown_key(grid.reference_name, grid.arms).replace("setting", "arm for 'reference'", 1))
+    if grid.fitted_on is not None and grid.fitted_on not in grid.held_out:
+        raise LamellaError(
+            unknown_key(grid.fitted_on, grid.held_out).replace("setting", "held-out task for 'fitted_on'", 1)
+        )
+    if isinstance(grid.test_rows, dict) and grid.test_rows.keys() != grid.tests.keys():
+        raise LamellaError(f"test_rows by name must name every source and held-out task: {', '.join(grid.tests)}.")
     if lacking := [name for name, own in grid.arms.items() if not isinstance(own.get("method"), str | dict)]:
         raise LamellaError(f"arms.{lacking[0]} says not which method it is. Add a line 'method: uniform', for example.")
     _check_settings(grid)
@@ -223,7 +241,7 @@ def _arm(
     own = {key: value for key, value in grid.arms[name].items() if key != "sources"}
     method = {**_method(own), "adapters": {source: adapters[source] for source in chosen_sources(grid, name)}}
     values = {"limit": {"train": grid.rows}, **own, "method": method}
-    return _cell(grid, name, f"held:{grid.union}", seed, model, values, places)
+    return _cell(grid, name, grid.fitting, seed, model, values, places)
 
 
 def base_folder(folder: StudyFolder, head: Cell) -> str:

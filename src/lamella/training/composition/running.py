@@ -104,7 +104,7 @@ class AnswersFolder(CompositionFolder):
 
 def folder_of(grid: CompositionGrid, path: Path) -> CompositionFolder:
     """The folder of a study."""
-    return CompositionFolder(path, Questions(grid.tests, grid.test_rows, grid.answers == "tokens"))
+    return CompositionFolder(path, Questions(grid.tests, grid.test_rows, grid.answers))
 
 
 def run_stages(

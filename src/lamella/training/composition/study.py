@@ -17,6 +17,7 @@ from lamella.training.composition.grid import HEAD, JOINT, LOSS, CompositionGrid
 from lamella.training.composition.masking import masking_words
 from lamella.training.composition.running import CompositionFolder
 from lamella.training.composition.tables import (
+    FLOORS,
     KL,
     METRICS,
     MIXTURE,
@@ -143,7 +144,7 @@ def _standing(
         tests[row.method][row.seed] = row.value
     for one in here[1].itertuples():
         scores[one.method][one.seed] = np.asarray(one.scores, np.float64)
-    floors = {word: done[f"floor_{word}"].iloc[0] for word in ("linear", "majority") if len(done)}
+    floors = {word: done[f"floor_{word}"].iloc[0] for word in FLOORS if len(done) and f"floor_{word}" in done}
     return Standing(
         study=name,
         backbone=grid.backbone,
@@ -257,8 +258,19 @@ def _notes(grid: CompositionGrid) -> list[str]:
     if grid.metric == LOSS:
         head = f"'{HEAD}' is the backbone as it is. Loss is in nats per token: the mean over texts of a text's mean."
         compared = f"over the whole vocabulary at every token; {compared}"
+    if grid.answers == "options":
+        head = (
+            f"'{HEAD}' is the backbone as it is. A question is answered by the likeliest of its task's answers, "
+            "by the sum of the log-probabilities of an answer's tokens, without the end token. The floors are chance "
+            "and the commonest answer of the tested rows."
+        )
+    fitted = (
+        f"{grid.rows} validation rows of the sources, which no LoRA was trained on"
+        if grid.fitted_on is None
+        else f"{grid.rows} examples of {grid.fitted_on}, the same for every seed; no LoRA was trained on that task"
+    )
     return [
-        f"{head} Arms are fitted on {grid.rows} validation rows of the sources, which no LoRA was trained on.",
+        f"{head} Arms are fitted on {fitted}.",
         f"'{JOINT}' is one LoRA trained on all sources' training rows: an upper reference, no composition.",
         "The mixture is the test rows of all sources. 'kl from own LoRA' compares, on every source's test rows, the "
         f"probabilities of an arm with those of that source's LoRA alone: {compared}",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from lamella.data import load_task
+from lamella.data import Task, load_task
 from lamella.evaluation.metrics import accuracy
 from lamella.training.composition.answers import Floats, divergence
 from lamella.training.composition.grid import ACCURACY, LOSS, CompositionGrid, StagedCell, alone
@@ -19,6 +19,7 @@ from lamella.training.methods.compositions import lora_folder
 from lamella.tuners.mole.sources import read_lora
 
 MIXTURE = "mixture"
+FLOORS = ("linear", "majority", "chance")
 KL, PERPLEXITY = "kl from own LoRA", "perplexity"
 # of each metric, whether more is better
 METRICS = {
@@ -40,12 +41,13 @@ def score_rows(
 
     Returns:
         rows: backbone, task (the test), method, seed, metric, value, greater_is_better, floor_linear, floor_majority,
-            status ("done" or "not run"), key, trainable_parameters, seconds, entropy. The metric is ``accuracy``, or of
-            texts ``loss`` (nats per token, the mean over texts of a text's mean) with its ``perplexity``. On a source's
-            own test, and on the mixture of all of them, also what is kept of each LoRA: ``kl from own LoRA`` (nats,
-            KL(own || this), of texts a mean over tokens) and this one's score less the own one's, ``accuracy kept`` or
-            ``loss over own LoRA``; of classes ``answers kept`` too, the share of equal predictions. ``seconds`` are
-            those of building and training, ``entropy`` the routers' in nats, on the rows arms are watched by.
+            floor_chance, status ("done" or "not run"), key, trainable_parameters, seconds, entropy. The metric is
+            ``accuracy``, or of texts ``loss`` (nats per token, the mean over texts of a text's mean) with its
+            ``perplexity``. On a source's own test, and on the mixture of all of them, also what is kept of each LoRA:
+            ``kl from own LoRA`` (nats, KL(own || this), of texts a mean over tokens) and this one's score less the own
+            one's, ``accuracy kept`` or ``loss over own LoRA``; of classes and options ``answers kept`` too, the share
+            of equal predictions. ``seconds`` are those of building and training, ``entropy`` the routers' in nats, on
+            the rows arms are watched by.
         examples: backbone, task, method, seed, metric, scores: one number for each text; the metric and KL.
     """
     found = {(cell.method, cell.seed): read_answers(folder, cell) for cell in cells}
@@ -75,7 +77,8 @@ def score_rows(
                     rows.append(at | {"metric": PERPLEXITY, "value": float(np.exp(values.mean()))} | costs)
                 if metric in (grid.metric, KL):
                     examples.append(at | {"scores": values.astype(np.float32)})
-    order = [*_PLACE, "metric", "value", "greater_is_better", "floor_linear", "floor_majority", "status", "key"]
+    floor_columns = [f"floor_{word}" for word in FLOORS]
+    order = [*_PLACE, "metric", "value", "greater_is_better", *floor_columns, "status", "key"]
     frame = pd.DataFrame(rows).assign(greater_is_better=lambda one: one["metric"].map(METRICS))
     frame = frame.reindex(columns=[*order, "trainable_parameters", "seconds", "entropy"])
     return frame, pd.DataFrame(examples, columns=[*_PLACE, "metric", "scores"])
@@ -141,27 +144,39 @@ def masked_rows(grid: CompositionGrid, cells: Sequence[StagedCell], folder: Comp
 
 
 def _floors(grid: CompositionGrid, folder: CompositionFolder) -> dict[str, dict[str, float]]:
-    """Accuracy on every test of what a linear model, and the commonest label, of all sources' training rows say.
+    """Accuracy on every test of what needs no language model. Nothing of texts, which have no such floors.
 
-    Nothing of texts, which have no such floors.
+    Of classes what a linear model, and the commonest label, of all sources' training rows say; of options chance, and
+    the commonest answer of the tested rows themselves.
     """
     if grid.metric == LOSS:
         return {}
-    union = load_task(grid.union)
-    found, sizes = {}, {}
-    for name, tested in folder.tests.loaded().items():
-        test = tested.splits["test"]
-        task = replace(union, splits={"train": union.splits["train"], "test": test})
-        guesses, labels = floor_predictions(task), np.asarray(test["label"])
-        words = {"floor_linear": FLOOR, "floor_majority": MAJORITY}
-        found[name] = {word: accuracy(guesses[floor]["test"], labels) for word, floor in words.items()}
-        sizes[name] = len(test)
-    weights = [sizes[name] for name in grid.sources]
+    tests = folder.tests.loaded()
+    if grid.answers == "options":
+        found = {name: _option_floors(task) for name, task in tests.items()}
+    else:
+        union = load_task(grid.union)
+        found = {name: _class_floors(union, task) for name, task in tests.items()}
+    weights = [len(tests[name].splits["test"]) for name in grid.sources]
     found[MIXTURE] = {
         word: float(np.average([found[name][word] for name in grid.sources], weights=weights))
-        for word in ("floor_linear", "floor_majority")
+        for word in next(iter(found.values()))
     }
     return found
+
+
+def _class_floors(union: Task, tested: Task) -> dict[str, float]:
+    test = tested.splits["test"]
+    task = replace(union, splits={"train": union.splits["train"], "test": test})
+    guesses, labels = floor_predictions(task), np.asarray(test["label"])
+    words = {"floor_linear": FLOOR, "floor_majority": MAJORITY}
+    return {word: accuracy(guesses[floor]["test"], labels) for word, floor in words.items()}
+
+
+def _option_floors(task: Task) -> dict[str, float]:
+    answers = list(task.splits["test"]["target"])
+    commonest = max(map(answers.count, task.label_names)) / len(answers)
+    return {"floor_chance": 1 / len(task.label_names), "floor_majority": commonest}
 
 
 def interference_rows(grid: CompositionGrid, cells: Sequence[StagedCell], folder: CompositionFolder) -> pd.DataFrame:
