@@ -89,6 +89,7 @@ def _telling(status: Any, what: str) -> Any:
 
 
 def _show(table: pd.DataFrame, notes: list[str], path: Path, json: bool) -> None:
+    from lamella.reporting.similarity.verdict import NOT_REGAINED, REMEDY
     from lamella.similarity import beyond_controls, seed_ceiling
 
     pairs = table[table["kind"] == "pair"]
@@ -112,6 +113,8 @@ def _show(table: pd.DataFrame, notes: list[str], path: Path, json: bool) -> None
             if ceiling is None or math.isnan(ceiling["overall"])
             else f" One seed ranks pairs as another does with {ceiling['overall']:.2f}."
         )
+        if found["self"] > NOT_REGAINED:
+            typer.echo(f"{kind}: the aligners hardly learned: not even the expert itself is regained. {REMEDY}")
         typer.echo(
             f"{kind}: {found['median nmse']:.1%} of the variance stays unexplained at the median; itself "
             f"{found['self']:.2%}, a random expert {found['random target']:.1%}; {found['beyond controls']:.0%} of the "

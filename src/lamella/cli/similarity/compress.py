@@ -29,7 +29,8 @@ _FOLDED = ("linear", "low-rank")  # kinds of aligner that can be written into an
 def compress(
     study: Annotated[Path, typer.Argument(help="Folder of a study with an alignment.")],
     budget: Annotated[
-        list[float] | None, typer.Option(help="Share of the experts' parameters to keep; may be repeated.")
+        list[float] | None,
+        typer.Option(help="Share of the experts' parameters to keep; .97, .94, .875, .75, .5 if absent."),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="similarity, random, usage or weight-distance; all if absent.")
@@ -91,7 +92,7 @@ def compress(
     opened = open_study(study)
     capture = opened.capture
     behind = _aligners(opened, aligner, _kind(aligner)) if replace and aligner else None
-    measures = measure or ["nmse" if behind else "identity_nmse"]
+    measures = measure or ["nmse"]
     tables = {one: _similarities(opened.folder, one, aligner) for one in measures}
     closed = _most_used(opened, close)
     if closed:  # an expert that nobody could stand in for is named now, not after the curve

@@ -8,6 +8,10 @@ import pandas as pd
 from lamella.reporting.similarity.matrices import pair_means
 from lamella.similarity.swap import change_in_words
 
+# Unexplained share of an expert by itself from which its aligners count as untrained, and what helps.
+NOT_REGAINED = 0.9
+REMEDY = "Align with more --steps, or capture more with --per-expert, before reading anything into the numbers."
+
 
 def verdict(
     alignment: pd.DataFrame | None,
@@ -27,23 +31,31 @@ def verdict(
 
 
 def _of_alignment(alignment: pd.DataFrame) -> list[str]:
-    found = {aligner: pairs[pairs["kind"] == "pair"] for aligner, pairs in pair_means(alignment).items()}
-    sentences = [_of_aligner(aligner, pairs) for aligner, pairs in found.items() if len(pairs)]
-    if not sentences:
+    found = {aligner: pairs for aligner, pairs in pair_means(alignment).items() if (pairs["kind"] == "pair").any()}
+    if not found:
         return ["No pair of two different experts was aligned."]
+    sentences = [sentence for aligner, pairs in found.items() for sentence in _of_aligner(aligner, pairs)]
     return [*sentences, _of_variance(alignment)]
 
 
-def _of_aligner(aligner: str, pairs: pd.DataFrame) -> str:
+def _of_aligner(aligner: str, rows: pd.DataFrame) -> list[str]:
+    pairs, itself = rows[rows["kind"] == "pair"], rows.loc[rows["kind"] == "self", "nmse"].median()
     best = pairs.loc[pairs.groupby(["source_layer", "source_expert"])["nmse"].idxmin()]
     top = best.loc[best["nmse"].idxmin()]
     within = (best["source_layer"] == best["target_layer"]).mean()
-    return (
+    names = {*zip(pairs["source_layer"], pairs["source_expert"], strict=True)}
+    names |= {*zip(pairs["target_layer"], pairs["target_expert"], strict=True)}
+    control = "" if np.isnan(itself) else f"; the expert itself, the control, leaves {itself:.0%}"
+    closest = f"The closest pair is {_name(top)} ({top['nmse']:.0%})." if top["nmse"] < 1 else "None beats the mean."
+    words = (
         f"Of {len(best)} experts, the best stand-in behind an aligner ({aligner}) leaves a median "
-        f"{best['nmse'].median():.0%} of the output variance unexplained on held-out tokens; {within:.0%} of the best "
-        f"stand-ins lie in the same layer. The closest pair is {_name(top)} ({top['nmse']:.0%}). Of all {len(pairs):,} "
-        f"pairs, {pairs['beyond'].mean():.0%} are better than all their controls with every seed."
+        f"{best['nmse'].median():.0%} of the output variance unexplained on held-out tokens{control}. {closest} "
+        f"{within:.0%} of the best stand-ins lie in the same layer. {len(pairs):,} of "
+        f"{len(names) * (len(names) - 1):,} pairs were aligned; {pairs['beyond'].mean():.0%} of them are better than "
+        "all their controls with every seed."
     )
+    failed = f"The aligners ({aligner}) hardly learned: not even the expert itself is regained. {REMEDY}"
+    return [failed, words] if itself > NOT_REGAINED else [words]
 
 
 def _of_variance(alignment: pd.DataFrame) -> str:
