@@ -15,6 +15,6 @@ def test_the_page_shows_the_committed_records(record):
     assert page.partition(begin)[2].partition(end)[0].strip() == render_table(record).strip()
 
 
-@pytest.mark.parametrize("bench", ["mola", "mole", "molex"])
+@pytest.mark.parametrize("bench", ["mola", "mole", "molex", "similarity"])
 def test_there_is_a_record_of_the_train_step(bench):
     assert (DOCS / "results" / f"bench-{bench}-cpu.json").is_file()

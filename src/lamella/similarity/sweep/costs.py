@@ -2,6 +2,7 @@
 
 import math
 
+from lamella.similarity.align.fitting import IDENTITY_SCALES
 from lamella.similarity.align.sources import STOP_SHARE
 from lamella.similarity.align.training import CHECK_EVERY
 from lamella.similarity.sweep.census import LayerSize
@@ -46,7 +47,7 @@ def step_flops(target: LayerSize, aligner: str, rank: int) -> int:
 def align_flops(
     target: LayerSize, aligner: str, rank: int, steps: int, train: int, held_out: int, stop: int | None = None
 ) -> int:
-    """Of one pair's aligner: every step, the looks at the part to stop by, and the scores.
+    """Of one pair's aligner: the choice of its start, every step, the looks at the part to stop by, and the scores.
 
     Args:
         target: sizes of the target.
@@ -62,7 +63,8 @@ def align_flops(
     learn, look = train - stop, scored + target.forward
     training = 0 if aligner == "identity" else steps * learn * step_flops(target, aligner, rank)
     looks = 1 if aligner == "identity" else math.ceil(steps / CHECK_EVERY) + 1
-    return training + looks * stop * look + (learn + held_out) * look + held_out * target.forward
+    starts = len(IDENTITY_SCALES) * learn * target.forward if aligner == "linear" else 0
+    return starts + training + looks * stop * look + (learn + held_out) * look + held_out * target.forward
 
 
 def align_bytes(target: LayerSize, parameters: int, tokens: int) -> int:
