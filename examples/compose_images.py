@@ -34,11 +34,10 @@ import torch
 from torch import Tensor
 
 import lamella
+from lamella.diffusion import ClipGuidance, ImageBatch, ImageStep, PipelineComposition, train_routers
+from lamella.diffusion.clip import embed_images, embed_texts, image_alignment, text_alignment
 from lamella.errors import LamellaError
-from lamella.evaluation.clip import embed_images, embed_texts, image_alignment, text_alignment
-from lamella.reporting import PictureGrid, Report, write_report
-from lamella.training.images import ClipGuidance, ImageBatch, ImageStep, train_routers
-from lamella.tuners.mole.pipeline import PipelineComposition
+from lamella.lab.report import PictureGrid, Report, write_report
 
 
 @dataclass

@@ -5,26 +5,24 @@ transformers' ``load_adapter`` know them.
 """
 
 from lamella.backbones.moe import MoELayer, moe_layers
+from lamella.convert import Collapsed, collapse, export_experts
+from lamella.diagnostics.doctor import Diagnosis, Finding, doctor
+from lamella.diagnostics.preflight import preflight
+from lamella.diffusion import compose_pipeline, load_pipeline
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.routing import prompt
 from lamella.tracing import Trace, record_routing
-from lamella.training.doctor import Diagnosis, Finding, doctor
-from lamella.training.optimization import param_groups
-from lamella.training.preflight import preflight
 from lamella.tuners import (
-    Collapsed,
     MolaConfig,
     MoleConfig,
     MolexConfig,
     allocate,
-    collapse,
     compose,
-    export_experts,
     fixed_weights,
     masked_experts,
     redundancy,
 )
-from lamella.tuners.mole.pipeline import compose_pipeline, load_pipeline
+from lamella.tuners.optimization import param_groups
 
 __all__ = [
     "CannotMergeError",

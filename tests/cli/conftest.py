@@ -1,3 +1,3 @@
-from tests.training.conftest import bert, llama, prose, questions, run_folder
+from tests.lab.conftest import bert, llama, prose, questions, run_folder
 
 __all__ = ["bert", "llama", "prose", "questions", "run_folder"]

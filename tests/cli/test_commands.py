@@ -125,7 +125,7 @@ def test_an_unexpected_error_is_status_1(lamella, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lamella.training.settings.resolve", broken)
+    monkeypatch.setattr("lamella.lab.runs.settings.resolve", broken)
     monkeypatch.setattr(sys, "argv", ["lamella", "train"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()  # the interpreter prints the traceback and exits with 1

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 from tests.cli.test_commands import lamella  # noqa: F401
-from tests.training.tiny_studies import write_study
+from tests.lab.tiny_studies import write_study
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 from tests.cli.test_commands import lamella  # noqa: F401
-from tests.training.composition.conftest import recipe  # noqa: F401
+from tests.lab.studies.composition.conftest import recipe  # noqa: F401
 
 
 def test_compare_runs_a_study_of_composition(lamella, recipe, tmp_path):  # noqa: F811

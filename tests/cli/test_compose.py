@@ -4,9 +4,9 @@ import sys
 
 import pytest
 from tests.cli.test_commands import FAST, lamella  # noqa: F401
-from tests.training.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import tiny_settings
 
-from lamella.training.run import train
+from lamella.lab.runs.run import train
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])

@@ -2,8 +2,8 @@ import json
 
 import pytest
 from tests.cli.test_commands import lamella  # noqa: F401
-from tests.training.kept_studies import leave_study, write_recipe
-from tests.training.test_evidence import packaged  # noqa: F401
+from tests.lab.evidence.kept_studies import leave_study, write_recipe
+from tests.lab.evidence.test_evidence import packaged  # noqa: F401
 
 
 @pytest.fixture

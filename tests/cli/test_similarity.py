@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from lamella.cli import main
 from lamella.cli.output import print_json
 from lamella.cli.similarity.subject import open_study
-from lamella.similarity import sweep
-from lamella.similarity.swap import routing_shift
+from lamella.similarity.alignment import sweep
+from lamella.similarity.swapping import routing_shift
 
 WORDS = [f"w{number}" for number in range(3, tiny_moe.VOCAB)]
 
@@ -206,7 +206,7 @@ def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeyp
         return sweep(*given, seed=seed, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lamella.similarity.sweep", killed)
+        patch.setattr("lamella.similarity.alignment.sweep", killed)
         assert run(patch, "align", study, "--steps", 3, "--seeds", 2, "--same-layer", "--aligner", "linear") != 0
     assert (study / "alignment.parquet").read_bytes() == before
     assert len(list((study / "tiles").iterdir())) > len(tiles)  # what was computed is not lost
@@ -261,7 +261,7 @@ def test_an_error_of_no_file_is_not_hidden(text, tmp_path, monkeypatch, capsys):
     def odd(*given, **settings):
         raise OSError("odd")
 
-    monkeypatch.setattr("lamella.similarity.screen", odd)
+    monkeypatch.setattr("lamella.similarity.screening", odd)
     with pytest.raises(OSError, match="odd"):
         run(monkeypatch, "screen", study)
 

@@ -10,8 +10,8 @@ from tests import tiny_moe
 from tests.cli.test_similarity import run
 
 from lamella.cli.similarity import screen, subject
-from lamella.similarity.capture import capture
-from lamella.similarity.screen import MEASURES
+from lamella.similarity.activations import capture
+from lamella.similarity.screening import MEASURES
 from lamella.similarity.study import StudyFolder
 
 

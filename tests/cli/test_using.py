@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import pytest
 from tests.cli.test_commands import lamella
-from tests.training.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import tiny_settings
 
-from lamella.training.run import train
+from lamella.lab.runs.run import train
 
 __all__ = ["lamella"]
 MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}

@@ -6,7 +6,7 @@ import torch
 from tests import tiny_moe
 
 from lamella.backbones.moe import moe_layers
-from lamella.similarity.capture import capture
+from lamella.similarity.activations import capture
 from lamella.similarity.distributions import distributions
 
 

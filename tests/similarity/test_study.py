@@ -7,7 +7,7 @@ import torch
 from tests.tiny_moe import VOCAB, build
 
 from lamella.errors import LamellaError
-from lamella.similarity.capture import Manifest, capture
+from lamella.similarity.activations import Manifest, capture
 from lamella.similarity.study import StudyFolder, Subject
 
 SUBJECT = Subject("tiny-moe", "news", documents=10)

@@ -25,7 +25,7 @@ from lamella.cli.similarity import similarity
 from lamella.cli.trace import trace
 from lamella.cli.train import train
 from lamella.errors import LamellaError
-from lamella.training.quiet import quiet_libraries
+from lamella.lab.quiet import quiet_libraries
 
 app = typer.Typer(
     help="Mixtures of experts along the depth of pretrained transformers.",

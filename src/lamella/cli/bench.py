@@ -10,7 +10,7 @@ import typer
 from lamella.cli.output import console, print_json
 
 if TYPE_CHECKING:
-    from lamella.bench import BenchResult
+    from lamella.lab.bench import BenchResult
 
 bench = typer.Typer(
     help="Speed and memory as ratios of one interleaved run; nothing is timed that does not compute the same.",
@@ -43,7 +43,7 @@ def mola(
 
     Example: lamella bench mola --rounds 7 --threads 1 -o bench-mola.json
     """
-    from lamella.bench import MolaSettings, bench_mola
+    from lamella.lab.bench import MolaSettings, bench_mola
 
     given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device}
     settings = MolaSettings.parse({**given, "hidden": hidden, "layers": layers})
@@ -66,7 +66,7 @@ def molex(
 
     Example: lamella bench molex --rounds 7 --threads 1 -o bench-molex.json
     """
-    from lamella.bench import MolexSettings, bench_molex
+    from lamella.lab.bench import MolexSettings, bench_molex
 
     given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device}
     settings = MolexSettings.parse({**given, "hidden": hidden, "layers": layers})
@@ -88,7 +88,7 @@ def mole(
 
     Example: lamella bench mole --rounds 7 --threads 1 -o bench-mole.json
     """
-    from lamella.bench import MoleSettings, bench_mole
+    from lamella.lab.bench import MoleSettings, bench_mole
 
     given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device, "width": width}
     _finish(bench_mole(MoleSettings.parse(given), starting=console.print), output, json)
@@ -111,7 +111,7 @@ def similarity(
 
     Example: lamella bench similarity --rounds 5 --threads 1 -o bench-similarity.json
     """
-    from lamella.bench import SimilaritySettings, bench_similarity
+    from lamella.lab.bench import SimilaritySettings, bench_similarity
 
     given = {"rounds": rounds, "threads": threads, "samples": samples, "steps": steps, "device": device}
     settings = SimilaritySettings.parse({**given, "width": width, "layers": layers, "batches": batches})
@@ -132,7 +132,7 @@ def forms(
 
     Example: lamella bench forms -o bench-forms.json
     """
-    from lamella.bench import FormsSettings, bench_forms
+    from lamella.lab.bench import FormsSettings, bench_forms
 
     given = {"rounds": rounds, "threads": threads, "tokens": tokens, "dtype": dtype, "device": device}
     _finish(bench_forms(FormsSettings.parse(given), starting=console.print), output, json)
@@ -144,14 +144,14 @@ def table(files: Annotated[list[Path], typer.Argument(help="Records written with
 
     Example: lamella bench table docs/results/bench-mola-cpu.json
     """
-    from lamella.bench import render_table
+    from lamella.lab.bench import render_table
 
     for file in files:
         typer.echo(render_table(file))
 
 
 def _finish(result: BenchResult, output: Path | None, json: bool) -> None:
-    from lamella.bench import render_result, write_result
+    from lamella.lab.bench import render_result, write_result
 
     if output is not None:
         write_result(result, output)

@@ -27,7 +27,7 @@ def build(
 
     Example: lamella build tiny-moe -o models/tiny-moe
     """
-    from lamella.training.building import build as make
+    from lamella.lab.building import build as make
 
     folder, bar = output or Path("runs") / name, Bar()
     try:

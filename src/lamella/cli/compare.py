@@ -33,9 +33,9 @@ def compare(
     """
     from lamella.cli.words import recipe_and_overrides
     from lamella.errors import LamellaError
-    from lamella.training.composition.grid import is_composition, read_composition
-    from lamella.training.grid import read_grid
-    from lamella.training.rows import StudyFolder
+    from lamella.lab.studies.composition.grid import is_composition, read_composition
+    from lamella.lab.studies.grid import read_grid
+    from lamella.lab.studies.rows import StudyFolder
 
     recipe, overrides = recipe_and_overrides(words)
     if recipe is None:

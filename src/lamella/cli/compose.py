@@ -34,7 +34,7 @@ def compose(
 
     Example: lamella compose --adapters books=runs/books dvd=runs/dvd --task blitzer -o runs/both
     """
-    from lamella.training.composing import composed_settings, tell_apart
+    from lamella.lab.runs.composing import composed_settings, tell_apart
 
     loras, overrides = tell_apart([*adapters, *(words or [])])
     settings = composed_settings(loras, task, overrides, model)

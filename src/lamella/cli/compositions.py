@@ -11,16 +11,16 @@ from lamella.cli.output import Bar, console, print_json, show_results
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lamella.training.composition.grid import CompositionGrid, Stages
-    from lamella.training.composition.running import CompositionFolder
-    from lamella.training.grid import Cell
+    from lamella.lab.studies.composition.grid import CompositionGrid, Stages
+    from lamella.lab.studies.composition.running import CompositionFolder
+    from lamella.lab.studies.grid import Cell
 
 
 def show_composition_plan(grid: CompositionGrid, path: Path, jobs: int, *, json: bool) -> None:
     """Say how long the study will take."""
-    from lamella.training.composition.grid import stages_of
-    from lamella.training.composition.planning import plan_stages
-    from lamella.training.composition.running import folder_of
+    from lamella.lab.studies.composition.grid import stages_of
+    from lamella.lab.studies.composition.planning import plan_stages
+    from lamella.lab.studies.composition.running import folder_of
 
     folder = folder_of(grid, path)
     estimate = plan_stages(grid, stages_of(grid, folder), folder, jobs)
@@ -32,9 +32,9 @@ def show_composition_plan(grid: CompositionGrid, path: Path, jobs: int, *, json:
 
 def run_composition(name: str, grid: CompositionGrid, path: Path, jobs: int, *, force: bool, json: bool) -> None:
     """Run what is not run yet, and show what came out; exit status 1 if a cell could not be run."""
-    from lamella.training.composition.grid import stages_of
-    from lamella.training.composition.planning import plan_stages
-    from lamella.training.composition.running import folder_of, run_stages
+    from lamella.lab.studies.composition.grid import stages_of
+    from lamella.lab.studies.composition.planning import plan_stages
+    from lamella.lab.studies.composition.running import folder_of, run_stages
 
     folder = folder_of(grid, path)
     stages = stages_of(grid, folder)
@@ -55,8 +55,8 @@ def run_composition(name: str, grid: CompositionGrid, path: Path, jobs: int, *, 
 
 def _finish(name: str, grid: CompositionGrid, stages: Stages, folder: CompositionFolder, *, json: bool) -> None:
     from lamella.cli.pages import composition_report
-    from lamella.reporting.report import write_report
-    from lamella.training.composition.study import summarise_composition
+    from lamella.lab.report.report import write_report
+    from lamella.lab.studies.composition.study import summarise_composition
 
     study = summarise_composition(name, grid, stages, folder)
     page = write_report(composition_report(f"lamella compare {name}", study), folder.path / "report.html")

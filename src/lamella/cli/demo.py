@@ -36,9 +36,9 @@ def demo(
 
     Example: lamella demo compose --seeds 3 -o runs/composed
     """
-    from lamella.training.composition.grid import read_composition
-    from lamella.training.grid import read_grid
-    from lamella.training.rows import StudyFolder
+    from lamella.lab.studies.composition.grid import read_composition
+    from lamella.lab.studies.grid import read_grid
+    from lamella.lab.studies.rows import StudyFolder
 
     jobs, changes = jobs or os.cpu_count() or 1, [f"seeds={seeds}"]
     if what == "compose":

@@ -21,7 +21,7 @@ def doctor(
 
     Example: lamella doctor runs/minilm-trec-mola-seed0
     """
-    from lamella.training.doctor import doctor as examine
+    from lamella.diagnostics.doctor import doctor as examine
 
     diagnosis = examine(path, base)
     if json:

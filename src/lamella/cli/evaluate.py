@@ -10,7 +10,7 @@ import typer
 from lamella.cli.output import console, print_json
 
 if TYPE_CHECKING:
-    from lamella.training.robustness import Robustness
+    from lamella.lab.robustness.robustness import Robustness
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
     Example: lamella evaluate runs/mola runs/lora --noise embedding --sigma 0.1,0.5 -o runs/noise
     """
     from lamella.errors import LamellaError
-    from lamella.training.evaluating import evaluate as evaluated
+    from lamella.lab.runs.evaluating import evaluate as evaluated
 
     if noise is not None:
         _under_noise(paths, noise, sigma, seeds, task, split, base, output, json)
@@ -79,8 +79,8 @@ def _under_noise(
     json: bool,
 ) -> None:
     from lamella.cli.pages import robustness_report
-    from lamella.reporting.report import write_report
-    from lamella.training.robustness import check_folder, robustness, strengths_of
+    from lamella.lab.report.report import write_report
+    from lamella.lab.robustness.robustness import check_folder, robustness, strengths_of
 
     if output is not None:
         check_folder(output)

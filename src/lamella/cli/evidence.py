@@ -25,10 +25,10 @@ def evidence(
     Example: lamella evidence --add runs/trec-shapes
     """
     from lamella.errors import LamellaError
-    from lamella.training.evidence_page import evidence_page
-    from lamella.training.kept_studies import keep_study, kept_studies
-    from lamella.training.similarity_evidence import is_similarity, keep_similarity, kept_similarity
-    from lamella.writing import write_whole
+    from lamella.files import write_whole
+    from lamella.lab.evidence.evidence_page import evidence_page
+    from lamella.lab.evidence.kept_studies import keep_study, kept_studies
+    from lamella.lab.evidence.similarity_evidence import is_similarity, keep_similarity, kept_similarity
 
     if not docs.is_dir():
         raise LamellaError(f"There is no folder {docs}. Run this where lamella's docs lie, or name them with --docs.")

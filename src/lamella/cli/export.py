@@ -26,7 +26,7 @@ def export(
     Example: lamella export runs/minilm-trec-mola-seed0 --collapse --rank 16 -o adapters/trec-lora
     """
     from lamella.errors import LamellaError
-    from lamella.training.exporting import export_as_experts, export_collapsed
+    from lamella.lab.runs.exporting import export_as_experts, export_collapsed
 
     if experts == collapsed:
         raise LamellaError("Say what to write: either --experts or --collapse.")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lamella.reporting.report import Report
-from lamella.reporting.tokens import token_texts
-from lamella.training.callbacks import entropy_over_training
-from lamella.training.composition.study import ComposedStudy
-from lamella.training.doctor import Diagnosis, doctor
-from lamella.training.evaluating import Traced, trace
-from lamella.training.robustness import Robustness
-from lamella.training.run import RunResult
-from lamella.training.settings import RunSettings
-from lamella.training.study import Study
-from lamella.training.trained import load_trained
+from lamella.diagnostics.doctor import Diagnosis, doctor
+from lamella.lab.report.report import Report
+from lamella.lab.report.tokens import token_texts
+from lamella.lab.robustness.robustness import Robustness
+from lamella.lab.runs.callbacks import entropy_over_training
+from lamella.lab.runs.evaluating import Traced, trace
+from lamella.lab.runs.run import RunResult
+from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.trained import load_trained
+from lamella.lab.studies.composition.study import ComposedStudy
+from lamella.lab.studies.study import Study
 
 _MEASURED = (
     "Step time ratio, kept MB and latency were measured when the study was done, on the CPU with one thread and in "

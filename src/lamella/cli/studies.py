@@ -9,14 +9,14 @@ import typer
 from lamella.cli.output import Bar, console, print_json, show_results
 
 if TYPE_CHECKING:
-    from lamella.training.grid import Cell, Grid
-    from lamella.training.rows import StudyFolder
+    from lamella.lab.studies.grid import Cell, Grid
+    from lamella.lab.studies.rows import StudyFolder
 
 
 def show_plan(grid: Grid, folder: StudyFolder, jobs: int, *, json: bool) -> None:
     """Say how long the study will take."""
-    from lamella.training.grid import cells_of
-    from lamella.training.planning import plan
+    from lamella.lab.studies.grid import cells_of
+    from lamella.lab.studies.planning import plan
 
     estimate = plan(cells_of(grid), folder, jobs)
     if json:
@@ -27,8 +27,8 @@ def show_plan(grid: Grid, folder: StudyFolder, jobs: int, *, json: bool) -> None
 
 def run_study(title: str, grid: Grid, folder: StudyFolder, jobs: int, *, force: bool, json: bool) -> None:
     """Say how long it will take, train what is not trained yet, and show what came out."""
-    from lamella.training.grid import cells_of
-    from lamella.training.planning import plan
+    from lamella.lab.studies.grid import cells_of
+    from lamella.lab.studies.planning import plan
 
     cells = cells_of(grid)
     jobs = min(jobs, len(cells))
@@ -40,8 +40,8 @@ def run_study(title: str, grid: Grid, folder: StudyFolder, jobs: int, *, force: 
 
 def _run_cells(cells: list[Cell], folder: StudyFolder, jobs: int) -> None:
     """Train every cell that has no row yet."""
-    from lamella.training.planning import plan
-    from lamella.training.workers import work, work_in_processes
+    from lamella.lab.studies.planning import plan
+    from lamella.lab.studies.workers import work, work_in_processes
 
     def starting(cell: Cell) -> None:
         console.print(cell.label, highlight=False)
@@ -61,10 +61,10 @@ def _run_cells(cells: list[Cell], folder: StudyFolder, jobs: int) -> None:
 
 def _finish(title: str, grid: Grid, cells: list[Cell], folder: StudyFolder, json: bool) -> None:
     """Write the study's tables and page, and show what came out; exit status 1 if a cell could not be run."""
-    from lamella.bench.costs import study_costs
     from lamella.cli.pages import study_report
-    from lamella.reporting.report import write_report
-    from lamella.training.study import summarise
+    from lamella.lab.studies.costs import study_costs
+    from lamella.lab.report.report import write_report
+    from lamella.lab.studies.study import summarise
 
     study = summarise(grid, cells, folder)
     costs = study_costs(grid, cells, folder, lambda name: console.print(f"measuring {name}"))

@@ -26,9 +26,9 @@ def trace(
     Example: lamella trace runs/minilm-trec-mola-seed0 --task trec --rows 100 -o traces/trec
     """
     from lamella.cli.pages import trace_report
-    from lamella.reporting.report import write_report
-    from lamella.training.doctor import doctor
-    from lamella.training.evaluating import trace as traced
+    from lamella.diagnostics.doctor import doctor
+    from lamella.lab.report.report import write_report
+    from lamella.lab.runs.evaluating import trace as traced
 
     found = traced(path, task, split=split, rows=rows, base=base)
     report = trace_report(found, doctor(path, base or found.trained.place.base))

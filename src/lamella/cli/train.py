@@ -10,7 +10,7 @@ import typer
 from lamella.cli.output import Bar, print_json, show_run
 
 if TYPE_CHECKING:
-    from lamella.training.settings import RunSettings
+    from lamella.lab.runs.settings import RunSettings
 
 
 def train(
@@ -33,7 +33,7 @@ def train(
     Example: lamella train trec-mola lr=1e-3 method.num_experts=2-2-4-4 -o runs/narrow
     """
     from lamella.cli.words import recipe_and_overrides
-    from lamella.training.settings import resolve
+    from lamella.lab.runs.settings import resolve
 
     recipe, overrides = recipe_and_overrides(words or [])
     settings = resolve(recipe, overrides, model=model, task=task, method=method)
@@ -43,9 +43,9 @@ def train(
 def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force: bool, json: bool) -> None:
     """Train a run and show it; with ``check``, its preflight alone, exit status 1 if it found an error."""
     from lamella.cli.pages import run_report
-    from lamella.reporting.report import write_report
-    from lamella.training.preflight import preflight_of
-    from lamella.training.run import train as run
+    from lamella.diagnostics.preflight import preflight_of
+    from lamella.lab.report.report import write_report
+    from lamella.lab.runs.run import train as run
 
     if check:
         found = preflight_of(settings)

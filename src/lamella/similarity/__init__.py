@@ -3,9 +3,10 @@
 Each step reads what the one before it left on disk: `capture`, then `screen`, `align`, `swap`, `compress`.
 """
 
-from lamella.similarity.align import align, beyond_controls, fit_aligners, seed_ceiling
-from lamella.similarity.capture import Capture, capture, text_batches
-from lamella.similarity.compress import (
+from lamella.similarity.activations import Capture, capture, text_batches
+from lamella.similarity.alignment import align, beyond_controls, fit_aligners, seed_ceiling
+from lamella.similarity.alignment.sweep import sweep
+from lamella.similarity.compression import (
     Compressed,
     compress,
     compression_curve,
@@ -15,9 +16,9 @@ from lamella.similarity.compress import (
     rerouting_table,
 )
 from lamella.similarity.distributions import distributions
-from lamella.similarity.screen import choose_pairs, screen
-from lamella.similarity.swap import distance_regression, expert_pairs, layer_pairs, swap, swap_effects
-from lamella.similarity.sweep import Plan, plan, sweep
+from lamella.similarity.planning import Plan, plan
+from lamella.similarity.screening import choose_pairs, screen
+from lamella.similarity.swapping import distance_regression, expert_pairs, layer_pairs, swap, swap_effects
 
 __all__ = [
     "Capture",

@@ -13,7 +13,7 @@ from lamella.backbones.moe import moe_layers
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lamella.similarity.capture import Capture
+    from lamella.similarity.activations import Capture
 
 SIDES = ("input", "output")
 _BINS = 30

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError
-from lamella.similarity.capture import Capture, Manifest
-from lamella.writing import whole, write_whole
+from lamella.files import whole, write_whole
+from lamella.similarity.activations import Capture, Manifest
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lamella.errors import LamellaError
-from lamella.similarity.align import beyond_controls, seed_ceiling
-from lamella.similarity.align.controls import mean_of_known, rank_agreement
+from lamella.similarity.alignment import beyond_controls, seed_ceiling
+from lamella.similarity.alignment.controls import mean_of_known, rank_agreement
 
 if TYPE_CHECKING:
     import pandas as pd

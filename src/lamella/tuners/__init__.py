@@ -1,7 +1,5 @@
 """The PEFT methods. Importing this package registers them with PEFT."""
 
-from lamella.tuners.collapsing import Collapsed, collapse
-from lamella.tuners.exporting import export_experts
 from lamella.tuners.mola import MolaConfig, MolaModel, allocate, redundancy
 from lamella.tuners.mole import MoleConfig, MoleModel, compose, fixed_weights, masked_experts
 from lamella.tuners.mole.config import resolve_references
@@ -23,7 +21,6 @@ rename_inner_lora()
 say_what_was_done()
 
 __all__ = [
-    "Collapsed",
     "LamellaType",
     "MolaConfig",
     "MolaModel",
@@ -33,9 +30,7 @@ __all__ = [
     "MolexModel",
     "Summary",
     "allocate",
-    "collapse",
     "compose",
-    "export_experts",
     "fixed_weights",
     "masked_experts",
     "redundancy",

@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from lamella.errors import LamellaError
-from lamella.mixing.frozen import group_rows, weigh
+from lamella.kernels.frozen import group_rows, weigh
 from lamella.routing import Frame, Routing
 from lamella.routing.context import find_tracker
 from lamella.tuners.mola.layer import MolaLinear

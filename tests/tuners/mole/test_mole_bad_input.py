@@ -14,7 +14,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 import lamella
 from lamella import LamellaError, MoleConfig, compose, fixed_weights, masked_experts
-from lamella.tuners.mole.sources import read_lora
+from lamella.adapters import read_lora
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.tuners.mole import trained
 
 import lamella
 from lamella import MoleConfig, masked_experts, record_routing
-from lamella.tuners.mole.sources import read_lora
+from lamella.adapters import read_lora
 
 
 @pytest.fixture(scope="module")

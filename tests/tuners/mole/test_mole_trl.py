@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tests import tiny
+from tests.tuners.mola.test_mola_trainers import QUIET, TEXTS, changed, snapshot, tokenizer
 from tests.tuners.mole import trained
-from tests.tuners.test_mola_trainers import QUIET, TEXTS, changed, snapshot, tokenizer
 
 from lamella import MoleConfig
 

@@ -44,8 +44,9 @@ def align(
     """
     from lamella.cli.similarity.arms import arm_name, keep_arms
     from lamella.cli.similarity.subject import open_study
-    from lamella.similarity import choose_pairs, sweep
-    from lamella.similarity.screen import all_pairs
+    from lamella.similarity import choose_pairs
+    from lamella.similarity.alignment.sweep import sweep
+    from lamella.similarity.screening import all_pairs
     from lamella.similarity.study import StudyFolder
 
     other = None if score_on is None else StudyFolder(score_on)
@@ -89,7 +90,7 @@ def _telling(status: Any, what: str) -> Any:
 
 
 def _show(table: pd.DataFrame, notes: list[str], path: Path, json: bool) -> None:
-    from lamella.reporting.similarity.verdict import NOT_REGAINED, REMEDY
+    from lamella.lab.report.similarity.verdict import NOT_REGAINED, REMEDY
     from lamella.similarity import beyond_controls, seed_ceiling
 
     pairs = table[table["kind"] == "pair"]

@@ -11,7 +11,7 @@ from lamella.cli.output import console, print_json
 from lamella.cli.similarity.subject import Json
 
 if TYPE_CHECKING:
-    from lamella.similarity.capture import Capture
+    from lamella.similarity.activations import Capture
 
 
 def capture(

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lamella.cli.similarity.subject import Opened
-    from lamella.similarity.compress.choosing import Aligners
-    from lamella.similarity.compress.perplexity import Domains
-    from lamella.similarity.screen.pairs import Name
+    from lamella.similarity.compression.choosing import Aligners
+    from lamella.similarity.compression.perplexity import Domains
+    from lamella.similarity.screening.pairs import Name
     from lamella.similarity.study import StudyFolder
 
 _FOLDED = ("linear", "low-rank")  # kinds of aligner that can be written into an expert's own matrices
@@ -80,9 +80,9 @@ def compress(
     from lamella.cli.similarity.subject import open_study
     from lamella.similarity import compress as compressed
     from lamella.similarity import compression_curve, find_routes, largest_compression
-    from lamella.similarity.compress import METHODS
-    from lamella.similarity.compress.compression import check_arguments
-    from lamella.similarity.compress.saving import refuse_existing
+    from lamella.similarity.compression import METHODS
+    from lamella.similarity.compression.compression import check_arguments
+    from lamella.similarity.compression.saving import refuse_existing
 
     if save is not None:
         refuse_existing(save)
@@ -154,7 +154,7 @@ def _similarities(folder: StudyFolder, measure: str, aligner: str | None) -> pd.
     Raises:
         LamellaError: neither has it.
     """
-    from lamella.similarity.compress.distances import choose_measure
+    from lamella.similarity.compression.distances import choose_measure
 
     screened = folder.table("screen")
     if screened is not None and measure in screened.columns:

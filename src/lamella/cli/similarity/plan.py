@@ -31,7 +31,7 @@ def plan(
     """
     from dataclasses import asdict
 
-    from lamella.data.models import located
+    from lamella.lab.data.models import located
     from lamella.similarity import plan as planned
 
     found = planned(

@@ -48,9 +48,9 @@ def report(
     Example: lamella similarity report studies/tiny
     """
     from lamella.cli.similarity.arms import noted_arms
-    from lamella.reporting.similarity import SimilarityReport, write_similarity
+    from lamella.lab.report.similarity import SimilarityReport, write_similarity
     from lamella.similarity.study import StudyFolder
-    from lamella.similarity.swap import distance_regressions
+    from lamella.similarity.swapping import distance_regressions
 
     folder = StudyFolder(study)
     subject, capture = folder.subject(), folder.captured()

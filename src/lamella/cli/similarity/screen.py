@@ -31,7 +31,7 @@ def screen(
     """
     from lamella.cli.similarity.subject import open_study
     from lamella.similarity import screen as screened
-    from lamella.similarity.screen import MEASURES
+    from lamella.similarity.screening import MEASURES
 
     opened = open_study(study)
     pairs = len(opened.capture.experts) * (len(opened.capture.experts) - 1)

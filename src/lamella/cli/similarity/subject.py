@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lamella.similarity.capture import Capture, TextBatches
+    from lamella.similarity.activations import Capture, TextBatches
     from lamella.similarity.study import StudyFolder, Subject
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -34,7 +34,7 @@ class Loaded:
 
     def texts(self, text: str | None, split: str, documents: int | None) -> TextBatches:
         """A text as token batches, cut as the captured one was; that text itself where none is named."""
-        from lamella.similarity.capture import text_batches
+        from lamella.similarity.activations import text_batches
 
         return text_batches(
             _source(text or self.subject.text), self.tokenizer, split, self.subject.max_length,
@@ -70,7 +70,7 @@ def open_study(path: Path) -> Opened:
 
 def open_subject(folder: StudyFolder, subject: Subject) -> Loaded:
     """A folder with the model of a subject loaded."""
-    from lamella.data import load_backbone
+    from lamella.lab.data import load_backbone
 
     backbone = load_backbone(subject.model, dtype=subject.dtype)
     return Loaded(folder, subject, backbone.model.eval(), backbone.tokenizer)

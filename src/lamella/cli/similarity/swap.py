@@ -41,7 +41,7 @@ def swap(
     """
     from lamella.cli.similarity.subject import open_study
     from lamella.errors import LamellaError
-    from lamella.similarity.swap import Metric, change_in_words, distance_regressions, swap_effects
+    from lamella.similarity.swapping import Metric, change_in_words, distance_regressions, swap_effects
 
     units = unit or ["router+experts", "block"]
     if unknown := [one for one in units if one not in _UNITS]:
@@ -80,7 +80,7 @@ def swap(
 def _swaps(opened: Opened, unit: str, layers: str | None, one_way: bool) -> list[Any]:
     from lamella.backbones.moe import moe_layers
     from lamella.errors import LamellaError
-    from lamella.similarity.swap import control_swaps, expert_pairs, layer_pairs
+    from lamella.similarity.swapping import control_swaps, expert_pairs, layer_pairs
 
     if unit != "expert":
         pairs = layer_pairs(opened.model, unit, ordered=one_way)  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def _shifts(opened: Opened, table: pd.DataFrame, batches: list[Any]) -> pd.DataF
     """Routing before and after the nearest and the farthest swap of each unit of whole layers, as it was measured."""
     import pandas as pd
 
-    from lamella.similarity.swap import routing_shift
+    from lamella.similarity.swapping import routing_shift
 
     frames = []
     whole = table[(table["unit"] != "expert") & (table["distance"] > 0)]

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError, LamellaError
-from lamella.mixing import choose_form, mix_dense, mix_sorted, project
+from lamella.kernels import choose_form, mix_dense, mix_sorted, project
 from lamella.routing import Frame, Router, RouterLoss, Routing, attach, current_frame, make_router
 from lamella.routing.attachment import refuse_reentrant_collection
 from lamella.tuners.mola.config import MolaConfig

@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from lamella.adapters import LoraSource, Reference, by_name, read_lora
 from lamella.errors import LamellaError
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.preparing import refuse_too_few
-from lamella.tuners.mole.sources import LoraSource, Reference, by_name, read_lora
 
 Lora = str | Path | Reference | LoraSource
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lamella.adapters import LoraSource, Reference
 from lamella.errors import LamellaError
+from lamella.files import write_whole
 from lamella.tuners.config import LamellaConfig
 from lamella.tuners.mole.router import LOWEST_TEMPERATURE
-from lamella.tuners.mole.sources import LoraSource, Reference
 from lamella.tuners.registry import LamellaType
-from lamella.writing import write_whole
 
 Self = TypeVar("Self", bound="MoleConfig")
 Adapters = Mapping[str, Any]

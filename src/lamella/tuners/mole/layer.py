@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError
-from lamella.mixing import FrozenLoras, forward_frozen, leave_out_unused
+from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.mole.unit import Unit

@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _get_in_ou
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lamella.adapters import Factors, LoraSource, check_base, map_to, read_lora
 from lamella.backbones import Stack
 from lamella.errors import LamellaError
-from lamella.mixing import FrozenLoras, concatenate
+from lamella.kernels import FrozenLoras, concatenate
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.sources import Factors, LoraSource, check_base, map_to, read_lora
 from lamella.tuners.mole.units import UnitPlan, plan_units
 
 

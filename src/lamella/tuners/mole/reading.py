@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from lamella.mixing import FrozenLoras, project
+from lamella.kernels import FrozenLoras, project
 from lamella.routing import pool_mean
 from lamella.tuners.mole.router import MoleRouter
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.mixing import FrozenLoras, read_outputs, read_positions
+from lamella.kernels import FrozenLoras, read_outputs, read_positions
 
 # Below it the softmax is a hard choice, and a learned temperature gets no more gradient.
 LOWEST_TEMPERATURE = 0.01

@@ -1,0 +1,7 @@
+"""Trained LoRAs as they lie about: PEFT folders, kohya's and diffusers' files, hub ids; read, checked and mapped."""
+
+from lamella.adapters.mapping import Mapped, check_base, map_to
+from lamella.adapters.read import read_lora
+from lamella.adapters.source import Factors, LoraSource, Reference, by_name
+
+__all__ = ["Factors", "LoraSource", "Mapped", "Reference", "by_name", "check_base", "map_to", "read_lora"]

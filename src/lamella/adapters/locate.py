@@ -1,0 +1,145 @@
+"""From a reference to the files it means. Pickles are refused before anything is opened."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lamella.adapters.source import Reference
+from lamella.errors import LamellaError
+
+CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(/(?P<file>.+\.safetensors))?")
+
+
+@dataclass(frozen=True)
+class Files:
+    """A LoRA on this machine.
+
+    Attributes:
+        weights: its tensors.
+        config: PEFT's ``adapter_config.json`` beside them; None for a single file.
+        reference: where it was found, with commit and digest.
+        stem: a name for it, from its folder or file.
+    """
+
+    weights: Path
+    config: Path | None
+    reference: Reference
+    stem: str
+
+
+def locate(reference: Reference) -> Files:
+    """Finds a LoRA's files, fetching them from the hub where the source is a hub id, and checks their digest.
+
+    Raises:
+        LamellaError: nothing is there, it is a pickle, it is not clear which file is meant, the hub cannot be reached,
+            or the files are not those whose digest the reference states.
+    """
+    if reference.source.endswith(_PICKLES):
+        raise LamellaError(_pickle(reference.source))
+    here = Path(reference.source).expanduser()
+    if here.exists():
+        root, found = here, reference
+    else:
+        root, found = _fetch(reference)
+    place = root / reference.subfolder if reference.subfolder else root
+    weights, config = _choose(place, reference)
+    read = [weights] if config is None else [config, weights]
+    digest = sha256_of(read)
+    if reference.sha256 is not None and digest != reference.sha256:
+        raise LamellaError(
+            f"{reference.source} has changed since the composition was trained: its SHA-256 is {digest}, and "
+            f"{reference.sha256} was recorded. Restore the file, or point the reference to a copy of the one it was; "
+            "routers trained for one LoRA say nothing about another."
+        )
+    stem = weights.stem if config is None and weights.name != DIFFUSERS_WEIGHTS else weights.parent.name
+    if not here.exists():
+        stem = Path(reference.subfolder or reference.source).stem
+    return Files(weights, config, replace(found, sha256=digest), stem)
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """The SHA-256 of the files' bytes one after another, in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _choose(place: Path, reference: Reference) -> tuple[Path, Path | None]:
+    """The weights, and PEFT's config where there is one."""
+    if place.is_file():
+        if place.suffix != ".safetensors":
+            raise LamellaError(f"{place} is no .safetensors file. {_READ}")
+        config = place.parent / CONFIG
+        return place, config if place.name == PEFT_WEIGHTS and config.is_file() else None
+    if not place.is_dir():
+        raise LamellaError(f"{reference.source} has no {reference.subfolder!r}. {_READ}")
+    if (place / CONFIG).is_file():
+        weights = place / PEFT_WEIGHTS
+        if not weights.is_file():
+            pickle = next((p.name for p in sorted(place.iterdir()) if p.suffix in _PICKLES), None)
+            raise LamellaError(
+                _pickle(str(place / pickle)) if pickle else f"{place} has {CONFIG}, but no {PEFT_WEIGHTS}. {_READ}"
+            )
+        return weights, place / CONFIG
+    candidates = sorted(place.glob("*.safetensors"))
+    if len(candidates) == 1:
+        return candidates[0], None
+    if candidates:
+        names = ", ".join(path.name for path in candidates)
+        raise LamellaError(f"{place} holds several files ({names}) and no {CONFIG}: name the file that is meant.")
+    pickle = next((p.name for p in sorted(place.iterdir()) if p.suffix in _PICKLES), None)
+    raise LamellaError(_pickle(str(place / pickle)) if pickle else f"{place} holds no LoRA. {_READ}")
+
+
+def _fetch(reference: Reference) -> tuple[Path, Reference]:
+    """The snapshot of a hub repository with the LoRA's files alone, or one file of it; and the commit it is."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    match = _HUB_ID.fullmatch(reference.source)
+    if match is None:
+        raise LamellaError(f"{reference.source!r} is no file or folder here, and no hub id. {_READ}")
+    file = match["file"]
+    lead = f"{reference.subfolder.strip('/')}/" if reference.subfolder else ""
+    wanted = [file] if file else [CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS]
+    patterns = [lead + name for name in wanted]
+    try:
+        folder = Path(snapshot_download(match["repository"], revision=reference.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise LamellaError(
+            f"{reference.source!r} is no file or folder here, and could not be fetched from the Hugging Face hub"
+            f"{f' at revision {reference.revision!r}' if reference.revision else ''}: {first_line} Check the name, the "
+            "revision and the network, or give a local path."
+        ) from error
+    if not any((folder / pattern).is_file() for pattern in patterns):
+        raise LamellaError(
+            f"{reference.source} on the Hugging Face hub has none of {', '.join(patterns)}"
+            f"{f' at revision {reference.revision}' if reference.revision else ''}. Name its file, as in "
+            f"{match['repository']}/FILE.safetensors, or its subfolder; pickles (.bin, .pt, .ckpt) are never loaded."
+        )
+    root = folder / file if file and not lead else folder
+    return root, replace(reference, revision=folder.name)
+
+
+def _pickle(name: str) -> str:
+    return (
+        f"{name} is a pickle, which can run any code when it is opened, so lamella never loads one. Convert it once to "
+        "safetensors in an environment that you trust with it, for instance with safetensors.torch.save_file, and give "
+        "that file."
+    )
+
+
+_READ = (
+    f"A LoRA is a PEFT folder ({CONFIG} and {PEFT_WEIGHTS}), a .safetensors file in kohya's or diffusers' format, or "
+    "a hub id with one of these."
+)

@@ -1,0 +1,196 @@
+"""An adapter and the model it is for: the right base, tensors one to one, and the load itself."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from lamella.diagnostics.files import CONFIG, WEIGHTS, AdapterFiles
+from lamella.diagnostics.finding import Examination
+from lamella.diagnostics.undisturbed import twin
+from lamella.diagnostics.weights import examine_targets
+from lamella.errors import LamellaError
+
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_ELSEWHERE = "load it on the base it was trained on: give that one as base, or correct base_model_name_or_path"
+
+
+def load_base(config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> nn.Module:
+    """The model an adapter is for, with the head whose size the adapter's tensors tell.
+
+    Args:
+        config: the adapter's.
+        tensors: the adapter's.
+        name: a demo model, a hub id or a folder.
+
+    Raises:
+        LamellaError: it cannot be loaded.
+    """
+    loader, options = _class(config), {}
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (labels := head_size(tensors)):
+        options["num_labels"] = labels
+    path = path_of(name)
+    revision = config.revision if name == config.base_model_name_or_path else None
+    try:
+        model: nn.Module = loader.from_pretrained(path, revision=revision, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise LamellaError(f"The base model {name!r} could not be loaded: {first_line}") from error
+    return model
+
+
+def head_size(tensors: Mapping[str, Tensor]) -> int | None:
+    """Rows of the last layer of the saved head, None without one; a head's inner layers are wider."""
+    heads = [
+        t for name, t in tensors.items() if name.endswith("weight") and {"classifier", "score"} & set(name.split("."))
+    ]
+    return min((int(head.shape[0]) for head in heads), default=None)
+
+
+def path_of(name: str) -> str:
+    """What from_pretrained takes: a demo model's folder, or the name itself."""
+    from lamella.lab.data import KNOWN_BACKBONES, load_backbone
+
+    return load_backbone(name).path if name in KNOWN_BACKBONES else name
+
+
+def examine_name(config: PeftConfig, base: nn.Module, examination: Examination) -> None:
+    """Compares the base named in the adapter's config with the model it is examined on."""
+    from lamella.lab.data.models import published_name
+
+    named, ours = (
+        published_name(name or "") for name in (config.base_model_name_or_path, getattr(base, "name_or_path", ""))
+    )
+    if not named or not ours:
+        examination.saw("base: loaded without a name, so that it was compared by its shapes alone")
+        return
+    if not _same(named, ours):
+        examination.warning(
+            "base-differs",
+            f"the adapter was saved for {named}, and is examined on {ours}",
+            f"base_model_name_or_path in {CONFIG}",
+            "on other weights of the same shapes an adapter loads without a word and answers nonsense",
+            _ELSEWHERE,
+        )
+    examination.saw(f"base: {ours}, by name and shapes (its weights have no fingerprint in the adapter)")
+
+
+def examine_fit(files: AdapterFiles, base: nn.Module, examination: Examination) -> bool:
+    """Compares the names and shapes of the tensors with what the config makes on this base; True where they fit."""
+    assert files.config is not None
+    assert files.tensors is not None
+    before = len(examination.findings)
+    examine_targets(base, files.config, "default", examination)
+    if len(examination.findings) > before:
+        return False
+    try:
+        expected = get_peft_model_state_dict(_adapted(twin(base, on_meta=True), files.config))
+    except ValueError as error:
+        _report_misfit(f"the adapter cannot be put on {type(base).__name__}: {error}", CONFIG, examination)
+        return False
+    _compare(expected, files.tensors, examination)
+    return len(examination.findings) == before
+
+
+def load_adapter(folder: Path, files: AdapterFiles, base: nn.Module, examination: Examination) -> PeftModel | None:
+    """Loads the folder as a user would, and compares every tensor of the model with the file's, bit by bit."""
+    assert files.config is not None
+    assert files.tensors is not None
+    try:
+        trainable = not files.config.is_prompt_learning
+        model: PeftModel = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    except ValueError as error:
+        _report_misfit(f"it cannot be loaded: {error}", folder.name, examination)
+        return None
+    loaded = get_peft_model_state_dict(model)
+    # PEFT widens half precision when it loads, which loses nothing
+    unequal = [
+        name
+        for name, tensor in files.tensors.items()
+        if name not in loaded or not bool((loaded[name].cpu() == tensor.to(loaded[name].dtype)).all())
+    ]
+    if unequal:
+        examination.error(
+            "saved-unequal",
+            f"{len(unequal)} tensors of the loaded model are not those of the file",
+            unequal,
+            "the model in use is not the model that was saved",
+            "load it with lamella and PEFT of the versions in adapter_config.json, and report this",
+        )
+    examination.saw(f"loaded on {type(base).__name__}: {len(files.tensors)} tensors compared bit by bit with the file")
+    return model
+
+
+def _class(config: PeftConfig) -> Any:
+    mapping = config.auto_mapping or {}
+    if config.task_type is None and str(mapping.get("parent_library", "")).partition(".")[0] == "transformers":
+        return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+    return getattr(transformers, _CLASSES.get(str(config.task_type), "AutoModel"))
+
+
+def _same(named: str, ours: str) -> bool:
+    if named == ours:
+        return True
+    theirs, here = Path(named), Path(ours)
+    if theirs.exists():
+        return here.exists() and theirs.samefile(here)
+    # saved on another machine: a demo model lies in another home there, under the same last names
+    return theirs.is_absolute() and theirs.parts[-3:] == here.parts[-3:]
+
+
+def _adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], examination: Examination) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    shapes = [
+        f"{name} is {tuple(found[name].shape)}, on this base {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if shapes:
+        _report_misfit(
+            f"{len(shapes)} of {len(expected)} tensors have other shapes than on this base", shapes, examination
+        )
+    if missing and extra and not set(expected) & set(found):
+        _report_misfit("no tensor has the name that it has on this base", extra, examination)
+        return
+    if missing:
+        examination.error(
+            "tensor-missing",
+            f"{len(missing)} of {len(expected)} tensors are missing",
+            missing,
+            "PEFT leaves what is missing as it was drawn at random, and the model is not the one that was trained",
+            f"restore {WEIGHTS} from a copy, or save the trained model again",
+        )
+    if extra:
+        examination.error(
+            "tensor-extra",
+            f"{len(extra)} tensors have no place in the model",
+            extra,
+            "PEFT drops them: something that was trained is not in the loaded model",
+            f"restore {CONFIG} as it was saved (target_modules, num_experts, modules_to_save)",
+        )
+    examination.saw(f"tensors by name and shape: {len(found)} in the file, {len(expected)} expected on this base")
+
+
+def _report_misfit(what: str, where: str | list[str], examination: Examination) -> None:
+    examination.error(
+        "base-mismatch", what, where, "the adapter was trained on another model, or its config was changed", _ELSEWHERE
+    )

@@ -1,0 +1,198 @@
+"""Does a model, a run or an adapter do what it claims? `doctor` looks, and says what it looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lamella.diagnostics.base import examine_fit, examine_name, load_adapter, load_base
+from lamella.diagnostics.effects import examine_effects
+from lamella.diagnostics.files import CONFIG, examine_files
+from lamella.diagnostics.finding import Diagnosis, Examination, Finding
+from lamella.diagnostics.guests import examine_guests
+from lamella.diagnostics.parts import random_batch, routed_layers
+from lamella.diagnostics.roundtrip import examine_roundtrip
+from lamella.diagnostics.undisturbed import twin
+from lamella.diagnostics.usage import examine_usage, judge_usage
+from lamella.diagnostics.weights import describe_skipped, examine_numbers, examine_targets, tensors_of
+from lamella.errors import LamellaError
+
+__all__ = ["Diagnosis", "Finding", "doctor"]
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+def doctor(
+    model_or_path: nn.Module | str | Path, base: nn.Module | str | None = None, batches: Batches | None = None
+) -> Diagnosis:
+    """Examines a model with an adapter, an adapter folder in PEFT's format, or the folder of a run.
+
+    Looks for numbers that are none, targets that matched nothing, a balance coefficient without balance loss, routers
+    without gradient, files that are missing, pickled, unreadable or unknown in a part, an adapter that is not of its
+    base, tensors dropped or extra, files that load unequal, and, on real batches or on a run's own trace, for collapsed
+    routers, entropy near zero and experts that never fire. What could not be examined is said.
+
+    Args:
+        model_or_path: the model, which is left exactly as it was, or the folder.
+        base: for a folder: the model, or its name or path, to load the adapter on; by default the one named in its
+            config, or in a run's settings.
+        batches: arguments of the model's forward on real data. Without them random token ids serve for a training
+            step, and routing is judged on a run's trace alone.
+
+    Raises:
+        LamellaError: the folder holds no adapter, the given base cannot be loaded, or the model has no adapter.
+    """
+    held = None if batches is None else [dict(batch) for batch in batches]
+    if held == []:
+        raise LamellaError("batches is empty. Give at least one batch, or leave batches out.")
+    examination = Examination()
+    if isinstance(model_or_path, nn.Module):
+        _examine_model(model_or_path, base, held, examination)
+    else:
+        _examine_path(Path(model_or_path), base, held, examination)
+    return examination.diagnosis()
+
+
+def _examine_model(
+    model: nn.Module, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
+) -> None:
+    if not getattr(model, "peft_config", None):
+        raise LamellaError(
+            f"{type(model).__name__} has no adapter to examine; apply one with get_peft_model(model, MolaConfig(...)), "
+            "or give the folder of an adapter or a run."
+        )
+    if base is not None:
+        raise LamellaError("base belongs to a folder; a model has its base in it. Leave base out.")
+    _examine_loaded(model, batches, examination)
+    if any(finding.severity == "error" for finding in examination.findings):
+        examination.saw("saved loads equal: not examined before the errors are mended")
+    else:
+        examine_roundtrip(model, batches[0] if batches else random_batch(model), examination)
+    _say_without_batches(model, batches, examination)
+
+
+def _examine_loaded(model: nn.Module, batches: list[dict[str, Any]] | None, examination: Examination) -> None:
+    """What can be said of any model with an adapter."""
+    before = len(examination.findings)
+    examine_numbers(tensors_of(model), type(model).__name__, examination)
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        examine_targets(model, config, adapter, examination)
+    describe_skipped(model, examination)
+    if any(finding.code == "not-finite" for finding in examination.findings[before:]):
+        examination.saw("balance loss, gradients and routing: not examined, since numbers are broken")
+        return
+    examine_effects(model, batches[0] if batches else random_batch(model), examination)
+    if batches:
+        examine_guests(model, batches[0], examination)
+        examine_usage(model, batches, examination)
+
+
+def _examine_path(
+    path: Path, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
+) -> None:
+    if (path / "run.yaml").is_file():
+        _examine_run(path, base, batches, examination)
+    elif (path / CONFIG).is_file():
+        model = _examine_adapter(path, base, None, batches, examination)
+        _say_without_batches(model, batches, examination)
+    else:
+        raise LamellaError(
+            f"{path} is neither the folder of an adapter (it has no {CONFIG}) nor of a run (it has no run.yaml)."
+            if path.is_dir()
+            else f"There is no folder {path}."
+        )
+
+
+def _examine_adapter(
+    folder: Path,
+    base: nn.Module | str | None,
+    default: str | None,
+    batches: list[dict[str, Any]] | None,
+    examination: Examination,
+) -> nn.Module | None:
+    """Files, base, fit, load, then the loaded model; None where the way ended before that."""
+    files = examine_files(folder, examination)
+    if files.config is None or files.tensors is None or any(f.code == "not-finite" for f in examination.findings):
+        examination.saw("base, load and training step: not examined, the files have to be mended first")
+        return None
+    name = base if base is not None else default or files.config.base_model_name_or_path
+    if isinstance(name, nn.Module):
+        if getattr(name, "peft_config", None):
+            raise LamellaError("The base that was given has an adapter already. Give the bare model, or its path.")
+        bare: nn.Module = twin(name)
+    elif name:
+        loaded = _load_base(files.config, files.tensors, name, given=base is not None, examination=examination)
+        if loaded is None:
+            return None
+        bare = loaded
+    else:
+        raise LamellaError(f"{folder / CONFIG} names no base model. Give it as base (--base).")
+    examine_name(files.config, bare, examination)
+    if not examine_fit(files, bare, examination):
+        examination.saw("load and training step: not examined, the adapter does not fit")
+        return None
+    model = load_adapter(folder, files, bare, examination)
+    if model is not None:
+        _examine_loaded(model, batches, examination)
+    return model
+
+
+def _load_base(config: Any, tensors: Any, name: str, *, given: bool, examination: Examination) -> nn.Module | None:
+    try:
+        return load_base(config, tensors, name)
+    except LamellaError as error:
+        if given:
+            raise
+        examination.error(
+            "base-missing",
+            str(error),
+            f"base_model_name_or_path in {CONFIG}",
+            "without its base an adapter is nothing, and most of it could not be examined",
+            "give the base where it lies on this machine (--base)",
+        )
+        return None
+
+
+def _examine_run(
+    path: Path, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
+) -> None:
+    import pandas as pd
+    import yaml
+
+    from lamella.lab.runs.record_checks import examine_record
+    from lamella.lab.runs.settings import RunSettings
+
+    settings = RunSettings.parse(yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8")))
+    examination.saw(f"run: {settings.model} on {settings.task} with {settings.method.name}, seed {settings.seed}")
+    model: nn.Module | None
+    if (path / "adapter" / CONFIG).is_file():
+        model = _examine_adapter(path / "adapter", base, settings.model, batches, examination)
+    elif (path / "model").is_dir():
+        model = _examine_whole_model(path / "model", examination)
+    else:
+        raise LamellaError(f"{path} holds a run without a result. Let `lamella train` finish it first.")
+    if model is None or any(finding.code == "not-finite" for finding in examination.findings):
+        return
+    examine_record(path, model, settings, examination)
+    if (path / "trace.parquet").is_file():
+        judge_usage(pd.read_parquet(path / "trace.parquet"), model, "the run's validation rows", examination)
+    else:
+        _say_without_batches(model, batches, examination)
+
+
+def _examine_whole_model(folder: Path, examination: Examination) -> nn.Module:
+    from lamella.lab.data import load_backbone
+
+    model = load_backbone(str(folder)).model
+    examine_numbers(tensors_of(model), "model", examination)
+    return model
+
+
+def _say_without_batches(
+    model: nn.Module | None, batches: list[dict[str, Any]] | None, examination: Examination
+) -> None:
+    if model is not None and batches is None and routed_layers(model):
+        examination.saw("routing statistics: not examined on real data; give batches, or the folder of a run")

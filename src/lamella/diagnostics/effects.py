@@ -1,0 +1,223 @@
+"""What a training step does: the balance loss is there, and a gradient arrives at every router."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.diagnostics.finding import Examination
+from lamella.diagnostics.parts import (
+    RoutedLayer,
+    device_of,
+    loss_of,
+    random_batch,
+    routed_layers,
+    to_device,
+    transformer,
+)
+from lamella.diagnostics.undisturbed import undisturbed, without_checkpointing
+from lamella.errors import LamellaError
+from lamella.routing import collect_losses
+from lamella.routing.context import find_tracker
+
+_TRIES = 4
+_NUDGE = 0.02  # standard deviation given to a B that is zero, about that of a transformer's weights
+
+
+def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examination: Examination) -> None:
+    """Runs forward and backward in training mode and looks at each router of the active adapters.
+
+    Where B is zero, as at the start, the task loss does not depend on the routers yet: then the balance loss must give
+    the gradient, and a router without one (k = N, or coefficients of 0) must get it as soon as B has moved, which is
+    tried. The model is left as it was.
+
+    Args:
+        model: with its adapter.
+        batch: arguments of its forward; None where none could be made up.
+        examination: takes the findings.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        examination.saw("routers: this model has none, so there is no gradient or balance loss to look at")
+        return
+    if find_tracker(model) is None:
+        examination.error(
+            "hooks-missing",
+            "the hooks that tell the layers about a running forward are gone",
+            type(transformer(model)).__name__,
+            "without them the balance loss cannot be attached, and padding is routed and counted as text",
+            "do not remove forward hooks from the model; apply the adapter anew with get_peft_model",
+        )
+        return
+    layers = _trainable(layers, examination)
+    if not layers:
+        return
+    if batch is None:
+        examination.saw("balance loss and gradients: not examined, the model takes no token ids; give batches")
+        return
+    batch = to_device(batch, device_of(model))
+    try:
+        with undisturbed(model):
+            model.train()
+            reached = _examine_balance(model, layers, batch, examination)
+            _examine_gradients(model, reached, batch, examination)
+    except LamellaError as error:
+        examination.error(
+            "training-step-fails",
+            f"a forward and backward pass in training mode stops: {error}",
+            type(model).__name__,
+            "the model cannot be trained as it is",
+            "follow the message",
+        )
+
+
+def _trainable(layers: list[RoutedLayer], examination: Examination) -> list[RoutedLayer]:
+    """The layers that are meant to be trained and can be."""
+    if all(layer.config.inference_mode for layer in layers):
+        examination.saw(
+            "balance loss and gradients: not examined, the adapter was loaded for inference (is_trainable=False)"
+        )
+        return []
+    meant = [layer for layer in layers if not layer.config.inference_mode and layer.learns]
+    if fixed := len([layer for layer in layers if not layer.learns]):
+        examination.saw(f"{fixed} router(s) are not meant to learn: router_gradient='none' and balance_coef=0")
+    frozen = [layer for layer in meant if not all(p.requires_grad for p in layer.router.parameters())]
+    if frozen:
+        _no_gradient(
+            frozen,
+            examination,
+            "requires_grad is off",
+            "call requires_grad_(True) on the routers, before the optimizer",
+        )
+    still = [layer.name for layer in meant if not all(p.requires_grad for p in layer.factors)]
+    if still:
+        examination.error(
+            "expert-no-gradient",
+            f"the experts of {len(still)} module(s) are frozen: requires_grad is off",
+            still,
+            "experts that are not trained add nothing, or stay what they were",
+            "call requires_grad_(True) on the adapter's lora_A and lora_B, before the optimizer is made",
+        )
+    return [layer for layer in meant if layer not in frozen]
+
+
+def _examine_balance(
+    model: nn.Module, layers: list[RoutedLayer], batch: Mapping[str, Any], examination: Examination
+) -> list[RoutedLayer]:
+    """Collects the layers' own losses; returns the layers that this batch ran through."""
+    ran: set[int] = set()
+    hooks = [layer.module.register_forward_pre_hook(lambda module, _: ran.add(id(module))) for layer in layers]
+    try:
+        with without_checkpointing(model), collect_losses() as losses:
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    reached = [layer for layer in layers if id(layer.module) in ran]
+    if len(reached) < len(layers):
+        examination.saw(f"{len(layers) - len(reached)} router(s) were not reached by this batch and not examined")
+    owing = [layer for layer in reached if layer.has_own_loss]
+    missing = [layer.name for layer in owing if not _has_loss(losses.by_name, layer)]
+    if missing:
+        coefficients = sorted(
+            {f"balance_coef={one.config.balance_coef:g}, z_coef={getattr(one.config, 'z_coef', 0):g}" for one in owing}
+        )
+        examination.error(
+            "balance-missing",
+            f"{'; '.join(coefficients)}, but a forward in training mode gives no balance loss at {len(missing)} of "
+            f"{len(owing)} routers",
+            missing,
+            "without it a router soon sends everything to the same experts, and the others are never trained",
+            "apply the adapter anew with get_peft_model and leave its layers' settings as they are",
+        )
+    examination.saw(
+        f"balance loss in training mode: {len(owing) - len(missing)} of {len(owing)} routers with a coefficient above 0"
+    )
+    return reached
+
+
+def _has_loss(losses: Sequence[tuple[str, Tensor]], layer: RoutedLayer) -> bool:
+    own = [loss for name, loss in losses if name == layer.own_loss]
+    return any(loss.requires_grad and (layer.own_loss_may_be_zero or bool(loss.detach() > 0)) for loss in own)
+
+
+def _examine_gradients(
+    model: nn.Module, layers: list[RoutedLayer], batch: Mapping[str, Any], examination: Examination
+) -> None:
+    silent = _without_gradient(model, layers, batch)
+    # a balance loss that is perfect on the batch given is flat there, and a block that chose itself has no gradient;
+    # on all of these neither is likely
+    for other in filter(None, (random_batch(model, seed) for seed in range(_TRIES))):
+        if silent:
+            silent = _without_gradient(model, silent, other)
+    resting = [layer for layer in layers if layer.untrained]
+    # what arrives at these is rounding
+    silent += [layer for layer in resting if layer.own_loss_is_flat and layer not in silent]
+    lost = silent
+    if any(layer.untrained for layer in silent):
+        with _nudged(resting):
+            lost = _without_gradient(model, silent, batch)
+    if top_one := [layer for layer in lost if layer.factors and layer.top_k == 1 and not layer.has_own_loss]:
+        _no_gradient(
+            top_one,
+            examination,
+            "with top_k=1 the one weight is always 1, so the task loss cannot move it, and balance_coef and z_coef "
+            "are 0",
+            "set balance_coef above 0 or top_k to at least 2",
+        )
+    if others := [layer for layer in lost if layer not in top_one]:
+        _no_gradient(
+            others,
+            examination,
+            "it is cut off from the loss",
+            "look for a detach, a no_grad or an overridden forward between router and loss",
+        )
+    line = f"gradient in a training step: arrives at {len(layers) - len(lost)} of {len(layers)} routers"
+    if resting:
+        line += (
+            f". B is zero at {len(resting)}, so the task loss does not depend on them yet: "
+            f"{sum(layer not in silent for layer in resting)} get it from the balance loss now, "
+            f"{len(silent) - len(lost)} from the task loss once B has moved (tried)"
+        )
+    examination.saw(line)
+
+
+def _without_gradient(model: nn.Module, layers: Sequence[RoutedLayer], batch: Mapping[str, Any]) -> list[RoutedLayer]:
+    """The layers whose router gets nothing but zeros from a forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    loss_of(model(**batch)).backward()
+    return [layer for layer in layers if not any(_not_zero(parameter) for parameter in layer.router.parameters())]
+
+
+def _not_zero(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.ne(0).any())
+
+
+@contextmanager
+def _nudged(layers: Sequence[RoutedLayer]) -> Iterator[None]:
+    """B is not zero inside, as after the first step; afterwards it is again, bit for bit."""
+    ups = [layer.factors[-1] for layer in layers]
+    before = [up.detach().clone() for up in ups]
+    try:
+        with torch.no_grad():
+            for up in ups:
+                up.normal_(std=_NUDGE)
+        yield
+    finally:
+        with torch.no_grad():
+            for up, zero in zip(ups, before, strict=True):
+                up.copy_(zero)
+
+
+def _no_gradient(layers: Sequence[RoutedLayer], examination: Examination, cause: str, fix: str) -> None:
+    examination.error(
+        "router-no-gradient",
+        f"{len(layers)} router(s) get no gradient: {cause}",
+        [layer.name for layer in layers],
+        "such a router keeps its random choices: the experts are a mixture in name only",
+        fix,
+    )

@@ -1,0 +1,139 @@
+"""Composing trained LoRAs in a diffusers pipeline, in its denoiser and in the text encoders that they adapt."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+
+from lamella.adapters import LoraSource
+from lamella.diffusion.components import FactorsByModule, factors_by_component, models_of
+from lamella.diffusion.composition import Component, PipelineComposition
+from lamella.diffusion.layers import PipelineConv, PipelineLinear, Pointwise, SampleUnit
+from lamella.diffusion.saving import read_routers
+from lamella.diffusion.units import plan_units_of
+from lamella.errors import LamellaError
+from lamella.tuners.mole.composing import Lora, read_given
+from lamella.tuners.mole.config import Adapters, MoleConfig
+from lamella.tuners.mole.layer import MoleLinear
+from lamella.tuners.mole.model import listen, make_units, place_loras
+from lamella.tuners.mole.preparing import Prepared, read_sources, refuse_too_few, refuse_too_large
+
+_ADAPTER = "default"
+# What a composition in a pipeline reads of a MoleConfig.
+_READ = ("granularity", "top_k", "temperature", "learn_temperature", "balance", "balance_coef", "init_weights")
+_FILLED_IN = ("adapters", "lamella_version")
+
+
+def compose_pipeline(
+    pipe: Any, adapters: Mapping[str, Lora] | Sequence[Lora], config: MoleConfig | None = None
+) -> PipelineComposition:
+    """Puts trained LoRAs into a diffusers pipeline and routers beside them that weigh the LoRAs by what they put out.
+
+    Every model that any of the LoRAs adapts is composed: the UNet or transformer, and the text encoders. All LoRAs
+    start with the same weight; only the routers train and are saved. Linear modules and 1x1 convolutions are composed.
+
+    Args:
+        pipe: the pipeline that the LoRAs were made for, without adapters.
+        adapters: at least two LoRAs by name: diffusers' or kohya's files, PEFT folders, hub ids, or LoRAs that were
+            read already. In a list each is called by its folder or file.
+        config: granularity, top_k, temperature and balance; MoleConfig's own where None. Routers in a pipeline read the
+            mean of a sample's tokens, and the form is "delta".
+
+    Raises:
+        LamellaError: fewer than two LoRAs, two of one name, one that cannot be read or does not fit, adapters in the
+            pipeline already, or a setting that means nothing here. The pipeline is then as it was.
+    """
+    config = MoleConfig() if config is None else copy.deepcopy(config)
+    if config.adapters:
+        raise LamellaError(f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty.")
+    sources = read_given(adapters)
+    config.hold_sources(sources)  # notes where they lie
+    config.take_sources()
+    return _inject(pipe, sources, config)
+
+
+def load_pipeline(pipe: Any, folder: Path | str, adapters: Adapters | None = None) -> PipelineComposition:
+    """Puts a saved composition into a pipeline.
+
+    Args:
+        pipe: the pipeline it was made for, without adapters.
+        folder: of ``PipelineComposition.save``.
+        adapters: other places for some of its LoRAs, by name; the digests that were recorded still hold.
+
+    Raises:
+        LamellaError: no such folder, a LoRA that is gone or has changed, or routers that do not fit the pipeline, which
+            is then as it was.
+    """
+    folder = Path(folder)
+    tensors = read_routers(folder)
+    config = MoleConfig.from_pretrained(str(folder), adapters=adapters)
+    composition = _inject(pipe, read_sources(config), config)
+    try:
+        composition.fill(tensors)
+    except LamellaError:
+        composition.unload()
+        raise
+    return composition
+
+
+def _inject(pipe: Any, sources: Sequence[LoraSource], config: MoleConfig) -> PipelineComposition:
+    """Composes LoRAs that were read; the config holds their references."""
+    names = tuple(source.name for source in sources)
+    refuse_too_few(names)
+    refuse_too_large(config.top_k, names)
+    _refuse_unread_settings(config)
+    models = models_of(pipe)
+    found = factors_by_component(models, sources)
+    prepared = {component: _prepare(models[component], names, factors, config) for component, factors in found.items()}
+    components = {component: _place(models[component], own, config) for component, own in prepared.items()}
+    skipped = [(f"{source.name}: {name}", reason) for source in sources for name, reason in source.skipped]
+    return PipelineComposition(pipe, config, names, components, skipped)
+
+
+def _refuse_unread_settings(config: MoleConfig) -> None:
+    """Raises where a setting differs from its default that composing in a pipeline does not read."""
+    plain = MoleConfig()
+    for field in fields(config):
+        if field.name not in (*_READ, *_FILLED_IN) and getattr(config, field.name) != getattr(plain, field.name):
+            raise LamellaError(
+                f"{field.name}={getattr(config, field.name)!r} means nothing in a pipeline; leave it at "
+                f"{getattr(plain, field.name)!r}. What counts there: {', '.join(_READ)}."
+            )
+
+
+def _prepare(model: nn.Module, names: tuple[str, ...], factors: FactorsByModule, config: MoleConfig) -> Prepared:
+    ranks = {module: [len(own[name].A) if name in own else 0 for name in names] for module, own in factors.items()}
+    widths = {name: int(_get_in_out_features(model.get_submodule(name))[1]) for name in ranks}
+    units = plan_units_of(model, list(ranks), config.granularity)
+    return Prepared(
+        names=names, ranks=ranks, widths=widths, factors=factors, units=units, excluded=set(), skipped=[], notes=[]
+    )
+
+
+def _place(model: nn.Module, prepared: Prepared, config: MoleConfig) -> Component:
+    """Puts the layers in place, in the model's order; only routers want a gradient afterwards."""
+    trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    model.requires_grad_(False)
+    units = make_units(prepared, lambda plan: SampleUnit(plan, _ADAPTER, config, prepared.names, decoder=False))
+    layers: dict[str, MoleLinear] = {}
+    for name in prepared.ranks:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Conv2d):
+            layer: PipelineLinear = PipelineConv(Pointwise(module), name, None)
+        else:
+            layer = PipelineLinear(module, name, None)
+        layers[name] = place_loras(layer, name, _ADAPTER, config, prepared, units, ())
+        layers[name].train(model.training)
+        model.set_submodule(name, layers[name])
+    listen(model)
+    distinct = tuple(dict.fromkeys(units.values()))
+    for unit in distinct:
+        for parameter in unit.router.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+    return Component(model, layers, distinct, trained)

@@ -1,0 +1,175 @@
+"""A pipeline with LoRAs composed in it: its weights by hand, what trains, its file, and the way back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lamella.diffusion.saving import write_routers
+from lamella.errors import LamellaError
+from lamella.routing.context import untrack_calls
+from lamella.tuners.mole.by_hand import Weights, fixed_weights, masked_experts
+from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.layer import MoleLinear
+from lamella.tuners.mole.model import numbered
+from lamella.tuners.mole.unit import Unit
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """One composed model of a pipeline.
+
+    Attributes:
+        model: with the routers inside.
+        layers: its composed modules by name.
+        units: what decides.
+        trained: the parameters that wanted a gradient before.
+    """
+
+    model: nn.Module
+    layers: dict[str, MoleLinear]
+    units: tuple[Unit, ...]
+    trained: tuple[nn.Parameter, ...]
+
+
+class PipelineComposition:
+    """A pipeline with LoRAs composed in it, which is called as before; made by ``lamella.compose_pipeline``.
+
+    Each model of the pipeline weighs the LoRAs by itself, and so has a balance loss of its own. A router decides for
+    each sample, by the mean over its tokens: with classifier-free guidance, once for the row with the prompt and once
+    for the one without.
+
+    Attributes:
+        pipe: the pipeline.
+        config: the settings, with references to the LoRAs.
+        names: the K LoRAs, in the order of the routers' logits.
+        components: the composed models by their names in the pipeline.
+        skipped: what of the LoRAs is left out, and why.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: MoleConfig,
+        names: tuple[str, ...],
+        components: dict[str, Component],
+        skipped: Sequence[tuple[str, str]],
+    ) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.names = names
+        self.components = components
+        self.skipped = tuple(skipped)
+        for target in self._targets():
+            if hasattr(target, "save_pretrained"):
+                target.save_pretrained = _refuse_to_save
+
+    def routers(self) -> dict[str, nn.Module]:
+        """The routers by component and unit."""
+        return {
+            f"{component}.{unit.name}": unit.router for component, own in self.components.items() for unit in own.units
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains: the routers and their temperatures."""
+        return [parameter for router in self.routers().values() for parameter in router.parameters()]
+
+    def train(self, mode: bool = True) -> None:
+        """Sets the composed models to train, where routers pay for uneven weights, or back."""
+        for own in self.components.values():
+            own.model.train(mode)
+
+    @contextmanager
+    def masked_experts(self, drop: Sequence[str]) -> Iterator[None]:
+        """``lamella.masked_experts`` for all models of the pipeline at once."""
+        with ExitStack() as stack:
+            for own in self.components.values():
+                stack.enter_context(masked_experts(own.model, drop))
+            yield
+
+    @contextmanager
+    def fixed_weights(self, weights: Weights) -> Iterator[None]:
+        """``lamella.fixed_weights`` for all models of the pipeline at once; several sets are one per image."""
+        with ExitStack() as stack:
+            for own in self.components.values():
+                stack.enter_context(fixed_weights(own.model, weights))
+            yield
+
+    def save(self, folder: Path | str) -> Path:
+        """Writes ``routers.safetensors`` and ``adapter_config.json``, which refers to the LoRAs where they lie.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        write_routers(folder, {name: parameter.detach() for name, parameter in self._named().items()})
+        self.config.save_pretrained(str(folder))  # last: a folder without it is no composition
+        return folder
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Gives the routers the values of a saved composition.
+
+        Raises:
+            LamellaError: tensors that are missing, left over or of other shapes. Nothing is changed then.
+        """
+        expected = self._named()
+        unfit = sorted(set(expected) ^ set(tensors)) or [
+            name for name, parameter in expected.items() if parameter.shape != tensors[name].shape
+        ]
+        if unfit:
+            raise LamellaError(
+                f"The saved routers do not fit this pipeline: {len(unfit)} tensors are missing, left over or of "
+                f"another shape, first {unfit[0]}. Load them into the kind of pipeline that they were trained in."
+            )
+        for name, parameter in expected.items():
+            parameter.data.copy_(tensors[name])
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """The routers' parameters by component, the module that holds the router, and name."""
+        return {
+            f"{component}.{unit.leader.name}.{name}": parameter
+            for component, own in self.components.items()
+            for unit in own.units
+            for name, parameter in unit.router.named_parameters()
+        }
+
+    def unload(self) -> None:
+        """Takes the composition out: the pipeline is as it was before, bit for bit."""
+        for own in self.components.values():
+            for name, layer in own.layers.items():
+                own.model.set_submodule(name, layer.get_base_layer())
+            untrack_calls(own.model)
+            for parameter in own.trained:
+                parameter.requires_grad_(True)
+        for target in self._targets():
+            vars(target).pop("save_pretrained", None)
+        self.components = {}
+
+    def _targets(self) -> tuple[Any, ...]:
+        """What diffusers would save with the names of the layers that the composition has put in place."""
+        return self.pipe, *(own.model for own in self.components.values())
+
+    def __str__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.parameters())
+        lines = [f"MOLE of {len(self.names)} LoRAs: {count:,} trainable parameters", f"  {numbered(self.names)}"]
+        for name, own in self.components.items():
+            alone = [unit.name for unit in own.units if not unit.place.stack]
+            lines.append(f"  {name}: {len(own.layers)} modules, {len(own.units)} routers")
+            if alone:
+                lines.append(f"    outside its blocks: {', '.join(alone)}")
+            blind = [unit.name for unit in own.units if not unit.readers]
+            if blind:
+                lines.append(f"    {len(blind)} routers read nothing, first {blind[0]}")
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In the place of diffusers' own way to save."""
+    raise LamellaError(
+        "save_pretrained would write a composed pipeline under names that no pipeline has. Write the composition with "
+        "composition.save(folder), or call composition.unload() first to save the pipeline without it."
+    )

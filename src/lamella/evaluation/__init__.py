@@ -1,1 +1,0 @@
-"""Metrics, intervals and floors on arrays and plain callables."""

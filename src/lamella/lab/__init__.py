@@ -1,0 +1,1 @@
+"""The laboratory: tasks, methods beside their baselines, runs, studies and reports (extra `lab`)."""

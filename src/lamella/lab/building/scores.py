@@ -1,0 +1,71 @@
+"""What a language model made here is worth on text that it was not made from, and how its routers use their experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lamella.lab.building.fitting import Columns
+from lamella.routing import balance_loss
+
+_ROWS = 16  # of a forward pass; the logits of a large vocabulary take more memory than all else
+
+
+def model_nll(model: PreTrainedModel, columns: Columns) -> Tensor:
+    """Negative log-probability of all labels but each row's first: ``(B, T-1)``, in nats."""
+    rows = [
+        functional.cross_entropy(outputs.logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+        for outputs, labels in _outputs(model, columns)
+    ]
+    return torch.cat(rows)
+
+
+def perplexities(nll: Mapping[str, Tensor]) -> dict[str, float]:
+    """exp of the mean over tokens, by kind of prose and, as ``all``, over the tokens of every kind."""
+    found = {kind: math.exp(values.double().mean()) for kind, values in nll.items()}
+    return {"all": math.exp(torch.cat([values.double().flatten() for values in nll.values()]).mean()), **found}
+
+
+def expert_shares(model: PreTrainedModel, columns: Columns, top_k: int) -> list[list[float]]:
+    """For each layer with experts, the share of all top-k choices that falls on each expert; every token is real."""
+    counts: Any = 0
+    for outputs, _ in _outputs(model, columns, output_router_logits=True):
+        counts = counts + torch.stack([_choices(logits, top_k) for logits in outputs.router_logits])  # (L, E)
+    return (counts / counts.sum(dim=1, keepdim=True)).tolist()
+
+
+def smallest(shares: Iterable[Sequence[float]]) -> float:
+    """The least share of any expert in any layer."""
+    return min(min(layer) for layer in shares)
+
+
+def routers_balance(router_logits: Iterable[Tensor], top_k: int) -> Tensor:
+    """The balance losses of all routers, each by itself, summed; ``(N, E)`` logits of real tokens each.
+
+    transformers' own loss is of all layers' tokens together: there, layers that have collapsed on different experts
+    look balanced.
+    """
+    losses = [balance_loss(logits, logits.topk(top_k, dim=-1).indices) for logits in router_logits]
+    return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, columns: Columns, **wanted: bool) -> Iterator[tuple[Any, Tensor]]:
+    """The model's outputs for some rows at a time, beside their labels."""
+    training = model.training
+    model.eval()
+    inputs = {name: column.split(_ROWS) for name, column in columns.items() if name != "labels"}
+    for index, labels in enumerate(columns["labels"].split(_ROWS)):
+        yield model(**{name: parts[index] for name, parts in inputs.items()}, use_cache=False, **wanted), labels
+    model.train(training)
+
+
+def _choices(logits: Tensor, top_k: int) -> Tensor:
+    """How often each expert is among the top k, ``(E,)``."""
+    return torch.bincount(logits.topk(top_k, dim=-1).indices.flatten(), minlength=logits.shape[-1]).double()

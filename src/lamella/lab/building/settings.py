@@ -1,0 +1,81 @@
+"""What a model that is made here is made of: a recipe in `recipes/models`, and changes to it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lamella.lab.schema import Settings
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+class Schedule(Settings):
+    """How a model is trained; the rate rises for a share of the steps, then falls along a cosine."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: Rate
+    batch_size: Positive = Field(description="blocks per step")
+    epochs: Rate = 1.0
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)
+    weight_decay: float = Field(0.1, ge=0.0)
+    bf16: bool = Field(False, description="products in bfloat16: faster for wide models on processors that have them")
+    log_every: Positive = 50
+
+
+class TinyMoeSettings(Settings):
+    """A small mixture of experts, trained from scratch on several kinds of prose."""
+
+    kinds: list[str] = Field(min_length=1, description="tasks of prose")
+    characters: Positive = Field(description="of each kind for training; as many as there are, if fewer")
+    held_out_characters: Positive = Field(description="of each kind for the figures that are reported")
+    vocabulary: int = Field(gt=256)
+    block: int = Field(gt=1, description="tokens of a block")
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    experts: Positive
+    top_k: Positive
+    expert_width: Positive = Field(description="inner width of an expert")
+    shared_width: Positive = Field(description="inner width of the expert that every token visits")
+    balance_coef: float = Field(ge=0.0)
+    smallest_share: float = Field(ge=0.0, lt=1.0, description="an expert with less of a layer's choices is starved")
+    schedule: Schedule
+    seed: int = Field(0, ge=0)
+
+
+class SmolExpertsSettings(Settings):
+    """A dense Llama whose last MLPs become experts, two for each kind of prose, trained apart."""
+
+    model: str = Field(description="a Llama")
+    kinds: list[str] = Field(min_length=1, description="tasks of prose; each is divided in two halves by document")
+    layers: Positive = Field(description="the last so many become mixtures")
+    top_k: Positive
+    block: int = Field(gt=1, description="tokens of a block")
+    blocks: Positive = Field(description="of each half for training")
+    held_out_blocks: Positive = Field(description="of each kind for the figures that are reported")
+    experts: Schedule = Field(description="how each expert is trained")
+    routers: Schedule = Field(description="how the routers are trained on all kinds together, everything else frozen")
+    balance_coef: float = Field(ge=0.0)
+    smallest_share: float = Field(ge=0.0, lt=1.0, description="an expert with less of a layer's choices is starved")
+    seed: int = Field(0, ge=0)
+
+
+class SwitchSettings(Settings):
+    """A Switch Transformer, trained from scratch to classify texts."""
+
+    task: str = Field(description="a classification task")
+    vocabulary: int = Field(gt=256)
+    max_length: Positive = Field(description="tokens of a text; longer ones are cut")
+    layers: Positive = Field(description="of the encoder")
+    sparse_layers: Positive = Field(description="of these, evenly spread")
+    hidden: Positive
+    heads: Positive
+    experts: Positive
+    expert_width: Positive
+    dropout: float = Field(ge=0.0, lt=1.0)
+    balance_coef: float = Field(ge=0.0)
+    schedule: Schedule
+    seed: int = Field(0, ge=0)

@@ -1,0 +1,217 @@
+"""Reading a task's kind from its columns, and checking every row: each complaint names file, row and column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamella.errors import LamellaError
+from lamella.lab.data.task import FORMS, LABELLED, Row, TaskKind, input_columns
+
+_FIRST_TO_FIT: tuple[TaskKind, ...] = (
+    "causal-lm",
+    "seq2seq",
+    "multiple-choice",
+    "pair-classification",
+    "classification",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one split as they were read.
+
+    Attributes:
+        origin: what an error calls them: a file name, or a hub id and split.
+        rows: counted from 1 in errors; in JSON lines the row number is the line number.
+        names: label names that the source states, in the order of its integer labels.
+    """
+
+    origin: str
+    rows: list[Row]
+    names: tuple[str, ...] = ()
+
+    def complain(self, index: int, column: str, what: str) -> LamellaError:
+        """The error for one cell."""
+        return LamellaError(f"{self.origin}, row {index + 1}, column {column!r}: {what}")
+
+
+def read_columns(tables: Mapping[str, Table]) -> tuple[TaskKind, dict[str, list[Row]], tuple[str, ...], list[str]]:
+    """Kind, checked rows of each split, label names, and notes, from raw tables.
+
+    The kind follows from the columns: see `Task.splits`. Float labels mean regression; integer or text labels mean
+    classification, their names taken from a `label_name` column where there is one.
+
+    Raises:
+        LamellaError: columns that fit no kind; a row with a missing, null, empty or ill-typed cell; labels of mixed
+            types; a label that training does not have.
+    """
+    first = next(iter(tables.values()))
+    present = {column for row in first.rows for column in row}
+    kind = _kind(first.origin, present)
+    if kind in ("classification", "pair-classification") and _floats(tables):
+        kind, present = "regression", present - {"text"} | {"text1"}
+        tables = {
+            split: Table(table.origin, [_text1(row) for row in table.rows], table.names)
+            for split, table in tables.items()
+        }
+    columns = input_columns(kind, present)
+    for table in tables.values():
+        for index, row in enumerate(table.rows):
+            for column in columns:
+                _check_input(table, index, column, row.get(column))
+    named = " and ".join(columns) + (" and label" if kind in LABELLED else "")
+    notes = [f"read as {kind}, from the columns {named}"]
+    rows, names = _labels(kind, tables)
+    return kind, rows, names, notes
+
+
+def check_published(kind: TaskKind, table: Table, label_names: Sequence[str]) -> None:
+    """Check rows of a known kind, whose integer labels are numbered as in `label_names`.
+
+    Raises:
+        LamellaError: the columns of the kind are missing, or a cell cannot be used.
+    """
+    columns = input_columns(kind, {column for row in table.rows for column in row})
+    if not columns:
+        found = _list({column for row in table.rows for column in row})
+        raise LamellaError(f"{table.origin} has the columns {found}, which do not make a {kind} task.")
+    for index, row in enumerate(table.rows):
+        for column in columns:
+            _check_input(table, index, column, row.get(column))
+        if kind in LABELLED:
+            _check_label(kind, table, index, row, 0)
+        if label_names and row["label"] not in range(len(label_names)):
+            raise table.complain(index, "label", f"{row['label']!r} is none of 0 to {len(label_names) - 1}.")
+
+
+def _kind(origin: str, present: set[str]) -> TaskKind:
+    for kind in _FIRST_TO_FIT:
+        # text with a label is classification; text without one is prose
+        form = input_columns(kind, present)
+        if form and not (kind == "causal-lm" and form == ("text",) and "label" in present):
+            if kind in LABELLED and "label" not in present:
+                raise LamellaError(f"{origin} has the columns {_list(present)} but no 'label' column.")
+            return kind
+    if present.issuperset(("text1", "label")):
+        return "regression"
+    wanted = "; ".join(
+        f"{kind}: {' or '.join(', '.join([*form, *(['label'] if kind in LABELLED else [])]) for form in forms)}"
+        for kind, forms in FORMS.items()
+    )
+    raise LamellaError(
+        f"{origin} has the columns {_list(present)}, which fit no task. Rename them to fit one. {wanted}."
+    )
+
+
+def _list(columns: set[Any]) -> str:
+    return ", ".join(sorted(map(str, columns))) or "(none)"
+
+
+def _floats(tables: Mapping[str, Table]) -> bool:
+    return any(isinstance(row.get("label"), float) for table in tables.values() for row in table.rows)
+
+
+def _text1(row: Row) -> Row:
+    return {**{k: v for k, v in row.items() if k != "text"}, "text1": row["text"]} if "text" in row else row
+
+
+def _check_input(table: Table, index: int, column: str, value: Any) -> None:
+    if value is None:
+        raise table.complain(index, column, "missing or null. Fill it in or delete the row.")
+    if column == "choices":
+        if not isinstance(value, list) or len(value) < 2:
+            raise table.complain(
+                index, column, "needs a list of at least two texts (CSV has no lists: use JSON lines)."
+            )
+        for choice in value:
+            _check_text(table, index, column, choice)
+    elif column == "messages":
+        _check_messages(table, index, value)
+    else:
+        _check_text(table, index, column, value)
+
+
+def _check_text(table: Table, index: int, column: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise table.complain(index, column, f"{value!r} is not text. Write it as a string.")
+    if not value.strip():
+        raise table.complain(index, column, "empty. Fill it in or delete the row.")
+
+
+def _check_messages(table: Table, index: int, value: Any) -> None:
+    whole = isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not whole:
+        raise table.complain(index, "messages", 'needs a list of {"role": ..., "content": ...} with texts.')
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in value):
+        raise table.complain(index, "messages", "no assistant turn, so there is nothing to learn. Delete the row.")
+
+
+def _labels(kind: TaskKind, tables: Mapping[str, Table]) -> tuple[dict[str, list[Row]], tuple[str, ...]]:
+    """Rows with checked labels, and the label names."""
+    if kind not in LABELLED:
+        return {split: table.rows for split, table in tables.items()}, ()
+    for table in tables.values():
+        for index, row in enumerate(table.rows):
+            _check_label(kind, table, index, row, next(iter(tables.values())).rows[0].get("label"))
+    if kind == "regression":
+        rows = {s: [{**row, "label": float(row["label"])} for row in table.rows] for s, table in tables.items()}
+        return rows, ()
+    if kind == "multiple-choice":
+        return {split: table.rows for split, table in tables.items()}, ()
+    return _numbered(tables)
+
+
+def _check_label(kind: TaskKind, table: Table, index: int, row: Row, first: Any) -> None:
+    label = row.get("label")
+    if label is None or label == "":
+        raise table.complain(index, "label", "missing, null or empty. Fill it in or delete the row.")
+    if isinstance(label, bool) or not isinstance(label, int | float | str):
+        raise table.complain(index, "label", f"{label!r} is neither a number nor text.")
+    if isinstance(label, str) != isinstance(first, str):
+        raise table.complain(
+            index, "label", f"{label!r} mixes with labels like {first!r}. Use text or numbers throughout."
+        )
+    if kind == "regression" and (isinstance(label, str) or not math.isfinite(label)):
+        raise table.complain(index, "label", f"{label!r} is not a finite number.")
+    if kind == "multiple-choice":
+        count = len(row["choices"])
+        if not isinstance(label, int) or not 0 <= label < count:
+            raise table.complain(index, "label", f"{label!r} is not the index of one of the {count} choices (from 0).")
+
+
+def _numbered(tables: Mapping[str, Table]) -> tuple[dict[str, list[Row]], tuple[str, ...]]:
+    """Labels of classification as 0, 1, ... in the order of their sorted values, with names."""
+    training = next(iter(tables.values()))
+    stated = _stated_names(tables)
+    values: Sequence[Any] = sorted({row["label"] for row in training.rows} | set(range(len(training.names))))
+    if len(values) < 2:
+        raise LamellaError(f"{training.origin}: every row has the label {values[0]!r}. At least two labels are needed.")
+    number = {value: index for index, value in enumerate(values)}
+    for table in tables.values():
+        for index, row in enumerate(table.rows):
+            if row["label"] not in number:
+                known = ", ".join(map(repr, values[:10])) + (", ..." if len(values) > 10 else "")
+                raise table.complain(index, "label", f"{row['label']!r} is unknown: {training.origin} has {known}.")
+    rows = {s: [{**row, "label": number[row["label"]]} for row in table.rows] for s, table in tables.items()}
+    return rows, tuple(stated.get(value, str(value)) for value in values)
+
+
+def _stated_names(tables: Mapping[str, Table]) -> dict[Any, str]:
+    """The name of each label, where the source states it."""
+    names: dict[Any, str] = dict(enumerate(next(iter(tables.values())).names))
+    for table in tables.values():
+        for index, row in enumerate(table.rows):
+            name = row.get("label_name")
+            if isinstance(name, str) and names.setdefault(row["label"], name) != name:
+                raise table.complain(
+                    index,
+                    "label_name",
+                    f"label {row['label']!r} is called {name!r} here and {names[row['label']]!r} before.",
+                )
+    return names

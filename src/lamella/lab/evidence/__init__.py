@@ -1,0 +1,1 @@
+"""What is kept of finished studies, and the page written from it."""

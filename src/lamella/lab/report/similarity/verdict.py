@@ -1,0 +1,106 @@
+"""What a study of expert similarity found, in a few sentences with their numbers."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from lamella.lab.report.similarity.matrices import pair_means
+from lamella.similarity.swapping import change_in_words
+
+# Unexplained share of an expert by itself from which its aligners count as untrained, and what helps.
+NOT_REGAINED = 0.9
+REMEDY = "Align with more --steps, or capture more with --per-expert, before reading anything into the numbers."
+
+
+def verdict(
+    alignment: pd.DataFrame | None,
+    distance: Mapping[str, Mapping[str, float]] | None,
+    swap: pd.DataFrame | None,
+    compression: pd.DataFrame | None,
+) -> list[str]:
+    """A sentence or two for each step that was run."""
+    sentences = []
+    if alignment is not None and len(alignment):
+        sentences += _of_alignment(alignment)
+    if swap is not None and len(swap):
+        sentences.append(_of_swaps(swap, distance))
+    if compression is not None and len(compression):
+        sentences.append(_of_compression(compression))
+    return sentences or ["Nothing was measured yet."]
+
+
+def _of_alignment(alignment: pd.DataFrame) -> list[str]:
+    found = {aligner: pairs for aligner, pairs in pair_means(alignment).items() if (pairs["kind"] == "pair").any()}
+    if not found:
+        return ["No pair of two different experts was aligned."]
+    sentences = [sentence for aligner, pairs in found.items() for sentence in _of_aligner(aligner, pairs)]
+    return [*sentences, _of_variance(alignment)]
+
+
+def _of_aligner(aligner: str, rows: pd.DataFrame) -> list[str]:
+    pairs, itself = rows[rows["kind"] == "pair"], rows.loc[rows["kind"] == "self", "nmse"].median()
+    best = pairs.loc[pairs.groupby(["source_layer", "source_expert"])["nmse"].idxmin()]
+    top = best.loc[best["nmse"].idxmin()]
+    within = (best["source_layer"] == best["target_layer"]).mean()
+    names = {*zip(pairs["source_layer"], pairs["source_expert"], strict=True)}
+    names |= {*zip(pairs["target_layer"], pairs["target_expert"], strict=True)}
+    control = "" if np.isnan(itself) else f"; the expert itself, the control, leaves {itself:.0%}"
+    closest = f"The closest pair is {_name(top)} ({top['nmse']:.0%})." if top["nmse"] < 1 else "None beats the mean."
+    words = (
+        f"Of {len(best)} experts, the best stand-in behind an aligner ({aligner}) leaves a median "
+        f"{best['nmse'].median():.0%} of the output variance unexplained on held-out tokens{control}. {closest} "
+        f"{within:.0%} of the best stand-ins lie in the same layer. {len(pairs):,} of "
+        f"{len(names) * (len(names) - 1):,} pairs were aligned; {pairs['beyond'].mean():.0%} of them are better than "
+        "all their controls with every seed."
+    )
+    failed = f"The aligners ({aligner}) hardly learned: not even the expert itself is regained. {REMEDY}"
+    return [failed, words] if itself > NOT_REGAINED else [words]
+
+
+def _of_variance(alignment: pd.DataFrame) -> str:
+    rows = alignment[alignment["kind"] == "pair"]
+    raw = rows["mse"].rank().corr(rows["source_variance"].rank())
+    normalised = rows["nmse"].rank().corr(rows["source_variance"].rank())
+    known = "" if np.isnan(normalised) else f"; the normalised error by {normalised:.2f}"
+    return (
+        f"Raw error follows the variance of the expert that is replaced (rank correlation {raw:.2f}{known}), so "
+        "matrices show the unexplained share."
+    )
+
+
+def _of_swaps(swap: pd.DataFrame, distance: Mapping[str, Mapping[str, float]] | None) -> str:
+    real = swap[swap["distance"] > 0]
+    if real.empty:
+        return f"{len(swap)} swaps were tried, none between two layers."
+    worst = real.loc[real["effect"].abs().idxmax()]
+    sentences = [
+        f"{len(real)} swaps between layers were tried; the largest effect is {worst['metric']} {worst['effect']:+.3f} "
+        f"[{worst['low']:+.3f}, {worst['high']:+.3f}] ({worst['unit']} of layers {worst['first_layer']} and "
+        f"{worst['second_layer']})."
+    ]
+    for name, found in (distance or {}).items():
+        interval = "" if np.isnan(found["low"]) else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+        sentences.append(
+            f"The effect of {name} {change_in_words(found)} with the distance of the layers: {found['slope']:+.4f} per "
+            f"layer{interval}, rank correlation {found['spearman']:.2f} (p {found['p_value']:.3f})."
+        )
+    return " ".join(sentences)
+
+
+def _of_compression(compression: pd.DataFrame) -> str:
+    rows = compression[compression["budget"] < 1]
+    if rows.empty:
+        return "Nothing was compressed."
+    budget = rows["budget"].max()
+    here = rows[(rows["budget"] == budget) & (rows["domain"] == rows["domain"].iloc[0])]
+    means = here.groupby("method")["ratio"].mean().sort_values()
+    listed = ", ".join(f"{method} {ratio:.3f}" for method, ratio in means.items())
+    return f"Keeping {budget:.0%} of the experts' parameters multiplies perplexity by: {listed}."
+
+
+def _name(pair: pd.Series) -> str:
+    return (
+        f"expert {int(pair['source_expert'])} of layer {int(pair['source_layer'])} by expert "
+        f"{int(pair['target_expert'])} of layer {int(pair['target_layer'])}"
+    )

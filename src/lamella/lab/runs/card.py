@@ -1,0 +1,182 @@
+"""The model card of a run: what was trained on what, how good it is beside a floor, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from peft import PeftModel
+from torch import nn
+
+from lamella.lab.data import KNOWN_BACKBONES, Backbone, Task
+from lamella.lab.runs.metrics import metric_for
+from lamella.lab.runs.floors import FLOOR, floor_predictions
+from lamella.lab.runs.folder import environment
+from lamella.lab.methods import trainable_parameters
+from lamella.lab.runs.settings import RunSettings
+from lamella.tuners import LamellaType
+
+# up to here the linear model takes seconds
+_FLOOR_ROWS = 20_000
+_CITATION = """\
+```bibtex
+@article{gao2024mola,
+  title   = {Higher Layers Need More LoRA Experts},
+  author  = {Gao, Chongyang and Chen, Kezhen and Rao, Jinmeng and Sun, Baochen and Liu, Ruibo and Peng, Daiyi and
+             Zhang, Yawen and Guo, Xiaoyuan and Yang, Jie and Subrahmanian, VS},
+  journal = {arXiv preprint arXiv:2402.08562},
+  year    = {2024}
+}
+```"""
+
+
+def model_card(
+    model: nn.Module, backbone: Backbone, task: Task, settings: RunSettings, metrics: Mapping[str, Any]
+) -> str:
+    """The README.md of what a run saves: Markdown under the YAML block that the hub reads.
+
+    Of a model or a task that lies in a folder of this machine only the folder's name is told.
+
+    Args:
+        model: as it is saved.
+        backbone: what it was made from.
+        task: what it was trained on, with the rows that were used.
+        settings: of the run.
+        metrics: what the run measured, as in `metrics.json`.
+    """
+    base, method = public_name(backbone.published), settings.method.name
+    sections = {
+        "Base": f"{base}. The weights are those of {backbone.source}{_revision(backbone)}.",
+        "Method": _method(settings, metrics),
+        "Data": _data(task),
+        "Scores": _scores(task, metrics),
+        "Cost": _cost(model, metrics),
+        "Loading": _loading(model, backbone, task),
+        **({"Citation": _CITATION} if _is_lamella(model) else {}),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return f"---\n{_front_matter(model, base, method)}---\n\n# {base} on {_task_name(task)} with {method}\n\n{body}\n"
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders of this machine: a hub id as it is, of a path its last part."""
+    path = Path(name)
+    return path.name if path.is_absolute() or path.is_dir() else name
+
+
+def _task_name(task: Task) -> str:
+    scheme, colon, rest = task.name.partition(":")
+    return f"{scheme}:{Path(rest).name}" if colon and scheme == "file" else task.name
+
+
+def _is_lamella(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type in set(LamellaType)
+
+
+def _front_matter(model: nn.Module, base: str, method: str) -> str:
+    fields = {
+        "base_model": base,
+        "library_name": "peft" if isinstance(model, PeftModel) else "transformers",
+        "tags": ["lamella", method],
+    }
+    return str(yaml.safe_dump(fields, sort_keys=False))
+
+
+def _revision(backbone: Backbone) -> str:
+    return f", revision {backbone.revision}" if backbone.revision else ""
+
+
+def _method(settings: RunSettings, metrics: Mapping[str, Any]) -> str:
+    own = settings.method.model_dump(mode="json", exclude={"name", "match"}, exclude_none=True)
+    own |= {"adapters": " ".join(own["adapters"])} if "adapters" in own else {}  # names, not places on this machine
+    own |= {"r": metrics["rank"]} if "rank" in metrics else {}
+    values = ", ".join(f"{key}={value}" for key, value in own.items())
+    text = f"{settings.method.name}{f' ({values})' if values else ''}."
+    summary = metrics.get("summary")
+    return f"{text}\n\n```text\n{summary}\n```" if summary else text
+
+
+def _data(task: Task) -> str:
+    rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
+    lines = [
+        f"- Task: {_task_name(task)} ({task.kind}; rows: {rows})",
+        f"- Source: {task.source}",
+        f"- Licence: {task.licence or 'not stated'}",
+        *(f"- {note}" for note in task.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _scores(task: Task, metrics: Mapping[str, Any]) -> str:
+    splits = {split: metrics[split] for split in ("validation", "test") if split in metrics}
+    names = list(dict.fromkeys(name for scores in splits.values() for name in scores))
+    floor = _floor(task)
+    header = ["split", *names, *[f"{task.metric}, {FLOOR}"] * bool(floor)]
+    rows = [
+        [split, *(f"{scores[name]:.4f}" for name in names), *([f"{floor[split]:.4f}"] if floor else [])]
+        for split, scores in splits.items()
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    text = f"One run, seed {metrics['seed']}, chosen by {metrics['metric']} on validation."
+    if not floor:
+        text += " No linear floor was measured."
+    return f"{text}\n\n{table}"
+
+
+def _floor(task: Task) -> dict[str, float]:
+    """The linear model's score by split; empty where it has none or takes long."""
+    if len(task.splits["train"]) > _FLOOR_ROWS:
+        return {}
+    predictions = floor_predictions(task).get(FLOOR, {})
+    return {
+        split: metric_for(task.metric).function(found, np.asarray(task.splits[split]["label"]))
+        for split, found in predictions.items()
+    }
+
+
+def _cost(model: nn.Module, metrics: Mapping[str, Any]) -> str:
+    machine = environment()
+    on_gpu = next(model.parameters()).is_cuda
+    place = torch.cuda.get_device_name() if on_gpu else f"{machine['threads']} thread(s) of {machine['processor']}"
+    return (
+        f"{trainable_parameters(model):,} trainable parameters, task head included; {metrics['train_seconds']:.0f} s "
+        f"for {metrics['steps']:,} steps ({metrics['tokens']:,} tokens) on {place}."
+    )
+
+
+def _loading(model: nn.Module, backbone: Backbone, task: Task) -> str:
+    if not isinstance(model, PeftModel):
+        kind = type(model).__name__
+        return _code(f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("THIS_FOLDER")')
+    bare = model.get_base_model()
+    kind, labels = type(bare).__name__, ""
+    if task.kind in ("classification", "pair-classification", "regression"):
+        labels = f", num_labels={bare.config.num_labels}"
+    register = ["import lamella  # registers the method with PEFT"] * _is_lamella(model)
+    published = _code(
+        *register,
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        "",
+        f'base = {kind}.from_pretrained("{public_name(backbone.published)}"{labels})',
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+    )
+    if backbone.name not in KNOWN_BACKBONES:
+        return published
+    ours = _code(
+        *register,
+        "from peft import PeftModel",
+        "from lamella.lab.data import load_backbone, load_task",
+        "",
+        f'base = load_backbone("{backbone.name}", load_task("{_task_name(task)}")).model',
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+    )
+    return f"{published}\n\nOn the very weights it was trained on ({backbone.source}):\n\n{ours}"
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])

@@ -1,0 +1,280 @@
+"""One run, from settings to a finished folder: `train`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainerCallback, TrainerState, set_seed
+
+from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
+from lamella.errors import LamellaError
+from lamella.tracing import record_routing
+from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
+from lamella.lab.runs.card import model_card
+from lamella.lab.runs.folder import RunFolder
+from lamella.diagnostics.memory import peak_memory, reset_peak_memory
+from lamella.lab.methods import trainable_parameters
+from lamella.tuners.optimization import is_routed
+from lamella.diagnostics.preflight import FirstStep
+from lamella.lab.runs.saving import check_saved, load_weights, save_trained
+from lamella.lab.runs.scoring import Scores, score, selection
+from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.tasks import task_of
+from lamella.lab.runs.trainer import RunTrainer
+from lamella.files import whole
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger("lamella")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, and what `metrics.json` in it says."""
+
+    folder: RunFolder
+    metrics: dict[str, Any]
+
+
+def train(
+    settings: RunSettings,
+    folder: str | Path,
+    *,
+    force: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunResult:
+    """Train, score, save and check one run; go on from its last checkpoint where it was interrupted.
+
+    Under ``torchrun`` or ``accelerate launch`` the processes share the batches and the scoring, and the first of them
+    writes.
+
+    Args:
+        settings: the run.
+        folder: where it is kept; made if it does not exist.
+        force: delete an earlier run in ``folder`` first.
+        callbacks: further callbacks of transformers' Trainer.
+
+    Raises:
+        LamellaError: the folder may not be written, settings do not fit the model or task, the loss is no number,
+            or what was saved does not load equal.
+    """
+    process = PartialState()
+    place = RunFolder(Path(folder))
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if process.is_main_process:
+        place.check(settings, force=force)
+    reset_peak_memory()
+    run = _Run(settings, place, process, callbacks)  # settings that do not fit end here, before anything is written
+    if process.is_main_process:
+        place.begin(settings, force=force)
+    process.wait_for_everyone()
+    with _log_file(place, writes=process.is_main_process):
+        try:
+            return run.complete()
+        except Exception as error:
+            logger.info("stopped: %s", error)
+            raise
+
+
+class _Run:
+    """A run under way: what it was made from, its Trainer and its watch."""
+
+    def __init__(
+        self, settings: RunSettings, place: RunFolder, process: PartialState, callbacks: Sequence[TrainerCallback]
+    ) -> None:
+        self.settings, self.place, self.process = settings, place, process
+        set_seed(settings.seed)
+        with process.main_process_first():  # one process fills the cache, the others find it full
+            self.task: Task = task_of(settings)
+            self.backbone: Backbone = load_backbone(settings.model, self.task)
+        self.encoded = encode(
+            self.task,
+            self.backbone.tokenizer,
+            max_length=settings.max_length,
+            packing=settings.packing,
+            decoder=self.backbone.decoder,
+        )
+        self.rows = _training_rows(self.encoded, self.task)
+        if not settings.method.resumes and settings.keep == "best":
+            raise LamellaError(
+                f"'{settings.method.name}' cannot go back to its best checkpoint: PEFT's lack what it trains. "
+                "Set keep=last."
+            )
+        started = time.perf_counter()
+        self.built = settings.method.build(self.backbone, self.task)
+        self.build_seconds = time.perf_counter() - started
+        self.model: nn.Module = self.built.model
+        self.watch, routing = Stopwatch(), RoutingHistory(self.model, place.path / "routing.parquet")
+        self.trainer: RunTrainer | None = None  # a method that is done when it is built has nothing to train
+        if trainable_parameters(self.model):
+            self.trainer = RunTrainer(
+                settings,
+                self.task,
+                self.model,
+                self.rows,
+                self.encoded,
+                place,
+                callbacks=[self.watch, routing, LogLines(), FirstStep(), *callbacks],
+                log_sources=[self.watch.latest, routing.latest],
+            )
+
+    def complete(self) -> RunResult:
+        """Train and measure; the last thing written is `metrics.json`."""
+        self._log_start()
+        better = selection(self.task)
+        before = self._scores() if better.name == "perplexity" else {}
+        alpha = self._learned_alpha()
+        if self.trainer is None:
+            self.model.to(self.process.device)
+        else:
+            self._fit(self.trainer)
+            # accelerate wraps the forward for mixed precision; what is scored and saved is the model without it
+            self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_fp32_wrapper=False)
+        after, routing = self._traced_scores()
+        metrics = {
+            "model": self.settings.model,
+            "task": self.task.name,
+            "method": self.settings.method.name,
+            "seed": self.settings.seed,
+            "metric": better.name,
+            "greater_is_better": better.greater_is_better,
+            **{split: scores.metrics for split, scores in after.items()},
+            **({"before": {split: scores.metrics for split, scores in before.items()}} if before else {}),
+            **self._costs(),
+            **({"alpha": {"start": alpha, "end": self._learned_alpha()}} if alpha else {}),
+            "routing": routing,
+            "notes": [*self.task.notes, *self.encoded.notes],
+        }
+        if self.process.is_main_process:
+            self._write(after, metrics)
+        self.process.wait_for_everyone()
+        return RunResult(self.place, self.place.metrics())
+
+    def _fit(self, trainer: RunTrainer) -> None:
+        with self.process.main_process_first():  # the first one also removes what a kill left half-written
+            checkpoint = self.place.last_checkpoint()
+        if checkpoint is None or not self.settings.method.resumes:
+            trainer.train()
+        else:
+            logger.info("resuming from %s", checkpoint.name)
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step < state.max_steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint))
+            else:  # it was interrupted while scoring or saving
+                load_weights(self.model, checkpoint)
+                trainer.state = state
+                self.watch.resume(state)
+        best = trainer.state.best_global_step
+        if best and best != trainer.state.global_step:
+            logger.info("keeping the weights of step %d, the best on validation", best)
+            load_weights(self.model, self.place.checkpoints / f"checkpoint-{best}")
+
+    def _scores(self) -> dict[str, Scores]:
+        splits = {"validation": self.encoded.validation, "test": self.encoded.test}
+        return {
+            name: score(self.model, self.task, rows, self.encoded.collator, self.settings.eval_batch_size)
+            for name, rows in splits.items()
+            if rows is not None
+        }
+
+    def _traced_scores(self) -> tuple[dict[str, Scores], dict[str, float] | None]:
+        """The final scores, and the routing over the same rows, which `trace.parquet` keeps; None without routers."""
+        if not is_routed(self.model):
+            return self._scores(), None
+        with record_routing(self.model) as trace:
+            scores = self._scores()
+        trace.gather()
+        if self.process.is_main_process:
+            trace.save(self.place.path / "trace.parquet")
+        return scores, routing_summary(trace.frame)
+
+    def _learned_alpha(self) -> dict[str, float]:
+        """MoLEx's learned alphas as they are now, by block or stack; empty where none is learned."""
+        alphas = getattr(getattr(self.model, "base_model", None), "alphas", None)
+        return alphas() if callable(alphas) else {}
+
+    def _costs(self) -> dict[str, Any]:
+        state = TrainerState() if self.trainer is None else self.trainer.state
+        summary = getattr(getattr(self.model, "base_model", None), "summary", None)
+        return {
+            "trainable_parameters": trainable_parameters(self.model),
+            **self.built.decided,
+            "summary": str(summary()) if callable(summary) else None,
+            "steps": state.global_step,
+            "kept_step": state.best_global_step or state.global_step,
+            "build_seconds": self.build_seconds,
+            "train_seconds": self.watch.seconds,
+            "seconds_per_step": self.watch.seconds / max(1, state.global_step),
+            "tokens": int(state.num_input_tokens_seen),
+            "peak_memory_bytes": peak_memory(),
+            "processes": self.process.num_processes,
+        }
+
+    def _write(self, scores: dict[str, Scores], metrics: dict[str, Any]) -> None:
+        frames = [pd.DataFrame({"split": name, **one.columns}) for name, one in scores.items()]
+        if frames:
+            with whole(self.place.path / "predictions.parquet") as path:
+                pd.concat(frames, ignore_index=True).to_parquet(path)
+        card = model_card(self.model, self.backbone, self.task, self.settings, metrics)
+        save_trained(self.model, self.settings.method, self.backbone, self.place, card)
+        batch = self.encoded.collator([self.rows[i] for i in range(min(4, len(self.rows)))])
+        method = self.settings.method
+        equal = check_saved(self.model, method, self.place, self.settings.model, self.task, batch)
+        self.place.write_json("metrics.json", metrics | {"saved_equals_loaded": equal})
+        self.place.remove_checkpoints()
+        logger.info("finished")
+
+    def _log_start(self) -> None:
+        trained = trainable_parameters(self.model)
+        logger.info(
+            "%s on %s with %s, seed %d: %s trainable parameters, %d process(es)",
+            self.settings.model,
+            self.task.name,
+            self.settings.method.name,
+            self.settings.seed,
+            f"{trained:,}",
+            self.process.num_processes,
+        )
+        for note in (*self.task.notes, *self.encoded.notes):
+            logger.info("%s", note)
+
+
+def _training_rows(encoded: Encoded, task: Task) -> Dataset:
+    if encoded.train is None:
+        raise LamellaError(f"The task '{task.name}' has no training rows. Give a task with a train split.")
+    if encoded.validation is None:
+        raise LamellaError(
+            f"The task '{task.name}' has no validation rows to watch the training by. Give it a validation split."
+        )
+    return encoded.train
+
+
+@contextmanager
+def _log_file(place: RunFolder, *, writes: bool) -> Iterator[None]:
+    """lamella's log goes to `log.txt` as well, in the one process that writes."""
+    if not writes:
+        yield
+        return
+    handler = logging.FileHandler(place.path / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()

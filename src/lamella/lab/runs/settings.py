@@ -1,0 +1,162 @@
+"""What a run is made of: a recipe file, overrides and defaults become one `RunSettings`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from lamella.errors import LamellaError
+from lamella.lab.methods import Method, method_from
+from lamella.lab.schema import Settings
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+class RunSettings(Settings):
+    """One training run."""
+
+    model: str = Field("minilm", description="a demo asset, a hub id or a path")
+    task: str = Field("trec", description="a named task, hub:NAME or file:ROWS")
+    method: SerializeAsAny[Method] = Field(
+        default_factory=lambda: method_from("mola"), description="its name and its own settings"
+    )
+    seed: int = Field(0, ge=0)
+
+    epochs: Rate | None = Field(None, description="passes over the training rows; 1 if max_steps is absent too")
+    max_steps: Positive | None = Field(None, description="optimizer steps, in place of epochs")
+    batch_size: Positive = Field(32, description="rows per process and forward pass")
+    accumulation: Positive = Field(1, description="forward passes per optimizer step")
+    lr: Rate = 2e-3
+    router_lr: Rate | None = Field(None, description="learning rate of the routers; lr if absent")
+    weight_decay: float = Field(0.0, ge=0.0)
+    router_weight_decay: float = Field(0.0, ge=0.0)
+    warmup_ratio: float = Field(0.06, ge=0.0, lt=1.0)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    max_grad_norm: float = Field(1.0, ge=0.0, description="0 switches clipping off")
+
+    max_length: Positive = Field(128, description="tokens per row; longer rows are cut")
+    limit: Positive | dict[Literal["train", "validation", "test"], Positive] | None = Field(
+        None, description="rows used: of every split, or by split; all if absent"
+    )
+    packing: bool = Field(False, description="causal LM: rows of max_length filled with consecutive text")
+    length_sorted: bool = Field(True, description="batches of rows alike in length, in random order")
+
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    threads: Positive | None = Field(None, description="CPU threads; torch's default if absent")
+
+    eval_batch_size: Positive = 64
+    evaluate_every: Positive | None = Field(
+        None, description="steps between scores on validation, each with a checkpoint; a quarter of the run if absent"
+    )
+    keep: Literal["best", "last"] = Field("best", description="which checkpoint becomes the result, by validation")
+    log_every: Positive = 10
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _all_read(self) -> RunSettings:
+        if self.max_steps is not None and self.epochs is not None:
+            raise LamellaError(
+                f"max_steps={self.max_steps} and epochs={self.epochs:g} both say when to stop. Give one of them."
+            )
+        if self.max_steps is None and self.epochs is None:
+            self.epochs = 1.0
+        return self
+
+    @property
+    def label(self) -> str:
+        """A folder name that says what the run is."""
+        parts = (Path(self.model).name, Path(self.task.rpartition(":")[2]).stem, self.method.name, f"seed{self.seed}")
+        return "-".join(parts)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Method:
+        return value if isinstance(value, Method) else method_from(value)
+
+
+def resolve(recipe: str | None, overrides: Iterable[str] = (), **values: Any) -> RunSettings:
+    """Settings of a recipe (a file, or the name of a packaged one), then ``values``, then ``key=value`` overrides.
+
+    Keys may be dotted (``method.r=4``); override values are read as YAML. ``method=NAME`` given as a word starts that
+    method from its defaults, dropping another method's settings.
+
+    Raises:
+        LamellaError: no such recipe, not a mapping, an override without ``=``, an unknown key or an unfit value.
+    """
+    tree = read_recipe(recipe) if recipe else {}
+    for key, value in values.items():
+        if value is not None:
+            _place(tree, key, value)
+    override(tree, overrides)
+    return RunSettings.parse(tree)
+
+
+def override(tree: dict[str, Any], words: Iterable[str]) -> None:
+    """Put ``key=value`` words, keys dotted and values in YAML, into the tree of a recipe.
+
+    Raises:
+        LamellaError: a word without ``=``, or a value that is not YAML.
+    """
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise LamellaError(f"'{word}' is not an override; write it as key=value, for example lr=1e-3.")
+        _place(tree, key.strip(), _scalar(text))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The mapping in a YAML file, found by path or, among the packaged recipes, by name.
+
+    Raises:
+        LamellaError: there is no such file or recipe, or it does not hold a mapping.
+    """
+    path = Path(name)
+    packaged = resources.files("lamella.lab") / "recipes" / f"{name}.yaml"
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif packaged.is_file():
+        text = packaged.read_text(encoding="utf-8")
+    else:
+        raise LamellaError(
+            f"There is no recipe '{name}': no file of that path, and the packaged ones are {', '.join(recipe_names())}."
+        )
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LamellaError(f"The recipe '{name}' is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise LamellaError(f"The recipe '{name}' holds no 'key: value' lines; write settings such as 'model: minilm'.")
+    return tree
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes of runs and studies inside the package; those in a folder bear its name, as in
+    `published/molex/cola`. Those in `models` are of models that `lamella build` makes, and not among them."""
+    with resources.as_file(resources.files("lamella.lab") / "recipes") as folder:
+        names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+        return sorted(name for name in names if not name.startswith("models/"))
+
+
+def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        below = tree.get(parent)
+        if isinstance(below, str):  # `method: lora` is short for `method: {name: lora}`
+            below = {"name": below}
+        tree[parent] = dict(below) if isinstance(below, Mapping) else {}
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LamellaError(f"The value '{text}' of an override is not valid YAML: {error}") from error

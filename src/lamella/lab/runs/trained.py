@@ -1,0 +1,233 @@
+"""What a run or an adapter folder holds, loaded and ready to be used on a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from torch import nn
+
+from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
+from lamella.lab.data.models import has_own_head, is_decoder
+from lamella.errors import LamellaError
+from lamella.diagnostics.base import head_size, load_base
+from lamella.diagnostics.files import CONFIG
+from lamella.lab.runs.scoring import trains_tokens
+from lamella.lab.runs.settings import RunSettings
+from lamella.tuners import redundancy
+from lamella.tuners.mola import MolaLinear
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+
+# Kinds that one head can serve; the labels of a classification must be the same as well.
+_HEADS = {"classification": "classes", "pair-classification": "classes", "regression": "a value"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trained model lies.
+
+    Attributes:
+        folder: of the adapter, or of a whole model.
+        settings: of the run that it belongs to; None for an adapter on its own.
+    """
+
+    folder: Path
+    settings: RunSettings | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it needs a base model."""
+        return (self.folder / CONFIG).is_file()
+
+    @property
+    def label(self) -> str:
+        """What to call it: the run's label, or the folder's name."""
+        return self.settings.label if self.settings else self.folder.name
+
+    @property
+    def base(self) -> str | None:
+        """The run's base model, by the name that it has on this machine; None for an adapter on its own."""
+        return self.settings.model if self.settings else None
+
+    @property
+    def reading(self) -> RunSettings:
+        """How rows are read: as in the run, or as by default."""
+        return self.settings or RunSettings.parse({})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model in evaluation mode, with what reads rows for it."""
+
+    place: Place
+    model: Any
+    tokenizer: Any
+    task: Task
+
+    @property
+    def size(self) -> int:
+        """Parameters that its training changed: the adapter's and the head's, or all of a whole model."""
+        if not isinstance(self.model, PeftModel):
+            return int(self.model.num_parameters())
+        # runs never resize the vocabulary, and to find out PEFT would ask the hub
+        saved = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return sum(tensor.numel() for tensor in saved.values())
+
+    def redundancy(self) -> pd.DataFrame | None:
+        """`lamella.redundancy` of the active adapter's LoRA experts; None where it has none."""
+        if not any(isinstance(module, MolaLinear) for module in self.model.modules()):
+            return None
+        return redundancy(self.model)
+
+    def rows(self, split: str, count: int | None = None) -> tuple[Dataset, Encoded]:
+        """At most ``count`` rows of a split, always the same ones, read as in the run, and their collator.
+
+        Raises:
+            LamellaError: the task has no such split.
+        """
+        if split not in self.task.splits:
+            raise LamellaError(
+                f"The task '{self.task.name}' has no split '{split}'; it has {', '.join(self.task.splits)}."
+            )
+        task = dataclasses.replace(self.task, splits={split: self.task.splits[split]})
+        reading = self.place.reading
+        encoded = encode(
+            task,
+            self.tokenizer,
+            max_length=reading.max_length,
+            packing=reading.packing and task.kind == "causal-lm" and "text" in task.splits[split].column_names,
+            limit=None if count is None else {split: count},
+            decoder=is_decoder(self.model.config),
+        )
+        rows: Dataset = getattr(encoded, split)
+        return rows, encoded
+
+
+def find_trained(path: Path) -> Place:
+    """The adapter or model in a run's folder, or the adapter that the folder is.
+
+    Raises:
+        LamellaError: there is neither.
+    """
+    run = path if (path / "run.yaml").is_file() else path.parent
+    settings = None
+    if (run / "run.yaml").is_file() and (run == path or path.name in ("adapter", "model")):
+        settings = RunSettings.parse(yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8")))
+    folders = [path, path / "adapter"] if run != path else [path / "adapter"]
+    for folder in folders:
+        if (folder / CONFIG).is_file():
+            return Place(folder, settings)
+    if settings is not None and (whole := run / "model").is_dir():
+        return Place(whole, settings)
+    raise LamellaError(
+        f"{path} holds neither an adapter (with {CONFIG}) nor a finished run (with run.yaml and its adapter or model)."
+        if path.is_dir()
+        else f"There is no folder {path}."
+    )
+
+
+def load_trained(path: Path, task_name: str | None = None, base: str | None = None) -> Trained:
+    """The model of a run or an adapter, with the head that a task needs.
+
+    Args:
+        path: folder of a run, or of an adapter.
+        task_name: what it is used on; the run's own task when None.
+        base: the adapter's base model: a demo model, a hub id or a path; by default the run's, or the one that the
+            adapter names.
+
+    Raises:
+        LamellaError: nothing to load, no task is named anywhere, or the trained head is of another task.
+    """
+    place = find_trained(path)
+    own = load_task(place.settings.task) if place.settings else None
+    task = load_task(task_name) if task_name is not None else own
+    if task is None:
+        raise LamellaError(f"{path} is an adapter on its own and says nothing of its task. Name one with --task.")
+    if own is not None:
+        _check_labels(own, task)
+    if not place.is_adapter:
+        if base is not None:
+            raise LamellaError(f"{path} holds a whole model, which has no base. Leave --base out.")
+        whole = load_backbone(str(place.folder), task)
+        return Trained(place, whole.model.eval(), whole.tokenizer, task)
+    backbone = load_backbone(base or _base_of(place), task)
+    _check_head(place.folder, backbone.model, task)
+    model = _adapted(backbone.model, place.folder)
+    return Trained(place, model, backbone.tokenizer, task)
+
+
+def load_adapted(path: Path, base: str | None = None) -> PeftModel:
+    """The adapter of a folder on its base, for what needs no task.
+
+    Raises:
+        LamellaError: there is no adapter, or its base cannot be loaded.
+    """
+    place = find_trained(path)
+    if not place.is_adapter:
+        raise LamellaError(f"{path} holds a whole model and no adapter: there are no experts in it.")
+    config = PeftConfig.from_pretrained(str(place.folder))
+    bare = load_base(config, load_peft_weights(str(place.folder), device="cpu"), base or _base_of(place))
+    return _adapted(bare, place.folder)
+
+
+def _base_of(place: Place) -> str:
+    if place.settings is not None:
+        return place.settings.model
+    named: str | None = PeftConfig.from_pretrained(str(place.folder)).base_model_name_or_path
+    if not named:
+        raise LamellaError(f"{place.folder / CONFIG} names no base model. Give it with --base.")
+    return named
+
+
+def _adapted(base: nn.Module, folder: Path) -> PeftModel:
+    try:
+        model: PeftModel = PeftModel.from_pretrained(base, str(folder))
+    except (ValueError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise LamellaError(
+            f"The adapter in {folder} cannot be loaded on {type(base).__name__}: {first_line} "
+            "`lamella doctor` says what does not fit."
+        ) from error
+    return model.eval()
+
+
+def _check_labels(own: Task, task: Task) -> None:
+    if _HEADS.get(own.kind) != _HEADS.get(task.kind):
+        raise LamellaError(
+            f"The model was trained on {own.name}, a {own.kind} task, and its head does not fit {task.name}, a "
+            f"{task.kind} task. Choose a task of the same kind."
+        )
+    if own.label_names != task.label_names:
+        raise LamellaError(
+            f"The labels differ: the model was trained on {own.name} with {_listed(own.label_names)}, and {task.name} "
+            f"has {_listed(task.label_names)}. Choose a task with the same labels in the same order."
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{len(names)} labels ({shown}{', ...' if len(names) > 8 else ''})" if names else "no labels"
+
+
+def _check_head(folder: Path, base: nn.Module, task: Task) -> None:
+    """Whether the adapter's own head, where it saved one, has the size that the task needs."""
+    found = head_size(load_peft_weights(str(folder), device="cpu"))
+    if task.kind in _HEADS:
+        needed: int | None = 1 if task.kind == "regression" else len(task.label_names)
+    else:
+        needed = 1 if task.kind == "multiple-choice" and not trains_tokens(task, base) else None
+    if found is None and has_own_head(base):
+        return  # the base was saved with its head, which the adapter left alone
+    if found != needed:
+        raise LamellaError(
+            f"The adapter has {'no head' if found is None else f'a head with {found} output(s)'}, and {task.name}, a "
+            f"{task.kind} task, needs {'none' if needed is None else f'one with {needed}'}. Choose the task it was "
+            "trained on, or one with the same labels."
+        )

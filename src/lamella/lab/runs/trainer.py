@@ -1,0 +1,211 @@
+"""The Trainer of a run: lamella's parameter groups, batch order and scores inside transformers' loop."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from lamella.errors import LamellaError
+from lamella.lab.runs.folder import RunFolder
+from lamella.tuners.optimization import param_groups
+from lamella.lab.runs.scoring import Selection, score, selection, trains_tokens
+from lamella.lab.runs.settings import RunSettings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lamella.lab.data import Encoded, Task
+
+_MEGA_BATCH = 50
+
+
+class BatchOrder(Sampler[int]):
+    """Order of the training rows in an epoch, a function of the seed and the epoch alone, so that a resumed run and
+    every process of a parallel one see the same.
+
+    With lengths, the shuffled rows are cut into stretches of 50 batches, each stretch is sorted by length, and its
+    batches are shuffled again: little padding, and still a new order in every epoch.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, epoch: Callable[[], int], lengths: Sequence[int] | None
+    ) -> None:
+        self._count = count
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = epoch
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch())
+        order: list[int] = torch.randperm(self._count, generator=generator).tolist()
+        return iter(order if self._lengths is None else self._sorted(order, self._lengths, generator))
+
+    def _sorted(self, order: list[int], lengths: Sequence[int], generator: torch.Generator) -> list[int]:
+        stretch, size = _MEGA_BATCH * self._batch_size, self._batch_size
+        result: list[int] = []
+        for start in range(0, self._count, stretch):
+            rows = sorted(order[start : start + stretch], key=lambda i: lengths[i])
+            batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+            # a short batch stays last, or the ones after it would straddle two of these
+            short = batches.pop() if len(batches[-1]) < size else []
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                result += batches[index]
+            result += short
+        return result
+
+
+class RunTrainer(Trainer):
+    """transformers' Trainer, which scores with the task's metrics and stops at a loss that is no number."""
+
+    model_accepts_loss_kwargs: bool
+    optimizer: Any
+    control: TrainerControl
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        task: Task,
+        model: nn.Module,
+        rows: Dataset,
+        encoded: Encoded,
+        folder: RunFolder,
+        callbacks: Sequence[TrainerCallback],
+        log_sources: Sequence[Callable[[], dict[str, float]]],
+    ) -> None:
+        self.settings, self.task, self._collator = settings, task, encoded.collator
+        self._log_sources = log_sources
+        self._groups(model)  # rates that do not fit the model are an error now, and not after the folder is begun
+        super().__init__(
+            model=model,
+            args=arguments(settings, folder, len(rows), selection(task)),
+            train_dataset=rows,
+            eval_dataset=encoded.validation,
+            data_collator=encoded.collator,
+            callbacks=list(callbacks),
+        )
+        # a Trainer takes any model whose forward has **kwargs to divide its loss by the labels of the whole step, but
+        # heads and encoder-decoders return the mean of a batch: with accumulation their gradient would be many times
+        # too large
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and trains_tokens(task, model)
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        self._refuse_missing_sharding()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over lamella's parameter groups."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self._groups(self.model if model is None else model))
+        return self.optimizer
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        chosen = self.settings
+        return param_groups(model, chosen.lr, chosen.router_lr, chosen.weight_decay, chosen.router_weight_decay)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            LamellaError: the loss is not finite. The weights are still those of the step before.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            raise LamellaError(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1} with lr={self.settings.lr:g}. "
+                "Nothing of this step was kept. Lower lr, raise warmup_ratio, lower max_grad_norm, or switch bf16 off, "
+                "and check the rows for empty texts."
+            )
+        return loss
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """The task's metrics on validation, logged and told to the callbacks."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        scores = score(self.model, self.task, rows, self._collator, self.settings.eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the run's own callbacks measured, so that every listener (TensorBoard, W&B, ...) gets it."""
+        for source in self._log_sources:
+            logs.update(source())
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BatchOrder:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = rows["length"] if self.settings.length_sorted else None
+        size = self.settings.batch_size * self.settings.accumulation
+        return BatchOrder(len(rows), size, self.settings.seed, lambda: int(self.state.epoch or 0), lengths)
+
+    def _refuse_missing_sharding(self) -> None:
+        # accelerate drops the wish without a word where there is no accelerator to shard over
+        wished = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+        if wished and not self.is_fsdp_enabled:
+            raise LamellaError(
+                "Sharded training (FSDP) was asked for, and accelerate would run without it on this machine "
+                f"({self.accelerator.distributed_type}). Launch without FSDP, or on GPUs."
+            )
+
+
+def total_steps(settings: RunSettings, rows: int, world: int) -> int:
+    """Optimizer steps of a whole run over ``rows`` training rows in ``world`` processes."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    batches = math.ceil(rows / (settings.batch_size * world))
+    return math.ceil((settings.epochs or 1.0) * max(1, math.ceil(batches / settings.accumulation)))
+
+
+def arguments(settings: RunSettings, folder: RunFolder, rows: int, selects: Selection) -> TrainingArguments:
+    """The Trainer's own settings for a run."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    every = settings.evaluate_every or max(1, math.ceil(total_steps(settings, rows, world) / 4))
+    best = settings.keep == "best"
+    # the other form loses the gradients of frozen inputs
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if not settings.gradient_checkpointing:
+        checkpointing = {}
+    if "tensorboard" in settings.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tracking"))
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        num_train_epochs=settings.epochs or 1.0,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_ratio,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=PartialState().device.type == "cpu",
+        seed=settings.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,  # the best and the last
+        metric_for_best_model=selects.name if best else None,
+        greater_is_better=selects.greater_is_better if best else None,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,  # such a loss ends the run in `training_step`
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        report_to=list(settings.report_to) or "none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        **checkpointing,
+    )

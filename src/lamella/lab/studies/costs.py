@@ -1,0 +1,175 @@
+"""What the methods of a study cost: step time as a ratio in interleaved rounds, kept memory, latency, active size."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.files import whole
+from lamella.lab.bench.memory import kept_megabytes
+from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
+from lamella.lab.data import encode, load_backbone
+from lamella.lab.methods import trainable_parameters
+from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.tasks import limited, task_of
+from lamella.tuners.mola.layer import MolaLinear
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lamella.lab.studies.grid import Cell, Grid
+    from lamella.lab.studies.rows import StudyFolder
+
+_ROUNDS = 5
+_LATENCY_ROWS = (1, 32)
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """An untrained model of a method, and rows of the task to run it on."""
+
+    model: nn.Module
+    training: Batch
+    latency: Mapping[int, Batch]
+
+
+def method_costs(
+    methods: Mapping[str, RunSettings], reference: str, starting: Callable[[str], object] = lambda _: None
+) -> pd.DataFrame:
+    """Measures every method beside the reference, on real rows of its task, on the CPU with one thread.
+
+    A column per measure: ``active parameters`` (trainable ones that a token goes through), ``step time`` (forward,
+    backward and AdamW; times the reference's, median over interleaved rounds), ``kept MB`` (activations kept for the
+    backward pass) and ``latency ms, batch B`` (forward without gradients).
+
+    Args:
+        methods: settings by the name that tables show, all on one backbone and task.
+        reference: the method whose step time is 1.
+        starting: told the name of each method before it is measured.
+    """
+    import pandas as pd
+
+    rows = []
+    with using_threads(1):
+        first = _arm(methods[reference])
+        for name, settings in methods.items():
+            starting(name)
+            arm = first if name == reference else _arm(settings)
+            rows.append({"method": name} | _measure(arm, first))
+    return pd.DataFrame(rows)
+
+
+def study_costs(
+    grid: Grid, cells: Sequence[Cell], folder: StudyFolder, starting: Callable[[str], object] = lambda _: None
+) -> pd.DataFrame:
+    """`method_costs` of a study's finished methods on each backbone, measured once and kept in ``costs.parquet``.
+
+    Args:
+        grid: the study.
+        cells: its cells; a method is measured with the settings of its first finished one.
+        folder: where they lie.
+        starting: told the name of each method before it is measured.
+
+    Returns:
+        The measures, with a column ``backbone``; no rows for a backbone whose reference has not been run.
+    """
+    import pandas as pd
+
+    path = folder.path / "costs.parquet"
+    known = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["method", "backbone", "key"])
+    frames = []
+    for backbone in grid.backbones:
+        firsts: dict[str, Cell] = {}
+        for cell in cells:
+            if cell.backbone == backbone and folder.finished(cell.key):
+                firsts.setdefault(cell.method, cell)
+        keys = [cell.key for cell in firsts.values()]
+        own = known[(known["backbone"] == backbone) & known["key"].isin(keys)]
+        if grid.reference_name in firsts and set(own["method"]) != set(firsts):
+            settings = {name: cell.settings for name, cell in firsts.items()}
+            own = method_costs(settings, grid.reference_name, starting)
+            own.insert(1, "backbone", backbone)
+            own["key"] = keys
+        frames.append(own)
+    costs = pd.concat(frames, ignore_index=True)
+    with whole(path) as unfinished:
+        costs.to_parquet(unfinished, index=False)
+    return costs.drop(columns="key")
+
+
+def _arm(settings: RunSettings) -> _Arm:
+    torch.manual_seed(settings.seed)
+    task = task_of(settings)
+    needed = max(settings.batch_size, *_LATENCY_ROWS)
+    task = limited(task, dict.fromkeys(task.splits, needed))
+    backbone = load_backbone(settings.model, task)
+    encoded = encode(
+        task, backbone.tokenizer, max_length=settings.max_length, packing=settings.packing, decoder=backbone.decoder
+    )
+    assert encoded.train is not None  # a run of these settings was trained on it
+    rows = [encoded.train[i % len(encoded.train)] for i in range(needed)]
+    model = settings.method.build(backbone, task).model
+    latency = {count: encoded.collator(rows[:count]) for count in _LATENCY_ROWS}
+    return _Arm(model, encoded.collator(rows[: settings.batch_size]), latency)
+
+
+def _measure(arm: _Arm, reference: _Arm) -> dict[str, Any]:
+    clock = clock_for(threads=1, device="cpu")
+    steps = {"arm": _train_step(arm), "reference": _train_step(reference)}
+    time = 1.0 if arm is reference else ratio(time_rounds(steps, _ROUNDS, clock), "arm", "reference").median
+    given = [*arm.model.parameters(), *arm.model.buffers(), *arm.training.values()]
+    kept = kept_megabytes(lambda: _loss(arm.model, arm.training), given)
+    forwards = {str(count): _forward(arm.model, batch) for count, batch in arm.latency.items()}
+    seconds = time_rounds(forwards, _ROUNDS, clock)
+    return {
+        "active parameters": active_parameters(arm.model),
+        "step time": time,
+        "kept MB": kept,
+        **{f"latency ms, batch {count}": 1e3 * statistics.median(taken) for count, taken in seconds.items()},
+    }
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Trainable parameters that one token goes through: of a module's experts, only the top-k."""
+    idle = 0.0
+    for layer in model.modules():
+        if isinstance(layer, MolaLinear):
+            for adapter, experts in layer.experts.items():
+                factors = (layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter])
+                size = sum(factor.numel() for factor in factors if factor.requires_grad)
+                idle += size * (1 - experts.top_k / experts.num_experts)
+    return trainable_parameters(model) - round(idle)
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _train_step(arm: _Arm) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW([p for p in arm.model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        arm.model.train()
+        _loss(arm.model, arm.training).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _forward(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+
+    def forward() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(**inputs)
+
+    return forward

@@ -1,5 +1,0 @@
-"""The page of a study of expert similarity."""
-
-from lamella.reporting.similarity.page import SimilarityReport, render_similarity, write_similarity
-
-__all__ = ["SimilarityReport", "render_similarity", "write_similarity"]

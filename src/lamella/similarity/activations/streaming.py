@@ -1,0 +1,221 @@
+"""The streaming pass: the model reads the text once, and every expert keeps a uniform sample of what it is given."""
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.backbones.moe import Dispatch, MoELayer, moe_layers, watch_dispatch
+from lamella.errors import LamellaError
+from lamella.similarity.activations.documents import Batch, Documents, added, unread
+from lamella.similarity.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lamella.similarity.activations.manifest import DTYPES, Manifest
+from lamella.similarity.activations.reading import Capture
+from lamella.similarity.activations.saving import Reservoirs, Saver
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a capture has come.
+
+    Attributes:
+        rows: documents taken in, those of earlier runs among them.
+        tokens: real tokens taken in, likewise.
+        tokens_per_second: of this run.
+        short: experts with fewer samples than asked for.
+        experts: experts of all layers.
+    """
+
+    rows: int
+    tokens: int
+    tokens_per_second: float
+    short: int
+    experts: int
+
+
+def capture(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    folder: str | Path,
+    per_expert: int = 512,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    origin: str = "",
+    progress: Callable[[Progress], None] | None = None,
+) -> Capture:
+    """Runs text through a mixture-of-experts model once and keeps a sample of every expert's inputs.
+
+    Every (layer, expert, document, place among its real tokens) has a fixed pseudo-random key, and an expert keeps the
+    ``per_expert`` tokens with the smallest keys (bottom-k sampling). So the sample is uniform over the tokens the
+    expert was given, and the same for any size, padding and order of the batches. Padding is left out; tokens that an
+    expert had no room for are counted, not sampled.
+
+    The folder holds a checkpoint from time to time: the same call goes on where a killed one stopped, reading over the
+    documents it has, and gives the same capture. On a finished one it only compares the text.
+
+    Args:
+        model: as transformers builds it; it is evaluated, and its training flags are restored.
+        batches: what the model is called with: ``input_ids (batch, tokens)``, one document a row, ``attention_mask``
+            where there is padding, and whatever else. ``rows (batch,)`` may number the documents; otherwise they are
+            counted.
+        folder: of this capture alone.
+        per_expert: most samples of an expert; memory is experts x per_expert x hidden size.
+        seed: of the keys.
+        dtype: of the samples, float32 or bfloat16.
+        tokenizer: of the text, so that later steps can tell another one.
+        origin: what the text is, a sentence.
+        progress: told after every batch.
+
+    Raises:
+        LamellaError: not a mixture of experts; the folder holds a capture of something else; a batch that cannot be
+            read, or none; NaN or infinite activations; the disk is full.
+    """
+    folder = Path(folder)
+    layers = moe_layers(model)
+    asked = _asked(model, layers, per_expert, seed, dtype, tokenizer, origin)
+    saver = Saver(folder)
+    done, reservoirs = saver.resume(asked)
+    if done.complete:
+        _check_ended(unread(batches, done, folder), done, folder)
+        return Capture.load(folder)
+    taking = _Taking(model, layers, done, reservoirs)
+    with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch):
+        for documents in unread(batches, done, folder):
+            taking.take(documents)
+            saver.checkpoint(taking.manifest, reservoirs)
+            if progress is not None:
+                progress(taking.progress())
+    if not taking.manifest.rows_done:
+        raise LamellaError("There is nothing to capture: the text has no documents.")
+    return saver.finish(taking.manifest, reservoirs)
+
+
+class _Taking:
+    """What one run of a capture has taken in."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[MoELayer], done: Manifest, reservoirs: Reservoirs) -> None:
+        self.manifest = done
+        self._model = model
+        self._reservoirs = reservoirs
+        self._device = next(model.parameters()).device
+        self._begun, self._tokens_before = time.monotonic(), done.tokens
+        self._documents: Documents
+        self._told: set[int] = set()
+
+    def take(self, documents: Documents) -> None:
+        """Lets the model read documents, and counts them."""
+        self._documents = documents
+        self._told.clear()
+        inputs = {n: v.to(self._device) if isinstance(v, Tensor) else v for n, v in documents.inputs.items()}
+        self._model(**inputs, **_sparing(self._model, inputs))
+        self.manifest = replace(
+            self.manifest,
+            rows_done=self.manifest.rows_done + len(documents),
+            tokens=self.manifest.tokens + documents.tokens,
+            text=added(self.manifest.text, documents.text),
+        )
+
+    def watch(self, dispatch: Dispatch) -> None:
+        """Takes in what one layer gave to its experts."""
+        layer, real = dispatch.layer, dispatch.real
+        if layer.index in self._told:
+            raise LamellaError(
+                f"Layer {layer.index} ({layer.name}) runs twice in one forward, so its tokens would count twice."
+            )
+        self._told.add(layer.index)
+        positions = (real.view(dispatch.shape).cumsum(dim=1) - 1).flatten()[real]  # (n,), n real tokens
+        rows = self._documents.rows.to(real.device).repeat_interleave(dispatch.shape[1])[real]
+        x, indices = dispatch.x[real], dispatch.routing.indices[real]  # (n, h), (n, k)
+        kept = None if dispatch.routing.kept is None else dispatch.routing.kept[real]
+        self._check_finite(layer, x, indices, rows, positions)
+        reservoir = self._reservoirs[layer.index]
+        reservoir.count(indices, kept)
+        taken = torch.ones_like(indices, dtype=torch.bool) if kept is None else kept
+        reservoir.offer(self.manifest.seed, layer.index, indices, taken, rows, positions, x)
+
+    def _check_finite(self, layer: MoELayer, x: Tensor, indices: Tensor, rows: Tensor, positions: Tensor) -> None:
+        finite = x.isfinite().all(dim=1)
+        if finite.all():
+            return
+        first = int(finite.int().argmin())
+        raise LamellaError(
+            f"Layer {layer.index} ({layer.name}) gives its expert {int(indices[first, 0])} NaN or infinite activations "
+            f"in batch {self._documents.number}, document {int(rows[first])}, token {int(positions[first])}. A model "
+            "that was trained in bfloat16 overflows in float16: load it in bfloat16 or float32; or mend its weights."
+        )
+
+    def progress(self) -> Progress:
+        """How far it has come."""
+        short = sum(int((one.captured < self.manifest.per_expert).sum()) for one in self._reservoirs.values())
+        speed = (self.manifest.tokens - self._tokens_before) / (time.monotonic() - self._begun)
+        experts = sum(experts for _, experts in self.manifest.layers)
+        return Progress(self.manifest.rows_done, self.manifest.tokens, speed, short, experts)
+
+
+def _asked(
+    model: nn.Module,
+    layers: Sequence[MoELayer],
+    per_expert: int,
+    seed: int,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    origin: str,
+) -> Manifest:
+    """What is asked for, as the manifest of a capture that has not begun."""
+    name = next((name for name, known in DTYPES.items() if known == dtype), None)
+    if name is None:
+        raise LamellaError(f"Samples are kept in {' or '.join(DTYPES)}, not in {dtype}.")
+    if per_expert < 1:
+        raise LamellaError(f"per_expert={per_expert}: an expert keeps at least one sample.")
+    widths = {layer.experts[0].up.shape[1] for layer in layers}
+    twice = len(layers) - len({layer.index for layer in layers})
+    if twice or len(widths) > 1:
+        raise LamellaError(
+            f"{type(model).__name__} has {len(layers)} layers of experts, {twice} more than blocks that have any, of "
+            f"the widths {', '.join(map(str, sorted(widths)))}. A capture names an expert by its block and takes one "
+            "layer a block, all of one width; put an adapter's experts on one module a block, or capture without it."
+        )
+    return Manifest(
+        model=model_fingerprint(model),
+        tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        origin=origin,
+        seed=seed,
+        per_expert=per_expert,
+        dtype=name,
+        layers=tuple((layer.index, layer.num_experts) for layer in layers),
+        hidden_size=widths.pop(),
+    )
+
+
+def _check_ended(more: Iterator[Documents], done: Manifest, folder: Path) -> None:
+    if next(more, None) is not None:
+        raise LamellaError(
+            f"The capture in {folder} is complete with {done.rows_done:,} documents, but the text given now goes on. "
+            "Capture into another folder."
+        )
+
+
+def _sparing(model: nn.Module, inputs: Batch) -> dict[str, Any]:
+    """Arguments that keep a model from computing what nobody reads: a cache, and the logits of every token."""
+    spared = {"use_cache": False} | ({} if "labels" in inputs else {"logits_to_keep": 1})
+    takes = inspect.signature(model.forward).parameters
+    return {name: value for name, value in spared.items() if name in takes and name not in inputs}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

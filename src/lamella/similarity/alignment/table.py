@@ -1,0 +1,75 @@
+"""The table of an alignment: one row per ordered pair, aligner, seed and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lamella.files import whole
+from lamella.similarity.alignment.fitting import Fitted, Settings
+from lamella.similarity.alignment.sources import Name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RANDOM: Name = (-1, -1)  # the target of a source's random control
+NAMES = ("source_layer", "source_expert", "target_layer", "target_expert")
+COLUMNS = (
+    *NAMES, "kind", "aligner", "seed", "samples", "held_out", "steps", "parameters", "samples_per_parameter", "mse",
+    "nmse", "cosine", "train_nmse", "identity_nmse", "mean_nmse", "source_variance",
+    "over_mean", "over_identity", "over_random",
+)  # fmt: skip
+
+
+def rows_of(fitted: Fitted, settings: Settings, random_errors: Mapping[Name, Tensor]) -> list[dict[str, Any]]:
+    """The rows of a stack's pairs, by the names of `COLUMNS`.
+
+    Args:
+        fitted: the stack.
+        settings: it was trained with.
+        random_errors: of each source before a random expert, per held-out document.
+    """
+    rows: list[dict[str, Any]] = []
+    steps, cosine, train_mse = (one.tolist() for one in (fitted.trained.steps, fitted.cosine, fitted.train_mse))
+    for at, source in enumerate(fitted.sources):
+        errors = source.by_document(fitted.errors[at])
+        identity = source.by_document(fitted.identity_errors[at])
+        random = random_errors.get(source.name) if fitted.target != RANDOM else None
+        tokens = len(source.held_out)
+        mse = float(errors.sum()) / tokens
+        values = (
+            *source.name, *fitted.target, _kind(source.name, fitted.target), settings.kind, settings.seed,
+            len(source.train), tokens, steps[at], settings.parameters,
+            len(source.train) / settings.parameters if settings.parameters else float("inf"),
+            mse, mse / source.variance, cosine[at], train_mse[at] / source.train_variance,
+            float(identity.sum()) / tokens / source.variance,
+            float(source.mean_errors.sum()) / tokens / source.variance,
+            source.variance, source.upper_difference(errors, source.mean_errors),
+            source.upper_difference(errors, identity),
+            float("nan") if random is None else source.upper_difference(errors, random),
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The table of these rows, by source and target."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return frame.sort_values([*NAMES, "kind"], ignore_index=True)
+
+
+def write_alignment(frame: pd.DataFrame, path: str | Path) -> None:
+    """Writes an alignment as Parquet, its notes in ``attrs`` included, whole or not at all."""
+    with whole(Path(path)) as unfinished:
+        frame.to_parquet(unfinished, index=False)
+
+
+def _kind(source: Name, target: Name) -> str:
+    if target == RANDOM:
+        return "random-target"
+    return "self" if source == target else "pair"

@@ -1,0 +1,157 @@
+"""A layer's experts when fewer are stored than the router chooses from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lamella.aligners import Aligner
+from lamella.backbones.moe import Expert, MoELayer
+from lamella.backbones.moe.expert import Activation
+from lamella.similarity.compression.folding import fold, folded_parameters
+
+Chosen = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+class StoredExpert(nn.Module):
+    """An expert that holds its matrices itself.
+
+    Args:
+        matrices: by their names in ``Expert``; one that another expert holds too is stored once.
+        activation: as in ``Expert``.
+    """
+
+    def __init__(self, matrices: dict[str, nn.Parameter], activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+        for name, matrix in matrices.items():
+            self.register_parameter(name, matrix)
+
+    @classmethod
+    def copy_of(cls, expert: Expert) -> StoredExpert:
+        """An expert of its own, with copies of the matrices."""
+        return cls({name: _parameter(matrix) for name, matrix in expert.matrices.items()}, expert.activation)
+
+    @property
+    def expert(self) -> Expert:
+        """The expert, by views."""
+        return Expert(activation=self.activation, **dict(self.named_parameters()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The expert's output for tokens ``x (N, h)``, ``(N, h)``."""
+        return self.expert(x)
+
+
+class AlignedExpert(nn.Module):
+    """A stored expert behind an aligner: what stands in for an expert that is stored no more."""
+
+    aligner: Aligner
+    target: StoredExpert
+
+    def __init__(self, aligner: Aligner, target: StoredExpert) -> None:
+        super().__init__()
+        self.aligner, self.target = aligner, target
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The target's output for the aligned tokens, ``(N, h)`` for ``x (N, h)``."""
+        return self.target(self.aligner(x))
+
+
+class PooledExperts(nn.Module):
+    """In the place of a layer's experts: the stored ones, and which of them does the work of each.
+
+    A token whose router chose two experts that are one now gets that one's output once, with the sum of both weights.
+    Layers that share an expert hold the same module, so ``parameters()`` counts it once.
+
+    Args:
+        stored: S modules, ``(N, h) -> (N, h)``.
+        places: which of them does the work of each of the layer's E experts, ``(E,)``.
+        chosen: reads indices ``(N, k)``, and which were kept, from what the router selected; the family's.
+    """
+
+    places: Tensor
+
+    def __init__(self, stored: Sequence[nn.Module], places: Tensor, chosen: Chosen) -> None:
+        super().__init__()
+        self.stored = nn.ModuleList(stored)
+        self.register_buffer("places", places)
+        self.chosen = chosen
+
+    @property
+    def num_experts(self) -> int:
+        """E: how many the router chooses from."""
+        return len(self.places)
+
+    def expert(self, index: int) -> Expert:
+        """What does the work of one of the E experts, its aligner folded in.
+
+        Raises:
+            LamellaError: its aligner is not linear.
+        """
+        stored = self.stored[int(self.places[index])]
+        if isinstance(stored, AlignedExpert):
+            return fold(stored.target.expert, stored.aligner.matrix, stored.aligner.bias)
+        assert isinstance(stored, StoredExpert)
+        return stored.expert
+
+    def forward(self, hidden: Tensor, selected: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs, in the shape of ``hidden``.
+
+        Args:
+            hidden: ``(..., h)``, N tokens.
+            selected: which experts, as the family's router puts it.
+            weights: ``(N, k)``.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])  # (N, h)
+        indices, kept = self.chosen(selected)  # (N, k)
+        weights = weights if kept is None else weights * kept
+        chosen = self.places[indices]  # (N, k)
+        output = torch.zeros_like(flat)
+        for place in chosen.unique().tolist():
+            here = chosen == place  # (N, k)
+            rows = here.any(dim=-1).nonzero()[:, 0]  # (n,)
+            weight = (weights * here).sum(dim=-1)[rows, None]  # (n, 1)
+            output.index_add_(0, rows, (self.stored[place](flat[rows]) * weight).to(output.dtype))
+        return output.view_as(hidden)
+
+
+def stand_in(target: StoredExpert, aligner: Aligner) -> nn.Module:
+    """What does another expert's work behind an aligner, stored in the fewest numbers.
+
+    The target itself where the aligner has no parameters; a copy with the aligner folded in, which stores gate and up
+    again and shares ``down``, where that is no more than the aligner; else the aligner in front of the target.
+    """
+    own = sum(parameter.numel() for parameter in aligner.parameters())
+    if own == 0:
+        return target
+    down = target.expert.down
+    if not _folds(target.expert, aligner):
+        return AlignedExpert(copy.deepcopy(aligner).to(down.device, down.dtype), target)
+    shared = {name: matrix for name, matrix in target.named_parameters() if name.startswith("down")}
+    folded = fold(target.expert, aligner.matrix.to(down.device), aligner.bias.to(down.device)).matrices
+    new = {name: _parameter(matrix) for name, matrix in folded.items() if name not in shared}
+    return StoredExpert({**new, **shared}, target.activation)
+
+
+def stand_in_parameters(target: Expert, aligner: Aligner) -> int:
+    """How many numbers a stand-in stores beside its target."""
+    own = sum(parameter.numel() for parameter in aligner.parameters())
+    return folded_parameters(target) if own and _folds(target, aligner) else own
+
+
+def _folds(target: Expert, aligner: Aligner) -> bool:
+    own = sum(parameter.numel() for parameter in aligner.parameters())
+    return aligner.kind != "layernorm" and folded_parameters(target) <= own
+
+
+def expert_parameters(layers: Iterable[MoELayer]) -> int:
+    """How many numbers the experts of layers store, each counted once."""
+    held = {id(one): one.numel() for layer in layers for one in layer.experts_module.parameters()}
+    return sum(held.values())
+
+
+def _parameter(matrix: Tensor) -> nn.Parameter:
+    return nn.Parameter(matrix.detach().clone(memory_format=torch.contiguous_format))

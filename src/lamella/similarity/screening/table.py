@@ -1,0 +1,215 @@
+"""The screen: one row per ordered pair of experts, without training anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lamella.backbones.moe import Expert, MoELayer, moe_layers
+from lamella.errors import LamellaError
+from lamella.similarity.screening.cka import centred, linear_cka
+from lamella.similarity.screening.floor import floor_energy, unreachable_directions
+from lamella.similarity.screening.pairs import NAMES, Name, Pair, all_pairs, check_pairs
+from lamella.similarity.screening.weights import weight_distance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lamella.similarity.activations import Capture
+
+logger = logging.getLogger("lamella")
+
+MEASURES = ("floor", "cka_distance", "weight_distance", "coactivation")
+_ROWS = 32768  # tokens of sources held at once; the down-projection of each target is decomposed once for each group
+
+
+@torch.no_grad()
+def screen(
+    capture: Capture,
+    model: nn.Module,
+    pairs: Iterable[Pair] | None = None,
+    *,
+    measures: Collection[str] = MEASURES,
+    held_out: float = 0.5,
+) -> pd.DataFrame:
+    """What tells pairs of experts apart before any aligner is trained, on the held-out tokens of each source.
+
+    Args:
+        capture: inputs of the experts.
+        model: the captured model.
+        pairs: (source, target), each a (layer, expert); None takes all ordered pairs of captured experts.
+        measures: which columns to compute; the others are NaN. The weight distance costs most.
+        held_out: share of the source's documents to measure on, as for `align`.
+
+    Returns:
+        One row per pair, sorted, with source_layer, source_expert, target_layer, target_expert and
+
+        * floor: a normalised error that no aligner in front of the target can beat on these tokens: the share of the
+          source's output that lies outside the column space of the target's down-projection (less its bias), over
+          the same variance as every normalised error. 0 where the target has as many hidden units as outputs;
+        * cka_distance: 1 - linear CKA of both experts' outputs on the source's tokens;
+        * weight_distance: of the weights, hidden units matched (see `weight_distance`);
+        * coactivation: share of tokens that choose both; NaN across layers;
+        * held_out: tokens of the source that floor and cka_distance were measured on.
+
+        Floor and CKA distance are NaN for a source with fewer than two such tokens or an output that does not vary;
+        a warning names these sources.
+
+    Raises:
+        LamellaError: the capture is of another model, a pair or a measure is unknown, or an activation is not finite.
+    """
+    import pandas as pd
+
+    if unknown := sorted(set(measures) - set(MEASURES)):
+        raise LamellaError(f"{unknown[0]!r} is no measure of the screen; choose among {', '.join(MEASURES)}.")
+    capture.check(model)
+    layers = {layer.index: layer for layer in moe_layers(model)}
+    ordered = all_pairs(capture.experts) if pairs is None else check_pairs(pairs, capture.experts)
+    frame = pd.DataFrame([(*source, *target) for source, target in ordered], columns=list(NAMES), dtype="int64")
+    columns = {name: [float("nan")] * len(ordered) for name in MEASURES}
+    place = {pair: row for row, pair in enumerate(ordered)}
+    tokens = _measure_outputs(capture, layers, place, columns, measures, held_out)
+    if "weight_distance" in measures:
+        _measure_weights(layers, place, columns["weight_distance"])
+    if "coactivation" in measures:
+        _read_coactivation(capture, ordered, columns["coactivation"])
+    return frame.assign(**columns, held_out=[tokens[source] for source, _ in ordered])
+
+
+@dataclass(frozen=True, eq=False)
+class _Sources:
+    """Some sources with their held-out tokens, padded to the same number n.
+
+    Attributes:
+        names: S of them.
+        x: ``(S, n, h)``.
+        y: outputs of the sources, ``(S, n, d)``, zero where padded.
+        real: not padded, ``(S, n, 1)``.
+        scale: tokens x d x variance: what turns a squared error into a normalised one, ``(S,)``; NaN where it cannot.
+    """
+
+    names: list[Name]
+    x: Tensor
+    y: Tensor
+    real: Tensor
+    scale: Tensor
+
+    def only(self, names: Collection[Name]) -> _Sources:
+        """These alone; all of them where that saves no more than half."""
+        if 2 * len(names) > len(self.names):
+            return self
+        rows = [row for row, name in enumerate(self.names) if name in names]
+        return _Sources(
+            [self.names[row] for row in rows], self.x[rows], self.y[rows], self.real[rows], self.scale[rows]
+        )
+
+
+def _measure_outputs(
+    capture: Capture,
+    layers: dict[int, MoELayer],
+    place: dict[Pair, int],
+    columns: dict[str, list[float]],
+    measures: Collection[str],
+    share: float,
+) -> dict[Name, int]:
+    """Fills in floor and CKA distance; the number of held-out tokens of each source."""
+    known = {"floor": _floors, "cka_distance": _cka_distances}
+    chosen = {name: measure for name, measure in known.items() if name in measures}
+    wanted: dict[Name, set[Name]] = {}
+    for source, target in place:
+        wanted.setdefault(target, set()).add(source)
+    asked = {source for source, _ in place}
+    held_out = {name: capture.split(*name, held_out=share)[1] for name in asked}
+    tokens = {source: len(rows) for source, rows in held_out.items()}
+    for group in _groups(tokens):
+        sources = _load(capture, layers, {name: held_out[name] for name in group})
+        for target, askers in wanted.items():
+            if here := askers & set(group):
+                some = sources.only(here)
+                expert = layers[target[0]].experts[target[1]]
+                for name, measure in chosen.items():
+                    values = dict(zip(some.names, measure(some, expert).tolist(), strict=True))
+                    for source in here:
+                        columns[name][place[source, target]] = values[source]
+    return tokens
+
+
+def _floors(sources: _Sources, target: Expert) -> Tensor:
+    energy = floor_energy(sources.y, target, unreachable_directions(target.down))  # (S, n)
+    return (energy * sources.real[..., 0]).sum(-1) / sources.scale  # (S,)
+
+
+def _cka_distances(sources: _Sources, target: Expert) -> Tensor:
+    outputs = _outputs(target, sources.x)  # (S, n, d)
+    distance = 1 - linear_cka(centred(sources.y, sources.real), centred(outputs, sources.real))
+    return distance.masked_fill(sources.scale.isnan(), torch.nan)
+
+
+def _groups(tokens: dict[Name, int]) -> Iterator[list[Name]]:
+    """The sources in groups of at most `_ROWS` padded tokens."""
+    group: list[Name] = []
+    for name in sorted(tokens):
+        longest = max([tokens[name], *(tokens[other] for other in group)])
+        if group and longest * (len(group) + 1) > _ROWS:
+            yield group
+            group = []
+        group.append(name)
+    if group:
+        yield group
+
+
+def _load(capture: Capture, layers: dict[int, MoELayer], held_out: dict[Name, Tensor]) -> _Sources:
+    names, xs, ys = list(held_out), [], []
+    for (layer, index), rows in held_out.items():
+        expert = layers[layer].experts[index]
+        x = capture.inputs(layer, index)[rows].to(expert.down.device)  # (n, h)
+        y = _outputs(expert, x)  # (n, d)
+        if not (x.isfinite().all() and y.isfinite().all()):
+            raise LamellaError(
+                f"Expert {index} of layer {layer} has an input or output that is not finite. Run the model in float32 "
+                "or bfloat16, find the text that does this, and capture again."
+            )
+        xs.append(x)
+        ys.append(y)
+    scale = torch.stack([_scale(y) for y in ys])
+    if bad := [name for name, one in zip(names, scale.tolist(), strict=True) if one != one]:
+        logger.warning(
+            "Not measured as sources, for want of two held-out tokens with different outputs: %s.",
+            ", ".join(f"expert {index} of layer {layer}" for layer, index in bad),
+        )
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones(len(x), 1, dtype=torch.bool) for x in xs], batch_first=True)
+    x, y = (torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (xs, ys))
+    return _Sources(names, x, y, real.to(x.device), scale)
+
+
+def _outputs(expert: Expert, x: Tensor) -> Tensor:
+    """What an expert puts out for ``x (..., h)``, computed in its own precision, in float32."""
+    return expert(x.to(expert.down.dtype)).float()
+
+
+def _scale(y: Tensor) -> Tensor:
+    energy = (y - y.mean(0)).square().sum()
+    return energy if len(y) > 1 and energy > 0 else torch.full_like(energy, torch.nan)
+
+
+def _measure_weights(layers: dict[int, MoELayer], place: dict[Pair, int], column: list[float]) -> None:
+    for (source, target), row in place.items():
+        other = place.get((target, source))
+        if other is not None and other < row:  # the distance is symmetric
+            column[row] = column[other]
+        else:
+            experts = (layers[layer].experts[index] for layer, index in (source, target))
+            column[row] = weight_distance(*experts)
+
+
+def _read_coactivation(capture: Capture, pairs: Sequence[Pair], column: list[float]) -> None:
+    told = capture.coactivation[["layer", "expert", "other", "share"]].itertuples(index=False, name=None)
+    shares = {(layer, expert, other): share for layer, expert, other, share in told}
+    for row, (source, target) in enumerate(pairs):
+        if source[0] == target[0]:
+            column[row] = shares[(*source, target[1])]

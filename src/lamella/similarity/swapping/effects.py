@@ -1,0 +1,203 @@
+"""What swaps cost: a model's scores on texts with two of its parts in each other's place, against the plain model's."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from lamella.errors import LamellaError
+from lamella.files import whole
+from lamella.similarity.swapping.intervals import ratio_interval
+from lamella.similarity.swapping.pairs import RANDOM, Swap
+from lamella.similarity.swapping.scores import Batch, Metric, TextScores, text_scores
+from lamella.similarity.swapping.swapping import Aligner, randomised, swap
+from lamella.similarity.swapping.units import Named, Unit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KEY = (
+    "unit", "first_layer", "first_expert", "second_layer", "second_expert", "exchange", "aligned", "metric", "level",
+    "seed",
+)  # fmt: skip
+COLUMNS = (
+    *KEY[:7], "distance", "metric", "baseline", "value", "effect", "low", "high", "p_value", "texts", "level", "seed",
+)  # fmt: skip
+_TABLE, _TEXTS = "swap.parquet", "swap-texts"
+Row = dict[str, Any]
+# by (source, target) among experts: what the source's tokens pass before the target
+PairAligners = Mapping[tuple[Named, Named], Aligner]
+
+
+def swap_effects(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    swaps: Iterable[Swap],
+    unit: Unit = "expert",
+    exchange: bool = True,
+    metric: Metric = "nll",
+    level: float = 0.95,
+    seed: int = 0,
+    aligners: PairAligners | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    folder: str | Path | None = None,
+    choices: Sequence[int] | None = None,
+) -> "pd.DataFrame":
+    """The effect of each swap on a score of the model, with its interval.
+
+    The score of every text is taken with and without the swap; ``effect`` is the swapped model's score less the plain
+    one's on the same texts, ``low`` and ``high`` its interval by drawing texts with replacement. "nll" is nats per
+    token, the sum over all texts divided by all their tokens, so that exp(effect) is the ratio of perplexities;
+    "accuracy" is the share of texts. ``p_value`` is two-sided and not corrected for the number of swaps.
+
+    Args:
+        model: what is measured.
+        batches: what the model is called with, see ``text_scores``; one row is one text.
+        swaps: pairs to swap, of layers or of (layer, expert); a second of ``RANDOM`` gives the first random weights.
+        unit: what changes places.
+        exchange: both ways; otherwise the second takes the first's place.
+        metric: "nll", lower is better, or "accuracy", higher is better.
+        level: coverage of the interval.
+        seed: of the bootstrap and of random weights.
+        aligners: by (source, target), what the source's tokens pass before the target; every swap needs its own, and
+            other aligners another folder: a row does not say which they were.
+        progress: told how many swaps are done, of how many.
+        folder: of a study: ``swap.parquet`` there gets each row when it is measured and keeps those measured before,
+            which are not measured again; ``swap-texts/`` the scores of every text.
+        choices: for accuracy of label tokens, the tokens that may be written; None for all.
+
+    Returns:
+        A row per swap, in the order given. unit, first_layer, first_expert, second_layer, second_expert (-1 where the
+        unit has no expert, and for random weights), exchange, aligned, distance (blocks between the layers; NaN for
+        random weights), metric, baseline, value, effect, low, high, p_value, texts, level, seed.
+
+    Raises:
+        LamellaError: what ``swap`` and ``text_scores`` refuse; the folder holds swaps of another model or other texts.
+    """
+    import pandas as pd
+
+    listed, wanted = list(batches), list(dict.fromkeys(swaps))
+    plain = text_scores(model, listed, metric, choices)
+    kept = _Kept(None if folder is None else Path(folder), plain, metric)
+    rows = []
+    for done, one in enumerate(wanted, start=1):
+        row = _row(one, unit, exchange, aligners is not None, metric, level, seed)
+        found = kept.find(row)
+        if found is None:
+            with _swapped(model, one, unit, exchange, aligners, seed):
+                swapped = text_scores(model, listed, metric, choices, _name(one))
+            found = row | _effect(plain, swapped, level, seed)
+            kept.add(found, swapped)
+        rows.append(found)
+        if progress is not None:
+            progress(done, len(wanted))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+class _Kept:
+    """The swaps that a folder holds; without a folder, none."""
+
+    def __init__(self, folder: Path | None, plain: TextScores, metric: Metric) -> None:
+        import pandas as pd
+
+        self._folder, self._plain = folder, plain
+        self._rows: dict[tuple[Any, ...], Row] = {}
+        if folder is None or not (folder / _TABLE).exists():
+            return
+        self._rows = {_key(row): row for row in pd.read_parquet(folder / _TABLE).to_dict("records")}
+        of_metric = [row for row in self._rows.values() if row["metric"] == metric]
+        if of_metric and not self._is_of_plain(_texts_file(folder, of_metric[0])):
+            raise LamellaError(
+                f"{folder / _TABLE} holds swaps of another model or other texts: the plain model does not score on "
+                f"each text what {_TEXTS}/ says it did. Give another folder, or remove both."
+            )
+
+    def _is_of_plain(self, path: Path) -> bool:
+        import pandas as pd
+
+        if not path.exists():
+            return False
+        texts, plain = pd.read_parquet(path), self._plain
+        if len(texts) != len(plain.sums):
+            return False
+        # another batch size changes the last digits
+        scores_alike = np.allclose(texts["baseline"], plain.sums, rtol=1e-3)
+        return scores_alike and np.array_equal(texts["weight"], plain.weights)
+
+    def find(self, row: Row) -> Row | None:
+        return self._rows.get(_key(row))
+
+    def add(self, row: Row, swapped: TextScores) -> None:
+        """Keeps a measured swap: the scores of its texts first, so that every row of the table has them."""
+        import pandas as pd
+
+        self._rows[_key(row)] = row
+        if self._folder is None:
+            return
+        texts = {"baseline": self._plain.sums, "score": swapped.sums, "weight": swapped.weights}
+        with whole(_texts_file(self._folder, row)) as unfinished:
+            pd.DataFrame(texts).to_parquet(unfinished, index=False)
+        with whole(self._folder / _TABLE) as unfinished:
+            pd.DataFrame(list(self._rows.values()), columns=list(COLUMNS)).to_parquet(unfinished, index=False)
+
+
+def _swapped(
+    model: nn.Module, one: Swap, unit: Unit, exchange: bool, aligners: PairAligners | None, seed: int
+) -> AbstractContextManager[None]:
+    first, second = one
+    if second == RANDOM:
+        return randomised(model, first, unit, seed)
+    return swap(model, first, second, unit, exchange, aligners)
+
+
+def _row(one: Swap, unit: Unit, exchange: bool, aligned: bool, metric: Metric, level: float, seed: int) -> Row:
+    (first_layer, first_expert), (second_layer, second_expert) = (
+        named
+        if isinstance(named, tuple) and unit == "expert"
+        else (named[0] if isinstance(named, tuple) else named, -1)
+        for named in one
+    )
+    random = one[1] == RANDOM
+    return {
+        "unit": unit,
+        "first_layer": first_layer,
+        "first_expert": first_expert,
+        "second_layer": second_layer,
+        "second_expert": second_expert,
+        "exchange": exchange and not random,
+        "aligned": aligned and not random,
+        "distance": float("nan") if random else float(abs(first_layer - second_layer)),
+        "metric": metric,
+        "level": level,
+        "seed": seed,
+    }
+
+
+def _effect(plain: TextScores, swapped: TextScores, level: float, seed: int) -> Row:
+    interval = ratio_interval(swapped.sums - plain.sums, plain.weights, level=level, seed=seed)
+    return {
+        "baseline": plain.value,
+        "value": swapped.value,
+        "effect": interval.difference,
+        "low": interval.low,
+        "high": interval.high,
+        "p_value": interval.p_value,
+        "texts": len(plain.sums),
+    }
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _texts_file(folder: Path, row: Row) -> Path:
+    return folder / _TEXTS / f"{'_'.join(str(row[name]) for name in KEY)}.parquet"
+
+
+def _name(one: Swap) -> str:
+    """What errors call the model with this swap."""
+    first, second = one
+    return f"the model with {'random weights' if second == RANDOM else second} in the place of {first}"

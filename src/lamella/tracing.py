@@ -1,0 +1,269 @@
+"""Recording of routing decisions: all k choices, real tokens only, once under checkpointing, right with a cache.
+
+Routers of lamella's adapters are recorded, and those that a mixture-of-experts model came with.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lamella.backbones.moe import FAMILIES, Dispatch, explain_unknown, find_moe_layers, watch_dispatch
+from lamella.errors import LamellaError
+from lamella.files import whole
+from lamella.routing import Routing
+from lamella.routing.context import RoutedCall, current_frame, find_tracker
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NATIVE = "native"  # the adapter's name of routers that belong to no adapter
+COLUMNS = (
+    "adapter", "stack", "layer", "module", "expert", "num_experts", "share", "mean_weight", "entropy", "tokens",
+    "dropped",
+)  # fmt: skip
+TOKEN_COLUMNS = (
+    "adapter", "stack", "layer", "module", "call", "sequence", "position", "rank", "expert", "weight",
+)  # fmt: skip
+PAIR_COLUMNS = ("adapter", "stack", "layer", "module", "expert", "other", "share")
+Key = tuple[str, str, int, str]  # adapter, stack, layer, module
+
+
+@dataclass
+class _Router:
+    """Running sums of one router: selections and weights per expert ``(E,)``, tokens that chose both of a pair of
+    experts ``(E, E)``, entropy and tokens; and apart from them, per expert, selections it had no room for ``(E,)``.
+    """
+
+    counts: Tensor
+    dropped: Tensor
+    weights: Tensor
+    together: Tensor
+    entropy: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, num_experts: int, device: torch.device) -> "_Router":
+        sums = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        pairs = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
+        return cls(sums.long(), sums.long(), sums, pairs, sums.sum(), sums.sum().long())
+
+    def add(self, routing: Routing, mask: Tensor | None) -> None:
+        indices, weights, probs = routing.indices, routing.weights.detach(), routing.probs.detach()
+        kept = _kept(routing)
+        if mask is not None:
+            indices, weights, probs, kept = indices[mask], weights[mask], probs[mask], kept[mask]
+        self.counts = self.counts + torch.bincount(indices[kept], minlength=len(self.counts))
+        self.dropped = self.dropped + torch.bincount(indices[~kept], minlength=len(self.counts))
+        self.weights = self.weights.index_add(0, indices[kept], weights[kept].double())
+        chosen = torch.zeros_like(probs).scatter_(1, indices, kept.to(probs.dtype))  # (N, E)
+        self.together = self.together + (chosen.T @ chosen).double()
+        self.entropy = self.entropy + torch.special.entr(probs).sum().double()
+        self.tokens = self.tokens + len(indices)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """The sums on the CPU, in the order of the fields."""
+        return tuple(getattr(self, one.name).cpu() for one in fields(self))
+
+
+class Trace:
+    """What the routers did while it was recorded, per adapter, stack, layer and module."""
+
+    def __init__(self, per_token: bool = False) -> None:
+        self._routers: dict[Key, _Router] = {}
+        self._per_token = per_token
+        self._choices: list[tuple[Key, int, Tensor, Tensor, Tensor, Tensor]] = []
+        self._calls: list[RoutedCall] = []
+
+    def observe(self, layer: Any, adapter: str, routing: Routing, mask: Tensor | None, shape: torch.Size) -> None:
+        """Takes in one router's decision for tokens of that shape, ``(batch, tokens)``, or for sequences ``(batch,)``.
+
+        Called by the layers; ``layer.place`` says where they are.
+        """
+        key = (adapter, layer.place.stack, layer.place.layer, layer.place.module)
+        if key not in self._routers:
+            self._routers[key] = _Router.empty(routing.num_experts, routing.logits.device)
+        with torch.no_grad():
+            self._routers[key].add(routing, mask)
+        if self._per_token:
+            self._keep(key, routing, mask, shape)
+
+    def observe_native(self, dispatch: Dispatch) -> None:
+        """Takes in one decision of a router that the model came with."""
+        self.observe(dispatch.layer, NATIVE, dispatch.routing, dispatch.real, torch.Size(dispatch.shape))
+
+    def _keep(self, key: Key, routing: Routing, mask: Tensor | None, shape: torch.Size) -> None:
+        frame = current_frame()
+        assert frame is not None  # observers are told inside a forward
+        if frame.call not in self._calls:
+            self._calls.append(frame.call)
+        at = _places(shape, routing.granularity)  # (N, 2)
+        real = torch.ones(len(at), dtype=torch.bool) if mask is None else mask.cpu()
+        kept = _kept(routing).cpu()[real]  # (N, k)
+        rows, ranks = torch.where(kept)
+        indices, weights = routing.indices.cpu()[real][kept], routing.weights.detach().float().cpu()[real][kept]
+        self._choices.append((key, self._calls.index(frame.call), at[real][rows], ranks, indices, weights))
+
+    @property
+    def counts(self) -> dict[Key, Tensor]:
+        """Selections per expert, ``(E,)``, by (adapter, stack, layer, module); none that it had no room for."""
+        return {key: router.counts.cpu() for key, router in self._routers.items()}
+
+    @property
+    def dropped(self) -> dict[Key, Tensor]:
+        """Selections that the expert had no room for, per expert, ``(E,)``; the token got nothing from it."""
+        return {key: router.dropped.cpu() for key, router in self._routers.items()}
+
+    @property
+    def entropy(self) -> dict[Key, float]:
+        """Mean entropy of a token's probabilities over all experts, in nats; at most ln E."""
+        return {key: float(router.entropy / router.tokens.clamp_min(1)) for key, router in self._routers.items()}
+
+    @property
+    def frame(self) -> "pd.DataFrame":
+        """A row per router and expert.
+
+        ``share`` is the fraction of the router's selections that fell on the expert (sums to 1 over experts),
+        ``mean_weight`` the mean over all real tokens of the weight the expert got (zero where not chosen; sums to 1
+        where the router normalises its weights), ``entropy`` the router's mean entropy in nats, ``tokens`` the
+        decisions it took: one per real token, or one per sequence or batch where that is what a decision is for,
+        ``dropped`` the selections the expert had no room for, which count nowhere else. ``adapter`` is "native" for
+        a router that the model came with.
+        """
+        import pandas as pd
+
+        rows = []
+        for (adapter, stack, layer, module), router in self._routers.items():
+            tokens = int(router.tokens)
+            share = (router.counts / router.counts.sum().clamp_min(1)).tolist()
+            mean_weight = (router.weights / max(tokens, 1)).tolist()
+            entropy = float(router.entropy) / max(tokens, 1)
+            per_expert = zip(share, mean_weight, router.dropped.tolist(), strict=True)
+            for expert, (part, weight, dropped) in enumerate(per_expert):
+                rows.append((adapter, stack, layer, module, expert, len(share), part, weight, entropy, tokens, dropped))
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    @property
+    def coactivation(self) -> "pd.DataFrame":
+        """A row per router and ordered pair of experts: the share of its tokens that chose both.
+
+        Beside itself an expert has the share of tokens that chose it at all.
+        """
+        import pandas as pd
+
+        rows = []
+        for key, router in self._routers.items():
+            shares = (router.together / router.tokens.clamp_min(1)).tolist()
+            for expert, row in enumerate(shares):
+                rows += [(*key, expert, other, share) for other, share in enumerate(row)]
+        return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
+
+    def gather(self) -> None:
+        """In a process group: adds up what all processes recorded, in every one of them; alone, nothing changes.
+
+        Every process has to call it. ``tokens`` stays what this process saw.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        everyone: list[dict[Key, tuple[Tensor, ...]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, {key: router.sums() for key, router in self._routers.items()})
+        added: dict[Key, _Router] = {}
+        for one in everyone:
+            for key, sums in one.items():
+                before = added[key].sums() if key in added else tuple(torch.zeros_like(part) for part in sums)
+                added[key] = _Router(*(a + b for a, b in zip(before, sums, strict=True)))
+        self._routers = added
+
+    @property
+    def tokens(self) -> "pd.DataFrame":
+        """A row per token, router and chosen expert: where the token is, the expert's rank among the k, its weight.
+
+        ``call`` counts the forwards recorded, ``sequence`` and ``position`` say where the token lies in that forward's
+        input (with a cache, a forward's input is only the new tokens). A decision for a whole sequence has position -1,
+        one for a whole batch sequence -1 too. A choice that was dropped has no row.
+
+        Raises:
+            LamellaError: it was not asked for.
+        """
+        import pandas as pd
+
+        if not self._per_token:
+            raise LamellaError("Tokens were not kept; record with record_routing(model, per_token=True).")
+        parts = []
+        for (adapter, stack, layer, module), call, at, ranks, indices, weights in self._choices:
+            columns = {
+                "adapter": adapter,
+                "stack": stack,
+                "layer": layer,
+                "module": module,
+                "call": call,
+                "sequence": at[:, 0].numpy(),
+                "position": at[:, 1].numpy(),
+                "rank": ranks.numpy(),
+                "expert": indices.numpy(),
+                "weight": weights.numpy(),
+            }
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(TOKEN_COLUMNS))
+
+    def save(self, path: str | Path) -> None:
+        """Writes ``frame`` as Parquet, whole or not at all."""
+        with whole(Path(path)) as unfinished:
+            self.frame.to_parquet(unfinished, index=False)
+
+
+def _places(shape: torch.Size, granularity: str) -> Tensor:
+    """The sequence and position that each row of a decision is for, ``(N, 2)``; -1 for all of them."""
+    if granularity == "batch":
+        return torch.full((1, 2), -1)
+    if granularity == "sequence":
+        return torch.stack([torch.arange(shape[0]), torch.full(shape[:1], -1)], dim=1)
+    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))
+    return places if len(shape) == 2 else torch.stack([torch.zeros_like(places[:, 0]), places[:, 0]], dim=1)
+
+
+def _kept(routing: Routing) -> Tensor:
+    """Which choices were carried out, ``(N, k)``."""
+    kept: Tensor | None = getattr(routing, "kept", None)
+    return torch.ones_like(routing.indices, dtype=torch.bool) if kept is None else kept
+
+
+@contextmanager
+def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]:
+    """Records what the routers of a model do inside the context; outside it, recording costs nothing.
+
+    In a mixture-of-experts model with a lamella adapter both are recorded, told apart by the column ``adapter``. In
+    ``generate`` a row that has ended runs on with the others, as real tokens to the model, and so it does here.
+
+    Args:
+        model: a model with a lamella adapter, or a mixture of experts of a family that lamella knows.
+        per_token: also keep every token's experts and weights, for ``Trace.tokens``; memory grows with the tokens.
+
+    Raises:
+        LamellaError: the model has neither.
+    """
+    tracker = find_tracker(model)
+    native = find_moe_layers(model, [family for family in FAMILIES if family.native])
+    if tracker is None and not native:
+        raise LamellaError(_nothing_to_record(model))
+    trace = Trace(per_token)
+    with ExitStack() as recording:
+        if tracker is not None:
+            tracker.observers.append(trace.observe)
+            recording.callback(tracker.observers.remove, trace.observe)
+        if native:
+            recording.enter_context(watch_dispatch(model, native, trace.observe_native))
+        yield trace
+
+
+def _nothing_to_record(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} has no lamella adapter, so there is no routing to record; apply one with "
+        "get_peft_model(model, MolaConfig(...)) or MolexConfig(...), or compose LoRAs with lamella.compose, first. "
+        f"Nor has it experts of its own that lamella could watch: {explain_unknown(model)}"
+    )

@@ -1,7 +1,0 @@
-"""Trained LoRAs as they lie about: PEFT folders, kohya's and diffusers' files, hub ids; read, checked and mapped."""
-
-from lamella.tuners.mole.sources.mapping import Mapped, check_base, map_to
-from lamella.tuners.mole.sources.read import read_lora
-from lamella.tuners.mole.sources.source import Factors, LoraSource, Reference, by_name
-
-__all__ = ["Factors", "LoraSource", "Mapped", "Reference", "by_name", "check_base", "map_to", "read_lora"]

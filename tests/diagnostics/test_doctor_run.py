@@ -1,0 +1,162 @@
+"""Doctor on the folder of a run, and the command."""
+
+import json
+
+import pandas as pd
+import pytest
+import typer
+import yaml
+from safetensors.torch import load_file, save_file
+from tests.lab.tiny_runs import tiny_settings
+from typer.testing import CliRunner
+
+from lamella import LamellaError
+from lamella.cli.doctor import doctor as command
+from lamella.diagnostics.doctor import doctor
+from lamella.lab.runs.run import train
+
+MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(bert, questions, tmp_path_factory):
+    """A run that is only read."""
+    return train(tiny_settings(bert, questions, MOLA), tmp_path_factory.mktemp("runs") / "mola").folder.path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy to plant faults in."""
+    import shutil
+
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def codes(diagnosis):
+    return [finding.code for finding in diagnosis.findings]
+
+
+def spread(run):
+    """A trace whose routers use all their experts, so that six steps of training need not have achieved that."""
+    frame = pd.read_parquet(run / "trace.parquet")
+    frame["share"] = 1 / frame["num_experts"]
+    frame["entropy"], frame["tokens"] = 0.6, 1000
+    return frame
+
+
+def test_a_healthy_run_has_no_finding(run):
+    spread(run).to_parquet(run / "trace.parquet")
+
+    diagnosis = doctor(run)
+
+    assert diagnosis.ok, str(diagnosis)
+    text = str(diagnosis)
+    for examined in ("run: ", "16 validation rows predicted again", "12 of 12 routers judged", "bit by bit"):
+        assert examined in text
+
+
+@pytest.mark.parametrize("method", ["head", "lora", "prompt-tuning", "full"])
+def test_runs_without_routers_have_no_finding(bert, questions, run_folder, method):
+    train(tiny_settings(bert, questions, method), run_folder)
+
+    diagnosis = doctor(run_folder)
+
+    assert diagnosis.ok, str(diagnosis)
+    assert "predicted again" in str(diagnosis)
+
+
+def test_a_decoder_run_has_no_finding(llama, prose, run_folder):
+    train(tiny_settings(llama, prose, {**MOLA, "num_experts": 2}), run_folder)
+
+    diagnosis = doctor(run_folder)
+
+    assert diagnosis.ok, str(diagnosis)
+    assert "predicted again" in str(diagnosis)
+
+
+def test_an_adapter_that_is_not_the_run_s(run):
+    """It is whole and fits, but the scores beside it are another model's."""
+    spread(run).to_parquet(run / "trace.parquet")
+    path = run / "adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    head = next(name for name in tensors if name.endswith("classifier.bias"))
+    tensors[head] += 0.1 * tensors[head].new_tensor([1.0, -1.0])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+    diagnosis = doctor(run)
+
+    assert codes(diagnosis) == ["saved-unequal"]
+    assert diagnosis.findings[0].where == "predictions.parquet"
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "code"),
+    [
+        ("share", [0.5, 0.3, 0.2, 0.0], "expert-never-fires"),
+        ("share", [0.5, 0.3, 0.1, 0.1], "router-collapsed"),  # top-2: half of the selections is every token
+        ("entropy", 0.01, "entropy-near-zero"),
+    ],
+)
+def test_faults_in_the_trace(run, column, values, code):
+    frame = spread(run)
+    router = (frame["layer"] == 1) & (frame["module"] == "attention.self.key")
+    frame.loc[router, column] = values
+    if code == "expert-never-fires":
+        frame.loc[router, "share"] = [0.4, 0.4, 0.2, 0.0]
+    frame.to_parquet(run / "trace.parquet")
+
+    diagnosis = doctor(run)
+
+    assert codes(diagnosis) == [code]
+    assert diagnosis.findings[0].where.startswith("bert.encoder.layer.1.attention.self.key")
+
+
+def test_a_fault_in_the_adapter_is_found_in_the_run(run):
+    path = run / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"topk": 2}))
+
+    assert codes(doctor(run)) == ["config-key-unknown"]
+
+
+def test_a_task_that_is_gone_is_said(run, tmp_path):
+    spread(run).to_parquet(run / "trace.parquet")
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    (run / "run.yaml").write_text(yaml.safe_dump(settings | {"task": f"file:{tmp_path}/gone"}))
+
+    diagnosis = doctor(run)
+
+    assert diagnosis.ok
+    assert "predictions: not examined" in str(diagnosis)
+
+
+def test_an_unfinished_run_is_refused(run):
+    import shutil
+
+    shutil.rmtree(run / "adapter")
+
+    with pytest.raises(LamellaError, match="without a result"):
+        doctor(run)
+
+
+@pytest.fixture
+def invoke():
+    app = typer.Typer()
+    app.command()(command)
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command(run, invoke):
+    spread(run).to_parquet(run / "trace.parquet")
+    healthy = invoke(run)
+    assert healthy.exit_code == 0
+    assert "nothing found" in healthy.stdout
+
+    (run / "adapter/adapter_model.bin").write_bytes(b"")
+    ill = invoke(run, "--json")
+    assert ill.exit_code == 1
+    said = json.loads(ill.stdout.splitlines()[-1])
+    assert not said["ok"]
+    assert said["findings"][0]["code"] == "pickle-weights"
+    assert said["checked"]
+
+    assert isinstance(invoke(run / "nowhere").exception, LamellaError)

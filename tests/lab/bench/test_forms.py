@@ -1,0 +1,31 @@
+import torch
+
+from lamella.lab.bench import FormsSettings, bench_forms, render_result
+from lamella.lab.bench.forms import Mixed
+
+TINY = FormsSettings(rounds=2, tokens=32, widths=(16,), num_experts=(2, 4))
+
+
+def test_each_layer_is_a_case_with_all_forms():
+    result = bench_forms(TINY)
+    assert [case.name for case in result.cases] == ["d=16, E=2", "d=16, E=4"]
+    for case in result.cases:
+        assert [arm.name for arm in case.arms] == ["frozen", "dense", "sorted", "lora"]
+        assert max(case.equality.output, case.equality.gradient) < 1e-12
+        assert case.equality.tensors == 4  # A, B, router and x
+    assert "| d=16, E=4 |" in render_result(result)
+
+
+def test_lora_has_the_rank_of_all_experts_together():
+    case = bench_forms(TINY).cases[1]
+    assert case.arm("lora").trainable_parameters == 4 * 8 * (16 + 16)
+    assert case.arm("dense").trainable_parameters == 4 * 8 * (16 + 16) + 4 * 16
+
+
+def test_both_forms_of_a_layer_agree():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(8, 8).double()
+    dense, by_token = (Mixed(base, 4, 2, 2, form).double() for form in ("dense", "sorted"))
+    by_token.load_state_dict(dense.state_dict())
+    x = torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(dense(x), by_token(x))

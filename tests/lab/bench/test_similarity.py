@@ -1,0 +1,60 @@
+import pytest
+import torch
+from tests import tiny_moe
+
+from lamella.backbones.moe import moe_layers
+from lamella.lab.bench import SimilaritySettings, bench_similarity, render_result
+from lamella.lab.bench.naive_similarity import capture_pair
+
+TINY = SimilaritySettings(
+    rounds=2,
+    flow_rounds=2,
+    grids=((8, 2), (16, 2)),
+    samples=12,
+    steps=3,
+    width=16,
+    layers=2,
+    experts=15,
+    side=2,
+    batches=2,
+)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return bench_similarity(TINY)
+
+
+def test_every_case_times_what_gives_the_same_losses(result):
+    assert [case.name for case in result.cases] == [
+        "training, d=8, 4 pairs", "training, d=16, 4 pairs", "end to end, d=16, 4 of 225 pairs of two layers",
+    ]  # fmt: skip
+    for case in result.cases:
+        assert max(case.equality.output, case.equality.gradient) < 1e-9
+    assert [arm.name for arm in result.cases[0].arms] == ["published", "sequential", "batched"]
+    assert [arm.name for arm in result.cases[-1].arms] == ["published flow", "lamella"]
+
+
+def test_the_record_stands_as_tables(result):
+    page = render_result(result)
+    assert "12 samples of an expert, 3 steps" in page
+    assert "| training, d=8, 4 pairs: published / batched |" in page
+    assert ": published flow / lamella |" in page
+
+
+def test_the_published_capture_takes_the_first_tokens_of_an_expert_in_their_order():
+    model = tiny_moe.build("qwen2_moe", dtype=torch.float64)
+    batches = [tiny_moe.inputs(3, 9, seed=seed) for seed in range(6)]
+    layers = {layer.index: layer for layer in moe_layers(model)}
+    x, y = capture_pair(model, batches, ((0, 1), (2, 3)), samples=5)
+    given = []
+    hook = layers[0].module.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    real = torch.cat([h[batch["attention_mask"].bool()] for h, batch in zip(given, batches, strict=True)])
+    with torch.no_grad():
+        chosen = real[(layers[0].router(real).indices == 1).any(dim=1)][:5]
+        torch.testing.assert_close(x, chosen)
+        torch.testing.assert_close(y, layers[0].experts[1](chosen))

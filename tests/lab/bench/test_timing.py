@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
+
+
+def test_every_round_runs_every_arm_and_starts_with_another():
+    ran = []
+    steps = {name: (lambda name=name: ran.append(name)) for name in "abc"}
+    seconds = time_rounds(steps, rounds=4, clock="process CPU time")
+    assert "".join(ran) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_ratio_is_the_median_within_rounds():
+    seconds = {"a": [2.0, 40.0, 6.0], "b": [1.0, 10.0, 2.0]}
+    found = ratio(seconds, "a", "b")
+    assert (found.arm, found.over, found.median, found.minima) == ("a", "b", 3.0, 2.0)
+    assert found.quartiles == (2.5, 3.5)
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "clock"),
+    [
+        (1, "cpu", "process CPU time"),
+        (2, "cpu", "wall time"),
+        (1, "cuda", "wall time, device synchronised"),
+    ],
+)
+def test_the_clock_fits_what_runs(threads, device, clock):
+    assert clock_for(threads, device) == clock
+
+
+def test_threads_are_put_back_also_after_an_error():
+    before = torch.get_num_threads()
+    seen = []
+
+    def fail():
+        with using_threads(before + 1):
+            seen.append(torch.get_num_threads())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before

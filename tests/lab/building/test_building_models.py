@@ -1,0 +1,149 @@
+"""The three recipes, in miniature: a folder that transformers loads, with figures on text that was held out."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from lamella.errors import LamellaError
+from lamella.lab.building import KNOWN_MODELS, build, corpus
+from lamella.lab.building.corpus import documents, token_blocks
+from lamella.lab.building.scores import model_nll, perplexities
+from lamella.lab.building.switch import label_tokens
+from lamella.lab.building.tokenizer import train_tokenizer
+from lamella.lab.data import load_task
+from lamella.lab.runs.settings import read_recipe, recipe_names
+
+SMALL = ["vocabulary=280", "block=16", "hidden=16", "heads=2", "experts=4", "expert_width=8", "shared_width=8"]
+SWITCH = ["vocabulary=300", "max_length=16", "hidden=16", "heads=2", "experts=4", "expert_width=16"]
+
+
+def tiny_moe(folder, prose, *changes, **options):
+    words = [f"kinds=[{prose!r}]", *SMALL, "layers=2", "characters=10000", "held_out_characters=10000"]
+    return build("tiny-moe", folder, [*words, "schedule.log_every=2", *changes], **options)
+
+
+def smollm2_experts(folder, llama, prose, *changes):
+    words = [f"model={llama!r}", f"kinds=[{prose!r}]", "layers=1", "block=8", "blocks=6", "held_out_blocks=4"]
+    quick = ["experts.bf16=false", "routers.bf16=false", "experts.log_every=1", "routers.log_every=1"]
+    return build("smollm2-experts", folder, [*words, *quick, *changes])
+
+
+def test_every_model_has_a_recipe_and_is_no_recipe_of_runs():
+    for name in KNOWN_MODELS:
+        assert read_recipe(f"models/{name}")
+        assert f"models/{name}" not in recipe_names()
+
+
+def test_tiny_moe_loads_and_its_figures_are_those_of_the_kept_weights(prose, tmp_path):
+    log = tiny_moe(tmp_path / "model", prose)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+
+    assert json.loads((tmp_path / "model" / "log.json").read_text()) == log
+    assert model.config.num_experts == 4
+    assert model.config.use_cache
+    assert len(log["shares"]) == 2
+    assert log["active_parameters"]["mixture"] == pytest.approx(log["active_parameters"]["dense"], rel=0.05)
+    assert set(log["test_perplexity"]) == {"unigram", "bigram", "mixture", "dense"}
+    blocks = token_blocks(documents(corpus.prose(prose), "test", 10**6), tokenizer, 16)
+    assert blocks.numel() == log["test_tokens"][prose]
+    found = perplexities({"test": model_nll(model, {"input_ids": blocks, "labels": blocks})})
+    assert found["all"] == pytest.approx(log["test_perplexity"]["mixture"]["all"], rel=1e-4)
+
+
+def test_a_model_that_is_not_what_it_promises_says_so(prose, tmp_path):
+    log = tiny_moe(tmp_path / "model", prose, "schedule.lr=1e-6", "smallest_share=0.9")
+
+    assert any("the bigram floor has" in sentence for sentence in log["failed"])
+    assert any("starved" in sentence for sentence in log["failed"])
+
+
+def test_one_seed_makes_one_model(prose, tmp_path):
+    figures = [tiny_moe(tmp_path / name, prose)["test_perplexity"] for name in ("one", "two")]
+
+    assert figures[0] == figures[1]
+
+
+def test_an_earlier_model_stays_unless_told(prose, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("kept")
+    with pytest.raises(LamellaError, match="exists already"):
+        tiny_moe(tmp_path / "model", prose)
+    assert (tmp_path / "model" / "mine.txt").read_text() == "kept"
+    tiny_moe(tmp_path / "model", prose, force=True)
+    assert not (tmp_path / "model" / "mine.txt").exists()
+
+
+def test_unknown_models_and_settings_are_named(tmp_path):
+    with pytest.raises(LamellaError, match="no recipe for a model 'huge-moe'"):
+        build("huge-moe", tmp_path / "x")
+    with pytest.raises(LamellaError, match="Did you mean 'experts'"):
+        build("tiny-moe", tmp_path / "x", ["expert=3"])
+
+
+def test_smollm2_experts_are_trained_apart_and_told_apart(llama, prose, tmp_path):
+    log = smollm2_experts(tmp_path / "model", llama, prose)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    truth = json.loads((tmp_path / "model" / "ground_truth.json").read_text())
+
+    assert truth == {"layers": [1], "experts": [{"expert": half, "kind": prose, "half": half} for half in (0, 1)]}
+    assert log["untrained_logit_difference"] < 1e-4
+    assert set(log["test_perplexity"]) == {"dense", f"{prose} 0", f"{prose} 1", "mixture"}
+    assert len(log["shares"]) == 1
+    first, second = model.model.layers[1].mlp.experts.down_proj
+    start = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).model.layers[1].mlp.down_proj.weight
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, start.to(torch.bfloat16).float())
+    # all that is not an expert or a router is the dense model's, but for bfloat16
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).state_dict()
+    kept = model.to(torch.bfloat16).state_dict()
+    for name in set(dense) & set(kept):
+        assert torch.equal(dense[name], kept[name]), name
+
+
+def test_too_little_prose_is_an_error(llama, prose, tmp_path):
+    with pytest.raises(LamellaError, match="Ask for fewer"):
+        smollm2_experts(tmp_path / "model", llama, prose, "blocks=4000")
+    assert not (tmp_path / "model").exists()
+
+
+def test_switch_says_a_label_as_one_token(questions, tmp_path):
+    changes = [
+        f"task={questions!r}",
+        *SWITCH,
+        "layers=4",
+        "sparse_layers=2",
+        "schedule.epochs=2",
+        "schedule.log_every=5",
+    ]
+    log = build("switch-trec", tmp_path / "model", changes)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    test = load_task(questions).splits["test"]
+
+    labels = torch.tensor(list(log["label_tokens"].values()))
+    texts = tokenizer(list(test["text"]), padding=True, return_tensors="pt")
+    start = torch.full((len(test), 1), model.config.decoder_start_token_id)
+    with torch.no_grad():
+        logits = model(**texts, decoder_input_ids=start).logits[:, 0, labels]
+    accuracy = (logits.argmax(dim=-1) == torch.tensor(test["label"])).double().mean().item()
+    assert accuracy == log["test_accuracy"]["model"]
+    assert {"floor (TF-IDF)", "floor (majority)"} < set(log["test_accuracy"])
+    assert len(log["shares"]) == 3  # two encoder blocks and the decoder's one
+    assert [sum(layer) for layer in log["shares"]] == pytest.approx([1.0] * 3)  # nothing dropped
+
+
+def test_label_tokens_are_new_and_whole(questions):
+    task, tokenizer = load_task(questions), train_tokenizer(["who is"], 260)
+    size = len(tokenizer)
+    ids = label_tokens(task, tokenizer)
+
+    assert ids.tolist() == [size, size + 1]
+    assert tokenizer(f"<|{task.label_names[1]}|>")["input_ids"] == [size + 1]
+
+
+def test_switch_needs_a_classification_task(prose, tmp_path):
+    with pytest.raises(LamellaError, match="causal-lm task"):
+        build("switch-trec", tmp_path / "model", [f"task={prose!r}"])

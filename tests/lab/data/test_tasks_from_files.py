@@ -1,0 +1,168 @@
+import csv
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lamella.errors import LamellaError
+from lamella.lab.data import load_task
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode())) if path.suffix == ".gz" else path.write_text(text)
+    return f"file:{path}"
+
+
+def numbered(row, count=20):
+    """The row `count` times, made different in its first text."""
+    column = next(name for name, value in row.items() if isinstance(value, str))
+    return [{**row, column: f"{row[column]} {number}"} for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "metric"),
+    [
+        ({"source": "a", "target": "b"}, "seq2seq", "rougeL"),
+        ({"text": "a"}, "causal-lm", "perplexity"),
+        ({"prompt": "a", "completion": "b"}, "causal-lm", "perplexity"),
+        ({"question": "a", "choices": ["b", "c"], "label": 1}, "multiple-choice", "accuracy"),
+        ({"text1": "a", "text2": "b", "label": 0.5}, "regression", "pearson"),
+        ({"text1": "a", "label": 2}, "regression", "pearson"),
+        ({"text": "a", "label": 0.5}, "regression", "pearson"),
+    ],
+)
+def test_the_kind_follows_from_the_columns(tmp_path, row, kind, metric):
+    task = load_task(write(tmp_path / "rows.jsonl", numbered(row)))
+    assert (task.kind, task.metric) == (kind, metric)
+    assert {name: len(split) for name, split in task.splits.items()} == {"train": 14, "validation": 2, "test": 4}
+    assert task.notes[0].startswith(f"read as {kind}, from the columns ")
+    assert "rows.jsonl sha256 " in task.source
+    assert str(tmp_path) not in task.source
+
+
+def test_chat_rows(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": str(number)}, CHAT[1]]} for number in range(10)]
+    task = load_task(write(tmp_path / "rows.jsonl.gz", rows))
+    assert task.kind == "causal-lm"
+    assert task.splits["train"][0]["messages"][1] == CHAT[1]
+
+
+def test_text_labels_are_numbered_in_sorted_order(tmp_path):
+    rows = [{"text": f"t{number}", "label": ("yes", "no")[number % 2]} for number in range(20)]
+    task = load_task(write(tmp_path / "rows.jsonl", rows))
+    assert task.label_names == ("no", "yes")
+    assert task.splits["train"].column_names == ["text", "label"]
+    assert all(row["label"] == (int(row["text"][1:]) + 1) % 2 for split in task.splits.values() for row in split)
+
+
+def test_label_names_are_kept(tmp_path):
+    rows = [{"text": f"t{n}", "label": n % 2, "label_name": ("bad", "good")[n % 2]} for n in range(20)]
+    assert load_task(write(tmp_path / "rows.jsonl", rows)).label_names == ("bad", "good")
+
+
+def test_csv_and_parquet_hold_the_same_task(tmp_path):
+    rows = [{"text1": f"a, {n}", "text2": "line\nbreak", "label": n % 3} for n in range(30)]
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["text1", "text2", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    from_csv, from_parquet = (load_task(f"file:{tmp_path}/rows.{end}") for end in ("csv", "parquet"))
+    assert from_csv.kind == from_parquet.kind == "pair-classification"
+    assert from_csv.label_names == ("0", "1", "2")
+    assert from_csv.splits["train"].to_list() == from_parquet.splits["train"].to_list()
+
+
+def test_a_folder_with_a_file_a_split(tmp_path):
+    write(tmp_path / "train.jsonl", [{"text": f"t{n}", "label": n % 2} for n in range(10)])
+    write(tmp_path / "dev.jsonl.gz", [{"text": "t0", "label": 0}, {"text": "v", "label": 1}])
+    write(tmp_path / "test.jsonl", [{"text": "x", "label": 1}])
+    (tmp_path / "SOURCE.md").write_text("# rows\n- repository: example.org/rows\n- license: CC0\n")
+    task = load_task(f"file:{tmp_path}")
+    assert {name: len(split) for name, split in task.splits.items()} == {"train": 9, "validation": 2, "test": 1}
+    assert "1 train rows dropped because they also occur in an evaluation split" in task.notes
+    assert task.licence == "CC0"
+    assert task.source.startswith("example.org/rows (train.jsonl sha256 ")
+
+
+GOOD = [{"text": f"t{n}", "label": n % 2} for n in range(10)]
+PAIR = {"text1": "a", "text2": "b"}
+QUESTION = {"question": "q", "choices": ["a", "b"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"words": "a"}], "rows.jsonl has the columns words, which fit no task. Rename them"),
+        ([PAIR], "rows.jsonl has the columns text1, text2 but no 'label' column"),
+        ([*GOOD, {"text": None, "label": 0}], "rows.jsonl, row 11, column 'text': missing or null"),
+        ([*GOOD, {"label": 0}], "rows.jsonl, row 11, column 'text': missing or null"),
+        ([{"label": 0}, *GOOD], "rows.jsonl, row 1, column 'text': missing or null"),
+        ([*GOOD, {"text": " ", "label": 0}], "rows.jsonl, row 11, column 'text': empty"),
+        ([*GOOD, {"text": 5, "label": 0}], "rows.jsonl, row 11, column 'text': 5 is not text"),
+        ([*GOOD, {"text": "a"}], "rows.jsonl, row 11, column 'label': missing, null or empty"),
+        ([*GOOD, {"text": "a", "label": "yes"}], "row 11, column 'label': 'yes' mixes with labels like 0"),
+        ([*GOOD, {"text": "a", "label": True}], "row 11, column 'label': True is neither a number nor text"),
+        ([*GOOD, {"text": "a", "label": float("nan")}], "row 11, column 'label': nan is not a finite number"),
+        ([{"text": f"t{n}", "label": 1} for n in range(5)], "rows.jsonl: every row has the label 1"),
+        ([{**GOOD[0], "label_name": "x"}, {**GOOD[2], "label_name": "y"}], "label 0 is called 'y' here and 'x' before"),
+        ([QUESTION, {**QUESTION, "label": 2}], "row 2, column 'label': 2 is not the index of one of the 2 choices"),
+        ([QUESTION, {**QUESTION, "choices": ["a"]}], "row 2, column 'choices': needs a list of at least two texts"),
+        ([{"messages": CHAT[:1]}], "row 1, column 'messages': no assistant turn"),
+        ([{"messages": [{"role": "user"}]}], "row 1, column 'messages': needs a list of"),
+        (GOOD[:2], "rows.jsonl has too few different rows"),
+        ([GOOD[0]] * 10 + [GOOD[1]], "rows.jsonl has too few different rows"),
+        ([], "rows.jsonl has no rows"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, rows, message):
+    name = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(LamellaError) as caught:
+        load_task(name)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "rows.jsonl, row 2 is empty"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "rows.jsonl, row 2 is not JSON"),
+        ("rows.jsonl", b"[1]\n", "rows.jsonl, row 1 is a list"),
+        ("rows.jsonl", b"\xff\xfe", "rows.jsonl cannot be read as UTF-8 .jsonl"),
+        ("rows.jsonl.gz", b"plain", "rows.jsonl.gz cannot be read as UTF-8 .jsonl.gz"),
+        ("rows.parquet", b"plain", "rows.parquet is not a readable Parquet file"),
+        ("rows.csv", b"text,label\na,0\nb\n", "rows.csv, row 2, column 'label': missing, null or empty"),
+        ("rows.xlsx", b"", "rows.xlsx is none of .jsonl, .jsonl.gz, .csv, .csv.gz, .parquet"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LamellaError) as caught:
+        load_task(f"file:{tmp_path / name}")
+    assert message in str(caught.value)
+
+
+def test_a_label_that_training_lacks(tmp_path):
+    write(tmp_path / "train.jsonl", GOOD)
+    write(tmp_path / "test.jsonl", [{"text": "x", "label": 7}])
+    with pytest.raises(LamellaError, match=r"test.jsonl, row 1, column 'label': 7 is unknown: train.jsonl has 0, 1"):
+        load_task(f"file:{tmp_path}")
+
+
+def test_folders_that_do_not_say_what_is_what(tmp_path):
+    with pytest.raises(LamellaError, match="needs a train file and a validation or test file"):
+        load_task(f"file:{tmp_path}")
+    for name in ("train.jsonl", "test.jsonl", "valid.jsonl", "dev.jsonl"):
+        write(tmp_path / name, GOOD)
+    with pytest.raises(LamellaError, match=r"has valid.jsonl and dev.jsonl for one split"):
+        load_task(f"file:{tmp_path}")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(LamellaError, match=r"There is no file .*nope.jsonl"):
+        load_task(f"file:{tmp_path}/nope.jsonl")

@@ -1,0 +1,134 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.lab.tiny_runs import tiny_settings
+
+from lamella.lab.data import load_backbone, load_task
+from lamella.lab.runs import card
+from lamella.lab.runs.card import model_card, public_name
+from lamella.lab.runs.floors import FLOOR
+from lamella.lab.runs.run import train
+
+MOLA = {"name": "mola", "r": 2, "num_experts": [2, 4], "top_k": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(bert, questions, tmp_path_factory):
+    return train(tiny_settings(bert, questions, MOLA), tmp_path_factory.mktemp("card") / "run")
+
+
+def _card(result) -> str:
+    return (result.folder.path / "adapter" / "README.md").read_text()
+
+
+def test_the_hub_reads_base_library_and_tags(trained, bert):
+    front = yaml.safe_load(_card(trained).split("---\n")[1])
+
+    assert front == {"base_model": Path(bert).name, "library_name": "peft", "tags": ["lamella", "mola"]}
+
+
+def test_it_says_what_was_trained_on_what(trained):
+    text = _card(trained)
+
+    assert "experts per block: 2 4" in text
+    assert "num_experts=[2, 4]" in text
+    assert "file:questions (classification; rows: 48 train, 16 validation, 16 test)" in text
+    assert "train.jsonl sha256" in text
+    assert "not stated (local files)" in text
+    assert f"{trained.metrics['trainable_parameters']:,} trainable parameters" in text
+    assert "for 6 steps" in text
+    assert "2402.08562" in text
+    assert "More Information Needed" not in text
+
+
+def test_scores_stand_beside_their_floor(trained):
+    text = _card(trained)
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    test = dict(zip(lines[0], lines[-1], strict=True))
+
+    assert "seed 0" in text
+    assert test["split"] == "test"
+    assert float(test["accuracy"]) == pytest.approx(trained.metrics["test"]["accuracy"], abs=1e-4)
+    assert float(test[f"accuracy, {FLOOR}"]) == 1.0  # the first word is the label
+
+
+def test_nothing_private_is_told(trained, bert, questions):
+    text = _card(trained)
+
+    for private in (str(Path(bert).parent), str(Path(questions[5:]).parent), str(Path.home())):
+        assert private not in text
+
+
+def test_the_code_to_load_it_names_the_classes(trained):
+    text = _card(trained)
+
+    assert "import lamella" in text
+    assert "BertForSequenceClassification.from_pretrained(" in text
+    assert "num_labels=2" in text
+
+
+def test_lora_needs_no_lamella_to_load_and_is_not_mola(bert, questions, run_folder):
+    text = _card(train(tiny_settings(bert, questions, "lora"), run_folder))
+
+    assert "import lamella" not in text
+    assert "2402.08562" not in text
+    assert "r=8" in text
+
+
+def test_a_whole_model_has_a_card_too(bert, questions, run_folder):
+    train(tiny_settings(bert, questions, "full"), run_folder)
+    text = (run_folder / "model" / "README.md").read_text()
+
+    assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "transformers"
+    assert "PeftModel" not in text
+
+
+def test_prose_has_no_floor(llama, prose, run_folder):
+    text = _card(train(tiny_settings(llama, prose, MOLA), run_folder))
+
+    assert "perplexity" in text
+    assert "No linear floor was measured" in text
+    assert "LlamaForCausalLM" in text
+
+
+def test_a_large_task_is_spared_the_floor(trained, bert, questions, monkeypatch):
+    monkeypatch.setattr(card, "_FLOOR_ROWS", 10)
+    task = load_task(questions)
+    backbone = load_backbone(bert, task)
+
+    text = model_card(backbone.model, backbone, task, tiny_settings(bert, questions, MOLA), trained.metrics)
+
+    assert "No linear floor was measured" in text
+
+
+def test_a_demo_model_says_which_weights_it_was_trained_on(trained, bert, questions):
+    from peft import PeftModel
+
+    task = load_task(questions)
+    backbone = load_backbone(bert, task)
+    model = PeftModel.from_pretrained(backbone.model, trained.folder.path / "adapter")
+    demo = dataclasses.replace(backbone, name="smollm2", published="a/b", source="b (Q4_1, dequantised) from a wheel")
+
+    text = model_card(model, demo, task, tiny_settings("smollm2", questions, MOLA), trained.metrics)
+
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "a/b"
+    assert "Q4_1" in text
+    assert 'load_backbone("smollm2"' in text
+
+
+def test_a_path_is_told_by_its_last_part(tmp_path):
+    assert public_name(str(tmp_path)) == tmp_path.name
+    assert public_name("/nowhere/on/this/machine") == "machine"
+    assert public_name("owner/model") == "owner/model"
+
+
+def test_the_card_is_there_before_the_run_counts_as_finished(bert, questions, run_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamella.lab.runs.run.check_saved", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_settings(bert, questions, "lora"), run_folder)
+
+    assert (run_folder / "adapter" / "README.md").is_file()
+    assert not (run_folder / "metrics.json").exists()

@@ -1,0 +1,369 @@
+import getpass
+import json
+import logging
+import math
+import socket
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from tests.lab.tiny_runs import tiny_settings
+from transformers import AutoTokenizer, TrainerCallback
+
+from lamella.errors import LamellaError
+from lamella.lab.runs.callbacks import entropy_over_training
+from lamella.lab.runs.run import train
+
+MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
+MOLEX = {"name": "molex", "r": 2, "target_modules": ["query", "value"]}
+
+
+LEARNED_ALPHA = {**MOLEX, "alpha": 0.7, "alpha_mode": "learned"}
+
+
+class KilledError(Exception):
+    """Stands for a signal that ends the process."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+class Watch(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps = []
+        self.logs = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("scope", ["shared", "per-layer"])
+def test_where_a_learned_alpha_began_and_ended_is_recorded(bert, questions, run_folder, scope):
+    metrics = train(tiny_settings(bert, questions, {**LEARNED_ALPHA, "alpha_scope": scope}), run_folder).metrics
+
+    start, end = metrics["alpha"]["start"], metrics["alpha"]["end"]
+    assert start.keys() == end.keys()
+    assert len(start) == {"shared": 1, "per-layer": 2}[scope]
+    assert list(start.values()) == pytest.approx([0.7] * len(start))
+    saved = load_file(run_folder / "adapter" / "adapter_model.safetensors")
+    logits = [tensor for name, tensor in saved.items() if "molex_alpha" in name]
+    assert sorted(end.values()) == pytest.approx(sorted(float(logit.sigmoid()) for logit in logits))
+    assert end != start
+
+
+@pytest.mark.parametrize("method", ["head", "lora", MOLA, MOLEX, "prompt-tuning", "full"])
+def test_every_method_leaves_a_whole_folder(bert, questions, run_folder, method):
+    result = train(tiny_settings(bert, questions, method), run_folder)
+
+    name = method if isinstance(method, str) else method["name"]
+    files = {path.name for path in run_folder.iterdir()}
+    expected = {"run.yaml", "environment.json", "metrics.json", "predictions.parquet", "log.txt"}
+    expected |= {"model" if name == "full" else "adapter"}
+    expected |= {"trace.parquet", "routing.parquet"} if name in ("mola", "molex") else set()
+    assert files == expected
+    assert result.metrics["saved_equals_loaded"]["equal"]
+    assert result.metrics["steps"] == 6
+    assert result.metrics["trainable_parameters"] > 0
+    assert 0.0 <= result.metrics["test"]["accuracy"] <= 1.0
+    assert result.metrics == json.loads((run_folder / "metrics.json").read_text())
+
+
+def test_training_learns(bert, questions, run_folder):
+    result = train(tiny_settings(bert, questions, "full", max_steps=60, evaluate_every=30), run_folder)
+
+    assert result.metrics["test"]["accuracy"] == 1.0
+
+
+def test_predictions_agree_with_the_metrics(bert, questions, run_folder):
+    result = train(tiny_settings(bert, questions), run_folder)
+
+    frame = pd.read_parquet(run_folder / "predictions.parquet")
+    for split in ("validation", "test"):
+        assert frame[frame["split"] == split]["correct"].mean() == result.metrics[split]["accuracy"]
+        assert len(frame[frame["split"] == split]) == 16
+
+
+def test_a_copied_adapter_gives_the_same_predictions(bert, questions, run_folder, tmp_path):
+    train(tiny_settings(bert, questions, MOLA), run_folder)
+    elsewhere = (run_folder / "adapter").rename(tmp_path / "elsewhere")
+
+    model = AutoPeftModelForSequenceClassification.from_pretrained(elsewhere, num_labels=2).eval()
+
+    rows = [json.loads(line) for line in (Path(questions[5:]) / "test.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(elsewhere)
+    inputs = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        predictions = model(**inputs).logits.argmax(-1)
+    frame = pd.read_parquet(run_folder / "predictions.parquet")
+    assert sorted(predictions.tolist()) == sorted(frame[frame["split"] == "test"]["prediction"].tolist())
+
+
+def _without_times(metrics):
+    times = {"build_seconds", "train_seconds", "seconds_per_step", "peak_memory_bytes"}
+    return {key: value for key, value in metrics.items() if key not in times}
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("epochs", [{"max_steps": 6}, {"max_steps": None, "epochs": 2}])
+def test_a_killed_run_goes_on_to_the_same_end(bert, questions, tmp_path, step, epochs):
+    method = MOLA | {"lora_dropout": 0.2}  # dropout: the random state has to be taken up as well
+    settings = tiny_settings(bert, questions, method, evaluate_every=2, **epochs)
+    straight = train(settings, tmp_path / "straight")
+
+    with pytest.raises(KilledError):
+        train(settings, tmp_path / "killed", callbacks=[KillAt(step + 1 if step < 6 else 6)])
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert not (tmp_path / "killed" / "adapter").exists()
+    watch = Watch()
+    resumed = train(settings, tmp_path / "killed", callbacks=[watch])
+
+    assert watch.steps[0] == (step + 1 if step < 6 else 5)
+    assert _without_times(resumed.metrics) == _without_times(straight.metrics)
+    ours, theirs = (load_file(run.folder.path / "adapter/adapter_model.safetensors") for run in (straight, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+    whole, continued = (pd.read_parquet(run.folder.path / "routing.parquet") for run in (straight, resumed))
+    pd.testing.assert_frame_equal(whole, continued)
+
+
+def test_a_run_killed_while_saving_a_checkpoint_goes_on_from_the_one_before(bert, questions, run_folder):
+    settings = tiny_settings(bert, questions, evaluate_every=2)
+    with pytest.raises(KilledError):
+        train(settings, run_folder, callbacks=[KillAt(5)])
+    (run_folder / "checkpoints/checkpoint-4/trainer_state.json").write_text('{"epoch": ')
+
+    watch = Watch()
+    train(settings, run_folder, callbacks=[watch])
+
+    assert watch.steps[0] == 3
+
+
+def test_a_run_killed_after_its_last_step_is_not_trained_again(bert, questions, run_folder, monkeypatch):
+    settings = tiny_settings(bert, questions, evaluate_every=2)
+    straight = train(settings, run_folder.with_name("straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr("lamella.lab.runs.run.save_trained", lambda *_: (_ for _ in ()).throw(KilledError()))
+        with pytest.raises(KilledError):
+            train(settings, run_folder)
+
+    watch = Watch()
+    resumed = train(settings, run_folder, callbacks=[watch])
+
+    assert watch.steps == []
+    assert _without_times(resumed.metrics) == _without_times(straight.metrics)
+    assert resumed.metrics["train_seconds"] > 0
+
+
+def test_a_finished_run_is_kept_unless_forced(bert, questions, run_folder):
+    settings = tiny_settings(bert, questions)
+    train(settings, run_folder)
+    before = (run_folder / "metrics.json").read_text()
+
+    with pytest.raises(LamellaError, match="--force"):
+        train(settings, run_folder)
+    assert (run_folder / "metrics.json").read_text() == before
+
+    other = train(tiny_settings(bert, questions, seed=1), run_folder, force=True)
+    assert other.metrics["seed"] == 1
+
+
+def test_settings_that_do_not_fit_leave_no_folder(bert, llama, questions, prose, run_folder):
+    for settings in (
+        tiny_settings(bert, "file:nowhere.jsonl"),
+        tiny_settings(str(run_folder / "no-model"), questions),
+        tiny_settings(llama, prose, "head"),
+        tiny_settings(bert, questions, "lora", router_lr=1e-3),
+        tiny_settings(bert, questions, {"name": "mola", "num_experts": 2, "top_k": 3}),
+        tiny_settings(bert, questions, packing=True),
+    ):
+        with pytest.raises(LamellaError):
+            train(settings, run_folder)
+        assert not run_folder.exists()
+
+
+def test_other_settings_may_follow_a_run_that_kept_nothing(bert, questions, run_folder):
+    with pytest.raises(LamellaError, match="step 3"):
+        train(tiny_settings(bert, questions, evaluate_every=4), run_folder, callbacks=[Poison()])
+
+    result = train(tiny_settings(bert, questions, evaluate_every=4, lr=1e-3), run_folder)
+    assert result.metrics["steps"] == 6
+
+
+def test_other_settings_do_not_take_up_an_interrupted_run(bert, questions, run_folder):
+    with pytest.raises(KilledError):
+        train(tiny_settings(bert, questions), run_folder, callbacks=[KillAt(4)])
+
+    with pytest.raises(LamellaError, match=r"lr=0\.005.*lr=0\.1"):
+        train(tiny_settings(bert, questions, lr=0.1), run_folder)
+
+
+def test_a_folder_of_something_else_is_left_alone_even_with_force(bert, questions, run_folder):
+    run_folder.mkdir()
+    (run_folder / "thesis.txt").write_text("years of work")
+
+    for force in (False, True):
+        with pytest.raises(LamellaError, match=r"holds no run, but thesis\.txt"):
+            train(tiny_settings(bert, questions), run_folder, force=force)
+    assert (run_folder / "thesis.txt").read_text() == "years of work"
+
+
+class Poison(TrainerCallback):
+    """Makes the loss of the third step no number."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(math.nan)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(bert, questions, run_folder):
+    with pytest.raises(LamellaError, match=r"step 3 with lr=0\.005.*Lower lr"):
+        train(tiny_settings(bert, questions), run_folder, callbacks=[Poison()])
+
+    assert not (run_folder / "metrics.json").exists()
+    assert not (run_folder / "adapter").exists()
+    assert "The loss became nan" in (run_folder / "log.txt").read_text()
+
+
+def test_the_logs_tell_how_the_routers_do(bert, questions, run_folder):
+    watch = Watch()
+    result = train(tiny_settings(bert, questions, MOLA), run_folder, callbacks=[watch])
+
+    logged = [log for log in watch.logs if "loss" in log]
+    assert len(logged) == 3
+    for log in logged:
+        assert 0 < log["routing/entropy"] <= math.log(4)
+        assert 1 <= log["routing/balance"] <= 4
+        assert 0 <= log["routing/dead_experts"] <= 12 * 3
+    frame = pd.read_parquet(run_folder / "trace.parquet")
+    assert set(frame["num_experts"]) == {2, 4}
+    assert result.metrics["routing"]["entropy"] > 0
+    history = pd.read_parquet(run_folder / "routing.parquet")
+    assert history["step"].unique().tolist() == [2, 4, 6]
+    curve = entropy_over_training(history)
+    assert curve["step"].tolist() == [2, 4, 6]
+    assert curve["entropy"].between(0, 1).all()
+    assert curve["balance"].tolist() == pytest.approx([log["routing/balance"] for log in logged])
+
+
+def test_tensorboard_gets_the_routing_too(bert, questions, run_folder):
+    train(tiny_settings(bert, questions, MOLA, report_to=["tensorboard"]), run_folder)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_folder / "tracking"))
+    events.Reload()
+    assert {"train/routing/entropy", "train/routing/balance", "train/loss"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_accumulation_gives_the_steps_of_the_larger_batch(request, tmp_path, kind):
+    """A step over twice 4 rows is the step over 8: the same gradient, to its length."""
+    common = {"length_sorted": False, "max_grad_norm": 1e9, "log_every": 1, "max_steps": 3, "keep": "last"}
+    model, task = ("bert", "questions") if kind == "encoder" else ("llama", "prose")
+    model, task = request.getfixturevalue(model), request.getfixturevalue(task)
+    one, two = Watch(), Watch()
+    whole = train(tiny_settings(model, task, batch_size=8, **common), tmp_path / "whole", callbacks=[one])
+    halves = train(
+        tiny_settings(model, task, batch_size=4, accumulation=2, **common), tmp_path / "halves", callbacks=[two]
+    )
+
+    norms, others = ([log["grad_norm"] for log in watch.logs if "grad_norm" in log] for watch in (one, two))
+    assert norms == pytest.approx(others, rel=1e-3)
+    ours, theirs = (load_file(run.folder.path / "adapter/adapter_model.safetensors") for run in (whole, halves))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+    assert whole.metrics["tokens"] == halves.metrics["tokens"]
+
+
+def test_bf16_and_checkpointing_train_and_save_equal(bert, questions, run_folder):
+    result = train(tiny_settings(bert, questions, MOLA, bf16=True, gradient_checkpointing=True), run_folder)
+
+    assert result.metrics["saved_equals_loaded"]["equal"]
+
+
+def test_checkpointing_changes_nothing(bert, questions, tmp_path):
+    plain = train(tiny_settings(bert, questions, MOLA), tmp_path / "plain")
+    thrifty = train(tiny_settings(bert, questions, MOLA, gradient_checkpointing=True), tmp_path / "thrifty")
+
+    ours, theirs = (load_file(run.folder.path / "adapter/adapter_model.safetensors") for run in (plain, thrifty))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_checkpoint_by_validation_is_kept(bert, questions, run_folder):
+    watch = Watch()
+    settings = tiny_settings(bert, questions, "full", max_steps=8, evaluate_every=2, lr=3e-3)
+    result = train(settings, run_folder, callbacks=[watch])
+
+    scores = [log["eval_accuracy"] for log in watch.logs if "eval_accuracy" in log]
+    assert result.metrics["validation"]["accuracy"] == max(scores)
+    assert result.metrics["kept_step"] == 2 * (scores.index(max(scores)) + 1)
+
+
+def test_a_decoder_has_its_perplexity_before_and_after(llama, prose, run_folder):
+    result = train(tiny_settings(llama, prose, MOLA, max_steps=20, evaluate_every=10), run_folder)
+
+    before, after = result.metrics["before"]["test"]["perplexity"], result.metrics["test"]["perplexity"]
+    assert after < 0.9 * before
+    frame = pd.read_parquet(run_folder / "predictions.parquet")
+    test = frame[frame["split"] == "test"]
+    assert math.exp(test["nll"].sum() / test["tokens"].sum()) == pytest.approx(after)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt-tuning", "full"])
+def test_other_methods_train_a_decoder(llama, prose, run_folder, method):
+    result = train(tiny_settings(llama, prose, method, packing=method == "full"), run_folder)
+
+    assert result.metrics["saved_equals_loaded"]["equal"]
+
+
+def test_a_decoder_has_no_head_to_train(llama, prose, run_folder):
+    with pytest.raises(LamellaError, match="has none for the task"):
+        train(tiny_settings(llama, prose, "head"), run_folder)
+
+
+def test_router_lr_without_a_router_is_refused(bert, questions, run_folder):
+    with pytest.raises(LamellaError, match="no trainable router"):
+        train(tiny_settings(bert, questions, "lora", router_lr=1e-3), run_folder)
+
+
+def test_the_folder_tells_what_was_run_and_not_who_ran_it(bert, questions, run_folder, monkeypatch):
+    train(tiny_settings(bert, questions), run_folder)
+
+    settings = yaml.safe_load((run_folder / "run.yaml").read_text())
+    assert settings["method"]["r"] == 8
+    environment = json.loads((run_folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    text = (run_folder / "environment.json").read_text()
+    assert socket.gethostname() not in text
+    assert f"/{getpass.getuser()}" not in text
+
+
+def test_the_log_handler_is_gone_after_the_run(bert, questions, run_folder):
+    before = list(logging.getLogger("lamella").handlers)
+    train(tiny_settings(bert, questions), run_folder)
+
+    assert logging.getLogger("lamella").handlers == before
+
+
+def test_asking_for_sharding_and_not_getting_it_is_an_error(bert, questions, run_folder, monkeypatch):
+    monkeypatch.setattr("lamella.lab.runs.trainer.RunTrainer.is_fsdp_enabled", False, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LamellaError, match="FSDP"):
+        train(tiny_settings(bert, questions), run_folder)

@@ -1,0 +1,55 @@
+import pytest
+import yaml
+from tests.lab.tiny_runs import question_task
+
+from lamella.lab.studies.composition.grid import read_composition, stages_of
+from lamella.lab.studies.composition.running import folder_of, run_stages
+
+RUN = {
+    "batch_size": 8,
+    "max_steps": 6,
+    "max_length": 32,
+    "lr": 5e-3,
+    "log_every": 2,
+    "evaluate_every": 3,
+    "keep": "last",
+}
+
+
+@pytest.fixture(scope="session")
+def recipe(bert, tmp_path_factory):
+    """A study of two sources, one held-out task and four arms, as a file."""
+    folder = tmp_path_factory.mktemp("composition")
+    tasks = {name: question_task(folder / name, train=size) for name, size in (("a", 40), ("b", 44), ("c", 48))}
+    study = {
+        "backbone": bert,
+        "sources": {"a": f"{tasks['a']}@24", "b": f"{tasks['b']}@28"},
+        "held_out": {"c": tasks["c"]},
+        "seeds": [0, 1],
+        "rows": 12,
+        "test_rows": 10,
+        "reference": "MOLE",
+        "run": RUN,
+        "lora": {"method": {"r": 2, "target_modules": ["query", "value"]}, "lr": 5e-2},
+        "arms": {
+            "MOLE": {"method": {"name": "mole", "train_head": False}},
+            "uniform": {"method": "uniform"},
+            "only a": {"method": {"name": "single", "adapter": "a"}},
+            "X-LoRA": {"method": "xlora"},
+            "only b": {"method": "uniform", "sources": ["b"]},
+        },
+        "masked": ["MOLE", "uniform"],
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def ran(recipe, tmp_path_factory):
+    """The study, its stages, and the folder it was run in."""
+    grid = read_composition(recipe)
+    folder = folder_of(grid, tmp_path_factory.mktemp("study"))
+    stages = stages_of(grid, folder)
+    run_stages(stages, folder)
+    return grid, stages, folder

@@ -1,0 +1,111 @@
+import pytest
+import yaml
+
+from lamella.errors import LamellaError
+from lamella.lab.studies.grid import cells_of, read_grid
+from lamella.tuners.mola.allocation import allocate
+
+STUDY = {
+    "backbones": ["minilm"],
+    "tasks": ["trec"],
+    "seeds": 2,
+    "run": {"epochs": 1},
+    "methods": {
+        "LoRA": {"method": "lora", "lr": 1e-3},
+        "tent": {"method": {"name": "mola", "num_experts": "triangle"}},
+        "flat": {"method": {"name": "mola", "num_experts": "rectangle"}},
+        "head": {"method": "head"},
+    },
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def grid(*words, **changes):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+        return read_grid(str(path), words)
+
+    return grid
+
+
+def test_cells_are_every_combination_seed_by_seed(read):
+    cells = cells_of(read("seeds=[3,1]", tasks=["trec", "movies"]))
+
+    assert len(cells) == 2 * 2 * 4
+    assert [cell.seed for cell in cells] == [3] * 8 + [1] * 8
+    assert [(cell.task, cell.method) for cell in cells[:5]] == [
+        ("trec", "LoRA"),
+        ("trec", "tent"),
+        ("trec", "flat"),
+        ("trec", "head"),
+        ("movies", "LoRA"),
+    ]
+    assert cells[0].settings.lr == 1e-3
+    assert cells[0].settings.threads == 1
+    assert {cell.settings.epochs for cell in cells} == {1}
+
+
+def test_the_key_names_the_settings_and_not_the_method(read):
+    methods = {"one": {"method": "lora"}, "two": {"method": {"name": "lora", "r": 8}}, "three": {"method": "head"}}
+    one, two, three = cells_of(read("seeds=1", methods=methods))
+
+    assert one.key == two.key != three.key
+    again, *_ = cells_of(read("seeds=1", "run.lr=0.1", methods=methods))
+    assert again.key != one.key
+    assert len({cell.key for cell in cells_of(read())}) == 8
+
+
+def test_equal_parameters_matches_ranks_and_means(read):
+    grid = read(budget="equal-parameters", match="tent")
+    lora, tent, flat, head = cells_of(grid)[:4]
+
+    assert lora.settings.method.match == tent.settings.method
+    assert tent.settings.method.expert_budget == flat.settings.method.expert_budget == 5
+    assert sum(allocate("triangle", 12, 5.0)) == sum(allocate("rectangle", 12, 5.0)) == 60
+    assert head.settings.method.name == "head"
+    assert cells_of(read())[0].settings.method.match is None
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (["budgett=none"], {}, "Did you mean 'budget'"),
+        (["run.epocs=1"], {}, "Did you mean 'run.epochs'"),
+        (["methods.head.lrr=1"], {}, "Did you mean 'methods.head.lr'"),
+        (["methods.flat.method.num_expert=3"], {}, "Did you mean 'method.num_experts'"),
+        (["reference=Lora"], {}, "Did you mean 'LoRA'"),
+        (["seeds=0"], {}, "at least one seed"),
+        (["seeds=[1,1]"], {}, "each of them once"),
+        (["budget=equal-parameters"], {}, "belong together"),
+        (["match=tent"], {}, "belong together"),
+        (["budget=equal-compute", "methods.head.epochs=3"], {}, "other tokens"),
+        (["run.method=lora"], {}, "every method of the study"),
+        ([], {"methods": {"LoRA": {"lr": 1}}}, "method: lora"),
+        (
+            ["budget=equal-parameters", "match=tent", "methods.flat.method.expert_budget=3"],
+            {},
+            "expert_budget=3",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(read, words, changes, message):
+    with pytest.raises(LamellaError, match=message):
+        cells_of(read(*words, **changes))
+
+
+def test_the_recipe_of_a_run_is_no_study():
+    with pytest.raises(LamellaError, match="lamella train"):
+        read_grid("trec-mola")
+
+
+def test_the_packaged_study_compares_equals():
+    grid = read_grid("trec-shapes")
+    cells = cells_of(grid)
+
+    assert len(cells) == len({cell.key for cell in cells}) == 40
+    budgets = {cell.settings.method.expert_budget for cell in cells if cell.settings.method.name == "mola"}
+    assert budgets == {5.0}
+    matched = {cell.settings.method.match.num_experts for cell in cells if cell.settings.method.name == "lora"}
+    assert matched == {"inverted-triangle"}
+    assert grid.reference_name == "LoRA"

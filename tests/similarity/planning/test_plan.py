@@ -1,0 +1,200 @@
+import json
+import math
+from dataclasses import asdict
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.similarity.alignment.sweep.conftest import documents
+from tests.tiny_moe import CONFIGS, build
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import Qwen2MoeConfig
+
+from lamella.backbones.moe import moe_layers
+from lamella.errors import LamellaError
+from lamella.similarity.activations import capture
+from lamella.similarity.alignment import align
+from lamella.similarity.alignment.tiles import cut
+from lamella.similarity.planning import plan
+from lamella.similarity.planning.census import LayerSize, take_census
+from lamella.similarity.planning.costs import (
+    align_flops,
+    basis_flops,
+    cka_flops,
+    floor_flops,
+    step_flops,
+    weights_flops,
+)
+from lamella.similarity.planning.plan import tokens_to_fill
+from lamella.similarity.screening import all_pairs
+
+QWEN_EXPERT = LayerSize(0, experts=60, top_k=4, inputs=2048, outputs=2048, hidden=1408, projections=2)
+
+
+@pytest.fixture
+def qwen():
+    """Qwen1.5-MoE-A2.7B."""
+    return Qwen2MoeConfig(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
+        intermediate_size=5632, moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60,
+        num_experts_per_tok=4, decoder_sparse_step=1, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def test_qwen_by_its_config_alone(qwen):
+    planned = plan(qwen, per_expert=512, dtype="bfloat16", flops_per_second=4e14)
+    assert (planned.layers, planned.experts) == (24, 1440)
+    assert planned.pairs_across == 1440 * 1380 == 1_987_200
+    assert planned.pairs_all == planned.pairs == 1440 * 1439 == 2_072_160
+    assert planned.parameters == 14_315_784_192
+    # all but the embedding that is looked up and 56 of 60 experts
+    assert planned.active == 14_315_784_192 - 151936 * 2048 - 24 * 56 * 3 * 2048 * 1408 == 2_378_008_576
+    # 3.0 GB of samples; they are 6.0 GB in float32, and with outputs, which are recomputed instead
+    assert 1440 * 512 * 2048 * 2 == 3_019_898_880
+    assert planned.capture_bytes == 3_019_898_880 + 1440 * 512 * 24
+    assert plan(qwen, per_expert=512, flops_per_second=1).capture_bytes == 6_039_797_760 + 1440 * 512 * 24
+    assert planned.model_bytes == 4 * 14_315_784_192
+    assert (planned.train, planned.held_out) == (256, 256)
+    assert planned.tiles == 1440
+    assert planned.tokens == planned.tokens_uniform == 9303
+    assert 512 * 60 / 4 == 7680 < planned.tokens
+    assert planned.capture_flops == 2 * 9303 * 2_378_008_576
+    assert planned.floor_flops == 1440 * basis_flops(QWEN_EXPERT) + 2_072_160 * 2 * 256 * 2048 * 640
+    pair = floor_flops(QWEN_EXPERT, 256) + cka_flops(QWEN_EXPERT, 256) + weights_flops(QWEN_EXPERT)
+    assert planned.screen_flops == 1440 * basis_flops(QWEN_EXPERT) + 2_072_160 * pair
+    assert planned.align_flops == (2_072_160 + 2 * 1440) * align_flops(QWEN_EXPERT, "layernorm", 256, 200, 256, 256)
+    assert planned.align_hours == planned.align_flops / 4e14 / 3600
+    assert planned.floor_flops < 0.01 * planned.align_flops
+
+
+def test_qwen_by_the_published_protocol():
+    """Ten steps on 5,000 tokens: 2.57 TFLOP a pair, 5.1 EFLOP for all pairs across layers."""
+    ten_steps = 10 * 5000 * step_flops(QWEN_EXPERT, "layernorm", 0)
+    assert ten_steps == 10 * 5000 * (4 * 2048**2 + 12 * 2048 * 1408) == 2_569_011_200_000
+    assert 1_987_200 * ten_steps == pytest.approx(5.1e18, rel=2e-3)
+
+
+def test_skew_and_measured_shares_ask_for_more_text(qwen):
+    uniform, skewed = plan(qwen, flops_per_second=1), plan(qwen, skew=4, flops_per_second=1)
+    assert skewed.tokens == pytest.approx(4 * uniform.tokens, abs=4)
+    assert skewed.tokens_uniform == uniform.tokens
+    assert skewed.rarest == pytest.approx(4 / 60 / 4)
+    routing = pd.DataFrame({"selected": [0, 10, 990], "tokens": 1000})
+    measured = plan(qwen, routing=routing, flops_per_second=1)
+    assert (measured.rarest, measured.silent) == (0.01, 1)
+    assert measured.tokens == tokens_to_fill(512, 0.01, 1440)
+    assert "1 experts were never chosen" in str(measured)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(20, 600), st.floats(0.01, 0.9), st.integers(1, 2000))
+def test_so_many_tokens_fill_every_expert_with_the_stated_probability(samples, chance, experts):
+    tokens = tokens_to_fill(samples, chance, experts)
+    draws = torch.distributions.Binomial(tokens, torch.tensor(chance, dtype=torch.float64))
+    torch.manual_seed(0)
+    one_short = (draws.sample((20_000,)) < samples).double().mean()
+    # fewer than one in a hundred that any of them is short; the draws see it where there are few experts
+    assert one_short <= 1 - 0.99 ** (1 / experts) + 4 * math.sqrt(0.01 / experts / 20_000) + 1e-3
+    assert tokens >= samples / chance
+
+
+def test_only_chosen_pairs_are_aligned_but_all_are_screened(qwen):
+    everything, chosen = plan(qwen, flops_per_second=1), plan(qwen, per_source=5, flops_per_second=1)
+    assert chosen.pairs == 5 * 1440
+    assert chosen.screen_flops == everything.screen_flops
+    assert chosen.align_flops == (5 + 2) * 1440 * align_flops(QWEN_EXPERT, "layernorm", 256, 200, 256, 256)
+    assert plan(qwen, per_source=9999, flops_per_second=1).pairs == everything.pairs
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_family_by_model_by_config_and_by_file(name, tmp_path):
+    config = CONFIGS[name]()
+    model = build(name)
+    model.config.save_pretrained(tmp_path)
+    counted = take_census(model)
+    assert counted == take_census(config) == take_census(tmp_path) == take_census(str(tmp_path / "config.json"))
+    assert counted.parameters == model.num_parameters()
+    assert 0 < counted.active < counted.parameters
+
+
+class Counted(TorchDispatchMode):
+    """FLOPs of products of matrices, by torch's own table; its `FlopCounterMode` cannot see through autograd.grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.rstrip("_")  # in place it costs the same
+        counted = flop_registry.get(getattr(torch.ops.aten, name, None))
+        if counted is not None:
+            self.total += counted(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers"])
+def test_flops_of_an_expert_are_those_that_torch_counts(name):
+    model = build(name)
+    size = take_census(model).layers[0]
+    with Counted() as counter:
+        moe_layers(model)[0].experts[0](torch.randn(7, size.inputs))
+    assert counter.total == 7 * size.forward
+
+
+@pytest.mark.parametrize("aligner", ["layernorm", "linear", "low-rank", "identity"])
+def test_flops_of_an_alignment_are_those_that_torch_counts(aligner, tmp_path):
+    model = build("qwen2_moe")
+    captured = capture(model, documents(80), tmp_path, per_expert=100)
+    size, steps = take_census(model).layers[0], 25
+    train, held = (len(part) for part in captured.split(0, 1))
+    with Counted() as counter:
+        row = align(captured, model, [((0, 1), (1, 2))], aligner, steps=steps, controls=False, rank=2).iloc[0]
+    outputs_of_the_source = (train + held) * size.forward
+    stop = train - row["samples"]
+    told = align_flops(size, aligner, 2, steps, train, held, stop) + outputs_of_the_source
+    assert told == pytest.approx(counter.total, rel=1e-3)
+
+
+def test_tiles_are_as_many_as_there_will_be():
+    for name, most in (("qwen2_moe", 22), ("deepseek_v2", 30), ("qwen2_moe", 1), ("mixtral", 5000)):
+        model = build(name)
+        experts = [(layer.index, e) for layer in take_census(model).layers for e in range(layer.experts)]
+        assert plan(model, tile_pairs=most, flops_per_second=1).tiles == len(cut(all_pairs(experts), most))
+
+
+def test_it_is_written_and_printed(qwen, tmp_path):
+    planned = plan(qwen, flops_per_second=4e14)
+    planned.write(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == asdict(planned)
+    for told in ("1,440 in 24 layers", "2,072,160 ordered", "1,987,200 across layers", "9,303 tokens", "as stated"):
+        assert told in str(planned)
+
+
+def test_speed_is_measured_where_none_is_given():
+    planned = plan(CONFIGS["mixtral"]())
+    assert planned.measured
+    assert planned.flops_per_second > 1e6
+    assert "measured here" in str(planned)
+
+
+def test_bad_input_names_itself(qwen, tmp_path):
+    for given_, told in (
+        ({"per_expert": 1}, "at least 2 samples"),
+        ({"held_out": 1.0}, "between 0 and 1"),
+        ({"skew": 0.5}, "give 1 or more"),
+        ({"dtype": "int8"}, "float32 or bfloat16"),
+        ({"per_source": 0}, "at least 1 target"),
+        ({"aligner": "mlp"}, "no aligner 'mlp'"),
+        ({"flops_per_second": 0.0}, "flops_per_second"),
+        ({"routing": pd.DataFrame({"selected": [0, 0], "tokens": 0})}, "no token that chose an expert"),
+    ):
+        with pytest.raises(LamellaError, match=told):
+            plan(qwen, **given_)
+    with pytest.raises(LamellaError, match="No model config is found"):
+        plan(tmp_path / "nothing")
+    with pytest.raises(LamellaError):
+        plan(torch.nn.Linear(2, 2))

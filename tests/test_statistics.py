@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+
+from lamella.errors import LamellaError
+from lamella.statistics import holm, paired_interval
+
+
+def test_equal_scores_have_an_interval_of_zero():
+    scores = np.random.default_rng(0).integers(0, 2, (2, 50))
+
+    interval = paired_interval(scores, scores)
+
+    assert (interval.difference, interval.low, interval.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_constant_gain_is_certain_and_the_sign_is_first_minus_second():
+    interval = paired_interval(np.ones((2, 30)), np.zeros((2, 30)))
+
+    assert (interval.difference, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_the_width_is_that_of_the_normal_approximation_with_one_seed():
+    generator = np.random.default_rng(1)
+    first, second = generator.normal(size=400), generator.normal(size=400)
+
+    interval = paired_interval(first, second, seed=3)
+
+    error = np.std(first - second) / np.sqrt(400)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+def test_disagreeing_seeds_widen_the_interval():
+    agreeing = np.tile(np.random.default_rng(2).normal(size=200), (2, 1))
+    disagreeing = agreeing + np.array([[0.5], [-0.5]])
+    zeros = np.zeros_like(agreeing)
+
+    narrow, wide = paired_interval(agreeing, zeros), paired_interval(disagreeing, zeros)
+
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_pairing_is_used():
+    """Two methods that fail on the same examples differ more surely than two that fail anywhere."""
+    hard = np.random.default_rng(3).normal(size=300)
+
+    paired = paired_interval(hard + 0.1, hard)
+
+    assert paired.low == pytest.approx(0.1)
+
+
+def test_the_draws_follow_the_seed():
+    scores = np.random.default_rng(4).normal(size=(2, 40))
+
+    assert paired_interval(scores, 0 * scores, seed=1) == paired_interval(scores, 0 * scores, seed=1)
+    assert paired_interval(scores, 0 * scores, seed=1) != paired_interval(scores, 0 * scores, seed=2)
+
+
+def test_unlike_shapes_are_refused():
+    with pytest.raises(LamellaError, match=r"\(1, 3\) and \(1, 4\)"):
+        paired_interval(np.zeros(3), np.zeros(4))
+
+
+def test_the_p_value_belongs_to_the_interval():
+    generator = np.random.default_rng(0)
+    for shift in (0.0, 0.03, 0.06, 0.1, 0.2):
+        first = (generator.random((3, 200)) < 0.6 + shift).astype(float)
+        second = (generator.random((3, 200)) < 0.6).astype(float)
+        found = paired_interval(first, second, resamples=4000)
+        assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)
+        assert paired_interval(second, first, resamples=4000).p_value == found.p_value
+    assert paired_interval(first, first).p_value == 1.0
+    assert paired_interval(np.ones(50), np.zeros(50), resamples=999).p_value == 2 / 1000
+
+
+def test_without_a_difference_the_p_value_is_rarely_small():
+    generator = np.random.default_rng(1)
+    values = [
+        paired_interval(*(generator.random((2, 1, 300)) < 0.7), resamples=400, seed=i).p_value for i in range(400)
+    ]
+    assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
