@@ -62,8 +62,8 @@ def _run_cells(cells: list[Cell], folder: StudyFolder, jobs: int) -> None:
 def _finish(title: str, grid: Grid, cells: list[Cell], folder: StudyFolder, json: bool) -> None:
     """Write the study's tables and page, and show what came out; exit status 1 if a cell could not be run."""
     from lamella.cli.pages import study_report
-    from lamella.lab.studies.costs import study_costs
     from lamella.lab.report.report import write_report
+    from lamella.lab.studies.costs import study_costs
     from lamella.lab.studies.study import summarise
 
     study = summarise(grid, cells, folder)

@@ -2,8 +2,8 @@ from peft import get_peft_model
 from tests.tiny import bert
 
 from lamella import MolaConfig
-from lamella.lab.studies.costs import active_parameters
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.studies.costs import active_parameters
 
 
 def test_of_a_modules_experts_only_the_chosen_ones_are_active():

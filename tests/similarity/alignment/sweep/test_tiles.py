@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamella.similarity.activations import Manifest
-from lamella.similarity.alignment.tiles import Tile, cut
-from lamella.similarity.alignment.tiles import tile_key
+from lamella.similarity.alignment.tiles import Tile, cut, tile_key
 from lamella.similarity.screening import all_pairs
 
 NAME = st.tuples(st.integers(0, 3), st.integers(0, 4))
