@@ -11,10 +11,10 @@ from torch import nn
 from transformers import BertModel
 
 from lamella.lab.bench.encoder import Batch, build_encoder, forward, loss, pass_gradients_to_embeddings, twin
-from lamella.lab.bench.memory import kept_megabytes
 from lamella.lab.bench.naive import naive_copy
 from lamella.lab.bench.settings import MolaSettings
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.studies.measuring import kept_megabytes
 from lamella.tuners import MolaConfig
 
 LEARNING_RATE = 1e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lamella.lab.bench.timing import Ratio
+from lamella.lab.studies.measuring import Ratio
 
 
 def shown(ratio: Ratio) -> str:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from lamella.kernels import mix_dense, mix_sorted, project
 from lamella.lab.bench.equality import Equality, compare
-from lamella.lab.bench.memory import kept_megabytes
 from lamella.lab.bench.results import Arm, BenchResult, Case
 from lamella.lab.bench.settings import FormsSettings
-from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
 from lamella.routing import LinearRouter
 
 _SCALING = 2.0

@@ -1,8 +1,8 @@
-"""What a step keeps for its backward pass."""
+"""How much memory a step needs at its peak."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,28 +10,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-def kept_megabytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
-    """Megabytes (1e6 bytes) of the storages that a forward saves for its backward pass, each counted once.
-
-    Args:
-        forward: runs the forward and returns the loss.
-        given: parameters, buffers and inputs, which are there anyway and do not count.
-    """
-    not_counted = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in not_counted:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor  # held by the graph, so that no address is used twice
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = forward()
-    del graph
-    return sum(kept.values()) / 1e6
 
 
 class _LiveStorages(TorchDispatchMode):

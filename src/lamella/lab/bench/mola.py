@@ -14,8 +14,8 @@ from lamella.lab.bench.memory import peak_megabytes
 from lamella.lab.bench.naive import NaiveMola
 from lamella.lab.bench.results import Arm, BenchResult, Case
 from lamella.lab.bench.settings import MolaSettings
-from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.studies.measuring import clock_for, ratio, time_rounds, using_threads
 from lamella.routing import Router
 from lamella.tuners.mola.layer import MolaLinear
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lamella.kernels import FrozenLoras, concatenate, forward_frozen
 from lamella.lab.bench.equality import Equality, compare, worst_of
-from lamella.lab.bench.memory import kept_megabytes, peak_live_megabytes, peak_megabytes
+from lamella.lab.bench.memory import peak_live_megabytes, peak_megabytes
 from lamella.lab.bench.results import Arm, BenchResult, Case
 from lamella.lab.bench.settings import MoleSettings
-from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
+from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
 
 _WORDS = {
     "frozen": "the frozen layer, gradient to its input",

@@ -21,8 +21,8 @@ from lamella.lab.bench.molex_arms import EXACT, RECOMPUTED, MolexArm, build_mole
 from lamella.lab.bench.naive_molex import NaiveMolexBlock, loras, naive_molex_copy
 from lamella.lab.bench.results import Arm, BenchResult, Case
 from lamella.lab.bench.settings import MolexSettings
-from lamella.lab.bench.timing import Ratio, clock_for, ratio, time_rounds, using_threads
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.studies.measuring import Ratio, clock_for, ratio, time_rounds, using_threads
 from lamella.routing.collecting import collect_losses
 
 Say = Callable[[str], object]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lamella.lab.bench.cells import shown, table, verdict
 from lamella.lab.bench.molex_arms import BF16, RECOMPUTED
 from lamella.lab.bench.results import Arm, BenchResult
-from lamella.lab.bench.timing import Ratio
+from lamella.lab.studies.measuring import Ratio
 
 # What MoLEx is measured against, times plain LoRA of the same rank.
 MOST_TIME_PER_RUN = 1.05  # of an exact train step, times the blocks run

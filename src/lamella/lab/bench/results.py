@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lamella.errors import LamellaError
 from lamella.files import write_whole
 from lamella.lab.bench.equality import Equality
-from lamella.lab.bench.timing import Clock, Ratio
 from lamella.lab.runs.folder import environment
+from lamella.lab.studies.measuring import Clock, Ratio
 
 
 class Arm(BaseModel):

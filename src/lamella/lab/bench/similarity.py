@@ -18,7 +18,7 @@ from lamella.lab.bench.equality import Equality, compare, worst_of
 from lamella.lab.bench.naive_similarity import LR, capture_pair, train_pair
 from lamella.lab.bench.results import Arm, BenchResult, Case
 from lamella.lab.bench.settings import SimilaritySettings
-from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
+from lamella.lab.studies.measuring import clock_for, ratio, time_rounds, using_threads
 from lamella.similarity.activations import Capture, capture
 from lamella.similarity.alignment.frozen import FrozenExpert
 from lamella.similarity.alignment.stack import start_stack

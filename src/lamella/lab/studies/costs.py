@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lamella.files import whole
-from lamella.lab.bench.memory import kept_megabytes
-from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
 from lamella.lab.data import encode, load_backbone
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import limited, task_of
+from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
 from lamella.tuners.mola.layer import MolaLinear
 
 if TYPE_CHECKING:

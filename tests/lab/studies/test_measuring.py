@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lamella.lab.bench.timing import clock_for, ratio, time_rounds, using_threads
+from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
 
 
 def test_every_round_runs_every_arm_and_starts_with_another():
@@ -44,3 +44,20 @@ def test_threads_are_put_back_also_after_an_error():
         fail()
     assert seen == [before + 1]
     assert torch.get_num_threads() == before
+
+
+def test_each_saved_storage_counts_once_and_given_ones_not_at_all():
+    weight = torch.randn(50, 50, requires_grad=True)
+    x = torch.randn(100, 50)
+
+    def forward():
+        h = x @ weight  # keeps x and weight, both given
+        activated = h.exp()  # keeps its result
+        return (activated * activated.view(50, 100).view(100, 50)).sum()  # keeps it again, twice
+
+    assert kept_megabytes(forward, [weight, x]) == 100 * 50 * 4 / 1e6
+
+
+def test_without_gradients_nothing_is_kept():
+    x = torch.randn(10, 10)
+    assert kept_megabytes(lambda: x.exp().sum(), [x]) == 0

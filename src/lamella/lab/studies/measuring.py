@@ -1,16 +1,17 @@
-"""One interleaved run of several arms, and ratios of their times that survive a busy machine."""
+"""Ratios of times that survive a busy machine, from interleaved rounds, and the memory kept for a backward pass."""
 
 from __future__ import annotations
 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 Clock = Literal["process CPU time", "wall time", "wall time, device synchronised"]
 
@@ -70,6 +71,28 @@ def ratio(seconds: Mapping[str, Sequence[float]], arm: str, over: str) -> Ratio:
     return Ratio(
         arm=arm, over=over, median=median, quartiles=(first, third), minima=min(seconds[arm]) / min(seconds[over])
     )
+
+
+def kept_megabytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
+    """Megabytes (1e6 bytes) of the storages that a forward saves for its backward pass, each counted once.
+
+    Args:
+        forward: runs the forward and returns the loss.
+        given: parameters, buffers and inputs, which are there anyway and do not count.
+    """
+    not_counted = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # held by the graph, so that no address is used twice
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = forward()
+    del graph
+    return sum(kept.values()) / 1e6
 
 
 @contextmanager
