@@ -1,0 +1,1 @@
+"""One run: its settings, training, scores and folder."""
