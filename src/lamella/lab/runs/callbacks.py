@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lamella.files import whole
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
-from lamella.files import whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lamella.adapters import read_lora
 from lamella.errors import LamellaError
 from lamella.lab.methods.compositions import lora_folder
 from lamella.lab.runs.settings import RunSettings, resolve
 from lamella.lab.runs.trained import find_trained
-from lamella.adapters import read_lora
 
 # A router reads thousands of normalised features at once: at the rate of other methods its first steps would leave one
 # LoRA in each block.

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 
 from lamella.errors import LamellaError
-from lamella.tracing import Trace, record_routing
+from lamella.files import whole
 from lamella.lab.runs.callbacks import routing_summary
-from lamella.tuners.optimization import is_routed
 from lamella.lab.runs.scoring import Columns, score, selection
 from lamella.lab.runs.trained import Trained, load_trained
-from lamella.files import whole
+from lamella.tracing import Trace, record_routing
+from lamella.tuners.optimization import is_routed
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lamella.convert import Collapsed, collapse, export_experts
 from lamella.errors import LamellaError
+from lamella.files import whole
 from lamella.lab.runs.card import public_name
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.trained import load_adapted, load_trained
-from lamella.convert import Collapsed, collapse, export_experts
-from lamella.files import whole
 
 _BATCH_SIZE = 16
 ROWS = 256

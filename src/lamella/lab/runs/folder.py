@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from lamella.errors import LamellaError
-from lamella.lab.runs.settings import RunSettings
 from lamella.files import write_whole
+from lamella.lab.runs.settings import RunSettings
 
 _OURS = (
     "run.yaml",

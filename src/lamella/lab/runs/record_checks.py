@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lamella.lab.data import encode, load_backbone
-from lamella.errors import LamellaError
 from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.undisturbed import undisturbed
+from lamella.errors import LamellaError
+from lamella.lab.data import encode, load_backbone
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.scoring import score
 from lamella.lab.runs.tasks import task_of

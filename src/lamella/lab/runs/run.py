@@ -16,22 +16,22 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
+from lamella.diagnostics.memory import peak_memory, reset_peak_memory
+from lamella.diagnostics.preflight import FirstStep
 from lamella.errors import LamellaError
-from lamella.tracing import record_routing
+from lamella.files import whole
+from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
+from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
 from lamella.lab.runs.folder import RunFolder
-from lamella.diagnostics.memory import peak_memory, reset_peak_memory
-from lamella.lab.methods import trainable_parameters
-from lamella.tuners.optimization import is_routed
-from lamella.diagnostics.preflight import FirstStep
 from lamella.lab.runs.saving import check_saved, load_weights, save_trained
 from lamella.lab.runs.scoring import Scores, score, selection
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trainer import RunTrainer
-from lamella.files import whole
+from lamella.tracing import record_routing
+from lamella.tuners.optimization import is_routed
 
 if TYPE_CHECKING:
     from datasets import Dataset

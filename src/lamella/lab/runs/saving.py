@@ -11,11 +11,11 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_pe
 from safetensors.torch import load_model
 from transformers import PreTrainedModel
 
-from lamella.lab.data import load_backbone
 from lamella.errors import LamellaError
-from lamella.lab.runs.folder import RunFolder
-from lamella.lab.methods import Method
 from lamella.files import whole
+from lamella.lab.data import load_backbone
+from lamella.lab.methods import Method
+from lamella.lab.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from lamella.lab.data import Backbone, Task

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lamella.errors import LamellaError
 from lamella.lab.data import Task
 from lamella.lab.data.models import is_decoder
-from lamella.errors import LamellaError
 from lamella.lab.runs.metrics import Metric, accuracy, macro_f1, mean_squared_error, metric_for, perplexity
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from lamella.errors import LamellaError
 from lamella.lab.data import Task, load_task
 from lamella.lab.data.splitting import sample_rows
-from lamella.errors import LamellaError
 from lamella.lab.runs.settings import RunSettings
 
 

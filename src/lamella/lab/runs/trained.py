@@ -11,11 +11,11 @@ import yaml
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
-from lamella.lab.data.models import has_own_head, is_decoder
-from lamella.errors import LamellaError
 from lamella.diagnostics.base import head_size, load_base
 from lamella.diagnostics.files import CONFIG
+from lamella.errors import LamellaError
+from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
+from lamella.lab.data.models import has_own_head, is_decoder
 from lamella.lab.runs.scoring import trains_tokens
 from lamella.lab.runs.settings import RunSettings
 from lamella.tuners import redundancy
