@@ -1,6 +1,7 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and the digest of what is read."""
 
 import contextlib
+import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -39,3 +40,13 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def sha256_of(*files: Path) -> str:
+    """The SHA-256 of the files' bytes one after another, in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,13 +1,12 @@
 """From a reference to the files it means. Pickles are refused before anything is opened."""
 
-import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lamella.adapters.source import Reference
 from lamella.errors import LamellaError
+from lamella.files import sha256_of
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +49,7 @@ def locate(reference: Reference) -> Files:
     place = root / reference.subfolder if reference.subfolder else root
     weights, config = _choose(place, reference)
     read = [weights] if config is None else [config, weights]
-    digest = sha256_of(read)
+    digest = sha256_of(*read)
     if reference.sha256 is not None and digest != reference.sha256:
         raise LamellaError(
             f"{reference.source} has changed since the composition was trained: its SHA-256 is {digest}, and "
@@ -61,16 +60,6 @@ def locate(reference: Reference) -> Files:
     if not here.exists():
         stem = Path(reference.subfolder or reference.source).stem
     return Files(weights, config, replace(found, sha256=digest), stem)
-
-
-def sha256_of(files: Sequence[Path]) -> str:
-    """The SHA-256 of the files' bytes one after another, in hexadecimal, read piece by piece."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
 
 
 def _choose(place: Path, reference: Reference) -> tuple[Path, Path | None]:

@@ -11,6 +11,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from lamella.adapters import published_name
 from lamella.diagnostics.files import CONFIG, WEIGHTS, AdapterFiles
 from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.undisturbed import twin
@@ -69,8 +70,6 @@ def path_of(name: str) -> str:
 
 def examine_name(config: PeftConfig, base: nn.Module, examination: Examination) -> None:
     """Compares the base named in the adapter's config with the model it is examined on."""
-    from lamella.lab.data.models import published_name
-
     named, ours = (
         published_name(name or "") for name in (config.base_model_name_or_path, getattr(base, "name_or_path", ""))
     )

@@ -181,10 +181,10 @@ def test_the_model_kept_in_the_package_is_found_by_name(decoder, tmp_path, monke
     monkeypatch.setattr("lamella.lab.data.models.resources.files", lambda package: tmp_path)
     with pytest.raises(LamellaError, match="lamella build tiny-moe"):
         load_backbone("tiny-moe")
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "decoder").rename(tmp_path / "recipes" / "tiny-moe")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "decoder").rename(tmp_path / "assets" / "tiny-moe")
 
     backbone = load_backbone("tiny-moe")
-    assert backbone.path == str(tmp_path / "recipes" / "tiny-moe")
+    assert backbone.path == str(tmp_path / "assets" / "tiny-moe")
     assert backbone.published == "tiny-moe"
     assert backbone.revision is None

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lamella.lab.data import KNOWN_TASKS, encode, load_backbone, load_task
-from lamella.lab.data.completions import message_pieces
 from lamella.lab.data.demo import DEMO_TASKS
+from lamella.texts.encoding import message_pieces
 
 pytestmark = pytest.mark.real
 

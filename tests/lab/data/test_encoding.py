@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Collator, Task, encode
-from lamella.lab.data.packing import packed_blocks
+from lamella.texts.encoding import packed_blocks
 
 
 def make_task(kind, rows, names=(), **splits):

@@ -1,7 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamella.lab.data.splitting import build_task, complete_published, hold_out, split_whole, without_overlap
+from lamella.lab.data.splitting import build_task, complete_published, split_whole, without_overlap
+from lamella.texts.rows import hold_out
 
 TEXTS = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=40)
 

@@ -1,5 +1,5 @@
 """The tiny tokenizers that encoding is tested with."""
 
-from tests.lab.data.conftest import chat_tokenizer, decoder_tokenizer, encoder_tokenizer
+from tests.texts.conftest import chat_tokenizer, decoder_tokenizer, encoder_tokenizer
 
 __all__ = ["chat_tokenizer", "decoder_tokenizer", "encoder_tokenizer"]

@@ -44,6 +44,7 @@ def align(
     """
     from lamella.cli.similarity.arms import arm_name, keep_arms
     from lamella.cli.similarity.subject import open_study
+    from lamella.lab.data.models import load_model
     from lamella.similarity import choose_pairs
     from lamella.similarity.alignment.sweep import sweep
     from lamella.similarity.screening import all_pairs
@@ -64,8 +65,8 @@ def align(
             for seed in range(seeds):
                 table = sweep(
                     capture, opened.subject.model, folder.path, pairs, ray=ray, score_on=elsewhere,
-                    dtype=opened.subject.dtype, device=device, progress=_telling(status, f"{kind}, seed {seed}"),
-                    aligner=kind, seed=seed, **given,
+                    dtype=opened.subject.dtype, device=device, load=load_model, aligner=kind, seed=seed,
+                    progress=_telling(status, f"{kind}, seed {seed}"), **given,
                 )  # fmt: skip
                 table["aligner"] = arm_name(kind, scored_on)
                 tables.append(table)

@@ -79,4 +79,7 @@ def open_subject(folder: StudyFolder, subject: Subject) -> Loaded:
 def _source(text: str) -> Any:
     from pathlib import Path
 
-    return Path(text) if Path(text).is_file() else text
+    from lamella.lab.data import load_task
+    from lamella.texts.files import SUFFIXES
+
+    return Path(text) if Path(text).is_file() or text.endswith(SUFFIXES) else load_task(text)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Task, load_task
-from lamella.lab.data.packing import packed_blocks
+from lamella.texts.encoding import packed_blocks
 
 
 def prose(kind: str) -> Task:

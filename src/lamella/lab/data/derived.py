@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from lamella.errors import LamellaError
 from lamella.lab.data.splitting import Splits, build_task, sample_rows, split_whole
-from lamella.lab.data.task import Row, Task
+from lamella.lab.data.task import Task
+from lamella.texts.rows import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 from pathlib import Path
 
 from lamella.errors import LamellaError
-from lamella.lab.data.assets import sha256_of
-from lamella.lab.data.columns import Table, read_columns
+from lamella.files import sha256_of
 from lamella.lab.data.splitting import build_task, complete_published, split_whole
-from lamella.lab.data.task import Row, Task
+from lamella.lab.data.task import Task
+from lamella.texts.files import SUFFIXES, read_rows
+from lamella.texts.rows import Table, read_columns
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 _SPLIT_FILES = {
     "train": ("train",),
     "validation": ("validation", "valid", "dev"),
@@ -90,67 +86,3 @@ def stated_source(folder: Path) -> dict[str, str]:
         return {}
     lines = (line[2:].partition(": ") for line in path.read_text("utf-8").splitlines() if line.startswith("- "))
     return {key: value.strip() for key, separator, value in lines if separator}
-
-
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a .jsonl, .csv or .parquet file (the first two also gzipped).
-
-    Raises:
-        LamellaError: missing file, unknown suffix, a line that is not a JSON object, or no rows.
-    """
-    if not path.is_file():
-        raise LamellaError(f"There is no file {path}. Give file:PATH with the path of a {', '.join(SUFFIXES)} file.")
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-    if suffix is None:
-        raise LamellaError(f"{path.name} is none of {', '.join(SUFFIXES)}. Convert it to one of these.")
-    try:
-        if suffix == ".parquet":
-            rows = _read_parquet(path)
-        else:
-            content = gzip.decompress(path.read_bytes()) if suffix.endswith(".gz") else path.read_bytes()
-            text = content.decode("utf-8-sig")
-            rows = _read_csv(text) if suffix.startswith(".csv") else _read_jsonl(text, path.name)
-    except LamellaError:
-        raise
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise LamellaError(f"{path.name} cannot be read as UTF-8 {suffix}: {error}.") from error
-    if not rows:
-        raise LamellaError(f"{path.name} has no rows.")
-    return rows
-
-
-def _read_jsonl(text: str, name: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            said = "is empty" if not line.strip() else f"is not JSON ({error.msg} at column {error.colno})"
-            raise LamellaError(f"{name}, row {number} {said}. Each line must hold one JSON object.") from error
-        if not isinstance(row, dict):
-            raise LamellaError(f"{name}, row {number} is a {type(row).__name__}. Each line must hold one JSON object.")
-        rows.append(row)
-    return rows
-
-
-def _read_csv(text: str) -> list[Row]:
-    rows: list[Row] = [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""), strict=True)]
-    for row in rows:
-        row.pop(None, None)  # type: ignore[call-overload]  # cells beyond the header
-    for convert in (int, float):  # CSV has no types: a label column is numeric when every cell is
-        try:
-            numbers = [convert(row["label"]) for row in rows]
-        except (KeyError, TypeError, ValueError):
-            continue
-        return [{**row, "label": number} for row, number in zip(rows, numbers, strict=True)]
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return list(pyarrow.parquet.read_table(path).to_pylist())
-    except pyarrow.ArrowInvalid as error:
-        raise LamellaError(f"{path.name} is not a readable Parquet file: {error}.") from error

@@ -7,7 +7,6 @@ import os
 import re
 
 from lamella.errors import LamellaError
-from lamella.lab.data.columns import Table, read_columns
 from lamella.lab.data.demo import DEMO_TASKS, load_demo
 from lamella.lab.data.derived import fewer, held, union
 from lamella.lab.data.files import load_file
@@ -15,6 +14,7 @@ from lamella.lab.data.origins import MIRROR, from_hub, mirror_folder
 from lamella.lab.data.public import PUBLIC_TASKS, load_public
 from lamella.lab.data.splitting import build_task, complete_published
 from lamella.lab.data.task import Task
+from lamella.texts.rows import Table, read_columns
 
 KNOWN_TASKS: tuple[str, ...] = (*DEMO_TASKS, *PUBLIC_TASKS)
 _OLD_HUB_NAMES = {"glue": "nyu-mll/glue"}

@@ -20,6 +20,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
 )
 
+from lamella.adapters import PUBLISHED_NAMES
+from lamella.backbones.loading import saved_class
 from lamella.errors import LamellaError
 from lamella.lab.data.assets import ASSETS, cache_folder, fetch, joined_mpnet, publish
 from lamella.lab.data.task import Task
@@ -53,6 +55,9 @@ def published_name(name_or_path: str) -> str:
             if top.startswith(start):
                 return _PUBLISHED[name]
     return _PUBLISHED.get(name_or_path, name_or_path)
+
+
+PUBLISHED_NAMES.append(published_name)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ def load_backbone(
     )
 
 
+def load_model(name: str, dtype: str) -> PreTrainedModel:
+    """A model alone, in evaluation mode: what a process of a sweep loads by name."""
+    return load_backbone(name, dtype=dtype).model.eval()
+
+
 def located(name: str) -> str:
     """What transformers loads a model by: the path of a demo model, fetched or made if need be; else the name itself.
 
@@ -179,8 +189,7 @@ def _kept_tiny_moe() -> Path:
 def _head(name: str, config: Any, task: Task | None) -> tuple[Any, dict[str, Any]]:
     """The auto class for a task and the arguments its head takes."""
     if task is None:
-        saved = next(iter(config.architectures or []), "AutoModel")
-        return getattr(transformers, saved, transformers.AutoModel), {}
+        return saved_class(config), {}
     if task.kind in ("classification", "pair-classification"):
         id2label = dict(enumerate(task.label_names))
         label2id = {label: index for index, label in id2label.items()}

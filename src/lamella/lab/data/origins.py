@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamella.errors import LamellaError
-from lamella.lab.data.assets import sha256_of
-from lamella.lab.data.files import read_rows, stated_source
-from lamella.lab.data.task import Row
+from lamella.files import sha256_of
+from lamella.lab.data.files import stated_source
+from lamella.texts.files import read_rows
+from lamella.texts.rows import Row
 
 MIRROR = "LAMELLA_DATA"
 

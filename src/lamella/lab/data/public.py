@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lamella.errors import LamellaError
-from lamella.lab.data.columns import Table, check_published
 from lamella.lab.data.origins import MIRROR, Raw, from_hub, from_mirror, mirror_folder
 from lamella.lab.data.splitting import Splits, build_task, complete_published, split_whole
-from lamella.lab.data.task import Row, Task, TaskKind
+from lamella.lab.data.task import Task
+from lamella.texts.rows import Row, Table, TaskKind, check_published
 
 
 def _same(rows: list[Row]) -> list[Row]:

@@ -6,13 +6,13 @@ belongs to). So a split depends on neither a random generator nor a seed, and is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lamella.lab.data.task import LABELLED, METRICS, Row, Task, TaskKind, input_columns
+from lamella.lab.data.task import METRICS, Task
+from lamella.texts.rows import LABELLED, Row, TaskKind, hold_out, input_columns, sample_indices
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,25 +47,6 @@ def without_duplicates(kind: TaskKind, rows: list[Row]) -> list[Row]:
         return rows
     columns = [*input_columns(kind, set(rows[0])), *(["label"] if kind in LABELLED else [])]
     return list({_key(row, columns): row for row in reversed(rows)}.values())[::-1]
-
-
-def hold_out(
-    rows: list[Row], count: int, group: Callable[[Row], str], salt: str = "test"
-) -> tuple[list[Row], list[Row]]:
-    """Split rows into (kept, held out); whole groups are held out until `count` rows are reached. Order is kept."""
-    groups: dict[str, int] = {}
-    for row in rows:
-        name = group(row)
-        groups[name] = groups.get(name, 0) + 1
-    chosen: set[str] = set()
-    size = 0
-    for name in sorted(groups, key=lambda name: hashlib.sha256(f"lamella {salt} {name}".encode()).digest()):
-        if size >= count:
-            break
-        chosen.add(name)
-        size += groups[name]
-    kept = [row for row in rows if group(row) not in chosen]
-    return kept, [row for row in rows if group(row) in chosen]
 
 
 def split_whole(
@@ -143,9 +124,7 @@ def without_overlap(kind: TaskKind, splits: Splits) -> tuple[Splits, list[str]]:
 
 def sample_rows(split: Dataset, count: int) -> Dataset:
     """At most ``count`` rows of a split, always the same ones and in their own order: packed prose stays prose."""
-    if count >= len(split):
-        return split
-    return split.select(sorted(random.Random(0).sample(range(len(split)), count)))
+    return split if count >= len(split) else split.select(sample_indices(len(split), count))
 
 
 def build_task(

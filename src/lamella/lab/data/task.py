@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING
+
+from lamella.texts.rows import TaskKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TaskKind: TypeAlias = Literal[
-    "classification", "pair-classification", "multiple-choice", "regression", "causal-lm", "seq2seq"
-]
-Row: TypeAlias = dict[str, Any]
-
-# Column sets a kind may have: the inputs, then whether a label column stands beside them.
-FORMS: dict[TaskKind, tuple[tuple[str, ...], ...]] = {
-    "classification": (("text",),),
-    "pair-classification": (("text1", "text2"),),
-    "multiple-choice": (("question", "choices"),),
-    "regression": (("text1", "text2"), ("text1",)),
-    "causal-lm": (("messages",), ("prompt", "completion"), ("text",)),
-    "seq2seq": (("source", "target"),),
-}
-LABELLED: frozenset[str] = frozenset({"classification", "pair-classification", "multiple-choice", "regression"})
 METRICS: dict[TaskKind, str] = {
     "classification": "accuracy",
     "pair-classification": "accuracy",
@@ -60,8 +47,3 @@ class Task:
     source: str
     licence: str
     notes: tuple[str, ...]
-
-
-def input_columns(kind: TaskKind, columns: set[str]) -> tuple[str, ...]:
-    """The text columns of a row of this kind, for the form whose columns are all present; empty where none fits."""
-    return next((form for form in FORMS[kind] if columns.issuperset(form)), ())

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lamella.backbones.loading import load_pretrained
 from lamella.errors import LamellaError
 from lamella.similarity.activations import Capture
 from lamella.similarity.alignment import align as align_pairs
 from lamella.similarity.alignment.on_ray import compute_on_ray
 from lamella.similarity.alignment.tiles import PAIRS, cut
-from lamella.similarity.alignment.work import Load, Work, load_model
+from lamella.similarity.alignment.work import Load, Work
 from lamella.similarity.screening.pairs import NAMES, Pair, all_pairs, check_pairs
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def sweep(
     tile_pairs: int = PAIRS,
     progress: Callable[[int, int], None] | None = None,
     align: Callable[..., pd.DataFrame] = align_pairs,
-    load: Load = load_model,
+    load: Load = load_pretrained,
     **settings: Any,
 ) -> pd.DataFrame:
     """`align` for any number of pairs: what is on disk already is not computed again.
@@ -46,7 +47,7 @@ def sweep(
 
     Args:
         capture: inputs of the experts.
-        model: the captured model by name, hub id or path; every process loads it for itself.
+        model: the captured model by hub id or path (or whatever ``load`` takes); every process loads it for itself.
         out: folder of the study.
         pairs: (source, target), each a (layer, expert); None takes all ordered pairs of captured experts.
         ray: address of a Ray cluster, "auto" for the one on this machine; None computes in this process.

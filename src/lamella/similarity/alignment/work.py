@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamella.backbones.loading import load_pretrained
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
 from lamella.similarity.activations import Capture, Manifest
@@ -22,19 +23,12 @@ from lamella.similarity.alignment.tiles import Tile, tile_key
 Load = Callable[[str, str], nn.Module]  # name or path, dtype
 
 
-def load_model(name: str, dtype: str) -> nn.Module:
-    """The model of this name, hub id or path, to be read from."""
-    from lamella.lab.data import load_backbone
-
-    return load_backbone(name, dtype=dtype).model.eval()
-
-
 @dataclass(frozen=True)
 class Work:
     """What a process must know to compute any tile of a sweep: everything by name, nothing that is large.
 
     Attributes:
-        model: name, hub id or path.
+        model: what ``load`` takes: a hub id or path, unless another loader is given.
         dtype: to load it in.
         device: to compute on.
         captures: folders of the capture, and of the one to score on where there is one.
@@ -53,7 +47,7 @@ class Work:
     settings: Mapping[str, Any]
     folder: Path
     align: Callable[..., Any]
-    load: Load = load_model
+    load: Load = load_pretrained
 
     def path(self, tile: Tile) -> Path:
         """Where the tile's result is, or will be."""

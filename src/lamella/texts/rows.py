@@ -1,15 +1,31 @@
-"""Reading a task's kind from its columns, and checking every row: each complaint names file, row and column."""
+"""Rows of text: their kind, told by their columns, with every cell checked; an error names file, row and column."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lamella.errors import LamellaError
-from lamella.lab.data.task import FORMS, LABELLED, Row, TaskKind, input_columns
 
+TaskKind: TypeAlias = Literal[
+    "classification", "pair-classification", "multiple-choice", "regression", "causal-lm", "seq2seq"
+]
+Row: TypeAlias = dict[str, Any]
+
+# Column sets a kind may have: the inputs, then whether a label column stands beside them.
+FORMS: dict[TaskKind, tuple[tuple[str, ...], ...]] = {
+    "classification": (("text",),),
+    "pair-classification": (("text1", "text2"),),
+    "multiple-choice": (("question", "choices"),),
+    "regression": (("text1", "text2"), ("text1",)),
+    "causal-lm": (("messages",), ("prompt", "completion"), ("text",)),
+    "seq2seq": (("source", "target"),),
+}
+LABELLED: frozenset[str] = frozenset({"classification", "pair-classification", "multiple-choice", "regression"})
 _FIRST_TO_FIT: tuple[TaskKind, ...] = (
     "causal-lm",
     "seq2seq",
@@ -17,6 +33,40 @@ _FIRST_TO_FIT: tuple[TaskKind, ...] = (
     "pair-classification",
     "classification",
 )
+
+
+def input_columns(kind: TaskKind, columns: set[str]) -> tuple[str, ...]:
+    """The text columns of a row of this kind, for the form whose columns are all present; empty where none fits."""
+    return next((form for form in FORMS[kind] if columns.issuperset(form)), ())
+
+
+def hold_out(
+    rows: list[Row], count: int, group: Callable[[Row], str], salt: str = "test"
+) -> tuple[list[Row], list[Row]]:
+    """Splits rows into (the rest, held out), in their order: groups are held out until ``count`` rows are reached.
+
+    Groups are taken in the order of the SHA-256 of their name, so that the same rows are held out on every machine.
+    """
+    sizes: dict[str, int] = {}
+    for row in rows:
+        name = group(row)
+        sizes[name] = sizes.get(name, 0) + 1
+    chosen: set[str] = set()
+    size = 0
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(f"lamella {salt} {name}".encode()).digest()):
+        if size >= count:
+            break
+        chosen.add(name)
+        size += sizes[name]
+    rest = [row for row in rows if group(row) not in chosen]
+    return rest, [row for row in rows if group(row) in chosen]
+
+
+def sample_indices(size: int, count: int | None, seed: int = 0) -> list[int]:
+    """At most ``count`` of ``size`` rows, in their own order; all of them where ``count`` is None."""
+    return (
+        list(range(size)) if count is None or count >= size else sorted(random.Random(seed).sample(range(size), count))
+    )
 
 
 @dataclass(frozen=True)
@@ -41,7 +91,7 @@ class Table:
 def read_columns(tables: Mapping[str, Table]) -> tuple[TaskKind, dict[str, list[Row]], tuple[str, ...], list[str]]:
     """Kind, checked rows of each split, label names, and notes, from raw tables.
 
-    The kind follows from the columns: see `Task.splits`. Float labels mean regression; integer or text labels mean
+    The kind follows from the columns: see `FORMS`. Float labels mean regression; integer or text labels mean
     classification, their names taken from a `label_name` column where there is one.
 
     Raises:

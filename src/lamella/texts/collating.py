@@ -24,6 +24,11 @@ class Collator:
 
     pad_id: int
 
+    @classmethod
+    def of(cls, tokenizer: Any) -> Collator:
+        """With the tokenizer's pad token, or its end token where it has none."""
+        return cls(next(at for at in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if at is not None))
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Model inputs and labels of a batch; other columns, such as `length`, are left out."""
         choices = len(rows[0]["input_ids"]) if isinstance(rows[0]["input_ids"][0], list) else 0

@@ -128,11 +128,13 @@ def test_what_is_not_there_is_told(tmp_path, decoder_tokenizer):
     task = load_task(f"file:{written(tmp_path, 'prose')}")
     with pytest.raises(LamellaError, match="no split 'dev'; it has train, validation, test"):
         text_batches(task, decoder_tokenizer, "dev")
-    with pytest.raises(LamellaError, match=r"gone.txt cannot be read"):
+    with pytest.raises(LamellaError, match=r"There is no file .*gone.txt"):
         text_batches(tmp_path / "gone.txt", decoder_tokenizer)
     with pytest.raises(LamellaError, match=r"There is no file .*gone.jsonl"):
         text_batches(str(tmp_path / "gone.jsonl"), decoder_tokenizer)
-    with pytest.raises(LamellaError, match="There is no task 'gone'"):
+    with pytest.raises(
+        LamellaError, match=r"There is no file 'gone'.* text_batches\(lamella.lab.data.load_task\('gone'"
+    ):
         text_batches("gone", decoder_tokenizer)
     (tmp_path / "one.txt").write_text("w1 w2")
     with pytest.raises(LamellaError, match=r"The 1 documents of one.txt are too few for a split 'test'"):
@@ -142,6 +144,21 @@ def test_what_is_not_there_is_told(tmp_path, decoder_tokenizer):
         text_batches(tmp_path / "empty.txt", decoder_tokenizer)
     with pytest.raises(LamellaError, match="batch_size=0"):
         text_batches(task, decoder_tokenizer, batch_size=0)
+    with pytest.raises(LamellaError, match="limit=0"):
+        text_batches(task, decoder_tokenizer, limit=0)
+    with pytest.raises(LamellaError, match="no text in the texts given"):
+        text_batches([], decoder_tokenizer)
+    with pytest.raises(LamellaError, match="the texts given, row 2, column 'text': empty"):
+        text_batches(["w1", " "], decoder_tokenizer)
+
+
+def test_texts_and_rows_are_taken_as_they_come(decoder_tokenizer):
+    given = text_batches((f"w{n} w1" for n in range(3)), decoder_tokenizer)
+    assert texts(given, decoder_tokenizer) == ["w0 w1 <end>", "w1 w1 <end>", "w2 w1 <end>"]
+    assert given.origin.startswith("3 documents of the texts given (all)")
+    assert text_batches([f"w{n}" for n in range(10)], decoder_tokenizer, "test").documents == 2
+    pairs = text_batches([KINDS["completion"](n) for n in range(4)], decoder_tokenizer, batch_size=3)
+    assert sorted(texts(pairs, decoder_tokenizer)) == [f"w{n} w1 w2 <end>" for n in range(4)]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
