@@ -1,12 +1,17 @@
 """Mixtures of experts along the depth of pretrained transformers.
 
 Importing lamella registers its methods with PEFT, so that ``get_peft_model``, ``PeftModel.from_pretrained`` and
-transformers' ``load_adapter`` know them.
+transformers' ``load_adapter`` know them. The rooms `lamella.similarity`, `lamella.diffusion` and `lamella.lab` are
+loaded when they are first used.
 """
 
-from lamella.backbones.moe import MoELayer, moe_layers
-from lamella.convert import Collapsed, collapse, export_experts
-from lamella.diagnostics.doctor import Diagnosis, Finding, doctor
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lamella.backbones.moe import moe_layers
+from lamella.convert import collapse, export_experts
+from lamella.diagnostics.doctor import doctor
 from lamella.diagnostics.preflight import preflight
 from lamella.diffusion import compose_pipeline, load_pipeline
 from lamella.errors import CannotMergeError, LamellaError
@@ -24,13 +29,12 @@ from lamella.tuners import (
 )
 from lamella.tuners.optimization import param_groups
 
+if TYPE_CHECKING:
+    from lamella import lab, similarity
+
 __all__ = [
     "CannotMergeError",
-    "Collapsed",
-    "Diagnosis",
-    "Finding",
     "LamellaError",
-    "MoELayer",
     "MolaConfig",
     "MoleConfig",
     "MolexConfig",
@@ -42,6 +46,7 @@ __all__ = [
     "doctor",
     "export_experts",
     "fixed_weights",
+    "lab",
     "load_pipeline",
     "masked_experts",
     "moe_layers",
@@ -50,4 +55,15 @@ __all__ = [
     "prompt",
     "record_routing",
     "redundancy",
+    "similarity",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("lab", "similarity"):
+        return import_module(f"lamella.{name}")
+    raise AttributeError(f"module 'lamella' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

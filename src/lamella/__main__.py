@@ -1,5 +1,5 @@
 """`python -m lamella` is the command."""
 
-from lamella.cli import main
+from lamella_command import main
 
 main()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.logging import RichHandler
+from typer.core import TyperCommand
 
 from lamella.cli.allocate import allocate
 from lamella.cli.bench import bench
@@ -25,44 +28,80 @@ from lamella.cli.similarity import similarity
 from lamella.cli.trace import trace
 from lamella.cli.train import train
 from lamella.errors import LamellaError
-from lamella.lab.quiet import quiet_libraries
+
+
+class _Command(TyperCommand):
+    """A command whose words are understood, and which therefore loads the library before it runs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.obj()
+        with _libraries_quiet():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     help="Mixtures of experts along the depth of pretrained transformers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compose, compare, doctor, evaluate, evidence, trace, export, allocate, build):
-    app.command()(command)
+for command in (demo, train, compose, compare, evaluate, trace, export, doctor, allocate, evidence, build):
+    app.command(cls=_Command)(command)
 app.add_typer(similarity, name="similarity")
 app.add_typer(bench, name="bench")
+for step in [*similarity.registered_commands, *bench.registered_commands]:
+    step.cls = _Command
 
 
-def main() -> None:
-    """Run the command. Exit status: 0 done, 1 unexpected or findings, 2 something given cannot be used."""
-    warnings_shown = _quiet()
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lamella {version('lamella')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(load_library: Callable[[], None] = lambda: None) -> None:
+    """Run the command. Exit status: 0 done, 1 unexpected or findings, 2 something given cannot be used.
+
+    Args:
+        load_library: called before a command runs, but not for help, version and completion.
+    """
     try:
-        app()
+        app(obj=load_library)
     except LamellaError as error:
         _stop(str(error))
     except OSError as error:
         if error.filename is None:  # of no file, so nothing that a person could mend
             raise
         _stop(f"{error.filename} could not be read or written: {error.strerror}. What was finished before is intact.")
-    finally:
-        logging.getLogger().removeHandler(warnings_shown)
 
 
-def _stop(sentence: str) -> NoReturn:
+def _stop(sentence: str, status: int = 2) -> NoReturn:
     print(textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
-def _quiet() -> logging.Handler:
+@contextmanager
+def _libraries_quiet() -> Iterator[None]:
     """People see warnings; the rest is in each run's log. Libraries' bars and reports would break up the output."""
+    from rich.logging import RichHandler
+
+    from lamella.lab.quiet import quiet_libraries
+
     handler = RichHandler(logging.WARNING, console=console, show_time=False, show_path=False)
     logging.getLogger().addHandler(handler)
     quiet_libraries()
-    return handler
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop("Interrupted. What was finished is kept; the same command goes on from there.", 130)
+    finally:
+        logging.getLogger().removeHandler(handler)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamella.cli.output import Bar, console, print_json
+from lamella.cli.output import console, print_json
 
 
 def build(
@@ -27,6 +27,7 @@ def build(
 
     Example: lamella build tiny-moe -o models/tiny-moe
     """
+    from lamella.cli.progress import Bar
     from lamella.lab.building import build as make
 
     folder, bar = output or Path("runs") / name, Bar()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lamella.cli.output import Bar, console, print_json, show_results
+from lamella.cli.output import console, print_json, show_results
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +32,7 @@ def show_composition_plan(grid: CompositionGrid, path: Path, jobs: int, *, json:
 
 def run_composition(name: str, grid: CompositionGrid, path: Path, jobs: int, *, force: bool, json: bool) -> None:
     """Run what is not run yet, and show what came out; exit status 1 if a cell could not be run."""
+    from lamella.cli.progress import Bar
     from lamella.lab.studies.composition.grid import stages_of
     from lamella.lab.studies.composition.planning import plan_stages
     from lamella.lab.studies.composition.running import folder_of, run_stages

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +21,7 @@ console = Console(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output; what is no finite number, such as a median of nothing, is null."""
+    """One JSON object on standard output; what is not a finite number, such as a median of nothing, is null."""
     json.dump(_finite(value), sys.stdout, allow_nan=False)
     sys.stdout.write("\n")
 
@@ -99,45 +97,3 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
 
 def _number(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-class Bar(TrainerCallback):
-    """A progress bar over the steps of each training that it accompanies."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show the bar, at the step a resumed run starts from."""
-        if not state.is_world_process_zero:
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._progress.start()
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move on by a step."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the loss beside the bar."""
-        if self._progress is not None and self._task is not None and logs and "loss" in logs:
-            self._progress.update(self._task, description=f"training, loss {logs['loss']:.3f}")
-
-    def close(self) -> None:
-        """Take the bar away, however the training ended."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lamella.cli.output import Bar, console, print_json, show_results
+from lamella.cli.output import console, print_json, show_results
 
 if TYPE_CHECKING:
     from lamella.lab.studies.grid import Cell, Grid
@@ -40,6 +40,7 @@ def run_study(title: str, grid: Grid, folder: StudyFolder, jobs: int, *, force: 
 
 def _run_cells(cells: list[Cell], folder: StudyFolder, jobs: int) -> None:
     """Train every cell that has no row yet."""
+    from lamella.cli.progress import Bar
     from lamella.lab.studies.planning import plan
     from lamella.lab.studies.workers import work, work_in_processes
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lamella.cli.output import Bar, print_json, show_run
+from lamella.cli.output import print_json, show_run
 
 if TYPE_CHECKING:
     from lamella.lab.runs.settings import RunSettings
@@ -43,6 +43,7 @@ def train(
 def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force: bool, json: bool) -> None:
     """Train a run and show it; with ``check``, its preflight alone, exit status 1 if it found an error."""
     from lamella.cli.pages import run_report
+    from lamella.cli.progress import Bar
     from lamella.diagnostics.preflight import preflight_of
     from lamella.lab.report.report import write_report
     from lamella.lab.runs.run import train as run

@@ -1,0 +1,95 @@
+"""What `import lamella` costs and gives, and what the command loads, each seen in a fresh process."""
+
+import re
+import subprocess
+import sys
+from functools import reduce
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("pandas", "sklearn", "scipy", "datasets", "typer", "rich", "jinja2")
+
+
+def fresh(code):
+    """The last line that a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def command(*words):
+    """What the command prints in a fresh process, its exit status, and whether torch was loaded."""
+    code = f"""
+import sys
+from lamella_command import main
+sys.argv = ["lamella", *{list(map(str, words))!r}]
+try:
+    main()
+finally:
+    print("torch loaded:", "torch" in sys.modules, file=sys.stderr)
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_importing_lamella_loads_nothing_heavy_that_peft_does_not():
+    loaded = f"print(*sorted(name for name in sys.modules if name.partition('.')[0] in {HEAVY}))"
+    of_lamella, of_peft = (set(fresh(f"import sys, {package}\n{loaded}").split()) for package in ("lamella", "peft"))
+    assert of_lamella - of_peft == set()
+
+
+def documented_names():
+    """Every dotted name of lamella on the pages, such as `lamella.similarity.capture`, but not those of imports."""
+    name = re.compile(r"(?<![\w/.-])(?<!from )(?<!import )lamella(?:\.[A-Za-z_]\w*)+(?![/.]?\w)")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        yield from name.findall(page.read_text(encoding="utf-8"))
+
+
+def test_every_documented_name_is_reachable():
+    names = sorted(set(documented_names()))
+    code = f"import lamella\nfrom functools import reduce\nfor name in {names!r}:\n"
+    code += "    try: reduce(getattr, name.split('.')[1:], lamella)\n    except AttributeError: print(name, end=' ')\n"
+    assert len(names) > 5
+    assert fresh(code + "print()").split() == []
+
+
+def test_the_public_names_are_all_there():
+    import lamella
+
+    assert set(lamella.__all__) <= set(dir(lamella))
+    assert all(reduce(getattr, [name], lamella) is not None for name in lamella.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lora'"):
+        _ = lamella.lora
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["similarity", "capture", "--help"]])
+def test_help_loads_no_torch(words):
+    done = command(*words)
+    assert done.returncode == 0
+    assert "Usage: lamella" in done.stdout
+    assert "torch loaded: False" in done.stderr
+
+
+def test_the_version_loads_no_torch():
+    done = command("--version")
+    assert (done.returncode, done.stdout) == (0, f"lamella {version('lamella')}\n")
+    assert "torch loaded: False" in done.stderr
+
+
+def test_completion_loads_no_torch(monkeypatch):
+    monkeypatch.setenv("_LAMELLA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "lamella tr")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    done = command()
+    assert done.stdout.split() == ["train", "trace"]
+    assert "torch loaded: False" in done.stderr
+
+
+def test_a_command_loads_the_library_once_its_words_are_understood():
+    misspelt = command("allocate", "2-4", "--layer", "4")
+    assert misspelt.returncode == 2
+    assert "torch loaded: False" in misspelt.stderr
+    done = command("allocate", "2-4", "--layers", "4")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "2-2-4-4")
+    assert "torch loaded: True" in done.stderr
