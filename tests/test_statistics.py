@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.statistics import holm, paired_interval
+from lamella.statistics import RESAMPLES, contrast, holm, mean_intervals, paired_interval
 
 
 def test_equal_scores_have_an_interval_of_zero():
@@ -75,7 +75,7 @@ def test_the_p_value_belongs_to_the_interval():
 def test_without_a_difference_the_p_value_is_rarely_small():
     generator = np.random.default_rng(1)
     values = [
-        paired_interval(*(generator.random((2, 1, 300)) < 0.7), resamples=400, seed=i).p_value for i in range(400)
+        paired_interval(*(generator.random((2, 1, 100)) < 0.7), resamples=400, seed=i).p_value for i in range(400)
     ]
     assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
 
@@ -85,3 +85,63 @@ def test_holm_by_hand():
     assert holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def by_seed(values):
+    return dict(enumerate(values))
+
+
+def test_contrasts_of_a_table_are_those_of_each_pair_alone():
+    generator = np.random.default_rng(5)
+    a, b, noise = generator.normal(size=(3, 3, 60))
+    scores = {"a": a, "b": b + 2, "c": a + 0.1 * (noise - noise.mean())}
+
+    found = contrast({name: by_seed(own) for name, own in scores.items()}, [("b", "a"), ("c", "a"), ("b", "c")])
+
+    alone = [paired_interval(scores[first], scores[second]) for first, second in (("b", "a"), ("c", "a"), ("b", "c"))]
+    assert [one.p_value for one in found] == pytest.approx(holm([one.p_value for one in alone]))
+    for one, interval in zip(found, alone, strict=True):
+        assert one.interval.resamples == RESAMPLES
+        assert (one.interval.difference, one.interval.low, one.interval.high) == pytest.approx(
+            (interval.difference, interval.low, interval.high)
+        )
+        assert (one.seeds, one.examples) == (3, 60)
+    assert [one.significant for one in found] == [True, False, True]
+
+
+def test_only_shared_seeds_are_compared_and_paired():
+    scores = {"a": {0: [1, 0], 1: [0, 0]}, "b": {1: [1, 1], 2: [0, 0]}, "c": {2: [1, 0]}, "d": {}}
+
+    found = contrast(scores, [("b", "a"), ("c", "a"), ("c", "b"), ("d", "a"), ("unknown", "a")])
+
+    assert [(one.first, one.second, one.seeds, one.interval.difference) for one in found] == [
+        ("b", "a", 1, 1.0),
+        ("c", "b", 1, 0.5),
+    ]
+    assert contrast(scores, []) == []
+
+
+def test_equal_methods_differ_by_nothing_whatever_stands_beside_them():
+    scores = {name: by_seed(np.random.default_rng(6).normal(size=(2, 37))) for name in "ab"}
+    scores["c"] = by_seed(np.random.default_rng(7).normal(size=(2, 37)))
+
+    same, _ = contrast(scores, [("a", "b"), ("c", "b")])
+
+    assert (same.interval.low, same.interval.high, same.interval.p_value) == (0.0, 0.0, 1.0)
+
+
+def test_unlike_examples_are_refused():
+    with pytest.raises(LamellaError, match="some have 2 scores and some 3"):
+        contrast({"a": {0: [1, 2]}, "b": {0: [1, 2, 3]}}, [("a", "b")])
+
+
+def test_intervals_of_means_are_those_of_differences_from_zero():
+    generator = np.random.default_rng(8)
+    scores = {"a": generator.normal(size=(3, 50)), "b": generator.normal(size=(1, 50)), "floor": np.ones((1, 20))}
+
+    found = mean_intervals({**{name: by_seed(own) for name, own in scores.items()}, "nothing": {}})
+
+    for name, own in scores.items():
+        alone = paired_interval(own, np.zeros_like(own))
+        assert found[name] == pytest.approx((alone.low, alone.high))
+    assert list(found) == ["a", "b", "floor"]

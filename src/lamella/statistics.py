@@ -1,16 +1,22 @@
-"""How sure a difference is: the paired bootstrap over examples and seeds."""
+"""How sure a difference is: the paired bootstrap over examples and seeds, for every interval that lamella states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from lamella.errors import LamellaError
 
+RESAMPLES = 10_000
+SIGNIFICANT = 0.05
 _CHUNK_ENTRIES = 2_000_000
+
+Floats = npt.NDArray[np.float64]
+# per-example scores of one method by seed, each (examples,)
+BySeed = Mapping[int, npt.ArrayLike]
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,79 @@ class Interval:
         return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """``first`` minus ``second`` on the seeds that both have; ``p_value`` is Holm's, over the contrasts made together.
+
+    ``seeds`` and ``examples`` count what is resampled; one example where the metric is not a mean over them.
+    """
+
+    first: str
+    second: str
+    interval: Interval
+    p_value: float
+    seeds: int
+    examples: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is significant at 0.05."""
+        return self.p_value < SIGNIFICANT
+
+
+def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
+    """Paired differences between methods of one table, from the same draws of seeds and examples for all of them.
+
+    Args:
+        scores: per-example scores by method and seed; the same examples in the same order everywhere.
+        pairs: which differences, first minus second; pairs that share no seed are left out.
+
+    Raises:
+        LamellaError: methods have different numbers of examples.
+
+    Source: as `paired_interval`; Holm's correction as `holm`.
+    """
+    by_seeds: dict[tuple[int, ...], list[tuple[str, str]]] = {}
+    for first, second in pairs:
+        if shared := tuple(sorted(set(scores.get(first, {})) & set(scores.get(second, {})))):
+            by_seeds.setdefault(shared, []).append((first, second))
+    found: dict[tuple[str, str], Contrast] = {}
+    for seeds, own in by_seeds.items():
+        names = list(dict.fromkeys(name for pair in own for name in pair))
+        values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
+        drawn = _resampled_means(values, RESAMPLES, 0)  # (methods, draws)
+        for first, second in own:
+            a, b = names.index(first), names.index(second)
+            interval = _interval(float((values[a] - values[b]).mean()), drawn[a] - drawn[b])
+            found[first, second] = Contrast(first, second, interval, interval.p_value, *values.shape[1:])
+    made = [found[pair] for pair in pairs if pair in found]
+    corrected = holm([one.p_value for one in made])
+    return [replace(one, p_value=p_value) for one, p_value in zip(made, corrected, strict=True)]
+
+
+def mean_intervals(scores: Mapping[str, BySeed]) -> dict[str, tuple[float, float]]:
+    """The 95 % bootstrap interval of each method's mean, over its seeds and examples; none without scores.
+
+    Raises:
+        LamellaError: the seeds of a method have different numbers of examples.
+    """
+    by_seeds: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, own in scores.items():
+        if own:
+            by_seeds.setdefault((np.size(next(iter(own.values()))), tuple(sorted(own))), []).append(name)
+    found: dict[str, tuple[float, float]] = {}
+    for (_, seeds), names in by_seeds.items():
+        values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
+        for name, mean, drawn in zip(names, values.mean((1, 2)), _resampled_means(values, RESAMPLES, 0), strict=True):
+            interval = _interval(float(mean), drawn)
+            found[name] = (interval.low, interval.high)
+    return {name: found[name] for name in scores if name in found}
+
+
 def paired_interval(
-    first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Interval of mean(first − second), drawing seeds and examples with replacement, the same ones for both sides.
+    """Interval of mean(first - second), drawing seeds and examples with replacement, the same ones for both sides.
 
     Args:
         first: per-example scores (for accuracy: 0 or 1), shape (seeds, examples) or (examples,).
@@ -56,15 +131,7 @@ def paired_interval(
             f"and {b.shape} (seeds, examples). Score both methods on the same split with the same seeds."
         )
     difference = a - b
-    generator = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK_ENTRIES // difference.shape[1])
-    means = np.concatenate(
-        [_resampled_means(difference, min(chunk, resamples - done), generator) for done in range(0, resamples, chunk)]
-    )
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    rarer = min(int((means <= 0.0).sum()), int((means >= 0.0).sum()))
-    p_value = min(1.0, 2.0 * (rarer + 1) / (resamples + 1))
-    return Interval(float(difference.mean()), float(low), float(high), level, resamples, p_value)
+    return _interval(float(difference.mean()), _resampled_means(difference[None], resamples, seed)[0], level)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -80,12 +147,42 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _resampled_means(
-    difference: npt.NDArray[np.float64], draws: int, generator: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    seeds, examples = difference.shape
-    seed_counts = generator.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=draws)  # (draws, seeds)
-    example_counts = generator.multinomial(examples, np.full(examples, 1.0 / examples), size=draws)  # (draws, examples)
-    by_example = seed_counts @ difference  # (draws, examples)
-    means: npt.NDArray[np.float64] = (by_example * example_counts).sum(1) / (seeds * examples)
-    return means
+def _stacked(scores: Sequence[Sequence[npt.ArrayLike]]) -> Floats:
+    """(methods, seeds, examples)."""
+    sizes = sorted({np.size(one) for own in scores for one in own})
+    if len(sizes) > 1:
+        raise LamellaError(
+            f"Methods are compared on the same examples, but some have {sizes[0]} scores and some {sizes[-1]}. Score "
+            "all of them on the same split."
+        )
+    return np.asarray(scores, np.float64).reshape(len(scores), -1, sizes[0])
+
+
+def _interval(difference: float, drawn: Floats, level: float = 0.95) -> Interval:
+    drawn = np.where(np.abs(drawn) < 1e-12, 0.0, drawn)  # sums in another order leave dust where methods are equal
+    low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    rarer = min(int((drawn <= 0.0).sum()), int((drawn >= 0.0).sum()))
+    p_value = min(1.0, 2.0 * (rarer + 1) / (len(drawn) + 1))
+    return Interval(difference, float(low), float(high), level, len(drawn), p_value)
+
+
+def _resampled_means(values: Floats, draws: int, seed: int) -> Floats:
+    """Means of values (methods, seeds, examples) over drawn seeds and examples, the same for all: (methods, draws)."""
+    methods, seeds, examples = values.shape
+    generator = np.random.default_rng(seed)
+    flat = values.reshape(methods * seeds, examples).T
+    chunk = max(1, _CHUNK_ENTRIES // examples)
+    means = []
+    for done in range(0, draws, chunk):
+        count = min(chunk, draws - done)
+        seed_counts = _counts(generator, count, seeds)  # (draws, seeds)
+        example_counts = _counts(generator, count, examples)  # (draws, examples)
+        by_seed = (example_counts @ flat).reshape(count, methods, seeds)
+        means.append(np.einsum("dms,ds->md", by_seed, seed_counts) / (seeds * examples))
+    return np.concatenate(means, axis=1)
+
+
+def _counts(generator: np.random.Generator, draws: int, size: int) -> Floats:
+    """How often each of ``size`` is drawn when ``size`` are drawn with replacement: (draws, size)."""
+    drawn = generator.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * size).reshape(draws, size).astype(np.float64)
