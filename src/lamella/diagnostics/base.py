@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lamella.adapters import published_name
 from lamella.diagnostics.files import CONFIG, WEIGHTS, AdapterFiles
-from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.undisturbed import twin
 from lamella.diagnostics.weights import examine_targets
 from lamella.errors import LamellaError
+from lamella.findings import Examination
 
 _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from lamella.diagnostics.base import examine_fit, examine_name, load_adapter, load_base
-from lamella.diagnostics.effects import examine_effects
+from lamella.diagnostics.effects import examine_effects, examine_method
 from lamella.diagnostics.files import CONFIG, examine_files
-from lamella.diagnostics.finding import Diagnosis, Examination, Finding
-from lamella.diagnostics.guests import examine_guests
-from lamella.diagnostics.parts import random_batch, routed_layers
+from lamella.diagnostics.parts import random_batch
 from lamella.diagnostics.roundtrip import examine_roundtrip
 from lamella.diagnostics.undisturbed import twin
 from lamella.diagnostics.usage import examine_usage, judge_usage
 from lamella.diagnostics.weights import describe_skipped, examine_numbers, examine_targets, tensors_of
 from lamella.errors import LamellaError
+from lamella.findings import Diagnosis, Examination, Finding
+from lamella.tuners.routed import routed_layers
 
 __all__ = ["Diagnosis", "Finding", "doctor"]
 
@@ -86,7 +86,7 @@ def _examine_loaded(model: nn.Module, batches: list[dict[str, Any]] | None, exam
         return
     examine_effects(model, batches[0] if batches else random_batch(model), examination)
     if batches:
-        examine_guests(model, batches[0], examination)
+        examine_method(model, batches[0], examination)
         examine_usage(model, batches, examination)
 
 

@@ -9,20 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.diagnostics.finding import Examination
-from lamella.diagnostics.parts import (
-    RoutedLayer,
-    device_of,
-    loss_of,
-    random_batch,
-    routed_layers,
-    to_device,
-    transformer,
-)
+from lamella.diagnostics.parts import device_of, loss_of, random_batch, to_device, transformer
 from lamella.diagnostics.undisturbed import undisturbed, without_checkpointing
 from lamella.errors import LamellaError
+from lamella.findings import Examination
 from lamella.routing import collect_losses
 from lamella.routing.context import find_tracker
+from lamella.tuners.model import RoutedModel
+from lamella.tuners.routed import AttachedLoss, RoutedLayer, routed_layers
 
 _TRIES = 4
 _NUDGE = 0.02  # standard deviation given to a B that is zero, about that of a transformer's weights
@@ -53,7 +47,7 @@ def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examinati
             "do not remove forward hooks from the model; apply the adapter anew with get_peft_model",
         )
         return
-    layers = _trainable(layers, examination)
+    layers = _trainable(model, layers, examination)
     if not layers:
         return
     if batch is None:
@@ -75,16 +69,28 @@ def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examinati
         )
 
 
-def _trainable(layers: list[RoutedLayer], examination: Examination) -> list[RoutedLayer]:
+def examine_method(model: nn.Module, batch: Mapping[str, Any], examination: Examination) -> None:
+    """Makes the checks that the adapter's method brings along; the model is left as it was."""
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, RoutedModel):
+        batch = to_device(batch, device_of(model))
+        with undisturbed(model), torch.no_grad():
+            model.eval()
+            tuner.examine(model, lambda: float(loss_of(model(**batch))), examination)
+
+
+def _trainable(model: nn.Module, layers: list[RoutedLayer], examination: Examination) -> list[RoutedLayer]:
     """The layers that are meant to be trained and can be."""
-    if all(layer.config.inference_mode for layer in layers):
+    configs = getattr(model, "peft_config", {})
+    for_inference = {adapter for adapter, config in configs.items() if config.inference_mode}
+    if all(layer.adapter in for_inference for layer in layers):
         examination.saw(
             "balance loss and gradients: not examined, the adapter was loaded for inference (is_trainable=False)"
         )
         return []
-    meant = [layer for layer in layers if not layer.config.inference_mode and layer.learns]
+    meant = [layer for layer in layers if layer.adapter not in for_inference and layer.learns]
     if fixed := len([layer for layer in layers if not layer.learns]):
-        examination.saw(f"{fixed} router(s) are not meant to learn: router_gradient='none' and balance_coef=0")
+        examination.saw(f"{fixed} router(s) are not meant to learn: the adapter's settings leave them no loss")
     frozen = [layer for layer in meant if not all(p.requires_grad for p in layer.router.parameters())]
     if frozen:
         _no_gradient(
@@ -120,12 +126,10 @@ def _examine_balance(
     reached = [layer for layer in layers if id(layer.module) in ran]
     if len(reached) < len(layers):
         examination.saw(f"{len(layers) - len(reached)} router(s) were not reached by this batch and not examined")
-    owing = [layer for layer in reached if layer.has_own_loss]
-    missing = [layer.name for layer in owing if not _has_loss(losses.by_name, layer)]
+    owing = [(layer, layer.loss) for layer in reached if layer.loss is not None]
+    missing = [layer.name for layer, loss in owing if not _arrived(losses.by_name, loss)]
     if missing:
-        coefficients = sorted(
-            {f"balance_coef={one.config.balance_coef:g}, z_coef={getattr(one.config, 'z_coef', 0):g}" for one in owing}
-        )
+        coefficients = sorted({loss.settings for _, loss in owing})
         examination.error(
             "balance-missing",
             f"{'; '.join(coefficients)}, but a forward in training mode gives no balance loss at {len(missing)} of "
@@ -140,9 +144,9 @@ def _examine_balance(
     return reached
 
 
-def _has_loss(losses: Sequence[tuple[str, Tensor]], layer: RoutedLayer) -> bool:
-    own = [loss for name, loss in losses if name == layer.own_loss]
-    return any(loss.requires_grad and (layer.own_loss_may_be_zero or bool(loss.detach() > 0)) for loss in own)
+def _arrived(losses: Sequence[tuple[str, Tensor]], expected: AttachedLoss) -> bool:
+    values = [loss for name, loss in losses if name == expected.name]
+    return any(value.requires_grad and (expected.may_be_zero or bool(value.detach() > 0)) for value in values)
 
 
 def _examine_gradients(
@@ -156,17 +160,16 @@ def _examine_gradients(
             silent = _without_gradient(model, silent, other)
     resting = [layer for layer in layers if layer.untrained]
     # what arrives at these is rounding
-    silent += [layer for layer in resting if layer.own_loss_is_flat and layer not in silent]
+    silent += [layer for layer in resting if layer.loss and layer.loss.is_flat and layer not in silent]
     lost = silent
     if any(layer.untrained for layer in silent):
         with _nudged(resting):
             lost = _without_gradient(model, silent, batch)
-    if top_one := [layer for layer in lost if layer.factors and layer.top_k == 1 and not layer.has_own_loss]:
+    if top_one := [layer for layer in lost if layer.factors and layer.top_k == 1 and layer.loss is None]:
         _no_gradient(
             top_one,
             examination,
-            "with top_k=1 the one weight is always 1, so the task loss cannot move it, and balance_coef and z_coef "
-            "are 0",
+            "with top_k=1 the one weight is always 1, so the task loss cannot move it, and it has no balance loss",
             "set balance_coef above 0 or top_k to at least 2",
         )
     if others := [layer for layer in lost if layer not in top_one]:

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.weights import examine_numbers
 from lamella.errors import LamellaError
+from lamella.findings import Examination
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

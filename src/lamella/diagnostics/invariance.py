@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.parts import device_of, longest_input, to_device, transformer, values_of
 from lamella.diagnostics.roundtrip import tolerance
 from lamella.diagnostics.undisturbed import undisturbed
+from lamella.findings import Examination
 
 _PADDING = 3
 _PROMPT, _GENERATED = 8, 5

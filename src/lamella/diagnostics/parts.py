@@ -1,123 +1,16 @@
-"""The routed layers of a model, as checks see them, and what goes into and comes out of it."""
+"""What goes into a model that is examined, and what comes out of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lamella.backbones import Place
-from lamella.tuners.mola import MolaLinear
-from lamella.tuners.mole.layer import MoleLinear
-from lamella.tuners.molex.block import MolexBlock
-
 # A prime number of tokens: k choices of each can never fall evenly on N experts unless k is N, so that the balance loss
 # of a healthy router always has a gradient.
 _PRIMES = (31, 23, 13, 7)
-
-
-@dataclass(frozen=True, eq=False)
-class RoutedLayer:
-    """One router with the experts it chooses from, for one active adapter.
-
-    Attributes:
-        module: the layer; of MOLE, the one that holds its unit's router.
-        name: dotted name of what is decided for: the layer, or MOLE's unit.
-        place: where that lies.
-        adapter: the adapter's name.
-        config: the adapter's config.
-        router: decides.
-        num_experts: N, of MoLEx the candidates.
-        top_k: k.
-        factors: of MoLA's experts ``A (N, r, in)`` and ``B (N, out, r)``; none where the experts are there already.
-    """
-
-    module: MolaLinear | MolexBlock | MoleLinear
-    name: str
-    place: Place
-    adapter: str
-    config: Any
-    router: nn.Module
-    num_experts: int
-    top_k: int
-    factors: tuple[nn.Parameter, ...] = ()
-
-    @property
-    def key(self) -> tuple[str, int, str]:
-        """Stack, block and module, as in a trace's frame."""
-        return self.place.stack, self.place.layer, self.place.module
-
-    @property
-    def chooses_blocks(self) -> bool:
-        """Whether the experts are whole pretrained blocks."""
-        return isinstance(self.module, MolexBlock)
-
-    @property
-    def learns(self) -> bool:
-        """Whether the adapter's config lets any loss reach the router."""
-        return bool(getattr(self.config, "trains_router", True))
-
-    @property
-    def has_own_loss(self) -> bool:
-        """Whether the adapter's config asks for a balance or z-loss."""
-        balances = self.config.balance_coef > 0 and getattr(self.config, "balance", "") != "none"
-        return bool(balances or getattr(self.config, "z_coef", 0) > 0)
-
-    @property
-    def own_loss(self) -> str:
-        """What its own loss is called where losses are collected."""
-        is_one_of_all = getattr(self.config, "balance", "") == "log"
-        return f"log balance of {self.adapter}" if is_one_of_all else self.name
-
-    @property
-    def own_loss_may_be_zero(self) -> bool:
-        """Whether its balance loss is 0 where all experts count alike: how far the entropy is below its maximum."""
-        return getattr(self.config, "balance", "") == "entropy"
-
-    @property
-    def own_loss_is_flat(self) -> bool:
-        """Whether its balance loss is the same wherever it sends its tokens: with k = N every expert gets them all."""
-        counts = not hasattr(self.config, "balance")  # MOLE's are of the weights
-        return counts and self.top_k == self.num_experts and not getattr(self.config, "z_coef", 0)
-
-    @property
-    def untrained(self) -> bool:
-        """Whether B is zero still, so that the experts do nothing."""
-        return bool(self.factors) and not bool(self.factors[-1].detach().any())
-
-
-def routed_layers(model: nn.Module) -> list[RoutedLayer]:
-    """Every router of the active adapters, in the order of the modules."""
-    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
-    return [
-        _routed(module, adapter, configs[adapter])
-        for module in model.modules()
-        if isinstance(module, MolaLinear | MolexBlock | MoleLinear)
-        for adapter in module.active_adapters
-        if _decides(module, adapter)
-    ]
-
-
-def _decides(module: MolaLinear | MolexBlock | MoleLinear, adapter: str) -> bool:
-    if isinstance(module, MoleLinear):
-        return adapter in module.lamella_mole_router
-    return module.routed(adapter)
-
-
-def _routed(module: MolaLinear | MolexBlock | MoleLinear, adapter: str, config: Any) -> RoutedLayer:
-    if isinstance(module, MoleLinear):
-        unit, count = module.units[adapter], len(module.units[adapter].names)
-        return RoutedLayer(module, unit.name, unit.place, adapter, config, unit.router, count, count)
-    where = (module, module.name, module.place, adapter, config)
-    if isinstance(module, MolexBlock):
-        depth = module.mixtures[adapter].depth
-        return RoutedLayer(*where, module.router(adapter), len(depth.candidates), depth.top_k)
-    experts = module.experts[adapter]
-    factors = (module.lamella_mola_lora_A[adapter], module.lamella_mola_lora_B[adapter])
-    return RoutedLayer(*where, module.lamella_mola_router[adapter], experts.num_experts, experts.top_k, factors)
 
 
 def transformer(model: nn.Module) -> Any:

@@ -13,16 +13,16 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lamella.diagnostics.effects import examine_effects
-from lamella.diagnostics.finding import Diagnosis, Examination
-from lamella.diagnostics.guests import examine_guests
+from lamella.diagnostics.effects import examine_effects, examine_method
 from lamella.diagnostics.invariance import examine_cache, examine_padding
 from lamella.diagnostics.memory import peak_memory, reset_peak_memory
-from lamella.diagnostics.parts import device_of, loss_of, routed_layers, to_device
+from lamella.diagnostics.parts import device_of, loss_of, to_device
 from lamella.diagnostics.roundtrip import examine_roundtrip
 from lamella.diagnostics.undisturbed import undisturbed
 from lamella.diagnostics.weights import describe_skipped, examine_numbers, examine_targets, tensors_of
 from lamella.errors import LamellaError
+from lamella.findings import Diagnosis, Examination
+from lamella.tuners.routed import routed_layers
 
 if TYPE_CHECKING:
     from lamella.lab.runs.settings import RunSettings
@@ -99,7 +99,7 @@ def preflight(model: nn.Module, batch: Mapping[str, Any], steps: int = 1, *, bf1
         if examination.findings:
             examination.saw("saving, padding, cache and cost: not examined before these are mended")
             return _result(examination, None)
-        examine_guests(model, batch, examination)
+        examine_method(model, batch, examination)
         examine_roundtrip(model, batch, examination)
         examine_padding(model, batch, examination)
         examine_cache(model, batch, examination)
@@ -178,7 +178,7 @@ def check_first_step(model: nn.Module, optimizer: Any) -> None:
                 f"The router of {layer.name} got no gradient in the first step: it is cut off from the loss. Run "
                 "lamella.doctor(model) to see why."
             )
-    owing = [layer for layer in layers if layer.has_own_loss and layer.top_k < layer.num_experts]
+    owing = [layer for layer in layers if layer.loss and layer.top_k < layer.num_experts]
     if owing and not any(bool(p.grad.ne(0).any()) for o in owing for p in o.router.parameters() if p.grad is not None):
         raise LamellaError(
             f"No balance loss arrived in the first step, though {len(owing)} routers have a coefficient above 0: all "

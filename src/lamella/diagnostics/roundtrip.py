@@ -12,9 +12,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.parts import device_of, to_device, values_of
 from lamella.diagnostics.undisturbed import twin, undisturbed
+from lamella.findings import Examination
 
 
 def examine_roundtrip(model: nn.Module, batch: Mapping[str, Any] | None, examination: Examination) -> None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lamella.diagnostics.finding import Examination
-from lamella.diagnostics.parts import RoutedLayer, device_of, routed_layers, to_device
+from lamella.diagnostics.parts import device_of, to_device
 from lamella.diagnostics.undisturbed import undisturbed
+from lamella.findings import Examination
 from lamella.lab.runs.callbacks import DEAD_SHARE
 from lamella.tracing import record_routing
+from lamella.tuners.routed import RoutedLayer, routed_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +70,7 @@ def judge_usage(frame: pd.DataFrame, model: nn.Module, source: str, examination:
         source: what was traced, in words.
         examination: takes the findings.
     """
-    layers = {(layer.adapter, *layer.key): layer for layer in routed_layers(model)}
+    layers = {_key(layer): layer for layer in routed_layers(model)}
     if layers and all(layer.untrained for layer in layers.values()):
         examination.saw(f"routing on {source}: not judged, the experts have not been trained (B is zero everywhere)")
         return
@@ -83,6 +84,11 @@ def judge_usage(frame: pd.DataFrame, model: nn.Module, source: str, examination:
     examination.saw(f"routing on {source}: {len(judged)} of {len(layers)} routers judged, {tokens:,} real tokens{few}")
     _report(judged, examination)
     _report_unused(judged, layers.values(), examination)
+
+
+def _key(layer: RoutedLayer) -> tuple[str, str, int, str]:
+    """As in a trace's frame."""
+    return layer.adapter, layer.place.stack, layer.place.layer, layer.place.module
 
 
 def _use(layer: RoutedLayer, rows: pd.DataFrame) -> _Use:
@@ -143,7 +149,7 @@ def _report(uses: Sequence[_Use], examination: Examination) -> None:
 
 def _report_unused(uses: Sequence[_Use], layers: Iterable[RoutedLayer], examination: Examination) -> None:
     """Trained LoRAs that a composition weighs next to nothing wherever it has them."""
-    for names in {tuple(layer.config.adapters) for layer in layers if hasattr(layer.config, "adapters")}:
+    for names in {layer.expert_names for layer in layers if layer.expert_names}:
         own = [use for use in uses if use.num_experts == len(names)]
         share = [sum(use.weights[lora] for use in own) / max(len(own), 1) * len(names) for lora in range(len(names))]
         if own and (unused := [(name, part) for name, part in zip(names, share, strict=True) if part < DEAD_SHARE]):

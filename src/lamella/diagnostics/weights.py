@@ -10,8 +10,8 @@ from typing import Any
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.parts import transformer
+from lamella.findings import Examination
 
 
 def examine_numbers(tensors: Mapping[str, Tensor], what: str, examination: Examination) -> None:

@@ -1,9 +1,10 @@
 """The PEFT methods. Importing this package registers them with PEFT."""
 
-from lamella.tuners.mola import MolaConfig, MolaModel, allocate, redundancy
+from lamella.tuners.mola import MolaConfig, MolaModel, allocate
 from lamella.tuners.mole import MoleConfig, MoleModel, compose, fixed_weights, masked_experts
 from lamella.tuners.mole.config import resolve_references
 from lamella.tuners.molex import MolexConfig, MolexModel
+from lamella.tuners.redundancy import redundancy
 from lamella.tuners.registry import (
     LamellaType,
     register,

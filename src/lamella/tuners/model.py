@@ -1,7 +1,7 @@
 """What all of lamella's methods share as PEFT tuners: summaries, strict loading, and what a routed model refuses."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,9 +10,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from lamella.errors import CannotMergeError, LamellaError
+from lamella.findings import Examination
 from lamella.routing.context import untrack_calls
 from lamella.tuners.loading import check_tensors
+from lamella.tuners.routed import LoraMixture
 from lamella.tuners.summary import Summary
+from lamella.tuners.tracking import track
 
 logger = logging.getLogger(__name__)
 
@@ -20,14 +23,41 @@ logger = logging.getLogger(__name__)
 class RoutedModel(BaseTuner):
     """A tuner whose layers decide by their input, so that none can be merged and every tensor must be there.
 
-    A method sets what it is called, why it cannot be merged, and what to do instead of an adapter per row.
+    A method sets what it is called, why it cannot be merged, and what to do instead of an adapter per row. Its layers
+    answer `lamella.tuners.routed.RoutedModule`; what only it can say, it says in the methods below.
     """
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     method: ClassVar[str]
     cannot_merge: ClassVar[str]
+    no_lora_mixture: ClassVar[str] = "The experts of this adapter are not LoRAs that lie side by side."
     instead_of_adapter_names: ClassVar[str] = "Call the model once for each."
     loaded_strictly: ClassVar[tuple[str, ...]]  # what the names of the tensors start with that must all be there
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        track(model)
+
+    def lora_mixture(self, adapter_name: str) -> LoraMixture:
+        """An adapter's LoRAs and their weights, for `lamella.collapse` and `lamella.export_experts`.
+
+        Raises:
+            LamellaError: the method has none, or no plain LoRA can do the same.
+        """
+        raise LamellaError(self.no_lora_mixture)
+
+    def alphas(self, adapter_name: str | None = None) -> dict[str, float]:
+        """Learned weights of a block against what is mixed into it, by name; empty where none is learned."""
+        return {}
+
+    def examine(self, model: nn.Module, run: Callable[[], float], examination: Examination) -> None:
+        """Checks that doctor and preflight make for this method alone.
+
+        Args:
+            model: the PeftModel, in evaluation mode, without gradients and restored afterwards.
+            run: runs it on one batch and returns the loss.
+            examination: takes the findings.
+        """
 
     @property
     def summaries(self) -> dict[str, Summary]:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from lamella.errors import LamellaError
-from lamella.routing import Router
-from lamella.tuners.mole.router import MoleRouter
+from lamella.tuners.routed import routed_layers
 
 
 def param_groups(
@@ -34,7 +33,7 @@ def param_groups(
     Raises:
         LamellaError: nothing is trainable, or ``router_lr`` is given for a model without a trainable router.
     """
-    routers = {id(parameter) for router in _routers(model) for parameter in router.parameters()}
+    routers = {id(parameter) for layer in routed_layers(model) for parameter in layer.router.parameters()}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -56,9 +55,5 @@ def param_groups(
 
 
 def is_routed(model: nn.Module) -> bool:
-    """Whether the model holds a lamella router."""
-    return bool(_routers(model))
-
-
-def _routers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, Router | MoleRouter)]
+    """Whether a router decides in the model."""
+    return bool(routed_layers(model))

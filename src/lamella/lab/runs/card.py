@@ -18,7 +18,7 @@ from lamella.lab.runs.floors import FLOOR, floor_predictions
 from lamella.lab.runs.folder import environment
 from lamella.lab.runs.metrics import metric_for
 from lamella.lab.runs.settings import RunSettings
-from lamella.tuners import LamellaType
+from lamella.tuners.model import RoutedModel
 
 # up to here the linear model takes seconds
 _FLOOR_ROWS = 20_000
@@ -74,7 +74,7 @@ def _task_name(task: Task) -> str:
 
 
 def _is_lamella(model: nn.Module) -> bool:
-    return isinstance(model, PeftModel) and model.active_peft_config.peft_type in set(LamellaType)
+    return isinstance(model, PeftModel) and isinstance(model.base_model, RoutedModel)
 
 
 def _front_matter(model: nn.Module, base: str, method: str) -> str:

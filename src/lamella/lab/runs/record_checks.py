@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lamella.diagnostics.finding import Examination
 from lamella.diagnostics.undisturbed import undisturbed
 from lamella.errors import LamellaError
+from lamella.findings import Examination
 from lamella.lab.data import encode, load_backbone
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.scoring import score

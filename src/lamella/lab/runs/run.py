@@ -31,6 +31,7 @@ from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trainer import RunTrainer
 from lamella.tracing import record_routing
+from lamella.tuners.model import RoutedModel
 from lamella.tuners.optimization import is_routed
 
 if TYPE_CHECKING:
@@ -201,9 +202,9 @@ class _Run:
         return scores, routing_summary(trace.frame)
 
     def _learned_alpha(self) -> dict[str, float]:
-        """MoLEx's learned alphas as they are now, by block or stack; empty where none is learned."""
-        alphas = getattr(getattr(self.model, "base_model", None), "alphas", None)
-        return alphas() if callable(alphas) else {}
+        """Learned alphas as they are now, by block or stack; empty where none is learned."""
+        tuner = getattr(self.model, "base_model", None)
+        return tuner.alphas() if isinstance(tuner, RoutedModel) else {}
 
     def _costs(self) -> dict[str, Any]:
         state = TrainerState() if self.trainer is None else self.trainer.state

@@ -18,8 +18,7 @@ from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder
 from lamella.lab.runs.scoring import trains_tokens
 from lamella.lab.runs.settings import RunSettings
-from lamella.tuners import redundancy
-from lamella.tuners.mola import MolaLinear
+from lamella.tuners.redundancy import lora_experts, redundancy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,9 +81,7 @@ class Trained:
 
     def redundancy(self) -> pd.DataFrame | None:
         """`lamella.redundancy` of the active adapter's LoRA experts; None where it has none."""
-        if not any(isinstance(module, MolaLinear) for module in self.model.modules()):
-            return None
-        return redundancy(self.model)
+        return redundancy(self.model) if lora_experts(self.model) else None
 
     def rows(self, split: str, count: int | None = None) -> tuple[Dataset, Encoded]:
         """At most ``count`` rows of a split, always the same ones, read as in the run, and their collator.

@@ -16,7 +16,7 @@ from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import limited, task_of
 from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
-from lamella.tuners.mola.layer import MolaLinear
+from lamella.tuners.routed import routed_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,12 +137,9 @@ def _measure(arm: _Arm, reference: _Arm) -> dict[str, Any]:
 def active_parameters(model: nn.Module) -> int:
     """Trainable parameters that one token goes through: of a module's experts, only the top-k."""
     idle = 0.0
-    for layer in model.modules():
-        if isinstance(layer, MolaLinear):
-            for adapter, experts in layer.experts.items():
-                factors = (layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter])
-                size = sum(factor.numel() for factor in factors if factor.requires_grad)
-                idle += size * (1 - experts.top_k / experts.num_experts)
+    for layer in routed_layers(model):
+        size = sum(factor.numel() for factor in layer.factors if factor.requires_grad)
+        idle += size * (1 - layer.top_k / layer.num_experts)
     return trainable_parameters(model) - round(idle)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from lamella.diagnostics.finding import Finding
 from lamella.files import whole, write_whole
+from lamella.findings import Finding
 from lamella.lab.methods import Molex
 from lamella.lab.runs.callbacks import entropy_over_training
 from lamella.lab.runs.tasks import task_of

@@ -5,6 +5,5 @@ from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.experts import MolaExperts
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.mola.model import MolaModel
-from lamella.tuners.mola.redundancy import redundancy
 
-__all__ = ["MolaConfig", "MolaExperts", "MolaLinear", "MolaModel", "allocate", "redundancy"]
+__all__ = ["MolaConfig", "MolaExperts", "MolaLinear", "MolaModel", "allocate"]

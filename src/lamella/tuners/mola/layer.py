@@ -16,6 +16,7 @@ from lamella.kernels import choose_form, mix_dense, mix_sorted, project
 from lamella.routing import Frame, Router, RouterLoss, Routing, attach, current_frame, make_router
 from lamella.routing.attachment import refuse_reentrant_collection
 from lamella.tuners.mola.config import MolaConfig
+from lamella.tuners.routed import AttachedLoss, RoutedLayer
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,22 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     def routed(self, adapter: str) -> bool:
         """Whether this module has a router for the adapter."""
         return adapter in self.lamella_mola_router
+
+    def routed_layer(self, adapter: str) -> RoutedLayer | None:
+        """The adapter's router and experts here, for `lamella.tuners.routed.RoutedModule`."""
+        if not self.routed(adapter):
+            return None
+        experts = self.experts[adapter]
+        loss = None
+        if experts.balance_coef > 0 or experts.z_coef > 0:
+            settings = f"balance_coef={experts.balance_coef:g}, z_coef={experts.z_coef:g}"
+            balance_is_flat = experts.top_k == experts.num_experts  # every expert gets every token
+            loss = AttachedLoss(self.name, settings, is_flat=balance_is_flat and not experts.z_coef)
+        return RoutedLayer(
+            self, self.name, self.place, adapter, self.lamella_mola_router[adapter], experts.num_experts, experts.top_k,
+            factors=(self.lamella_mola_lora_A[adapter], self.lamella_mola_lora_B[adapter]), scaling=experts.scaling,
+            loss=loss,
+        )  # fmt: skip
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         raise CannotMergeError(

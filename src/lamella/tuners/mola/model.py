@@ -8,9 +8,9 @@ from lamella.backbones import Place, find_place, locate_stacks, siblings_with_sa
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
+from lamella.tuners.mola.mixture import MolaMixture
 from lamella.tuners.summary import Summary
 from lamella.tuners.targets import check_targets
-from lamella.tuners.tracking import track
 
 
 class MolaModel(RoutedModel):
@@ -44,8 +44,10 @@ class MolaModel(RoutedModel):
             name for name in self.targeted_module_names if name not in {name for name, _ in self._skipped}
         ]
         _connect(layers, adapter_name)
-        track(model)
         self.keep_summary(self._summarise(adapter_name, layers))
+
+    def lora_mixture(self, adapter_name: str) -> MolaMixture:
+        return MolaMixture(self.model, adapter_name, self.peft_config[adapter_name])
 
     def _create_and_replace(
         self,

@@ -14,6 +14,7 @@ from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.mole.unit import Unit
+from lamella.tuners.routed import AttachedLoss, RoutedLayer
 
 CANNOT_MERGE = (
     "MOLE weighs its LoRAs anew for each input, so there is no single weight to merge into the base. Use "
@@ -92,6 +93,21 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         factors = self.lamella_mole_loras[adapter]
         assert isinstance(factors, FrozenFactors)
         return FrozenLoras(factors.A, factors.B, factors.ranks)
+
+    def routed_layer(self, adapter: str) -> RoutedLayer | None:
+        """The router of the unit that this module leads, for `lamella.tuners.routed.RoutedModule`."""
+        if adapter not in self.lamella_mole_router:
+            return None
+        unit = self.units[adapter]
+        config, count = unit.config, len(unit.names)
+        loss = None
+        if config.balance != "none" and config.balance_coef > 0:
+            name = f"log balance of {adapter}" if config.balance == "log" else unit.name  # log: one loss for all units
+            settings = f"balance_coef={config.balance_coef:g}"
+            loss = AttachedLoss(name, settings, may_be_zero=config.balance == "entropy")
+        return RoutedLayer(
+            self, unit.name, unit.place, adapter, unit.router, count, count, expert_names=unit.names, loss=loss
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""

@@ -15,6 +15,7 @@ from lamella.tuners.mole.block_forms import BlockUnit, hidden_width, mix_at_bloc
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.keeping import DecisionKeeper
 from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, empty
+from lamella.tuners.mole.mixture import MoleMixture
 from lamella.tuners.mole.preparing import Prepared, prepare, read_sources
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.mole.unit import Unit
@@ -56,6 +57,9 @@ class MoleModel(RoutedModel):
             if isinstance(unit, BlockUnit):
                 mix_at_block(model.get_submodule(unit.name), unit)
         self.keep_summary(self._summarise(model, adapter_name))
+
+    def lora_mixture(self, adapter_name: str) -> MoleMixture:
+        return MoleMixture(self.model, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: MoleConfig, model_config: dict[str, Any]) -> MoleConfig:
         return peft_config  # there are no target_modules to fill in

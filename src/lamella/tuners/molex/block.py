@@ -28,6 +28,7 @@ from lamella.tuners.molex.choosing import (
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.guests import is_checkpointed, onloaded, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
+from lamella.tuners.routed import AttachedLoss, RoutedLayer
 
 CANNOT_MERGE = (
     "MoLEx lets each sequence choose the blocks it runs through, so there is no single weight to merge into the base, "
@@ -148,6 +149,20 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         router = self.routers[adapter].lamella_molex_router[adapter]
         assert isinstance(router, Router)
         return router
+
+    def routed_layer(self, adapter: str) -> RoutedLayer | None:
+        """The router that decides here and its candidates, for `lamella.tuners.routed.RoutedModule`."""
+        if not self.routed(adapter):
+            return None
+        config, depth = self.mixtures[adapter].config, self.mixtures[adapter].depth
+        loss = None
+        if config.balance_coef > 0:
+            is_flat = depth.top_k == len(depth.candidates)
+            loss = AttachedLoss(self.name, f"balance_coef={config.balance_coef:g}", is_flat=is_flat)
+        return RoutedLayer(
+            self, self.name, self.place, adapter, self.router(adapter), len(depth.candidates), depth.top_k,
+            chooses_blocks=True, learns=config.trains_router, loss=loss,
+        )  # fmt: skip
 
     def alpha(self, adapter: str, device: torch.device | None = None) -> Tensor | float:
         """The weight of the block's own output, a tensor on that device where it is learned."""

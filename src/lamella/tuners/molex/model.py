@@ -1,6 +1,6 @@
 """MoLEx as a PEFT tuner: wraps whole blocks, with LoRA inside them, and shares routers between them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,14 @@ from transformers import PreTrainedConfig
 
 from lamella.backbones import Place, Stack, locate_stacks
 from lamella.errors import LamellaError
+from lamella.findings import Examination
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.molex.block import CANNOT_MERGE, MolexBlock
+from lamella.tuners.molex.checks import examine_guests
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.inner_lora import find_targets, inject_lora
 from lamella.tuners.molex.plan import make_plans
 from lamella.tuners.molex.summarising import summarise
-from lamella.tuners.tracking import track
 
 
 class MolexModel(RoutedModel):
@@ -31,6 +32,11 @@ class MolexModel(RoutedModel):
     tuner_layer_cls = BaseTunerLayer  # the blocks, and the LoRA layers inside them: all belong to this tuner
     method = "MoLEx"
     cannot_merge = CANNOT_MERGE
+    no_lora_mixture = (
+        "MoLEx lets each sequence choose the blocks it runs through, so neither one plain LoRA nor one per expert does "
+        "the same: lamella.collapse and lamella.export_experts are for MoLA and MOLE. Serve it with PEFT as it is, or "
+        "train with policy='self', which is plain LoRA."
+    )
     loaded_strictly = (prefix, "lora_")
 
     def inject_adapter(
@@ -57,7 +63,6 @@ class MolexModel(RoutedModel):
         self._holders: dict[tuple[str, str], MolexBlock] = {}
         # How the config's modules are matched is settled here; a file's names say no more.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        track(model)
         self.keep_summary(summarise(model, adapter_name, config, self._plans, inside, outside))
 
     @torch.no_grad()
@@ -70,6 +75,10 @@ class MolexModel(RoutedModel):
         is_shared = self.peft_config[adapter].alpha_scope == "shared"
         holders = [block for _, _, block in _wrapped(self.model) if adapter in block.lamella_molex_alpha]
         return {block.place.stack if is_shared else block.name: float(block.alpha(adapter)) for block in holders}
+
+    def examine(self, model: nn.Module, run: Callable[[], float], examination: Examination) -> None:
+        """Compares what guests add with what their hosts do."""
+        examine_guests(model, [block for _, _, block in _wrapped(self.model)], run, examination)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates one adapter.

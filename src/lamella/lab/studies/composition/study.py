@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from lamella.diagnostics.finding import Finding
 from lamella.files import whole, write_whole
+from lamella.findings import Finding
 from lamella.lab.evidence.evidence import RESAMPLES, Contrast, Standing
 from lamella.lab.methods import Method
 from lamella.lab.studies.composition.grid import HEAD, JOINT, LOSS, CompositionGrid, Stages

@@ -1,4 +1,4 @@
-"""One plain LoRA in the place of a mixture, fitted in rank space, with its error measured."""
+"""A mixture as plain LoRAs: one fitted in rank space, with a measured error, or each expert by itself."""
 
 import copy
 import math
@@ -6,15 +6,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lamella.errors import LamellaError
-from lamella.tuners.mixtures import Mixture, find_mixture, modules_to_save
+from lamella.tuners.model import RoutedModel
+from lamella.tuners.routed import LoraMixture
 
 Batch = Mapping[str, Any]
 
@@ -67,7 +71,7 @@ class _Moments:
 
 @torch.no_grad()
 def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None) -> Collapsed:
-    """Fits one plain LoRA to a MoLA or MOLE adapter on a user's own data.
+    """Fits one plain LoRA to a MoLA or MOLE adapter on given data.
 
     In each module the mixture adds ``B (g(x) * A x)``. The LoRA adds ``B T A x`` with T fitted by least squares on the
     batches, in rank space; where the weights g are constant it is exact. The model given is not changed. Weights stated
@@ -85,7 +89,7 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
     Raises:
         LamellaError: no such adapter, blocks that are mixed as a whole, or no batches.
     """
-    mixture = find_mixture(model)
+    adapter, mixture = _active_mixture(model)
     held = [dict(batch) for batch in batches]
     if not held:
         raise LamellaError("collapse needs at least one batch to see which experts the data uses.")
@@ -107,7 +111,7 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
                 lost = _lost_after_truncation(test[name], A, B, down, up)
             factors[name] = (down, up)
             per_module[name] = math.sqrt(lost / whole) if whole > 0 else 0.0
-        collapsed = _as_lora(model, mixture.adapter, factors)
+        collapsed = _as_lora(model, adapter, factors)
         error = _output_error(model, list(mixture.layers.values()), collapsed, measured)
     finally:
         for module in training:
@@ -115,7 +119,68 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
     return Collapsed(collapsed, error, per_module, held_out)
 
 
-def _moments(model: PeftModel, mixture: Mixture, batches: list[dict[str, Any]]) -> dict[str, _Moments]:
+def export_experts(model: PeftModel, folder: str | Path) -> list[Path]:
+    """Saves expert e of every block that has one as a plain PEFT LoRA, ``folder/expert_e``.
+
+    The experts' LoRAs act at full weight: their sum weighted by the routers is the mixture. Trained modules outside the
+    blocks, such as a classifier, are saved with each.
+
+    Returns:
+        The adapters' folders.
+
+    Raises:
+        LamellaError: no MoLA adapter, a MOLE adapter, or the folder already holds experts.
+    """
+    adapter, mixture = _active_mixture(model)
+    lora, experts = mixture.experts()
+    folder = Path(folder)
+    if any(folder.glob("expert_*")):
+        raise LamellaError(f"{folder} already holds exported experts; choose another folder or remove them.")
+    config = model.peft_config[adapter]
+    saved = _modules_to_save(model, adapter)
+    lora.task_type, lora.inference_mode, lora.modules_to_save = config.task_type, True, sorted(saved) or None
+    lora.base_model_name_or_path, lora.revision = config.base_model_name_or_path, config.revision
+    heads = {f"{module}.{key}": value for module, state in saved.items() for key, value in state.items()}
+    paths = []
+    for number, factors in enumerate(experts):
+        tensors = dict(heads)
+        for name, (A, B) in factors.items():
+            tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        path = folder / f"expert_{number}"
+        path.mkdir(parents=True)
+        stored = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(stored, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        lora.target_modules = set(factors)
+        lora.save_pretrained(str(path))
+        paths.append(path)
+    return paths
+
+
+def _active_mixture(model: PeftModel) -> tuple[str, LoraMixture]:
+    """The one active adapter and its mixture of LoRAs."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, PeftModel) or not isinstance(tuner, RoutedModel):
+        raise LamellaError(
+            f"{type(model).__name__} is not a PeftModel with a MoLA or MOLE adapter; there are no experts to export."
+        )
+    if len(model.active_adapters) != 1:
+        raise LamellaError(
+            f"{len(model.active_adapters)} adapters are active ({', '.join(model.active_adapters)}); activate one with "
+            "set_adapter first."
+        )
+    return model.active_adapters[0], tuner.lora_mixture(model.active_adapters[0])
+
+
+def _modules_to_save(model: PeftModel, adapter: str) -> dict[str, dict[str, Tensor]]:
+    """Trained modules outside the method, by name."""
+    return {
+        name: module.modules_to_save[adapter].state_dict()
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+    }
+
+
+def _moments(model: PeftModel, mixture: LoraMixture, batches: list[dict[str, Any]]) -> dict[str, _Moments]:
     """What each module's rank space sees on the batches."""
     moments = {name: _Moments(len(mixture.factors(name)[0])) for name in mixture.layers}
     with mixture.watched(lambda name, h, u: moments[name].add(h, u)):
@@ -147,7 +212,7 @@ def _lost_after_truncation(moments: _Moments, A: Tensor, B: Tensor, down: Tensor
 
 def _as_lora(model: PeftModel, adapter: str, factors: dict[str, tuple[Tensor, Tensor]]) -> PeftModel:
     config = model.peft_config[adapter]
-    saved = modules_to_save(model, adapter)
+    saved = _modules_to_save(model, adapter)
     base = copy.deepcopy(model).unload()
     ranks = {f"^{re.escape(name)}": len(down) for name, (down, _) in factors.items()}
     lora = LoraConfig(

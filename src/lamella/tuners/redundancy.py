@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lamella.errors import LamellaError
-from lamella.tuners.mola.layer import MolaLinear
+from lamella.errors import LamellaError, optional_module
+from lamella.tuners.routed import RoutedLayer, RoutedModule, routed_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,39 +25,42 @@ def redundancy(model: nn.Module, adapter: str | None = None) -> "pd.DataFrame":
     Source: MoLA, definition 6.1, which leaves open whether A, B or B A is meant.
 
     Args:
-        model: with a MoLA adapter.
-        adapter: its name; the active one when None.
+        model: with an adapter that trains LoRA experts, such as MoLA's.
+        adapter: its name; the active ones when None.
 
     Returns:
         Columns stack, layer, module, raw, normalised.
 
     Raises:
-        LamellaError: the model has no such adapter.
+        LamellaError: the model has no such adapter, or pandas is not installed.
     """
-    import pandas as pd
-
-    layers = [module for module in model.modules() if isinstance(module, MolaLinear)]
-    chosen = adapter if adapter is not None or not layers else next(iter(layers[0].active_adapters), None)
-    having = [layer for layer in layers if chosen in layer.experts]
-    if not having or chosen is None:
-        named = "active MoLA adapter" if adapter is None else f"MoLA adapter {adapter!r}"
-        raise LamellaError(f"{type(model).__name__} has no {named}, so there are no experts to compare.")
-    rows = [
-        (layer.place.stack, layer.place.layer, layer.place.module, *_distances(layer, chosen))
-        for layer in having
-        if layer.experts[chosen].num_experts > 1
-    ]
+    pd = optional_module("pandas", "lamella.redundancy")
+    layers = lora_experts(model, adapter)
+    if not layers:
+        named = "active adapter" if adapter is None else f"adapter {adapter!r}"
+        raise LamellaError(f"{type(model).__name__} has no {named} with LoRA experts, so there is nothing to compare.")
+    rows = [(layer.place.stack, layer.place.layer, layer.place.module, *_distances(layer)) for layer in layers]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _distances(layer: MolaLinear, adapter: str) -> tuple[float, float]:
-    A, B = layer.lamella_mola_lora_A[adapter].double(), layer.lamella_mola_lora_B[adapter].double()
+def lora_experts(model: nn.Module, adapter: str | None = None) -> list[RoutedLayer]:
+    """The routers of an adapter, or of the active ones, that choose from LoRA experts which the adapter trains."""
+    if adapter is None:
+        layers = routed_layers(model)
+    else:
+        modules = [module for module in model.modules() if isinstance(module, RoutedModule)]
+        layers = [layer for module in modules if (layer := module.routed_layer(adapter)) is not None]
+    return [layer for layer in layers if layer.factors]
+
+
+def _distances(layer: RoutedLayer) -> tuple[float, float]:
+    A, B = (factor.double() for factor in layer.factors)
     products = _inner_products(A, B)  # (E, E)
     squares = products.diagonal()  # (E,)
     squared = squares[:, None] + squares[None, :] - 2 * products  # (E, E)
     first, second = torch.triu_indices(len(A), len(A), offset=1)
-    raw = layer.experts[adapter].scaling * float(squared[first, second].clamp_min(0).sqrt().mean())
-    norm = layer.experts[adapter].scaling * float(squares.clamp_min(0).sqrt().mean())
+    raw = layer.scaling * float(squared[first, second].clamp_min(0).sqrt().mean())
+    norm = layer.scaling * float(squares.clamp_min(0).sqrt().mean())
     return raw, raw / norm if norm > 0 else float("nan")
 
 

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from tests import tiny
 
 from lamella import LamellaError, MolaConfig
-from lamella.tuners.mola.redundancy import COLUMNS, redundancy
+from lamella.tuners.redundancy import COLUMNS, redundancy
 
 
 def layers_of(model):
@@ -97,7 +97,7 @@ def test_single_experts_have_no_row_and_adapters_are_told_apart():
 
     assert set(redundancy(model)["layer"]) == {1}
     assert set(redundancy(model, "other")["layer"]) == {0, 1}
-    with pytest.raises(LamellaError, match="no MoLA adapter 'third'"):
+    with pytest.raises(LamellaError, match="no adapter 'third' with LoRA experts"):
         redundancy(model, "third")
-    with pytest.raises(LamellaError, match="no active MoLA adapter"):
+    with pytest.raises(LamellaError, match="no active adapter with LoRA experts"):
         redundancy(tiny.bert())

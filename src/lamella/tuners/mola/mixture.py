@@ -1,0 +1,77 @@
+"""MoLA's experts as LoRAs that lie side by side, for collapsing and exporting."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from lamella.routing import Routing
+from lamella.routing.context import find_tracker
+from lamella.tuners.mola.config import MolaConfig
+from lamella.tuners.mola.layer import MolaLinear
+from lamella.tuners.routed import See
+
+
+class MolaMixture:
+    """The experts of one adapter; each module routes by itself."""
+
+    def __init__(self, model: nn.Module, adapter: str, config: MolaConfig) -> None:
+        self.adapter, self.config = adapter, config
+        self.layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, MolaLinear) and adapter in module.experts
+        }
+        tracker = find_tracker(model)
+        assert tracker is not None  # every injection sets one
+        self.tracker = tracker
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(E*r, in)`` and ``(out, E*r)``."""
+        layer = self.layers[name]
+        A = layer.lamella_mola_lora_A[self.adapter].double().cpu().flatten(0, 1)
+        B = layer.lamella_mola_lora_B[self.adapter].double().cpu().transpose(1, 2).flatten(0, 1).t()
+        return A, layer.experts[self.adapter].scaling * B
+
+    def experts(self) -> tuple[LoraConfig, list[dict[str, tuple[Tensor, Tensor]]]]:
+        """Expert e of every module that has one."""
+        each: list[dict[str, tuple[Tensor, Tensor]]] = []
+        for name, layer in self.layers.items():
+            A, B = layer.lamella_mola_lora_A[self.adapter], layer.lamella_mola_lora_B[self.adapter]
+            each += [{} for _ in range(len(A) - len(each))]
+            for expert in range(len(A)):
+                each[expert][name] = A[expert], B[expert]
+        config = self.config
+        return LoraConfig(r=config.r, lora_alpha=config.lora_alpha, use_rslora=config.use_rslora), each
+
+    @contextmanager
+    def watched(self, see: See) -> Iterator[None]:
+        """Inputs by a hook, weights as an observer."""
+        names = {id(layer): name for name, layer in self.layers.items()}
+        routings: dict[int, tuple[Routing, Tensor | None]] = {}
+
+        def observe(layer: MolaLinear, adapter: str, routing: Routing, mask: Tensor | None, _: torch.Size) -> None:
+            if adapter == self.adapter:
+                routings[id(layer)] = (routing, mask)
+
+        def add(layer: MolaLinear, args: tuple[Tensor, ...], _: Tensor) -> None:
+            A = layer.lamella_mola_lora_A[self.adapter].flatten(0, 1)  # (E*r, in)
+            h = args[0].reshape(-1, layer.in_features).to(A.dtype) @ A.t()  # (N, E*r)
+            u = h
+            if layer.routed(self.adapter):
+                routing, mask = routings.pop(id(layer))
+                r = layer.experts[self.adapter].r
+                u = h * routing.dense_weights().to(h.dtype).repeat_interleave(r, dim=1)
+                h, u = (h, u) if mask is None else (h[mask], u[mask])
+            see(names[id(layer)], h, u)
+
+        hooks = [layer.register_forward_hook(add) for layer in self.layers.values()]
+        self.tracker.observers.append(observe)
+        try:
+            yield
+        finally:
+            self.tracker.observers.remove(observe)
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,70 @@
+"""A composition's LoRAs as they lie side by side, for collapsing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from lamella.errors import LamellaError
+from lamella.kernels.frozen import group_rows, weigh
+from lamella.routing import Frame
+from lamella.tuners.mole.layer import MoleLinear
+from lamella.tuners.mole.unit import Unit
+from lamella.tuners.routed import See
+
+
+class MoleMixture:
+    """The LoRAs of one adapter, weighed by its units.
+
+    Raises:
+        LamellaError: outputs of blocks are mixed.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        self.adapter = adapter
+        self.layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, MoleLinear) and adapter in module.units
+        }
+        self.names = {id(layer): name for name, layer in self.layers.items()}
+        self.units: set[Unit] = {layer.units[adapter] for layer in self.layers.values()}
+        form = next(iter(self.units)).config.form
+        if form != "delta":
+            raise LamellaError(
+                f"form={form!r} mixes the outputs of whole blocks, each run with one LoRA, and no plain LoRA does the "
+                "same. Collapse a composition with form='delta'."
+            )
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(R, in)`` and ``(out, R)``."""
+        loras = self.layers[name].loras(self.adapter)
+        return loras.A.double().cpu(), loras.B.double().cpu()
+
+    def experts(self) -> NoReturn:
+        """Raises: they are files already."""
+        raise LamellaError(
+            "The experts of a MOLE adapter are LoRAs that were trained before: they lie where its config's adapters "
+            "say. For one LoRA that does what they do together, use lamella.collapse."
+        )
+
+    @contextmanager
+    def watched(self, see: See) -> Iterator[None]:
+        """Inputs and weights as the units give them out."""
+
+        def watch(layer: MoleLinear, x: Tensor, weights: Tensor, frame: Frame | None) -> None:
+            loras = layer.loras(self.adapter)
+            h = x.to(loras.A.dtype) @ loras.A.t()  # (*rows, R)
+            u = weigh(*group_rows(h, weights.to(h)), loras.ranks).flatten(0, 1)  # (N, R)
+            h = h.flatten(0, -2)
+            mask = None if frame is None else frame.token_mask(x, of_encoder=layer.reads_encoder)
+            see(self.names[id(layer)], *((h, u) if mask is None else (h[mask], u[mask])))
+
+        for unit in self.units:
+            unit.watchers.append(watch)
+        try:
+            yield
+        finally:
+            for unit in self.units:
+                unit.watchers.remove(watch)

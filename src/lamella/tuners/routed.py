@@ -1,0 +1,119 @@
+"""What a layer with routers answers about itself, so that nothing outside a method's folder needs to know its class."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from lamella.backbones import Place
+
+
+@dataclass(frozen=True)
+class AttachedLoss:
+    """What a router pays besides the task loss.
+
+    Attributes:
+        name: what the loss is called where losses are collected; routers that pay one loss together share the name.
+        settings: the coefficients that ask for it, as the adapter's config writes them.
+        may_be_zero: whether it is zero where all experts count alike.
+        is_flat: whether it is the same wherever the router sends its tokens, so that it gives no gradient.
+    """
+
+    name: str
+    settings: str
+    may_be_zero: bool = False
+    is_flat: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedLayer:
+    """One router of an adapter, with the experts that it chooses from.
+
+    Attributes:
+        module: the layer that runs the experts, or the first of those that share the decision.
+        name: dotted name of what is decided for.
+        place: where that lies; with the adapter's name it is the key of a trace.
+        adapter: the adapter's name.
+        router: decides; it may be held by another layer.
+        num_experts: N, those that can be chosen here.
+        top_k: how many of them are.
+        factors: of LoRA experts that this adapter holds, ``A (N, r, in)`` and ``B (N, out, r)``; empty where the
+            experts exist without the adapter (pretrained blocks, LoRAs trained before).
+        scaling: what ``B A`` is multiplied by.
+        expert_names: the names of the N experts; empty where they have only numbers.
+        chooses_blocks: whether the experts are pretrained blocks, which need not all be used.
+        learns: whether the adapter's settings let any loss reach the router.
+        loss: what the router pays besides the task loss; None where nothing.
+    """
+
+    module: nn.Module
+    name: str
+    place: Place
+    adapter: str
+    router: nn.Module
+    num_experts: int
+    top_k: int
+    factors: tuple[nn.Parameter, ...] = ()
+    scaling: float = 1.0
+    expert_names: tuple[str, ...] = ()
+    chooses_blocks: bool = False
+    learns: bool = True
+    loss: AttachedLoss | None = None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether B is still zero, so that the experts do nothing."""
+        return bool(self.factors) and not bool(self.factors[-1].detach().any())
+
+
+@runtime_checkable
+class RoutedModule(Protocol):
+    """A layer of a PEFT method that mixes experts by a router.
+
+    In its forward it tells each observer of the current frame what it chose:
+    ``observe(layer, adapter, routing, mask, shape)``, where ``layer.place`` says where it lies.
+    """
+
+    active_adapters: list[str]
+
+    def routed_layer(self, adapter: str) -> RoutedLayer | None:
+        """The router that this module holds or asks for an adapter; None where it has none, or another answers."""
+
+
+def routed_layers(model: nn.Module) -> list[RoutedLayer]:
+    """Every router of the active adapters, in the order of the modules."""
+    return list(_routed_layers(model))
+
+
+def _routed_layers(model: nn.Module) -> Iterator[RoutedLayer]:
+    for module in model.modules():
+        if isinstance(module, RoutedModule):
+            for adapter in module.active_adapters:
+                if (layer := module.routed_layer(adapter)) is not None:
+                    yield layer
+
+
+# A module's name, its rank space h = A x at real tokens (N, R), and u, the same times the weights.
+See = Callable[[str, Tensor, Tensor], None]
+
+
+class LoraMixture(Protocol):
+    """The LoRAs of one adapter that lie side by side, mixed by weights that depend on the input."""
+
+    layers: dict[str, Any]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """All LoRAs of a module as one wide LoRA, ``(R, in)`` and ``(out, R)`` with the scaling, in float64."""
+
+    def watched(self, see: See) -> AbstractContextManager[None]:
+        """Shows what each module's rank space holds in the forwards inside the context."""
+
+    def experts(self) -> tuple[LoraConfig, Sequence[dict[str, tuple[Tensor, Tensor]]]]:
+        """The settings that the experts share as plain LoRAs, and the factors of each by module name.
+
+        Raises:
+            LamellaError: the experts are not the adapter's own.
+        """
