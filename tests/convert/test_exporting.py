@@ -171,7 +171,7 @@ def test_collapse_says_what_it_needs() -> None:
     with pytest.raises(LamellaError, match="at least one batch"):
         lamella.collapse(model, [])
     lora = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(LamellaError, match="MoLA adapter"):
+    with pytest.raises(LamellaError, match="MoLA or MOLE adapter"):
         lamella.collapse(lora, batches(lora, 1))
 
 

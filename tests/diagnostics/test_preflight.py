@@ -8,16 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tests import tiny
-from tests.lab.tiny_runs import tiny_settings
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lamella import LamellaError, MolaConfig
-from lamella.diagnostics.preflight import Estimate, FirstStep, preflight, preflight_of
+from lamella.diagnostics.preflight import Estimate, FirstStep, preflight
 from lamella.tuners.mola import MolaLinear
 from lamella.tuners.optimization import param_groups
-
-MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
 
 
 def mixture(model, **config):
@@ -223,16 +220,6 @@ def test_a_state_that_is_not_saved():
     assert "outputs differ" in found.findings[0].what
 
 
-@pytest.mark.parametrize("changes", [{}, {"bf16": True, "gradient_checkpointing": True}])
-def test_the_preflight_of_a_run(bert, questions, changes):
-    settings = tiny_settings(bert, questions, MOLA, accumulation=2, **changes)
-
-    found = preflight_of(settings)
-
-    assert found.ok, str(found)
-    assert found.estimate.steps == 6 * 2
-
-
 def test_an_estimate_can_be_read():
     assert str(Estimate(0.5, 9000, 612_000_000)).startswith("9,000 steps of 0.5 s: 1 h 15 min 00 s")
     assert "612 MB" in str(Estimate(0.5, 9000, 612_000_000))
@@ -279,15 +266,3 @@ def test_a_router_without_gradient_in_the_first_step(tmp_path):
 
     with pytest.raises(LamellaError, match="got no gradient"):
         first_step(model, tiny.batch(base), optimizer, tmp_path)
-
-
-def test_the_callback_in_a_real_run(bert, questions, run_folder, monkeypatch):
-    from lamella.lab.runs.run import train
-
-    seen = FirstStep()
-    train(tiny_settings(bert, questions, MOLA), run_folder, callbacks=[seen])
-    assert seen._done
-
-    monkeypatch.setattr(MolaLinear, "_attach_losses", lambda self, adapter, routing, mask, frame: routing)
-    with pytest.raises(LamellaError, match="No balance loss arrived"):
-        train(tiny_settings(bert, questions, MOLA), run_folder.with_name("broken"), callbacks=[FirstStep()])

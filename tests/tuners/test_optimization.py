@@ -1,19 +1,17 @@
 import pytest
 import torch
+from peft import get_peft_model
+from tests import tiny
 from torch import nn
 
-from lamella.errors import LamellaError
-from lamella.lab.data import load_backbone, load_task
-from lamella.lab.methods import method_from
-from lamella.routing import make_router
+from lamella import LamellaError, MolaConfig
 from lamella.tuners.optimization import is_routed, param_groups
 
 
 @pytest.fixture
-def mixture(bert, questions):
-    task = load_task(questions)
-    method = method_from({"name": "mola", "r": 2, "num_experts": 2})
-    return method.build(load_backbone(bert, task), task).model
+def mixture():
+    config = MolaConfig(r=2, num_experts=2, router="cosine", modules_to_save=["classifier"])
+    return get_peft_model(tiny.bert(), config)
 
 
 def test_every_trainable_parameter_is_in_one_group(mixture):
@@ -38,10 +36,8 @@ def test_without_a_router_rate_all_learn_alike(mixture):
     assert {group["lr"] for group in param_groups(mixture, 1e-3)} == {1e-3}
 
 
-def test_any_optimizer_takes_the_groups():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), make_router("cosine", 4, 3))
-
-    optimizer = torch.optim.SGD(param_groups(model, 1.0, router_lr=0.5, weight_decay=0.3))
+def test_any_optimizer_takes_the_groups(mixture):
+    optimizer = torch.optim.SGD(param_groups(mixture, 1.0, router_lr=0.5, weight_decay=0.3))
 
     assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {
         "adapter": 0.3,
@@ -49,7 +45,8 @@ def test_any_optimizer_takes_the_groups():
         "router": 0.0,
         "router-no-decay": 0.0,
     }
-    assert is_routed(model)
+    assert is_routed(mixture)
+    assert not is_routed(tiny.bert())
 
 
 def test_nothing_trainable_is_an_error():
