@@ -261,7 +261,7 @@ def test_an_error_of_no_file_is_not_hidden(text, tmp_path, monkeypatch, capsys):
     def odd(*given, **settings):
         raise OSError("odd")
 
-    monkeypatch.setattr("lamella.similarity.screening", odd)
+    monkeypatch.setattr("lamella.similarity.screen", odd)
     with pytest.raises(OSError, match="odd"):
         run(monkeypatch, "screen", study)
 

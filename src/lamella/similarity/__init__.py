@@ -4,8 +4,8 @@ Each step reads what the one before it left on disk: `capture`, then `screen`, `
 """
 
 from lamella.similarity.activations import Capture, capture, text_batches
-from lamella.similarity.alignment import align, beyond_controls, fit_aligners, seed_ceiling
-from lamella.similarity.alignment.sweep import sweep
+from lamella.similarity.activations.norms import distributions
+from lamella.similarity.alignment import align, beyond_controls, fit_aligners, seed_ceiling, sweep
 from lamella.similarity.compression import (
     Compressed,
     compress,
@@ -15,7 +15,6 @@ from lamella.similarity.compression import (
     reroute,
     rerouting_table,
 )
-from lamella.similarity.distributions import distributions
 from lamella.similarity.planning import Plan, plan
 from lamella.similarity.screening import choose_pairs, screen
 from lamella.similarity.swapping import distance_regression, expert_pairs, layer_pairs, swap, swap_effects

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, optional_module
 from lamella.files import whole, write_whole
 from lamella.similarity.activations import Capture, Manifest
 
@@ -125,7 +125,7 @@ class StudyFolder:
         Raises:
             LamellaError: it was made from another capture.
         """
-        import pandas as pd
+        pd = optional_module("pandas", "A table of a study")
 
         path = self.path / f"{name}.parquet"
         if not path.exists():

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pandas as pd
 import pytest
-from tests.similarity.test_worth import KINDS, alignment, by_kind
+from tests.similarity.test_reliability import KINDS, alignment, by_kind
 
 from lamella.errors import LamellaError
 from lamella.lab.evidence.similarity_evidence import keep_similarity, kept_similarity, similarity_section

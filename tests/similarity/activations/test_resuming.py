@@ -11,7 +11,7 @@ from tests.similarity.activations.streams import assert_equal, batches, document
 from tests.tiny_moe import FAMILIES
 
 from lamella.errors import LamellaError
-from lamella.similarity.activations import Capture, Manifest, capture, saving
+from lamella.similarity.activations import Capture, Manifest, capture, checkpoints
 
 TEXTS = documents(count=9)
 
@@ -28,8 +28,8 @@ def model():
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """A checkpoint after every batch."""
-    monkeypatch.setattr(saving, "SECONDS", 0.0)
-    monkeypatch.setattr(saving, "_SHARE", 0)
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "_SHARE", 0)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,9 @@ def every_write(monkeypatch, act: Callable[[int], None]) -> list[int]:
 
         return write
 
-    monkeypatch.setattr(saving, "save_file", watched(saving.save_file))
+    monkeypatch.setattr(checkpoints, "save_file", watched(checkpoints.save_file))
     monkeypatch.setattr(Manifest, "write", watched(Manifest.write))
-    monkeypatch.setattr(pd.DataFrame, "to_parquet", watched(pd.DataFrame.to_parquet))
-    monkeypatch.setattr(saving.shutil, "rmtree", watched(saving.shutil.rmtree))
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", watched(checkpoints.shutil.rmtree))
     return done
 
 
@@ -98,8 +97,8 @@ def writes_of_a_run(model, folder: Path) -> int:
 
 def test_killed_at_any_write(model, unbroken, tmp_path):
     total = writes_of_a_run(model, tmp_path / "counted")
-    # three checkpoints of three shards and a manifest, two cleared; three shards, two tables, a manifest, one cleared
-    assert total == 3 * 4 + 2 + 3 + 2 + 1 + 1
+    # three checkpoints of three shards and a manifest, two cleared; three shards, a manifest, one cleared
+    assert total == 3 * 4 + 2 + 3 + 1 + 1
     for at in range(total):
 
         def kill(number: int, at: int = at) -> None:

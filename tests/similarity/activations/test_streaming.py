@@ -188,10 +188,10 @@ def test_progress_tells_tokens_and_experts_that_are_short(model, tmp_path):
     assert told[-1].short == len(found.short(12))
 
 
-def test_the_folder_holds_shards_tables_and_manifest_alone(model, tmp_path):
+def test_the_folder_holds_shards_and_manifest_alone(model, tmp_path):
     found = capture(model, batches(TEXTS), tmp_path)
     shards = {f"layer-{layer:03d}.safetensors" for layer, _ in found.manifest.layers}
-    assert left_over(tmp_path) == shards | {"manifest.json", "routing.parquet", "coactivation.parquet"}
+    assert left_over(tmp_path) == shards | {"manifest.json"}
     assert_equal(Capture.load(tmp_path), found)
 
 

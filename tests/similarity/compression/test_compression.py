@@ -13,9 +13,9 @@ from lamella.errors import LamellaError
 from lamella.similarity.activations import capture
 from lamella.similarity.alignment import align, make_aligner
 from lamella.similarity.compression import METHODS, compress
-from lamella.similarity.compression.compression import compress_each
-from lamella.similarity.compression.matching import average, match_units
+from lamella.similarity.compression.merging import compress_each
 from lamella.similarity.compression.pool import PooledExperts
+from lamella.similarity.matching import average, match_units
 
 ONE_LESS = 11 / 12  # of three layers with four experts each
 

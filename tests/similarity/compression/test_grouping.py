@@ -5,8 +5,16 @@ from hypothesis import strategies as st
 from tests.reference.similarity_compress import average_linkage
 
 from lamella.errors import LamellaError
-from lamella.similarity.compression.distances import cheaper_way, random_distances, weigh, within_reach
-from lamella.similarity.compression.grouping import join_until, least_into_most_used, linkage, medoid
+from lamella.similarity.compression.grouping import (
+    cheaper_way,
+    join_until,
+    least_into_most_used,
+    linkage,
+    medoid,
+    random_distances,
+    weigh,
+    within_reach,
+)
 
 
 @settings(deadline=None, max_examples=40)

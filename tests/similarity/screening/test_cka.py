@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.reference import similarity_screen as reference
 
-from lamella.similarity.screening.cka import centred, linear_cka
+from lamella.similarity.screening.measures import centred, linear_cka
 
 
 def drawn(*shape, seed=0):

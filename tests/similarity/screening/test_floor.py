@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tests.reference import similarity_screen as reference
 from tests.similarity.screening.drawn import drawn_expert
 
-from lamella.similarity.screening.floor import floor_energy, unreachable_directions
+from lamella.similarity.screening.measures import floor_energy, unreachable_directions
 
 
 def floor(y, target):

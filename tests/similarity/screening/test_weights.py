@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.reference import similarity_screen as reference
 from tests.similarity.screening.drawn import drawn_expert
 
-from lamella.similarity.screening.weights import weight_distance
+from lamella.similarity.matching import weight_distance
 
 
 def reordered(expert, seed=0):

@@ -46,7 +46,7 @@ def align(
     from lamella.cli.similarity.subject import open_study
     from lamella.lab.data.models import load_model
     from lamella.similarity import choose_pairs
-    from lamella.similarity.alignment.sweep import sweep
+    from lamella.similarity.alignment import sweep
     from lamella.similarity.screening import all_pairs
     from lamella.similarity.study import StudyFolder
 

@@ -63,6 +63,7 @@ def capture(
                 f"{now.short} of {now.experts} experts still short of {per_expert} samples"
             ),
         )  # fmt: skip
+    found.write_tables()
     norms, plane = distributions(found, opened.model)
     folder.write("histogram", norms)
     folder.write("plane", plane)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lamella.cli.similarity.subject import Opened
-    from lamella.similarity.compression.choosing import Aligners
+    from lamella.similarity.compression.grouping import Aligners
     from lamella.similarity.compression.perplexity import Domains
     from lamella.similarity.screening.pairs import Name
     from lamella.similarity.study import StudyFolder
@@ -81,7 +81,7 @@ def compress(
     from lamella.similarity import compress as compressed
     from lamella.similarity import compression_curve, find_routes, largest_compression
     from lamella.similarity.compression import METHODS
-    from lamella.similarity.compression.compression import check_arguments
+    from lamella.similarity.compression.merging import check_arguments
     from lamella.similarity.compression.saving import refuse_existing
 
     if save is not None:
@@ -154,7 +154,7 @@ def _similarities(folder: StudyFolder, measure: str, aligner: str | None) -> pd.
     Raises:
         LamellaError: neither has it.
     """
-    from lamella.similarity.compression.distances import choose_measure
+    from lamella.similarity.compression.grouping import choose_measure
 
     screened = folder.table("screen")
     if screened is not None and measure in screened.columns:

@@ -82,7 +82,7 @@ def _controls(alignment: pd.DataFrame, screened: pd.DataFrame | None) -> dict[st
     """What the numbers of an alignment have to be compared with, by caption."""
     import pandas as pd
 
-    from lamella.similarity.worth import control_table, worth
+    from lamella.similarity.reliability import control_table, worth
 
     tables = {}
     for kind, rows in alignment.groupby("aligner", sort=False):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from lamella.errors import LamellaError
 from lamella.files import whole
 from lamella.similarity import largest_compression
+from lamella.similarity.reliability import control_table, truth_auc, worth
 from lamella.similarity.study import StudyFolder
 from lamella.similarity.swapping import change_in_words, distance_regressions, kinds, layer_tables
-from lamella.similarity.worth import control_table, truth_auc, worth
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,7 +1,6 @@
 """Capture: one pass over text that keeps a uniform sample of every expert's inputs and counts the routers' choices."""
 
-from lamella.similarity.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
-from lamella.similarity.activations.manifest import Manifest
+from lamella.similarity.activations.manifest import Manifest, model_fingerprint, tokenizer_fingerprint
 from lamella.similarity.activations.reading import Capture
 from lamella.similarity.activations.streaming import Progress, capture
 from lamella.texts import TextBatches, text_batches

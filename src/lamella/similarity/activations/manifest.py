@@ -1,17 +1,19 @@
 """What a capture says about itself: of which model and text it is, and how far it has come."""
 
+from __future__ import annotations
+
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lamella.errors import LamellaError
 from lamella.files import write_whole
-from lamella.similarity.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 NAME = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,7 +77,7 @@ class Manifest:
         write_whole(folder / NAME, json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path) -> Manifest:
         """The manifest of a folder.
 
         Raises:
@@ -92,7 +94,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LamellaError(f"{path} is not a manifest of a capture: {error}. Capture into a new folder.") from error
 
-    def check_same(self, other: "Manifest", folder: Path) -> None:
+    def check_same(self, other: Manifest, folder: Path) -> None:
         """Refuses to go on with a capture of something else.
 
         Raises:
@@ -121,3 +123,45 @@ class Manifest:
                     f"The capture in {folder} is of the {name} {getattr(self, name)}, but this {name} is {fingerprint}."
                     f" Use the {name} it was taken from, or capture again into another folder."
                 )
+
+
+_SAMPLED = 256  # values of each tensor, and of each expert in a tensor that holds several
+# what a config says about a file or a call, not about the function that the model is
+_ASIDE = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Class of a model and a hash of its config and of sampled values of every parameter and saved buffer.
+
+    A tensor of three dimensions is sampled in each index of the first, so that any expert counts. The values are
+    hashed as float32: a bfloat16 model that is loaded as float32 is the same model. A change of a few single values may
+    go unnoticed.
+    """
+    stated: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    digest = hashlib.sha256(_json({k: v for k, v in stated.items() if k not in _ASIDE}))
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(_sampled(tensor).numpy().tobytes())
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Class of a tokenizer and a hash of all that decides the ids of a text, padding and truncation aside."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        stated = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
+    else:
+        stated = json.loads(backend.to_str())
+        stated = {name: part for name, part in stated.items() if name not in ("padding", "truncation")}
+    return f"{type(tokenizer).__name__} {hashlib.sha256(_json(stated)).hexdigest()[:16]}"
+
+
+def _json(stated: Any) -> bytes:
+    return json.dumps(stated, sort_keys=True, default=str).encode()
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    parts = tensor.flatten(1) if tensor.dim() == 3 else tensor.reshape(1, -1)
+    # an odd step, so that it does not visit the same few columns of every row
+    step = (parts.shape[1] // _SAMPLED) | 1
+    return parts[:, ::step].to("cpu", torch.float32).contiguous()

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, optional_module
+from lamella.files import whole
 from lamella.similarity.activations.keys import hashed, unit
 from lamella.similarity.activations.manifest import Manifest
 from lamella.similarity.activations.reservoir import COUNTS
@@ -90,6 +91,12 @@ class Capture:
         """The experts with fewer samples than ``minimum``, as (layer, expert)."""
         return [(layer, e) for layer, e in self.experts if int(self.counts[layer]["captured"][e]) < minimum]
 
+    @property
+    def shares(self) -> dict[tuple[int, int], float]:
+        """The share of each expert in its layer's choices, those it had no room for left out, by (layer, expert)."""
+        found = {layer: _shares(count).tolist() for layer, count in self.counts.items()}
+        return {(layer, expert): found[layer][expert] for layer, expert in self.experts}
+
     def check(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Refuses a model or tokenizer that this capture is not of.
 
@@ -107,12 +114,11 @@ class Capture:
         layer's selections, dropped ones left out, that fell on the expert, as in a trace; it sums to 1 over a layer
         that any token reached.
         """
-        import pandas as pd
+        pd = optional_module("pandas", "A table of routing")
 
         parts = []
         for layer, count in self.counts.items():
             selected = count["selected"]
-            taken = selected - count["dropped"]
             columns = {
                 "layer": layer,
                 "expert": torch.arange(len(selected)).numpy(),
@@ -120,7 +126,7 @@ class Capture:
                 "dropped": count["dropped"].numpy(),
                 "tokens": int(count["tokens"]),
                 "captured": count["captured"].numpy(),
-                "share": (taken.double() / taken.sum().clamp_min(1)).numpy(),
+                "share": _shares(count).numpy(),
             }
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True)
@@ -131,7 +137,7 @@ class Capture:
 
         Beside itself an expert has the share of tokens that chose it at all. Columns: layer, expert, other, share.
         """
-        import pandas as pd
+        pd = optional_module("pandas", "A table of coactivation")
 
         parts = []
         for layer, count in self.counts.items():
@@ -146,6 +152,12 @@ class Capture:
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True)
 
+    def write_tables(self) -> None:
+        """Writes `routing` and `coactivation` as Parquet beside the samples, each whole or not at all."""
+        for name, table in (("routing", self.routing), ("coactivation", self.coactivation)):
+            with whole(self.folder / f"{name}.parquet") as unfinished:
+                table.to_parquet(unfinished, index=False)
+
     def _part(self, name: str, layer: int, expert: int) -> Tensor:
         captured = self._captured(layer, expert)
         start = int(captured[:expert].sum())
@@ -159,6 +171,12 @@ class Capture:
             layers = ", ".join(f"{index} ({experts} experts)" for index, experts in self.manifest.layers)
             raise LamellaError(f"The capture in {self.folder} has no expert ({layer}, {expert}); its layers: {layers}.")
         return self.counts[layer]["captured"]
+
+
+def _shares(count: Mapping[str, Tensor]) -> Tensor:
+    """Of each expert of a layer, ``(E,)`` float64."""
+    taken = count["selected"] - count["dropped"]
+    return taken.double() / taken.sum().clamp_min(1)
 
 
 def _opened(path: Path) -> Any:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from lamella.backbones.moe import Dispatch, MoELayer, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
+from lamella.similarity.activations.checkpoints import Reservoirs, Saver
 from lamella.similarity.activations.documents import Batch, Documents, added, unread
-from lamella.similarity.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
-from lamella.similarity.activations.manifest import DTYPES, Manifest
+from lamella.similarity.activations.manifest import DTYPES, Manifest, model_fingerprint, tokenizer_fingerprint
 from lamella.similarity.activations.reading import Capture
-from lamella.similarity.activations.saving import Reservoirs, Saver
 
 
 @dataclass(frozen=True)

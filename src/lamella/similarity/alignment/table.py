@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lamella.errors import optional_module
 from lamella.files import whole
 from lamella.similarity.alignment.fitting import Fitted, Settings
 from lamella.similarity.alignment.sources import Name
@@ -57,7 +58,7 @@ def rows_of(fitted: Fitted, settings: Settings, random_errors: Mapping[Name, Ten
 
 def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The table of these rows, by source and target."""
-    import pandas as pd
+    pd = optional_module("pandas", "A table of aligned pairs")
 
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.sort_values([*NAMES, "kind"], ignore_index=True)

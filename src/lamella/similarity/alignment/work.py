@@ -15,9 +15,8 @@ from lamella.backbones.loading import load_pretrained
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
 from lamella.similarity.activations import Capture, Manifest
-from lamella.similarity.alignment import write_alignment
 from lamella.similarity.alignment.sources import read_source
-from lamella.similarity.alignment.table import table_of
+from lamella.similarity.alignment.table import table_of, write_alignment
 from lamella.similarity.alignment.tiles import Tile, tile_key
 
 Load = Callable[[str, str], nn.Module]  # name or path, dtype

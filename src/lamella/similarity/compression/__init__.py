@@ -1,13 +1,10 @@
 """Compress and reroute: experts that share storage, and tokens that go to the most similar expert."""
 
-from lamella.similarity.compression.choosing import METHODS
-from lamella.similarity.compression.comparing import rerouting_table
-from lamella.similarity.compression.compression import Compressed, compress
-from lamella.similarity.compression.curve import compression_curve, largest_compression
-from lamella.similarity.compression.folding import fold, folded_parameters
-from lamella.similarity.compression.report import Report
-from lamella.similarity.compression.rerouting import drop, next_choice, reroute
-from lamella.similarity.compression.routes import Route, find_routes
+from lamella.similarity.compression.grouping import METHODS
+from lamella.similarity.compression.merging import Compressed, Report, compress
+from lamella.similarity.compression.perplexity import compression_curve, largest_compression, rerouting_table
+from lamella.similarity.compression.pool import fold, folded_parameters
+from lamella.similarity.compression.rerouting import Route, drop, find_routes, next_choice, reroute
 
 __all__ = [
     "METHODS",

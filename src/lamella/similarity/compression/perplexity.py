@@ -1,16 +1,203 @@
-"""Perplexity of a changed model against the model before, document by document."""
+"""Perplexity over the share of experts that is kept, for each method, and how much can go."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from lamella.errors import LamellaError
-from lamella.lab.runs.metrics import perplexity
+from lamella.errors import LamellaError, optional_module
+from lamella.similarity.compression.grouping import METHODS, Aligners, Method
+from lamella.similarity.compression.merging import compress_each
+from lamella.similarity.compression.rerouting import First, What, drop, find_routes, next_choice, reroute
+from lamella.similarity.screening.pairs import Name
 from lamella.similarity.swapping.intervals import ratio_interval
 from lamella.similarity.swapping.scores import Batch, TextScores, text_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lamella.similarity.activations import Capture
+
+
+COLUMNS = (
+    "method", "budget", "parameters", "domain", "perplexity", "baseline", "ratio", "low", "high", "experts_left",
+    "seed",
+)  # fmt: skip
+
+
+def compression_curve(
+    model: PreTrainedModel,
+    similarity: pd.DataFrame | None,
+    batches_by_domain: Domains,
+    budgets: Sequence[float],
+    methods: Sequence[Method] = METHODS,
+    *,
+    seeds: Sequence[int] = (0,),
+    capture: Capture | None = None,
+    merge: bool = True,
+    aligner: Aligners | None = None,
+    across_layers: bool = False,
+    measure: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Compresses the model by each method to each budget and measures what that does to held-out text.
+
+    Args:
+        model: left as it is.
+        similarity, capture, merge, aligner, across_layers, measure: as for ``compress``. The aligner is used by the
+            method "similarity" alone: the baselines know of none.
+        batches_by_domain: what the model is called with, one document a row, by name of the domain.
+        budgets: shares of the experts' parameters to keep.
+        methods: of ``compress``.
+        seeds: of the method "random", one model each; the others have none to draw and are compressed once.
+        progress: told how many compressed models are measured, of how many.
+
+    Returns:
+        One row per method, budget, seed and domain: method, budget, parameters (that the whole compressed model
+        stores), domain, perplexity, baseline (perplexity of the model as it is), ratio of the two with the 95 %
+        interval low to high (bootstrap over documents, paired), experts_left, seed.
+
+    Raises:
+        LamellaError: no budget, method or seed, a domain without text, or what ``compress`` refuses.
+    """
+    pd = optional_module("pandas", "A compression curve")
+
+    if not (budgets and methods and seeds):
+        raise LamellaError("A compression curve needs at least one budget, one method and one seed.")
+    domains = read_domains(batches_by_domain)
+    before = score(model, domains)
+    wanted = [(method, seed) for method in methods for seed in (seeds if method == "random" else seeds[:1])]
+    rows: list[dict[str, Any]] = []
+    done = 0
+    for method, seed in wanted:
+        for small in compress_each(
+            model,
+            similarity,
+            budgets,
+            method=method,
+            merge=merge,
+            aligner=aligner if method == "similarity" else None,
+            across_layers=across_layers,
+            measure=measure,
+            capture=capture,
+            seed=seed,
+        ):
+            report = small.report
+            told = {"method": method, "budget": report.budget, "seed": seed, "experts_left": report.experts_left}
+            after = score(small.model, domains)
+            rows += [
+                {**told, "parameters": report.parameters, "domain": name, **compare(before[name], after[name], seed)}
+                for name in domains
+            ]
+            done += 1
+            if progress is not None:
+                progress(done, len(wanted) * len(budgets))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFrame:
+    """How much of the experts can go before perplexity rises by ``within``, by the measured budgets.
+
+    Args:
+        frame: a compression curve.
+        within: rise of perplexity that is allowed; 0.01 is 1 %.
+
+    Returns:
+        One row per method and domain: method, domain, removed (the largest share of expert parameters removed such
+        that there and at every smaller one the ratio is at most 1 + ``within``, 0 where even the smallest is too
+        much), low (the same for the upper end of the ratio's interval: so much is sure), high (for its lower end: the
+        next share that was tried is surely too much; NaN where none larger was tried, since nothing is known beyond)
+        and largest (the largest share that was tried). Ratios and ends are means over seeds.
+
+    Raises:
+        LamellaError: the frame is no compression curve, or ``within`` is negative.
+    """
+    import pandas as pd
+
+    if missing := [name for name in COLUMNS if name not in frame.columns]:
+        raise LamellaError(f"The table lacks the column {missing[0]}; give the result of compression_curve.")
+    if not within >= 0:
+        raise LamellaError(f"within={within} is no rise of perplexity; 0.01 is 1 %.")
+    rows = []
+    for (method, domain), part in frame.groupby(["method", "domain"], sort=False):
+        means = part.groupby("budget")[["ratio", "low", "high"]].mean().sort_index(ascending=False)
+        removed = {
+            end: 1 - min([1.0, *means.index[(means[end] <= 1 + within).cummin()]]) for end in ("ratio", "low", "high")
+        }
+        largest = 1 - float(means.index.min())
+        most = removed["low"] if removed["low"] < largest else float("nan")
+        rows.append((method, domain, removed["ratio"], removed["high"], most, largest))
+    return pd.DataFrame(rows, columns=["method", "domain", "removed", "low", "high", "largest"])
+
+
+_REROUTING = ("how", "what", "experts", "domain", "perplexity", "baseline", "ratio", "low", "high", "seed")
+
+
+def rerouting_table(
+    model: nn.Module,
+    similarity: pd.DataFrame,
+    experts: Sequence[Name],
+    batches_by_domain: Domains,
+    *,
+    what: What = "dropped",
+    capacity: int | None = None,
+    first: First = "arrival",
+    aligner: Aligners | None = None,
+    across_layers: bool = True,
+    measure: str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Perplexity of held-out text when experts are closed, by what is done with their tokens.
+
+    Args:
+        model: left as it is.
+        similarity, across_layers, measure: as for ``find_routes``; the measure is that of the routes with aligner if
+            there are any. Those without go by the table's default.
+        experts: the (layer, expert) that are closed, all at once.
+        batches_by_domain: what the model is called with, one document a row, by name of the domain.
+        what, capacity, first: when they are closed to a token; as for ``reroute``.
+        aligner: trains the aligners of pairs, as for ``find_routes``; None leaves "similar+aligner" out.
+        seed: of the intervals.
+
+    Returns:
+        One row per way and domain: how ("none", the model as it is; "similar", ``reroute`` to the most similar expert;
+        "similar+aligner", the same behind the aligner; "drop"; "next-choice"), what, experts (JSON), domain,
+        perplexity, baseline (of the model as it is), ratio of the two with the 95 % interval low to high (bootstrap
+        over documents, paired), seed.
+
+    Raises:
+        LamellaError: what ``find_routes``, ``reroute`` or ``next_choice`` refuse, or a domain without text.
+    """
+    pd = optional_module("pandas", "A table of rerouting")
+
+    closing: dict[str, Any] = {"what": what, "capacity": capacity, "first": first}
+    reach: dict[str, Any] = {"across_layers": across_layers}
+    routes = find_routes(similarity, model, experts, measure=measure if aligner is None else None, **reach)
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "none": nullcontext,
+        "similar": lambda: reroute(model, experts, routes, **closing),
+        "drop": lambda: drop(model, experts, **closing),
+        "next-choice": lambda: next_choice(model, experts, **closing),
+    }
+    if aligner is not None:
+        behind = find_routes(similarity, model, experts, aligner=aligner, measure=measure, **reach)
+        ways["similar+aligner"] = lambda: reroute(model, experts, behind, **closing)
+    domains = read_domains(batches_by_domain)
+    before = score(model, domains)
+    told = {"what": what, "experts": json.dumps([list(name) for name in experts]), "seed": seed}
+    rows = []
+    for how, way in ways.items():
+        with way():
+            after = score(model, domains)
+        rows += [{"how": how, **told, "domain": name, **compare(before[name], after[name], seed)} for name in domains]
+    return pd.DataFrame(rows, columns=list(_REROUTING))
+
 
 Domains = Mapping[str, Iterable[Batch]]
 
@@ -40,10 +227,9 @@ def score(model: nn.Module, domains: Mapping[str, list[Batch]]) -> dict[str, Tex
 def compare(before: TextScores, after: TextScores, seed: int) -> dict[str, float]:
     """perplexity, baseline (the model before), ratio, and low and high of the ratio, 95 %, paired over documents."""
     interval = ratio_interval(after.sums - before.sums, after.weights, seed=seed)
-    tokens = int(after.weights.sum())
     return {
-        "perplexity": perplexity(float(after.sums.sum()), tokens),
-        "baseline": perplexity(float(before.sums.sum()), tokens),
+        "perplexity": after.perplexity,
+        "baseline": before.perplexity,
         "ratio": math.exp(interval.difference),
         "low": math.exp(interval.low),
         "high": math.exp(interval.high),

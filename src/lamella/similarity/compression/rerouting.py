@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lamella.backbones.moe import Dispatch, MoELayer, watch_dispatch
+from lamella.aligners import Aligner
+from lamella.backbones.moe import Dispatch, Expert, MoELayer, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
-from lamella.similarity.compression.closing import Closing, First, What, chosen
-from lamella.similarity.compression.layers import find_experts, native_layers
-from lamella.similarity.compression.routes import Route
+from lamella.similarity.compression.grouping import Aligners, choose_measure, directed, train_aligners
+from lamella.similarity.compression.pool import fold
 from lamella.similarity.screening.pairs import Name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 Work = Callable[[Tensor], Tensor]
 
@@ -197,3 +203,172 @@ def _deciding_again(model: nn.Module, layer: MoELayer, closing: Closing) -> Iter
             yield
         finally:
             handle.remove()
+
+
+What = Literal["dropped", "masked", "full"]
+First = Literal["arrival", "weight"]
+
+
+@dataclass(frozen=True)
+class Closing:
+    """Experts, and when they are closed to a token.
+
+    Attributes:
+        experts: as (layer, expert).
+        what: "dropped", they are not in the model any more, and the router does not know; "masked", they may not be
+            used, and the router knows; "full", each takes at most ``capacity`` tokens of a sequence.
+        capacity: real tokens of one sequence that an expert takes in one forward; only where experts are full.
+        first: which tokens those are: the first to arrive, or those that it has the largest weights for, which a
+            token later in the text can then push out.
+    """
+
+    experts: Sequence[Name]
+    what: What = "dropped"
+    capacity: int | None = None
+    first: First = "arrival"
+
+    def __post_init__(self) -> None:
+        if self.what not in get_args(What) or self.first not in get_args(First):
+            raise LamellaError(
+                f"what={self.what!r}, first={self.first!r}: an expert is one of {', '.join(get_args(What))}, and full "
+                f"ones take tokens by {' or '.join(get_args(First))}."
+            )
+        if (self.what == "full") != (self.capacity is not None):
+            raise LamellaError('capacity= says when an expert is full: give it with what="full", and only then.')
+        if self.capacity is not None and self.capacity < 0:
+            raise LamellaError(f"capacity={self.capacity} is no number of tokens; give 0 or more.")
+        if len(set(self.experts)) < len(self.experts):
+            raise LamellaError("An expert is named twice among those that are closed; name each once.")
+
+    def of(self, layer: int) -> list[int]:
+        """The closed experts of a layer."""
+        return [expert for index, expert in self.experts if index == layer]
+
+    def turned_away(self, dispatch: Dispatch) -> Tensor:
+        """Where a token finds an expert that it chose closed, ``(N, k)``; padding never does where experts are full."""
+        away = torch.zeros_like(dispatch.routing.indices, dtype=torch.bool)
+        for expert in self.of(dispatch.layer.index):
+            chose = chosen(dispatch, expert)
+            if self.capacity is not None:
+                chose = chose & _over(dispatch, chose, self.capacity, self.first)[:, None]
+            away |= chose
+        return away
+
+
+def chosen(dispatch: Dispatch, expert: int) -> Tensor:
+    """Where an expert was chosen and had room by the model's own rules, ``(N, k)``."""
+    here = dispatch.routing.indices == expert
+    return here if dispatch.routing.kept is None else here & dispatch.routing.kept
+
+
+def _over(dispatch: Dispatch, chose: Tensor, capacity: int, first: First) -> Tensor:
+    """Which tokens ``(N,)`` are beyond the capacity of the expert that they chose, ``(N, k)``."""
+    takes = (chose.any(dim=-1) & dispatch.real).view(dispatch.shape)  # (batch, tokens)
+    if first == "arrival":
+        return (takes & (takes.cumsum(dim=-1) > capacity)).flatten()
+    weights = (dispatch.routing.weights * chose).sum(dim=-1).view(dispatch.shape)
+    order = weights.masked_fill(~takes, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)  # (batch, tokens); of equal weights the first to arrive comes first
+    return (takes & (rank >= capacity)).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Where an expert's tokens go: to ``target``, a (layer, expert) of this or another layer, behind ``aligner``."""
+
+    target: Name
+    aligner: Aligner | None = None
+
+    def work(self, layers: Mapping[int, MoELayer]) -> Callable[[Tensor], Tensor]:
+        """What does the tokens' work, ``(N, h) -> (N, h)``; a linear aligner is folded in as it is now.
+
+        Raises:
+            LamellaError: the model has no such target.
+        """
+        expert = find_experts(layers, [self.target])[self.target]
+        aligner = self.aligner
+        if aligner is None or aligner.kind == "identity":
+            return expert
+        if aligner.kind == "layernorm":
+            aligner = copy.deepcopy(aligner).to(expert.down.device, expert.down.dtype)
+            return lambda x: expert(aligner(x))
+        return fold(expert, aligner.matrix.to(expert.up.device), aligner.bias.to(expert.up.device))
+
+
+def find_routes(
+    similarity: pd.DataFrame,
+    model: nn.Module,
+    experts: Sequence[Name],
+    *,
+    aligner: Aligners | None = None,
+    across_layers: bool = True,
+    measure: str | None = None,
+) -> dict[Name, Route]:
+    """For each of ``experts`` the most similar expert that is none of them.
+
+    Args:
+        similarity: a table of ordered pairs from ``align`` or ``screen``.
+        model: the model it was made of.
+        experts: the (layer, expert) whose tokens have to go elsewhere.
+        aligner: trains the aligners of the pairs (source, target) that it is given, as
+            ``partial(fit_aligners, capture, model)`` does.
+        across_layers: whether the target may lie in any layer, or only in the expert's own.
+        measure: column of ``similarity``; by default "identity_nmse" (without aligner), "nmse" (with), or
+            "cka_distance" where the table is a screen.
+
+    Raises:
+        LamellaError: the table has no pair for an expert, is about other experts or holds NaN; no aligner of a pair.
+    """
+    layers = native_layers(model)
+    find_experts(layers, experts)
+    keys = [(layer.index, expert) for layer in layers.values() for expert in range(layer.num_experts)]
+    distances = directed(similarity, keys, choose_measure(similarity, measure, aligned=aligner is not None))
+    closed = set(experts)
+    targets: dict[Name, Name] = {}
+    for source in experts:
+        row = distances[keys.index(source)]
+        reach = {
+            target: float(distance)
+            for target, distance in zip(keys, row, strict=True)
+            if target not in closed and (across_layers or target[0] == source[0])
+        }
+        target = min(reach, key=reach.__getitem__, default=source)
+        if reach.get(target, torch.inf) == torch.inf:
+            raise LamellaError(
+                f"The table has no expert that could stand in for expert {source[1]} of layer {source[0]}; measure it "
+                "against one that stays, or let targets lie in other layers with across_layers=True."
+            )
+        targets[source] = target
+    trained = {} if aligner is None else train_aligners(aligner, list(targets.items()))
+    return {source: Route(target, trained.get((source, target))) for source, target in targets.items()}
+
+
+def native_layers(model: nn.Module) -> dict[int, MoELayer]:
+    """The layers of a model by index.
+
+    Raises:
+        LamellaError: the model has none, or its experts are an adapter's.
+    """
+    layers = moe_layers(model)
+    if foreign := next((layer for layer in layers if not layer.family.native), None):
+        raise LamellaError(
+            f"The experts of {foreign.name} are an adapter's; give a model that came with its experts, without adapter."
+        )
+    return {layer.index: layer for layer in layers}
+
+
+def find_experts(layers: Mapping[int, MoELayer], names: Sequence[Name]) -> dict[Name, Expert]:
+    """Experts by name.
+
+    Raises:
+        LamellaError: there is no name, or one that the model does not have.
+    """
+    if not names:
+        raise LamellaError("No expert is named; name experts as (layer, expert).")
+    for layer, expert in names:
+        if layer not in layers or not 0 <= expert < layers[layer].num_experts:
+            has = ", ".join(f"{index} (0 to {one.num_experts - 1})" for index, one in layers.items())
+            raise LamellaError(
+                f"The model has no expert {expert} of layer {layer}; its layers, with their experts: {has}."
+            )
+    return {(layer, expert): layers[layer].experts[expert] for layer, expert in names}

@@ -19,8 +19,8 @@ from lamella.aligners import make_aligner
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
 from lamella.files import whole
+from lamella.similarity.compression.merging import Report
 from lamella.similarity.compression.pool import AlignedExpert, PooledExperts, StoredExpert
-from lamella.similarity.compression.report import Report
 
 # Not model.safetensors: transformers would open that, find no experts by the names it knows, and draw random ones.
 WEIGHTS, MANIFEST = "compressed.safetensors", "compression.json"

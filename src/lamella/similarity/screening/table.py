@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lamella.backbones.moe import Expert, MoELayer, moe_layers
-from lamella.errors import LamellaError
-from lamella.similarity.screening.cka import centred, linear_cka
-from lamella.similarity.screening.floor import floor_energy, unreachable_directions
+from lamella.errors import LamellaError, optional_module
+from lamella.similarity.matching import weight_distance
+from lamella.similarity.screening.measures import (
+    centred,
+    floor_energy,
+    linear_cka,
+    unreachable_directions,
+)
 from lamella.similarity.screening.pairs import NAMES, Name, Pair, all_pairs, check_pairs
-from lamella.similarity.screening.weights import weight_distance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +67,7 @@ def screen(
     Raises:
         LamellaError: the capture is of another model, a pair or a measure is unknown, or an activation is not finite.
     """
-    import pandas as pd
+    pd = optional_module("pandas", "A screen of pairs")
 
     if unknown := sorted(set(measures) - set(MEASURES)):
         raise LamellaError(f"{unknown[0]!r} is no measure of the screen; choose among {', '.join(MEASURES)}.")

@@ -1,13 +1,11 @@
 """Experts, routers or whole blocks in each other's place, and what that costs."""
 
 from lamella.similarity.swapping.distance import change_in_words, distance_regression, distance_regressions
-from lamella.similarity.swapping.effects import swap_effects
-from lamella.similarity.swapping.pairs import RANDOM, Swap, control_swaps, expert_pairs, layer_pairs
+from lamella.similarity.swapping.effects import kinds, layer_tables, swap_effects, swap_table
+from lamella.similarity.swapping.exchange import randomised, swap
 from lamella.similarity.swapping.scores import Metric, TextScores, text_scores
 from lamella.similarity.swapping.shift import routing_shift
-from lamella.similarity.swapping.swapping import randomised, swap
-from lamella.similarity.swapping.tables import kinds, layer_tables, swap_table
-from lamella.similarity.swapping.units import Named, Unit
+from lamella.similarity.swapping.units import RANDOM, Named, Swap, Unit, control_swaps, expert_pairs, layer_pairs
 
 __all__ = [
     "RANDOM",

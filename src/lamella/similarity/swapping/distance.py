@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lamella.errors import LamellaError
-from lamella.similarity.swapping.tables import kinds
+from lamella.similarity.swapping.effects import kinds
 
 if TYPE_CHECKING:
     import pandas as pd

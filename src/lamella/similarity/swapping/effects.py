@@ -1,5 +1,7 @@
 """What swaps cost: a model's scores on texts with two of its parts in each other's place, against the plain model's."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -8,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, optional_module
 from lamella.files import whole
+from lamella.similarity.swapping.exchange import Aligner, randomised, swap
 from lamella.similarity.swapping.intervals import ratio_interval
-from lamella.similarity.swapping.pairs import RANDOM, Swap
 from lamella.similarity.swapping.scores import Batch, Metric, TextScores, text_scores
-from lamella.similarity.swapping.swapping import Aligner, randomised, swap
-from lamella.similarity.swapping.units import Named, Unit
+from lamella.similarity.swapping.units import RANDOM, Named, Swap, Unit
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 KEY = (
     "unit", "first_layer", "first_expert", "second_layer", "second_expert", "exchange", "aligned", "metric", "level",
@@ -45,7 +47,7 @@ def swap_effects(
     progress: Callable[[int, int], None] | None = None,
     folder: str | Path | None = None,
     choices: Sequence[int] | None = None,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The effect of each swap on a score of the model, with its interval.
 
     The score of every text is taken with and without the swap; ``effect`` is the swapped model's score less the plain
@@ -77,7 +79,7 @@ def swap_effects(
     Raises:
         LamellaError: what ``swap`` and ``text_scores`` refuse; the folder holds swaps of another model or other texts.
     """
-    import pandas as pd
+    pd = optional_module("pandas", "A table of swaps")
 
     listed, wanted = list(batches), list(dict.fromkeys(swaps))
     plain = text_scores(model, listed, metric, choices)
@@ -101,7 +103,7 @@ class _Kept:
     """The swaps that a folder holds; without a folder, none."""
 
     def __init__(self, folder: Path | None, plain: TextScores, metric: Metric) -> None:
-        import pandas as pd
+        pd = optional_module("pandas", "A folder of swaps")
 
         self._folder, self._plain = folder, plain
         self._rows: dict[tuple[Any, ...], Row] = {}
@@ -201,3 +203,50 @@ def _name(one: Swap) -> str:
     """What errors call the model with this swap."""
     first, second = one
     return f"the model with {'random weights' if second == RANDOM else second} in the place of {first}"
+
+
+def swap_table(frame: pd.DataFrame, column: str = "value") -> pd.DataFrame:
+    """One column of ``swap_effects`` as a table: layers by layers, or the experts of one layer by those of another.
+
+    Cells that were not swapped are NaN. Random weights are left out. An exchange of two layers is the same from either,
+    so that it stands in both of its cells.
+
+    Raises:
+        LamellaError: two rows for one cell: several units, kinds or seeds, or experts of more than two layers.
+    """
+    import pandas as pd
+
+    rows = frame[frame["second_layer"] >= 0]
+    what = "expert" if (rows["unit"] == "expert").all() else "layer"
+    first, second = f"first_{what}", f"second_{what}"
+    if what == "expert" and len(rows[["first_layer", "second_layer"]].drop_duplicates()) > 1:
+        raise LamellaError("A table of experts is for two layers; choose the rows of one first and one second layer.")
+    if rows.duplicated([first, second]).any():
+        raise LamellaError(
+            "Some swaps are there more than once; choose the rows of one unit, one metric, one direction and one seed."
+        )
+    if what == "layer":
+        mirrored = rows[rows["exchange"] & (rows[first] != rows[second])].rename(columns={first: second, second: first})
+        rows = pd.concat([rows, mirrored]).drop_duplicates([first, second])
+    return rows.pivot(index=first, columns=second, values=column).sort_index(axis=0).sort_index(axis=1)
+
+
+def layer_tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The scores after swaps of whole layers, layers by layers, by the names of ``kinds``."""
+    return {name: swap_table(rows) for name, rows in kinds(frame[frame["unit"] != "expert"]).items()}
+
+
+def kinds(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Swaps that can be compared, by "unit, metric" and what else they differ in; random weights are left out.
+
+    Names go on with "one way", "behind aligners" and, where there are several, the seed.
+    """
+    rows = frame[frame["second_layer"] >= 0]
+    found = {}
+    for (unit, metric, exchange, aligned, seed), alike in rows.groupby(
+        ["unit", "metric", "exchange", "aligned", "seed"], sort=False
+    ):
+        words = [unit, metric, "" if exchange else "one way", "behind aligners" if aligned else ""]
+        words += [f"seed {seed}"] if rows["seed"].nunique() > 1 else []
+        found[", ".join(filter(None, words))] = alike
+    return found

@@ -1,5 +1,6 @@
 """What a model scores on each text by itself, whatever the texts beside it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class TextScores:
     def value(self) -> float:
         """Nats per token, or the share of texts whose label was found."""
         return float(self.sums.sum() / self.weights.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of nats per token; infinite where that is beyond a float."""
+        return math.exp(self.value) if self.value < 700.0 else math.inf
 
 
 def text_scores(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lamella.backbones.blocks import Place
+from lamella.similarity.swapping.exchange import Aligners, swap
 from lamella.similarity.swapping.scores import Batch, evaluating, inputs_on
-from lamella.similarity.swapping.swapping import Aligners, swap
 from lamella.similarity.swapping.units import Named, Unit, mixtures
 from lamella.tracing import NATIVE, record_routing
 

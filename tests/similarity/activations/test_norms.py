@@ -7,7 +7,7 @@ from tests import tiny_moe
 
 from lamella.backbones.moe import moe_layers
 from lamella.similarity.activations import capture
-from lamella.similarity.distributions import distributions
+from lamella.similarity.activations.norms import distributions
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.similarity.alignment.sweep.conftest import documents
+from tests.similarity.alignment.sweeping.conftest import documents
 from tests.tiny_moe import CONFIGS, build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -18,17 +18,18 @@ from lamella.errors import LamellaError
 from lamella.similarity.activations import capture
 from lamella.similarity.alignment import align
 from lamella.similarity.alignment.tiles import cut
-from lamella.similarity.planning import plan
-from lamella.similarity.planning.census import LayerSize, take_census
-from lamella.similarity.planning.costs import (
+from lamella.similarity.planning import (
+    LayerSize,
     align_flops,
     basis_flops,
     cka_flops,
     floor_flops,
+    plan,
     step_flops,
+    take_census,
+    tokens_to_fill,
     weights_flops,
 )
-from lamella.similarity.planning.plan import tokens_to_fill
 from lamella.similarity.screening import all_pairs
 
 QWEN_EXPERT = LayerSize(0, experts=60, top_k=4, inputs=2048, outputs=2048, hidden=1408, projections=2)

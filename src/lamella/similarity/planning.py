@@ -13,26 +13,22 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from lamella.aligners import aligner_class, aligner_rank
+from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
 from lamella.files import write_whole
-from lamella.similarity.alignment.fitting import BUDGET
+from lamella.similarity.alignment.fitting import BUDGET, IDENTITY_SCALES
 from lamella.similarity.alignment.run import STEPS
+from lamella.similarity.alignment.sources import STOP_SHARE
 from lamella.similarity.alignment.tiles import PAIRS
-from lamella.similarity.planning.census import Census, take_census
-from lamella.similarity.planning.costs import (
-    align_bytes,
-    align_flops,
-    basis_flops,
-    cka_flops,
-    floor_flops,
-    weights_flops,
-)
+from lamella.similarity.alignment.training import CHECK_EVERY
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _INDEX_BYTES = 24  # of a sample: its key, document and position
@@ -304,3 +300,170 @@ def _gigabytes(count: int) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer's experts.
+
+    Attributes:
+        index: of its block.
+        experts: E.
+        top_k: experts of a token.
+        inputs, outputs: features of an expert's input and output.
+        hidden: units of an expert, ff.
+        projections: matrices from the input to the hidden units: 2 with a gate, 1 without.
+    """
+
+    index: int
+    experts: int
+    top_k: int
+    inputs: int
+    outputs: int
+    hidden: int
+    projections: int
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of an expert for one token."""
+        return 2 * self.hidden * (self.projections * self.inputs + self.outputs)
+
+
+@dataclass(frozen=True)
+class Census:
+    """A model in numbers.
+
+    Attributes:
+        name: class, or name given.
+        layers: those with experts.
+        parameters: of the model.
+        active: of them, those that a token is multiplied with: without embeddings that are only looked up, and of the
+            experts only top-k.
+    """
+
+    name: str
+    layers: tuple[LayerSize, ...]
+    parameters: int
+    active: int
+
+    @property
+    def experts(self) -> int:
+        """Experts of all layers."""
+        return sum(layer.experts for layer in self.layers)
+
+
+def take_census(model: nn.Module | PretrainedConfig | str | Path) -> Census:
+    """Counts a model, or what a config would build, without weights.
+
+    Raises:
+        LamellaError: there is no config under this name, or the model has no experts that lamella knows.
+    """
+    built = model if isinstance(model, nn.Module) else _build(model)
+    layers = moe_layers(built)
+    parameters = sum(parameter.numel() for parameter in built.parameters())
+    looked_up = sum(part.weight.numel() for part in built.modules() if isinstance(part, nn.Embedding))
+    head = getattr(built, "get_output_embeddings", lambda: None)()
+    if head is not None and any(
+        part.weight is head.weight for part in built.modules() if isinstance(part, nn.Embedding)
+    ):
+        looked_up -= head.weight.numel()  # looked up and multiplied with
+    idle = sum((layer.num_experts - layer.top_k) * layer.experts[0].parameters for layer in layers)
+    return Census(
+        type(built).__name__, tuple(_size(layer) for layer in layers), parameters, parameters - looked_up - idle
+    )
+
+
+def _size(layer: MoELayer) -> LayerSize:
+    expert = layer.experts[0]
+    (hidden, inputs), outputs = expert.up.shape, expert.down.shape[0]
+    projections = 1 if expert.gate is None else 2
+    return LayerSize(layer.index, layer.num_experts, layer.top_k, inputs, outputs, hidden, projections)
+
+
+def _build(config: PretrainedConfig | str | Path) -> nn.Module:
+    """The model of a config on the meta device, where tensors have shapes and no numbers."""
+    if not isinstance(config, PretrainedConfig):
+        try:
+            config = AutoConfig.from_pretrained(config)
+        except (OSError, ValueError) as error:
+            raise LamellaError(
+                f"No model config is found under {str(config)!r}: {error} Name a folder or file with a config.json, a "
+                "hub id, or give a config."
+            ) from error
+    kind = next(
+        (
+            kind
+            for kind, known in (
+                (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+                (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+            )
+            if type(config) in known
+        ),
+        AutoModel,
+    )
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def basis_flops(target: LayerSize) -> int:
+    """Of one decomposition of a down-projection ``(d, ff)``: Householder QR with the whole orthogonal matrix.
+
+    Source: Golub & Van Loan, Matrix Computations, 5.2.2: 2 r² (d - r/3) for the factors, 4 (d² r - d r² + r³/3) for Q.
+    """
+    d = target.outputs
+    rank = min(target.hidden, d)
+    return round(2 * rank**2 * (d - rank / 3) + 4 * (d * d * rank - d * rank**2 + rank**3 / 3))
+
+
+def floor_flops(target: LayerSize, tokens: int) -> int:
+    """Of the floor of one ordered pair: outputs on the directions that the target does not reach."""
+    return 2 * tokens * target.outputs * (target.outputs - min(target.hidden, target.outputs))
+
+
+def cka_flops(target: LayerSize, tokens: int) -> int:
+    """Of the CKA of one ordered pair: the target's outputs, and products of the smaller kind."""
+    d = target.outputs
+    return tokens * target.forward + (4 * tokens**2 * d if tokens <= d else 6 * tokens * d**2)
+
+
+def weights_flops(target: LayerSize) -> int:
+    """Of the weight distance of one ordered pair, half of what it takes for both orders together."""
+    return target.hidden**2 * (target.projections * target.inputs + target.outputs)
+
+
+def step_flops(target: LayerSize, aligner: str, rank: int) -> int:
+    """Of one training token in one step, forward and backward.
+
+    The expert is passed through twice, its own weights get no gradient; nor does what the aligner is given.
+    """
+    h = target.inputs
+    own = {"layernorm": 4 * h * h, "linear": 4 * h * h, "low-rank": 10 * h * rank}[aligner]
+    return own + 2 * target.forward
+
+
+def align_flops(
+    target: LayerSize, aligner: str, rank: int, steps: int, train: int, held_out: int, stop: int | None = None
+) -> int:
+    """Of one pair's aligner: the choice of its start, every step, the looks at the part to stop by, and the scores.
+
+    Args:
+        target: sizes of the target.
+        aligner, rank: kind.
+        steps: taken.
+        train: samples that are not held out.
+        held_out: samples to score on, with the aligner and without.
+        stop: of the training samples, those to stop by; the share that `align` takes unless given.
+    """
+    h = target.inputs
+    scored = {"layernorm": 2 * h * h, "linear": 2 * h * h, "low-rank": 4 * h * rank, "identity": 0}[aligner]
+    stop = round(STOP_SHARE * train) if stop is None else stop
+    learn, look = train - stop, scored + target.forward
+    training = 0 if aligner == "identity" else steps * learn * step_flops(target, aligner, rank)
+    looks = 1 if aligner == "identity" else math.ceil(steps / CHECK_EVERY) + 1
+    starts = len(IDENTITY_SCALES) * learn * target.forward if aligner == "linear" else 0
+    return starts + training + looks * stop * look + (learn + held_out) * look + held_out * target.forward
+
+
+def align_bytes(target: LayerSize, parameters: int, tokens: int) -> int:
+    """Of one pair while it is trained, float32: tokens and what comes of them, six numbers for each parameter."""
+    return 4 * (tokens * (7 * target.inputs + 3 * target.outputs + 8 * target.hidden) + 6 * parameters)

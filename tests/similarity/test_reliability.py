@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.similarity.worth import NAMES, control_table, truth_auc, worth
+from lamella.similarity.reliability import NAMES, control_table, truth_auc, worth
 
 EXPERTS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 KINDS = {(0, 0): "news", (0, 1): "news", (0, 2): "law", (0, 3): "law", (1, 0): "news"}

@@ -3,7 +3,7 @@ import functools
 import pandas as pd
 import pytest
 import torch
-from tests.similarity.alignment.sweep.conftest import documents
+from tests.similarity.alignment.sweeping.conftest import documents
 from tests.tiny_moe import build
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

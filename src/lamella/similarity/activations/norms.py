@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.backbones.moe import moe_layers
+from lamella.errors import optional_module
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def distributions(capture: Capture, model: nn.Module) -> tuple[pd.DataFrame, pd.
         A row per layer, side and bin: ``layer, side, norm`` (middle of the bin), ``share``; and a row per token:
         ``layer, expert, side, x, y``. The plane is of all layers together, so that they can be compared.
     """
-    import pandas as pd
+    pd = optional_module("pandas", "A table of norms")
 
     norms: dict[str, dict[int, list[Tensor]]] = {side: {} for side in SIDES}
     tokens: dict[str, dict[tuple[int, int], Tensor]] = {side: {} for side in SIDES}

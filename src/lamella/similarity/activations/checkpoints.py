@@ -66,7 +66,7 @@ class Saver:
         self._took = self._last - started
 
     def finish(self, manifest: Manifest, reservoirs: Reservoirs) -> Capture:
-        """Writes shards and tables to their last place, and a manifest that says that all is there."""
+        """Writes the shards to their last place, and a manifest that says that all is there."""
         manifest = replace(manifest, complete=True, shards=".")
         counts = {}
         with self._telling():
@@ -75,12 +75,8 @@ class Saver:
                 counts[layer] = {name: packed[name] for name in COUNTS}
                 with whole(manifest.shard(self._folder, layer)) as unfinished:
                     save_file(packed, unfinished)
-            done = Capture(self._folder, manifest, counts)
-            for name, table in (("routing", done.routing), ("coactivation", done.coactivation)):
-                with whole(self._folder / f"{name}.parquet") as unfinished:
-                    table.to_parquet(unfinished, index=False)
         self._state(manifest)
-        return done
+        return Capture(self._folder, manifest, counts)
 
     def _state(self, manifest: Manifest) -> None:
         """From here on the new state counts, and what is left of older and unfinished ones goes."""

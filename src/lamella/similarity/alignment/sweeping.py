@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.backbones.loading import load_pretrained
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, optional_module
 from lamella.similarity.activations import Capture
-from lamella.similarity.alignment import align as align_pairs
 from lamella.similarity.alignment.on_ray import compute_on_ray
+from lamella.similarity.alignment.run import align as align_pairs
 from lamella.similarity.alignment.tiles import PAIRS, cut
 from lamella.similarity.alignment.work import Load, Work
 from lamella.similarity.screening.pairs import NAMES, Pair, all_pairs, check_pairs
@@ -114,7 +114,7 @@ def _resolve(align: Callable[..., Any], settings: dict[str, Any]) -> dict[str, A
 
 
 def _join(paths: list[Path]) -> pd.DataFrame:
-    import pandas as pd
+    pd = optional_module("pandas", "A table of aligned pairs")
 
     frames = [pd.read_parquet(path) for path in paths]
     notes = [note for frame in frames for note in frame.attrs.get("notes", [])]
