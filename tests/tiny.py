@@ -37,8 +37,7 @@ from transformers import (
 
 from lamella import MolaConfig, MolexConfig
 from lamella.backbones import Place
-from lamella.routing import Routing
-from lamella.routing.context import find_tracker
+from lamella.routing import Routing, find_tracker
 from lamella.tuners.mola import MolaLinear
 from lamella.tuners.molex import MolexBlock
 

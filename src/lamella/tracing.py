@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lamella.backbones.moe import FAMILIES, Dispatch, explain_unknown, find_moe_layers, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.files import whole
-from lamella.routing import Routing
-from lamella.routing.context import RoutedCall, current_frame, find_tracker
+from lamella.routing import RoutedCall, Routing, current_frame, find_tracker
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella import LamellaError
-from lamella.routing.context import find_tracker
+from lamella.routing import find_tracker
 
 
 def run(model: nn.Module, given: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from tests import tiny
 from lamella import LamellaError, MolaConfig
 from lamella.diagnostics.doctor import doctor
 from lamella.findings import Diagnosis, Finding
-from lamella.routing.context import CallTracker
+from lamella.routing import CallTracker
 from lamella.tuners.mola import MolaLinear
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lamella import MoleConfig, compose_pipeline
 from lamella.diffusion import PipelineComposition
-from lamella.routing.context import find_tracker
+from lamella.routing import find_tracker
 
 NAMES = ("cat", "dog", "ink")
 PROMPTS = ["a cat", "a blue dog"]

@@ -71,7 +71,7 @@ def test_num_items_in_batch_gives_this_batch_its_share_of_the_labels() -> None:
 def test_labels_are_counted_as_the_trainer_counts_them(name: str, tmp_path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from lamella.routing.context import find_tracker
+    from lamella.routing import find_tracker
 
     model, _ = model_and_batch(name)
     trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))

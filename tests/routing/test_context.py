@@ -5,8 +5,7 @@ import torch
 from tests import tiny
 from torch import Tensor, nn
 
-from lamella.routing import Frame, current_frame, track_calls
-from lamella.routing.context import find_tracker
+from lamella.routing import Frame, current_frame, find_tracker, track_calls
 
 
 class Stack(nn.Module):
@@ -214,14 +213,14 @@ def test_tracking_twice_sets_one_pair_of_hooks() -> None:
     assert len(stack._forward_pre_hooks) == len(stack._forward_hooks) == 1
 
 
-def test_handed_over_products_are_gone_when_the_stack_is_done() -> None:
+def test_shared_projections_are_gone_when_the_stack_is_done() -> None:
     model = tiny.adapted(tiny.llama())
     frames: list[Frame | None] = []
     attention = model.get_base_model().model.layers[0].self_attn
     hooks = [
         # k has not run yet when q is done
         attention.q_proj.register_forward_hook(lambda *_: frames.append(current_frame())),
-        attention.q_proj.register_forward_hook(lambda *_: waiting.append(len(current_frame().handed_over))),
+        attention.q_proj.register_forward_hook(lambda *_: waiting.append(len(current_frame().projections))),
     ]
     waiting: list[int] = []
     model(**tiny.inputs(model.get_base_model()))
@@ -229,4 +228,4 @@ def test_handed_over_products_are_gone_when_the_stack_is_done() -> None:
         hook.remove()
     assert waiting == [2]
     assert frames[0] is not None
-    assert not frames[0].handed_over
+    assert not frames[0].projections

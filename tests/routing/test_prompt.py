@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig
 
 from lamella import LamellaError
-from lamella.routing import prompt
-from lamella.routing.context import track_calls, untrack_calls
-from lamella.routing.prompt import Prompt, current_prompt, find_readable
+from lamella.routing import prompt, track_calls, untrack_calls
+from lamella.routing.context import current_context
+from lamella.routing.prompt import Prompt, find_readable
 
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
 
@@ -68,13 +68,13 @@ def test_only_real_tokens_are_read_and_none_that_is_read_is_later_than_what_deci
 
 
 def test_the_context_ends_and_nests() -> None:
-    assert current_prompt() is None
+    assert current_context().prompt is None
     with prompt([1, 2]):
-        assert current_prompt().lengths.tolist() == [1, 2]
+        assert current_context().prompt.lengths.tolist() == [1, 2]
         with prompt(torch.tensor([3])):
-            assert current_prompt().lengths.tolist() == [3]
-        assert not current_prompt().generating
-    assert current_prompt() is None
+            assert current_context().prompt.lengths.tolist() == [3]
+        assert not current_context().prompt.generating
+    assert current_context().prompt is None
 
 
 class Generates(nn.Module):
@@ -88,7 +88,7 @@ class Generates(nn.Module):
         return input_ids
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> str:
-        known = current_prompt()
+        known = current_context().prompt
         self.seen.append((known.generating, known.width))
         return "said"
 
@@ -103,7 +103,7 @@ def test_generate_tells_the_ids_it_was_given() -> None:
     with prompt([2]):
         model.generate(torch.zeros(1, 5))
     assert model.seen == [(True, 5), (True, 4), (True, 3), (True, None), (False, None)]
-    assert current_prompt() is None
+    assert current_context().prompt is None
     twin = copy.deepcopy(model)
     twin.generate(torch.zeros(2, 6))
     assert len(model.seen) == 5
@@ -113,7 +113,7 @@ def test_generate_tells_the_ids_it_was_given() -> None:
 
 def test_a_generate_of_the_models_own_is_kept() -> None:
     model = Generates()
-    model.generate = lambda *args, **kwargs: current_prompt().width
+    model.generate = lambda *args, **kwargs: current_context().prompt.width
     track_calls(model)
     assert model.generate(torch.zeros(2, 7)) == 7
     untrack_calls(model)

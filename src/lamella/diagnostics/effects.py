@@ -13,8 +13,7 @@ from lamella.diagnostics.parts import device_of, loss_of, random_batch, to_devic
 from lamella.diagnostics.undisturbed import undisturbed, without_checkpointing
 from lamella.errors import LamellaError
 from lamella.findings import Examination
-from lamella.routing import collect_losses
-from lamella.routing.context import find_tracker
+from lamella.routing import collect_losses, find_tracker
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.routed import AttachedLoss, RoutedLayer, routed_layers
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lamella.diffusion.saving import write_routers
 from lamella.errors import LamellaError
-from lamella.routing.context import untrack_calls
-from lamella.tuners.mole.by_hand import Weights, fixed_weights, masked_experts
+from lamella.routing import untrack_calls
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
 from lamella.tuners.mole.model import numbered
+from lamella.tuners.mole.overrides import Weights, fixed_weights, masked_experts
 from lamella.tuners.mole.unit import Unit
 
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from lamella.diffusion import PipelineComposition
 from lamella.errors import LamellaError
-from lamella.routing.collecting import collect_losses
+from lamella.routing import collect_losses
 
 Loss = Callable[[Any, Sequence[str], Tensor, Generator], Tensor]
 

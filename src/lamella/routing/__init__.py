@@ -1,38 +1,58 @@
 """Decisions: which experts a token uses, with which weights, and what a router pays for imbalance. Plain torch."""
 
-from lamella.routing.attachment import attach
-from lamella.routing.balance import RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
-from lamella.routing.collecting import CollectedLoss, collect_losses
-from lamella.routing.context import CallListener, Frame, RoutedCall, current_frame, loss_scale, track_calls
+from lamella.routing.attachment import attach, refuse_reentrant_collection
+from lamella.routing.balance import CollectedLoss, RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
+from lamella.routing.context import Frame, RoutedCall, collect_losses, current_frame, in_frame, prompt
+from lamella.routing.decision import Decision, Override, Projection, SharedDecision, mixing_weights
 from lamella.routing.pooling import count_votes, pool_mean, pool_mode
-from lamella.routing.prompt import Prompt, Readable, prompt
+from lamella.routing.prompt import Prompt, Readable
 from lamella.routing.router import CosineRouter, LinearRouter, ProjectedCosineRouter, Router, Routing, make_router
+from lamella.routing.tracking import (
+    CallListener,
+    CallTracker,
+    find_tracker,
+    loss_scale,
+    overridden,
+    track_calls,
+    untrack_calls,
+)
 
 __all__ = [
     "CallListener",
+    "CallTracker",
     "CollectedLoss",
     "CosineRouter",
+    "Decision",
     "Frame",
     "LinearRouter",
+    "Override",
     "ProjectedCosineRouter",
+    "Projection",
     "Prompt",
     "Readable",
     "RoutedCall",
     "Router",
     "RouterLoss",
     "Routing",
+    "SharedDecision",
     "attach",
     "balance_gradient",
     "balance_loss",
     "collect_losses",
     "count_votes",
     "current_frame",
+    "find_tracker",
+    "in_frame",
     "loss_scale",
     "make_router",
+    "mixing_weights",
+    "overridden",
     "pool_mean",
     "pool_mode",
     "prompt",
+    "refuse_reentrant_collection",
     "track_calls",
+    "untrack_calls",
     "z_gradient",
     "z_loss",
 ]

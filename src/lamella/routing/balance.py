@@ -1,10 +1,12 @@
 """What one router pays for using its experts unevenly, over real tokens only."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from lamella.errors import LamellaError
 
 
 def balance_loss(logits: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,6 +93,45 @@ def log_gradient(logits: Tensor, mask: Tensor | None, means: Tensor) -> Tensor:
 def _overall(means: Tensor) -> Tensor:
     """q, kept from zero so that a LoRA nobody uses still has a finite pull."""
     return means.mean(dim=0).clamp_min(torch.finfo(means.dtype).eps)
+
+
+@dataclass
+class CollectedLoss:
+    """The layers' own losses of the forwards inside ``collect_losses``, as differentiable scalars, by module name."""
+
+    by_name: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def total(self) -> Tensor:
+        """Their sum, each already multiplied by its coefficient and its router's share of the block."""
+        if not self.by_name:
+            raise LamellaError(
+                "No balance loss was collected: run a training-mode forward with gradients of a model whose config has "
+                "balance_coef or z_coef above 0 inside `with collect_losses() as losses:`."
+            )
+        return torch.stack([loss for _, loss in self.by_name]).sum()
+
+
+@dataclass(eq=False)
+class JointBalance:
+    """The log balance of all routers of an adapter in one call; its value is known when the last one has decided.
+
+    Attributes:
+        coefficient: of the loss.
+        means: each router's mean probabilities ``(K,)``, by the router's name.
+    """
+
+    coefficient: float
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+    def value(self) -> Tensor:
+        """A scalar."""
+        means = list(self.means.values())
+        return self.coefficient * log_loss(torch.stack([mean.to(means[0].device) for mean in means]))
+
+    def gradient(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """With respect to one router's logits, ``(N, K)``."""
+        means = torch.stack([mean.to(logits) for mean in self.means.values()])  # (M, K)
+        return log_gradient(logits, mask, means).mul_(self.coefficient)
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,51 @@
-"""What the layers of one forward call share: which tokens are real, how the task loss is scaled, who is watching.
+"""The forward context: what the layers of one running forward share, and what holds for a forward that starts now.
 
-``track_calls`` sets hooks on a model and on the stacks inside it. The outermost one that runs opens a call; each stack
-inside it opens a frame with its own attention mask, so that encoder, decoder and cross-attention each see theirs. A
-gradient-checkpointed block carries its frame along, so that recomputation in the backward pass sees the same one, also
-in another thread. When the forward ends, the frame is gone.
+There is one context variable. Its value says which stack of which tracked model is running and what the ``with``
+statements around it have said about prompts and losses. A module that ended by an exception, of whatever kind, runs no
+more, and what it put there is taken away by whoever looks next.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.routing.collecting import CollectedLoss, current_collection
-from lamella.routing.prompt import (
-    Prompt,
-    Readable,
-    current_prompt,
-    find_readable,
-    set_prompted_generate,
-    unset_prompted_generate,
-)
+from lamella.routing.balance import CollectedLoss, JointBalance
+from lamella.routing.decision import Decision, Override, Projection, SharedDecision
+from lamella.routing.prompt import Prompt, Readable, find_readable, prompt_of
 
 Observer = Callable[..., None]
+Place = tuple[str, str]  # an adapter, and the router's name in the model
+
+
+@dataclass(eq=False)
+class TrackedModel:
+    """What outlives a call of a model.
+
+    Attributes:
+        shifts_labels: whether its loss predicts token t+1 at t, so that the first label counts for nothing.
+        whole_input: whether it answers about its whole input instead of continuing it.
+        observers: who wants to see routings.
+        overrides: what was said in place of an adapter's routers, the latest last.
+        scale: of a loss that a trainer builds outside the model.
+    """
+
+    shifts_labels: bool = False
+    whole_input: bool = False
+    observers: list[Observer] = field(default_factory=list)
+    overrides: list[Override] = field(default_factory=list)
+    scale: float | None = None
+
+    def override(self, adapter: str) -> Override:
+        """What holds now in place of an adapter's routers."""
+        said = [override for override in self.overrides if override.adapter == adapter]
+        return said[-1] if said else Override(adapter)
 
 
 @dataclass(eq=False)
@@ -36,7 +53,7 @@ class RoutedCall:
     """One forward of a tracked model.
 
     Attributes:
-        tracker: the model's tracker.
+        tracker: the model.
         label_share: labels of this batch over the labels the trainer normalises by; 1 where it does not say.
         decoder_mask: where an encoder-decoder has labels, the positions that predict one, ``(batch, tokens)``.
         half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
@@ -44,11 +61,15 @@ class RoutedCall:
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
         prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
         label_start: the first position of the decoder's input that labels say is not given, ``(batch,)``.
-        stated: what was stated by hand when it began, by whom it is for.
-        shared: what layers of different blocks, stacks and recomputations share; theirs to key.
+        cache: the cache of transformers that the forward was given.
+        past: tokens it held when the forward began.
+        cached: the decisions that it brought, and those taken since.
+        overrides: what holds in place of the routers, by adapter.
+        decisions: those that blocks of different stacks share.
+        balances: losses that all routers of an adapter have in common, by adapter.
     """
 
-    tracker: "CallTracker"
+    tracker: TrackedModel
     label_share: Tensor | float = 1.0
     decoder_mask: Tensor | None = None
     half: bool = False
@@ -56,8 +77,12 @@ class RoutedCall:
     recorded_scale: Tensor | None = None
     prompt: Prompt | None = None
     label_start: Tensor | None = None
-    stated: Mapping[Any, Any] = field(default_factory=dict)
-    shared: dict[Any, Any] = field(default_factory=dict)
+    cache: Any = None
+    past: int = 0
+    cached: dict[Place, Any] = field(default_factory=dict)
+    overrides: dict[str, Override] = field(default_factory=dict)
+    decisions: dict[Place, SharedDecision] = field(default_factory=dict)
+    balances: dict[str, JointBalance] = field(default_factory=dict)
 
     @property
     def generating(self) -> bool:
@@ -95,9 +120,10 @@ class Frame:
         parent: the frame around this one.
         checkpointed: whether the block runs inside gradient checkpointing.
         recomputing: whether this is the recomputation of a checkpointed block.
-        handed_over: products that one layer computed for a sibling with the same input; empty when the stack is done.
         given: what the stack was given to read: token ids, embeddings or pixels.
-        alone: where a block is run several times, what this run is for.
+        projections: what one layer computed for a sibling with the same input, by that layer and adapter.
+        decisions: those that several layers of the stack share.
+        alone: where a block runs with one expert at a time, for which router and which expert this run is.
     """
 
     call: RoutedCall
@@ -106,9 +132,14 @@ class Frame:
     parent: "Frame | None" = None
     checkpointed: bool = False
     recomputing: bool = False
-    handed_over: dict[Any, Any] = field(default_factory=dict)
     given: Tensor | None = None
-    alone: Any = None
+    projections: dict[tuple[nn.Module, str], Projection] = field(default_factory=dict)
+    decisions: dict[Place, Decision] = field(default_factory=dict)
+    alone: tuple[Place, int] | None = None
+
+    def again(self, **changes: Any) -> "Frame":
+        """The same stack for a block that runs once more, with nothing computed for siblings yet."""
+        return replace(self, projections={}, decisions={}, **changes)
 
     def real_tokens(self, x: Tensor) -> Tensor:
         """Which tokens of ``x (batch, tokens, features)`` are real, ``(batch, tokens)``."""
@@ -147,284 +178,120 @@ class Frame:
         return () if self.recomputing else tuple(self.call.tracker.observers)
 
 
-_FRAME: ContextVar[Frame | None] = ContextVar("lamella_frame", default=None)
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What holds here and now.
+
+    Attributes:
+        frame: of the stack that is running.
+        module: whose forward opened that frame.
+        runs_in: the interpreter's frame of that forward; None where a ``with`` statement guards the frame.
+        around: the context before that forward began.
+        prompt: what is known about the prompts of a forward that starts now.
+        collected: where the losses of such a forward go; None when they are attached.
+    """
+
+    frame: Frame | None = None
+    module: nn.Module | None = None
+    runs_in: FrameType | None = None
+    around: "Context | None" = None
+    prompt: Prompt | None = None
+    collected: CollectedLoss | None = None
+
+
+_NOTHING = Context()
+_CONTEXT: ContextVar[Context] = ContextVar("lamella_context", default=_NOTHING)
+
+
+def current_context() -> Context:
+    """What holds here and now, without what forwards left behind that an exception has ended."""
+    context = _CONTEXT.get()
+    if context.runs_in is None or _executes(context.runs_in):
+        return context
+    while context.runs_in is not None and not _executes(context.runs_in):
+        assert context.around is not None
+        context = context.around
+    _CONTEXT.set(context)
+    return context
 
 
 def current_frame() -> Frame | None:
     """The frame of the stack that is running; None outside a tracked model's forward."""
-    return _FRAME.get()
+    return current_context().frame
 
 
-@contextmanager
-def run_alone(frame: Frame, alone: Any) -> Iterator[None]:
-    """Runs part of a stack once more, for something of its own; a recomputation of it sees the same."""
-    token = _FRAME.set(replace(frame, alone=alone, handed_over={}))
-    try:
-        yield
-    finally:
-        _FRAME.reset(token)
+def enter(frame: Frame, module: nn.Module, runs_in: FrameType) -> None:
+    """Says that a module's forward begins, in this frame of the interpreter."""
+    around = current_context()
+    _CONTEXT.set(replace(around, frame=frame, module=module, runs_in=runs_in, around=around))
 
 
-class CallListener(Protocol):
-    """Who takes part in the beginning and the end of each call."""
-
-    def opened(self, call: RoutedCall, arguments: Mapping[str, Any]) -> None:
-        """A call begins with these arguments."""
-
-    def closed(self, call: RoutedCall, output: Any) -> None:
-        """It ends with this output; not told where it failed."""
-
-
-class CallTracker:
-    """The hooks of one model and what outlives a call: observers, listeners, what is stated, a trainer's loss scale.
-
-    ``checkpointed`` are the modules that transformers gives a checkpoint function when checkpointing is enabled;
-    ``whole_input`` says that the model answers about its whole input instead of continuing it.
-    """
-
-    def __init__(self, shifts_labels: bool, checkpointed: Sequence[nn.Module], whole_input: bool = False) -> None:
-        self.shifts_labels = shifts_labels
-        self.whole_input = whole_input
-        self.checkpointed = checkpointed
-        self.observers: list[Observer] = []
-        self.listeners: list[CallListener] = []
-        self.stated: dict[Any, Any] = {}
-        self.scale: float | None = None
-
-    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model and of each stack in it."""
-        arguments = _named_arguments(module, args, kwargs)
-        parent = _FRAME.get()
-        if parent is None or parent.call.tracker is not self:
-            if module.training:
-                _carry_frames(self.checkpointed)
-            call = self._start_call(arguments)
-            for listener in self.listeners:
-                listener.opened(call, arguments)
-        else:
-            call = parent.call
-        _FRAME.set(_frame_of_stack(call, arguments, parent))
-
-    def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook, run also when the forward raised."""
-        frame = _FRAME.get()
-        if frame is None or frame.call.tracker is not self:
-            return output
-        frame.handed_over.clear()
-        _FRAME.set(frame.parent)
-        if frame.parent is not None and frame.parent.call is frame.call:
-            return output
-        if output is not None:
-            for listener in self.listeners:
-                listener.closed(frame.call, output)
-        return _record_loss_scale(output, frame.call)
-
-    def _start_call(self, arguments: Mapping[str, Any]) -> RoutedCall:
-        labels = arguments.get("labels")
-        is_encoder_decoder = "decoder_input_ids" in arguments.get("__parameters__", ())
-        predicts = labels.ne(-100) if isinstance(labels, Tensor) and labels.dim() == 2 else None
-        return RoutedCall(
-            tracker=self,
-            label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
-            decoder_mask=predicts if is_encoder_decoder else None,
-            prompt=current_prompt(),
-            stated=dict(self.stated),
-            label_start=None if predicts is None else _first_predicted(predicts, is_encoder_decoder),
-            collected=current_collection(),
-            half=any(
-                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-                for kind in ("cpu", "cuda")
-            ),
-        )
-
-    def _label_share(self, labels: Any, total: Any) -> Tensor | float:
-        if total is None or not isinstance(labels, Tensor):
-            return 1.0
-        counted = labels[..., 1:] if self.shifts_labels else labels
-        return counted.ne(-100).sum() / total
-
-
-def _first_predicted(predicts: Tensor, is_encoder_decoder: bool) -> Tensor:
-    """The first position of a decoder's input that is not given, ``(batch,)``; past the end where nothing is predicted.
-
-    Labels lie at the place of their own token. In an encoder-decoder they lie one to the left of it, since what comes
-    first there is the given start token.
-    """
-    first = predicts.int().argmax(dim=1) + is_encoder_decoder
-    return torch.where(predicts.any(dim=1), first, predicts.shape[1])
-
-
-def track_calls(
-    model: nn.Module, stacks: Sequence[nn.Module] = (), shifts_labels: bool = False, whole_input: bool = False
-) -> CallTracker:
-    """Sets the hooks on ``model`` and on the ``stacks`` inside it, once; returns the model's tracker.
-
-    Args:
-        model: the module whose forward is one call.
-        stacks: modules inside it that are given an attention mask of their own.
-        shifts_labels: whether the model's loss predicts token t+1 at t, so that the first label counts for nothing.
-        whole_input: whether the model answers about its whole input, as a classifier does, instead of continuing it.
-    """
-    existing = find_tracker(model)
-    if existing is not None:
-        return existing
-    checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    tracker = CallTracker(shifts_labels, checkpointed, whole_input)
-    set_prompted_generate(model)
-    for module in (model, *stacks):
-        module.register_forward_pre_hook(tracker.open, with_kwargs=True)
-        module.register_forward_hook(tracker.close, always_call=True)
-    return tracker
-
-
-def find_tracker(model: nn.Module) -> CallTracker | None:
-    """The tracker set on ``model`` or on the first module inside it that has one."""
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if _is_trackers(hook):
-                tracker: CallTracker = hook.__self__  # type: ignore[attr-defined]
-                return tracker
-    return None
-
-
-def untrack_calls(model: nn.Module) -> None:
-    """Takes away what ``track_calls`` set on a model and what its calls left on the blocks."""
-    for module in model.modules():
-        unset_prompted_generate(module)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if _is_trackers(hook)]:
-                del hooks[key]
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(checkpoint, _CarryFrame):
-            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
-
-
-def _is_trackers(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), CallTracker)
-
-
-@contextmanager
-def loss_scale(model: nn.Module, scale: float) -> Iterator[None]:
-    """States the scale of a loss that is built outside the model, for the backward passes inside the context.
-
-    Args:
-        model: a model with a lamella adapter.
-        scale: what the task loss is multiplied by before backward: 1 / accumulation steps, times a gradient scaler's.
-    """
-    tracker = find_tracker(model)
-    if tracker is None:
-        raise LamellaError(f"{type(model).__name__} has no lamella adapter, so there is no balance loss to scale.")
-    before, tracker.scale = tracker.scale, scale
-    try:
-        yield
-    finally:
-        tracker.scale = before
-
-
-class _RecordScale(torch.autograd.Function):
-    """The identity on the model's loss; its backward tells the call how the loss is scaled."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, call: RoutedCall) -> Tensor:
-        ctx.call = call
-        return loss.clone()  # not a view: trainers multiply the loss in place
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.call.recorded_scale = grad.detach()
-        return grad, None
-
-
-def _record_loss_scale(output: Any, call: RoutedCall) -> Any:
-    if isinstance(output, MutableMapping) and _is_loss(output.get("loss")):
-        output["loss"] = _RecordScale.apply(output["loss"], call)
-    elif isinstance(output, tuple) and output and _is_loss(output[0]):
-        return (_RecordScale.apply(output[0], call), *output[1:])
-    return output
-
-
-def _is_loss(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
-
-
-def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Frame | None) -> Frame:
-    is_decoder = arguments.get("encoder_hidden_states") is not None
-    mask = arguments.get("attention_mask")
-    real: Tensor | None
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        real = mask.bool()
-    elif is_decoder:
-        real = call.decoder_mask
-    elif mask is None:
-        real = None
-    elif parent is None or parent.call is not call:
-        real = _real_by_expanded(mask)
-    else:  # already expanded for attention: the stack around this one was given the plain mask
-        real = parent.mask
-    encoder_mask = arguments.get("encoder_attention_mask")
-    encoder_real = encoder_mask.bool() if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2 else None
-    named = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values"))
-    given = next((value for value in named if isinstance(value, Tensor)), None)
-    if given is None and parent is not None and parent.call is call:
-        given = parent.given
-    return Frame(call, real, encoder_real, parent, given=given)
-
-
-def _real_by_expanded(mask: Any) -> Tensor | None:
-    """Real tokens by a mask that was expanded for attention, as ``generate`` does for static caches; None unless so.
-
-    A token is real if any token attends to it. A static cache has columns for tokens that are yet to come.
-    """
-    if isinstance(mask, Mapping):  # one for each kind of attention
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
+def leave(module: nn.Module) -> Frame | None:
+    """Says that a module's forward has ended; returns its frame, or None where it has failed."""
+    context = current_context()
+    if context.module is not module or context.around is None:
         return None
-    attends = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    attended = attends.any(dim=1).any(dim=1)  # (batch, keys)
-    if mask.shape[2] == mask.shape[3]:
-        return attended
-    so_far = int(attended.any(dim=0).nonzero().max()) + 1 if bool(attended.any()) else 0
-    return attended[:, :so_far]
+    _CONTEXT.set(context.around)
+    return context.frame
 
 
-@functools.lru_cache(maxsize=256)
-def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]  # without self
+def _executes(frame: FrameType) -> bool:
+    """Whether a frame of the interpreter is still running, in whatever thread.
+
+    Module hooks are not told of a KeyboardInterrupt or SystemExit (``always_call`` is for Exception alone), so that
+    nothing else says it. Python lets nobody clear a frame that runs.
+    """
+    try:
+        frame.clear()
+    except RuntimeError:
+        return True
+    return False
 
 
-def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = _parameter_names(type(module).forward)
-    return {**dict(zip(names, args, strict=False)), **kwargs, "__parameters__": names}
+@contextmanager
+def in_frame(frame: Frame) -> Iterator[None]:
+    """Runs part of a stack once more in a frame of its own."""
+    with _saying(frame=frame, module=None, runs_in=None):
+        yield
 
 
-class _CarryFrame:
-    """A checkpoint function that runs its block in the frame of the forward, also when it is recomputed."""
+@contextmanager
+def prompt(lengths: Sequence[int] | Tensor) -> Iterator[None]:
+    """States how long the prompts are, for the forwards inside the context.
 
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
+    Decisions for whole sequences on a decoder read the prompt alone. ``generate`` and labels tell where it ends; use
+    this where neither does, such as in scoring a continuation by its logits.
 
-    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        frame = _FRAME.get()
-        if frame is None:
-            return self.checkpoint(block, *args, **kwargs)
-        runs = 0
+    Args:
+        lengths: real tokens of each sequence's prompt, one per row of the batch; 0 where there is none. With several
+            rows per sequence (beams, samples) the rows of a sequence follow each other.
 
-        def run(*block_args: Any, **block_kwargs: Any) -> Any:
-            nonlocal runs
-            around = _FRAME.get()
-            _FRAME.set(replace(frame, checkpointed=True, recomputing=runs > 0, handed_over={}))
-            runs += 1
-            try:
-                return block(*block_args, **block_kwargs)
-            finally:
-                _FRAME.set(around)
-
-        return self.checkpoint(run, *args, **kwargs)
+    Raises:
+        LamellaError: a length below 0, or not a flat list of whole numbers.
+    """
+    with prompted(prompt_of(lengths)):
+        yield
 
 
-def _carry_frames(modules: Sequence[nn.Module]) -> None:
-    """Wraps the checkpoint function of each block, wherever it has been set since the last forward."""
-    for module in modules:
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _CarryFrame):
-            module._gradient_checkpointing_func = _CarryFrame(checkpoint)  # type: ignore[assignment]
+@contextmanager
+def prompted(known: Prompt) -> Iterator[None]:
+    """The same with what is known as it is."""
+    with _saying(prompt=known):
+        yield
+
+
+@contextmanager
+def collect_losses() -> Iterator[CollectedLoss]:
+    """Returns the layers' losses instead of attaching them, for a training loop that adds them itself."""
+    collected = CollectedLoss()
+    with _saying(collected=collected):
+        yield collected
+
+
+@contextmanager
+def _saying(**changes: Any) -> Iterator[None]:
+    token = _CONTEXT.set(replace(current_context(), **changes))
+    try:
+        yield
+    finally:
+        _CONTEXT.reset(token)

@@ -6,14 +6,11 @@ predicted; by hand whatever ``prompt`` says. Where nothing says, the first few r
 run without the decision, so that no token's output depends on a later one.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamella.errors import LamellaError
 
@@ -53,27 +50,11 @@ class Readable:
     complete: bool = True
 
 
-_PROMPT: ContextVar[Prompt | None] = ContextVar("lamella_prompt", default=None)
-
-
-def current_prompt() -> Prompt | None:
-    """What is known about the prompts of a forward that starts now."""
-    return _PROMPT.get()
-
-
-@contextmanager
-def prompt(lengths: Sequence[int] | Tensor) -> Iterator[None]:
-    """States how long the prompts are, for the forwards inside the context.
-
-    Decisions for whole sequences on a decoder read the prompt alone. ``generate`` and labels tell where it ends; use
-    this where neither does, such as in scoring a continuation by its logits.
-
-    Args:
-        lengths: real tokens of each sequence's prompt, one per row of the batch; 0 where there is none. With several
-            rows per sequence (beams, samples) the rows of a sequence follow each other.
+def prompt_of(lengths: Sequence[int] | Tensor) -> Prompt:
+    """What ``lamella.prompt`` says.
 
     Raises:
-        LamellaError: a length below 0, or no flat list of whole numbers.
+        LamellaError: a length below 0, or not a flat list of whole numbers.
     """
     given = torch.as_tensor(lengths)
     if given.dim() != 1 or given.is_floating_point() or given.is_complex() or bool((given < 0).any()):
@@ -81,70 +62,7 @@ def prompt(lengths: Sequence[int] | Tensor) -> Iterator[None]:
             f"lamella.prompt({lengths!r}) needs one whole number of at least 0 per sequence of the batch: the real "
             "tokens of its prompt."
         )
-    with _stated(Prompt(lengths=given.long())):
-        yield
-
-
-@contextmanager
-def _stated(known: Prompt) -> Iterator[None]:
-    token = _PROMPT.set(known)
-    try:
-        yield
-    finally:
-        _PROMPT.reset(token)
-
-
-class PromptedGenerate:
-    """A model's ``generate`` that says which ids it was given. Set on the model, so that every caller goes through it.
-
-    What ``lamella.prompt`` says around it stands. Where nobody has said anything about compilation it is off:
-    transformers compiles by itself for a static cache on a GPU, and what runs here is decided while it runs.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.before = model.__dict__.get("generate")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model's own ``generate``."""
-        generate = self.before or type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
-        if not self._compilation_is_settled(args, kwargs):
-            kwargs = {**kwargs, "disable_compile": True}
-        with _stated(self._known(args, kwargs)):
-            return generate(*args, **kwargs)
-
-    def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
-        said = current_prompt()
-        named = (kwargs.get("inputs_embeds"), *args[:1], *(kwargs.get(n) for n in ("inputs", "input_ids")))
-        given = [tensor for tensor in named if isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[1] > 0]
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            # The ids given are the encoder's; what the decoder starts from, its first forward shows.
-            given += [tensor for tensor in (kwargs.get("pixel_values"),) if isinstance(tensor, Tensor)]
-            return replace(said or Prompt(), source=next(iter(given), None))
-        return said or Prompt(width=int(given[0].shape[1]) if given else None)
-
-    def _compilation_is_settled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        own = getattr(self.model, "generation_config", None)
-        if own is None:
-            return True  # no generate of transformers'
-        configs = (own, kwargs.get("generation_config"), *args[1:2])
-        names = ("disable_compile", "compile_config")
-        return any(kwargs.get(n) is not None or any(getattr(c, n, None) is not None for c in configs) for n in names)
-
-
-def set_prompted_generate(model: nn.Module) -> None:
-    """Lets a model's ``generate``, where it has one, say which ids it was given."""
-    if hasattr(type(model), "generate"):
-        model.__dict__["generate"] = PromptedGenerate(model)
-
-
-def unset_prompted_generate(model: nn.Module) -> None:
-    """Takes that away again."""
-    own = model.__dict__.get("generate")
-    if isinstance(own, PromptedGenerate):
-        del model.__dict__["generate"]
-        if own.before is not None:
-            model.__dict__["generate"] = own.before
+    return Prompt(lengths=given.long())
 
 
 def find_readable(real: Tensor, known: Prompt | None, label_start: Tensor | None, prompt_tokens: int) -> Readable:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lamella.routing.context import find_tracker
+from lamella.routing import find_tracker
 
 
 class LossScaleCallback(TrainerCallback):

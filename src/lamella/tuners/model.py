@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.findings import Examination
-from lamella.routing.context import untrack_calls
+from lamella.routing import untrack_calls
 from lamella.tuners.loading import check_tensors
 from lamella.tuners.routed import LoraMixture
 from lamella.tuners.summary import Summary

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from lamella.routing.context import track_calls
+from lamella.routing import track_calls
 
 # Tasks whose answer is about the whole input; nothing in it is to be predicted from what stands before.
 _ABOUT_ALL = frozenset({"ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"})

@@ -15,8 +15,8 @@ from tests.tuners.mole import trained
 import lamella
 from lamella import LamellaError, MoleConfig, fixed_weights, masked_experts, record_routing
 from lamella.routing import collect_losses
+from lamella.routing import mixing_weights as share_out
 from lamella.tuners.mole import layer as layers
-from lamella.tuners.mole.decision import share_out
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=6, max_size=6)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lamella.backbones.blocks import locate_stacks
 from lamella.backbones.moe.family import NativeRouting
 from lamella.backbones.moe.layer import MoELayer
-from lamella.routing.context import Frame, current_frame, find_tracker, track_calls, untrack_calls
+from lamella.routing import Frame, current_frame, find_tracker, track_calls, untrack_calls
 
 
 @dataclass(frozen=True, eq=False)

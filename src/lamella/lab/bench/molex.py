@@ -23,7 +23,7 @@ from lamella.lab.bench.results import Arm, BenchResult, Case
 from lamella.lab.bench.settings import MolexSettings
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.studies.measuring import Ratio, clock_for, ratio, time_rounds, using_threads
-from lamella.routing.collecting import collect_losses
+from lamella.routing import collect_losses
 
 Say = Callable[[str], object]
 

@@ -13,8 +13,17 @@ from transformers.pytorch_utils import Conv1D
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import choose_form, mix_dense, mix_sorted, project
-from lamella.routing import Frame, Router, RouterLoss, Routing, attach, current_frame, make_router
-from lamella.routing.attachment import refuse_reentrant_collection
+from lamella.routing import (
+    Frame,
+    Projection,
+    Router,
+    RouterLoss,
+    Routing,
+    attach,
+    current_frame,
+    make_router,
+    refuse_reentrant_collection,
+)
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 
@@ -134,9 +143,9 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         self, adapter: str, x: Tensor, dtype: torch.dtype, frame: Frame | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """``A x`` of all experts where the form is dense, and the router's product where there is one."""
-        handed = frame.handed_over.pop((id(self), adapter), None) if frame is not None else None
-        if handed is not None and handed[0] is x:
-            return handed[1], handed[2]
+        shared = frame.projections.pop((self, adapter), None) if frame is not None else None
+        if shared is not None and shared.x is x:
+            return shared.down, shared.scores
         dropout = self.lamella_mola_dropout[adapter]
         assert isinstance(dropout, nn.Dropout)
         if self.training and dropout.p > 0:
@@ -145,7 +154,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
                 (h,) = project(self._flat(dropout(x), dtype), self._down(adapter, dtype))
             return h, self._router_product(adapter, self._flat(x, dtype))
         # The first of the modules that share this input computes for all of them, in one GEMM.
-        together = [self] if frame is None or handed is not None else self._sharing(adapter)
+        together = [self] if frame is None or shared is not None else self._sharing(adapter)
         factors = [layer._down(adapter, dtype) + layer._router_weight(adapter, dtype) for layer in together]
         flat = [factor for own in factors for factor in own]
         products = iter(project(self._flat(x, dtype), flat) if flat else [])
@@ -155,7 +164,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         ]
         for layer, (h, product) in zip(together[1:], results[1:], strict=True):
             assert frame is not None
-            frame.handed_over[id(layer), adapter] = (x, h, product)
+            frame.projections[layer, adapter] = Projection(x, h, product)
         return results[0]
 
     def _sharing(self, adapter: str) -> "list[MolaLinear]":

@@ -7,8 +7,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lamella.routing import Routing
-from lamella.routing.context import find_tracker
+from lamella.routing import Routing, find_tracker
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.routed import See

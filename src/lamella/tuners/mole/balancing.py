@@ -3,18 +3,13 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from lamella.routing import Frame, RouterLoss, attach
-from lamella.routing.attachment import refuse_reentrant_collection
-from lamella.routing.balance import entropy_gradient, entropy_loss, log_gradient, log_loss, mean_probs
-from lamella.routing.context import RoutedCall
+from lamella.routing import Frame, RouterLoss, attach, refuse_reentrant_collection
+from lamella.routing.balance import JointBalance, entropy_gradient, entropy_loss, mean_probs
 
 if TYPE_CHECKING:
     from lamella.tuners.mole.unit import Unit
-
-_MEANS = "mole means"
 
 
 def attach_balance(unit: "Unit", weights: Tensor, logits: Tensor, real: Tensor | None, frame: Frame) -> Tensor:
@@ -71,38 +66,15 @@ def _by_row(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _add_mean(unit: "Unit", logits: Tensor, real: Tensor | None, frame: Frame) -> None:
     """Adds a router's mean weights to those of the others in this call: the loss is one of all together."""
     mean = mean_probs(logits.flatten(0, -2), real)  # (K,)
-    means = frame.call.shared.setdefault((_MEANS, unit.adapter), {})
-    means[unit] = mean.detach() if frame.call.collected is None else mean
+    joint = frame.call.balances.setdefault(unit.adapter, JointBalance(unit.config.balance_coef))
+    joint.means[unit.name] = mean.detach() if frame.call.collected is None else mean
 
 
 def _attach_log(unit: "Unit", weights: Tensor, logits: Tensor, real: Tensor | None, frame: Frame) -> Tensor:
     """The routers' means are all known when the backward pass begins."""
-    call, key, coefficient = frame.call, (_MEANS, unit.adapter), unit.config.balance_coef
-
-    def gradient(rows: Tensor, mask: Tensor | None) -> Tensor:
-        means = torch.stack([mean.to(rows) for mean in call.shared[key].values()])  # (M, K)
-        return log_gradient(rows, mask, means).mul_(coefficient)
-
-    return attach(weights, logits, _never, _by_row(gradient), (real,), frame, unit.name)
+    joint = frame.call.balances[unit.adapter]
+    return attach(weights, logits, _never, _by_row(joint.gradient), (real,), frame, unit.name)
 
 
 def _never(*_: Any) -> Tensor:
     raise AssertionError("a collected log balance is handed over when the call ends")
-
-
-class BalanceCollector:
-    """Hands the log balance over where losses are collected: it is known when the last router has decided."""
-
-    def opened(self, call: RoutedCall, arguments: Any) -> None:
-        """Nothing is known yet."""
-
-    def closed(self, call: RoutedCall, output: Any) -> None:
-        """Hands over one loss for each adapter."""
-        if call.collected is None:
-            return
-        for key, means in call.shared.items():
-            if isinstance(key, tuple) and key[0] == _MEANS:
-                first = next(iter(means))
-                everywhere = torch.stack([mean.to(means[first].device) for mean in means.values()])  # (M, K)
-                loss = first.config.balance_coef * log_loss(everywhere)
-                call.collected.by_name.append((f"log balance of {first.adapter}", loss))

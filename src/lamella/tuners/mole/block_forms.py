@@ -13,8 +13,7 @@ from transformers import PreTrainedConfig
 
 from lamella.backbones import BlockCall, hidden_states_of, with_hidden_states
 from lamella.errors import LamellaError
-from lamella.routing import Frame, current_frame
-from lamella.routing.context import run_alone
+from lamella.routing import Frame, current_frame, in_frame
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.reading import OutputReader
 from lamella.tuners.mole.unit import Unit
@@ -40,7 +39,7 @@ class BlockUnit(Unit):
     def weigh(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
         """All weight on the LoRA that runs alone; None where the block runs by itself."""
         alone = None if frame is None else frame.alone
-        if alone is None or alone[0] is not self:
+        if alone is None or alone[0] != self.key:
             return None, None
         places = torch.arange(len(self.names), device=x.device)
         return (places == alone[1]).float(), None
@@ -56,7 +55,7 @@ class BlockUnit(Unit):
         alone_args, alone_kwargs = call.on(None, None, output)
         each = []
         for index in range(len(self.names)):
-            with run_alone(frame, (self, index)):
+            with in_frame(frame.again(alone=(self.key, index))):
                 each.append(hidden_states_of(block.forward(*alone_args, **alone_kwargs)))
         weights = self._weights_for(each, call.hidden_states, frame)
         weights = weights.view(*weights.shape[:-1], *[1] * (own.dim() - weights.dim()), -1).to(own.dtype)
@@ -68,12 +67,12 @@ class BlockUnit(Unit):
 
     def _weights_for(self, each: list[Tensor], x: Tensor, frame: Frame) -> Tensor:
         """``(K,)``, ``(batch, K)`` or ``(batch, tokens, K)``."""
-        by_hand = self.by_hand(frame)
-        if by_hand.fixed is not None:
-            fixed = by_hand.stated(x.device)
+        override = self.override(frame)
+        if override.fixed is not None:
+            fixed = override.fixed_weights(x.device)
             self.tell_fixed(fixed, x, frame)
             return fixed if fixed.dim() == 1 else self.repeated(fixed, self.leader, x)
-        decision = self.decide(self.leader, x, OutputReader(self.router, each), frame, by_hand)
+        decision = self.decide(self.leader, x, OutputReader(self.router, each), frame, override)
         return self.fit(decision, self.leader, x)
 
     def _refuse_cache(self, call: BlockCall, frame: Frame) -> None:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from lamella.routing.context import RoutedCall
+from lamella.routing import RoutedCall
 
 Key = tuple[str, str]  # adapter, unit
-_KEPT, _PAST = "mole kept", "mole past"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +42,15 @@ class DecisionKeeper:
         """Notes what the cache brings: the decisions taken, and how many tokens have been read."""
         cache = arguments.get("past_key_values")
         if isinstance(cache, Cache):
-            call.shared[_KEPT] = dict(getattr(cache, "lamella_kept", {}))
-            call.shared[_PAST] = int(cache.get_seq_length())
-            call.shared["mole cache"] = cache
+            call.cached = dict(getattr(cache, "lamella_kept", {}))
+            call.past = int(cache.get_seq_length())
+            call.cache = cache
 
     def closed(self, call: RoutedCall, output: Any) -> None:
         """Gives the cache the decisions that were taken."""
-        kept = call.shared.get(_KEPT)
-        cache = call.shared.pop("mole cache", None) or getattr(output, "past_key_values", None)
+        kept = call.cached
+        cache = call.cache or getattr(output, "past_key_values", None)
+        call.cache = None
         if kept and isinstance(cache, Cache):
             if not isinstance(cache, _Carrying):
                 carrying: Any = _carrying
@@ -60,18 +60,13 @@ class DecisionKeeper:
 
 def kept_decision(call: RoutedCall, key: Key) -> Kept | None:
     """What an earlier forward decided for the sequences of this call."""
-    kept: Kept | None = call.shared.get(_KEPT, {}).get(key) if tokens_before(call) else None
+    kept: Kept | None = call.cached.get(key) if call.past else None
     return kept
 
 
 def keep_decision(call: RoutedCall, key: Key, kept: Kept) -> None:
     """Notes a decision for the forwards that go on with these sequences."""
-    call.shared.setdefault(_KEPT, {})[key] = kept
-
-
-def tokens_before(call: RoutedCall) -> int:
-    """How many tokens the cache held when the call began."""
-    return int(call.shared.get(_PAST, 0))
+    call.cached[key] = kept
 
 
 class _Carrying:

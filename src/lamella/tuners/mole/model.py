@@ -8,9 +8,8 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from lamella.backbones import Stack, find_place, locate_stacks
-from lamella.routing.context import find_tracker
+from lamella.routing import find_tracker
 from lamella.tuners.model import RoutedModel
-from lamella.tuners.mole.balancing import BalanceCollector
 from lamella.tuners.mole.block_forms import BlockUnit, hidden_width, mix_at_block, remove_mixtures
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.keeping import DecisionKeeper
@@ -195,12 +194,12 @@ def place_loras(
 
 
 def listen(model: nn.Module) -> None:
-    """Lets the model's calls keep decisions with their caches and hand over what the routers pay together, once."""
+    """Lets the model's calls keep decisions with their caches, once."""
     track(model)
     tracker = find_tracker(model)
     assert tracker is not None
     if not any(isinstance(listener, DecisionKeeper) for listener in tracker.listeners):
-        tracker.listeners += [DecisionKeeper(), BalanceCollector()]
+        tracker.listeners.append(DecisionKeeper())
 
 
 def _is_decoder(model: nn.Module) -> bool:

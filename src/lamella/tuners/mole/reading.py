@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lamella.kernels import FrozenLoras, project
-from lamella.routing import pool_mean
+from lamella.routing import Projection, pool_mean
 from lamella.tuners.mole.router import MoleRouter
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Reader(Protocol):
     """Logits from what the LoRAs put out for some tokens."""
 
-    def by_token(self, x: Tensor) -> "tuple[Tensor, dict[MoleLinear, tuple[Tensor, Tensor]]]":
+    def by_token(self, x: Tensor) -> "tuple[Tensor, dict[MoleLinear, Projection]]":
         """Each row's, ``(*rows, K)`` for ``x (*rows, in)``; and ``A x`` for the modules that are given the same x."""
 
     def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
@@ -32,14 +32,14 @@ class RankSpaceReader:
         self.readers = readers
         self.loras: list[FrozenLoras] = [reader.loras(adapter) for reader in readers]
 
-    def by_token(self, x: Tensor) -> "tuple[Tensor, dict[MoleLinear, tuple[Tensor, Tensor]]]":
+    def by_token(self, x: Tensor) -> "tuple[Tensor, dict[MoleLinear, Projection]]":
         """As promised; ``A x`` of all modules comes from one GEMM and is handed on."""
         if not self.loras:
             return self.router([], [], x.shape[:-1], x.device), {}
         flat = x.reshape(-1, x.shape[-1]).to(self.loras[0].A.dtype)  # (N, in)
         products = project(flat, [one.A.to(x.device) for one in self.loras])
         h = [product.view(*x.shape[:-1], -1) for product in products]  # (*rows, R_m)
-        handed = {reader: (x, one) for reader, one in zip(self.readers, h, strict=True)}
+        handed = {reader: Projection(x, one) for reader, one in zip(self.readers, h, strict=True)}
         return self.router(h, self.loras, x.shape[:-1], x.device), handed
 
     def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class OutputReader:
         self.router = router
         self.outputs = outputs  # K of (batch, tokens, features)
 
-    def by_token(self, x: Tensor) -> "tuple[Tensor, dict[MoleLinear, tuple[Tensor, Tensor]]]":
+    def by_token(self, x: Tensor) -> "tuple[Tensor, dict[MoleLinear, Projection]]":
         """As promised, of the outputs at x's places."""
         return self.router.from_outputs(torch.stack(list(self.outputs), dim=-2)), {}
 

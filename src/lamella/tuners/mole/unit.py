@@ -1,6 +1,7 @@
 """What decides: one unit of one adapter, its router and the modules that its weights are for."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,13 +9,11 @@ from torch import Tensor
 
 from lamella.backbones import Place
 from lamella.errors import LamellaError
-from lamella.routing import Frame, Readable, Routing
+from lamella.routing import Decision, Frame, Override, Readable, Routing, SharedDecision, mixing_weights
 from lamella.tuners.mole.balancing import attach_balance
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.decision import ByHand, Decision, share_out
-from lamella.tuners.mole.keeping import Kept, keep_decision, kept_decision, tokens_before
+from lamella.tuners.mole.keeping import Kept, keep_decision, kept_decision
 from lamella.tuners.mole.reading import RankSpaceReader, Reader
-from lamella.tuners.mole.recomputing import SharedWeights
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.mole.units import UnitPlan
 
@@ -37,6 +36,7 @@ class Unit:
 
     def __init__(self, plan: UnitPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool) -> None:
         self.place: Place = plan.place
+        self.key = (adapter, plan.name)
         self.name = plan.name
         self.input = plan.input
         self.adapter = adapter
@@ -77,14 +77,14 @@ class Unit:
             Weights ``(*some, K)``, ``some`` a leading part of ``rows``, None where no LoRA is to run; and ``A x`` where
             it is known already.
         """
-        by_hand = self.by_hand(frame)
-        if by_hand.fixed is not None:
-            fixed = by_hand.stated(x.device)
+        override = self.override(frame)
+        if override.fixed is not None:
+            fixed = override.fixed_weights(x.device)
             if layer is self.leader:
                 self.tell_fixed(fixed, x, frame)
             weights, h = fixed if fixed.dim() == 1 else self.repeated(fixed, layer, x), None
         else:
-            weights, h = self._decided(layer, x, frame, by_hand)
+            weights, h = self._decided(layer, x, frame, override)
         for watch in self.watchers:
             watch(layer, x, weights, frame)
         return weights, h
@@ -95,7 +95,7 @@ class Unit:
         return top_k is not None and weights.dim() == 2 and len(weights) * top_k < len(self.names)
 
     def _decided(
-        self, layer: "MoleLinear", x: Tensor, frame: Frame | None, by_hand: ByHand
+        self, layer: "MoleLinear", x: Tensor, frame: Frame | None, override: Override
     ) -> tuple[Tensor, Tensor | None]:
         """By the routers."""
         decision = self._find(layer, frame)
@@ -103,26 +103,26 @@ class Unit:
             self._refuse_too_early(layer)
             self._refuse_other_rows(layer, x, frame)
             reader = RankSpaceReader(self.router, self.readers, self.adapter)
-            decision = self.decide(layer, x, reader, frame, by_hand)
-        handed, h = decision.handed.pop(layer, (None, None))
-        return self.fit(decision, layer, x), h if handed is x else None
+            decision = self.decide(layer, x, reader, frame, override)
+        shared = None if frame is None else frame.projections.pop((layer, self.adapter), None)
+        return self.fit(decision, layer, x), shared.down if shared is not None and shared.x is x else None
 
-    def by_hand(self, frame: Frame | None) -> ByHand:
-        """What was stated for this call."""
-        stated: ByHand | None = None if frame is None else frame.call.stated.get(("mole", self.adapter))
-        return stated or ByHand()
+    def override(self, frame: Frame | None) -> Override:
+        """What holds in this call in place of the router."""
+        said = None if frame is None else frame.call.overrides.get(self.adapter)
+        return said or Override(self.adapter)
 
     def _find(self, layer: "MoleLinear", frame: Frame | None) -> Decision | None:
         """The decision already taken in this call; none where the module that took it is called again."""
         if frame is None:
             return None
-        decision: Decision | None = frame.handed_over.get(self)
+        decision = frame.decisions.get(self.key)
         if decision is None and self.place.module == "network":
-            shared: SharedWeights | None = frame.call.shared.get(self)
+            shared = frame.call.decisions.get(self.key)
             # A recomputed block takes its own decision anew, and only its own.
-            if shared is not None and layer is not shared.decision.by:
-                return shared.seen_from(frame)
-        return None if decision is None or decision.by is layer else decision
+            if shared is not None and layer is not shared.decision.taken_at:
+                return shared.seen(frame.recomputing)
+        return None if decision is None or decision.taken_at is layer else decision
 
     def _refuse_too_early(self, layer: "MoleLinear") -> None:
         if self.readers and layer not in self.readers:
@@ -132,7 +132,7 @@ class Unit:
             )
 
     def _refuse_other_rows(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> None:
-        before: Decision | None = None if frame is None else frame.handed_over.get(self)
+        before = None if frame is None else frame.decisions.get(self.key)
         if before is not None and before.rows != x.shape[:-1] and len(self.members) > 1:
             raise LamellaError(
                 f"{layer.name} decides for all of {self.name} and is called twice, with {tuple(before.rows)} rows and "
@@ -140,7 +140,9 @@ class Unit:
                 "table of relative positions. Use granularity='matrix', where each decides for itself."
             )
 
-    def decide(self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, by_hand: ByHand) -> Decision:
+    def decide(
+        self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, override: Override
+    ) -> Decision:
         """Takes the decision, with its balance loss attached and its observers told.
 
         Args:
@@ -148,15 +150,15 @@ class Unit:
             x: the unit's input, ``(*rows, in)``.
             reader: of the LoRAs' outputs for it.
             frame: the running stack's.
-            by_hand: what was stated.
+            override: what holds in place of the router.
         """
         with torch.autocast(x.device.type, enabled=False):
-            decision, logits, real = self._taken(layer, x, reader, frame, by_hand)
+            decision, logits, real = self._taken(layer, x, reader, frame, override)
         if frame is not None:
-            decision.weights = attach_balance(self, decision.weights, logits, real, frame)
+            decision = replace(decision, weights=attach_balance(self, decision.weights, logits, real, frame))
             if self.place.module == "network":
-                decision.weights = SharedWeights.share(self, decision, frame)
-            frame.handed_over[self] = decision
+                decision = self._shared(decision, frame)
+            frame.decisions[self.key] = decision
         elif layer.training and logits.requires_grad and self.config.balance != "none" and self.config.balance_coef:
             raise LamellaError(
                 f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
@@ -165,15 +167,25 @@ class Unit:
             )
         return decision
 
+    def _shared(self, decision: Decision, frame: Frame) -> Decision:
+        """Leaves a decision for the other blocks of the call; returns it for the block at hand."""
+        before = frame.call.decisions.get(self.key)
+        if frame.recomputing and before is not None:
+            return replace(decision, weights=before.retaken(decision.weights))
+        frame.call.decisions[self.key] = SharedDecision(decision)
+        return decision
+
     def _taken(
-        self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, by_hand: ByHand
+        self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, override: Override
     ) -> tuple[Decision, Tensor, Tensor | None]:
         """The decision, the logits it comes from, and which rows of those are real, ``(rows,)``."""
         if self.by_token:
-            logits, handed = reader.by_token(x)
+            logits, projections = reader.by_token(x)
+            if frame is not None:
+                frame.projections.update({(other, self.adapter): one for other, one in projections.items()})
             mask = None if frame is None else frame.token_mask(x, of_encoder=self.input == "encoder")
-            decision = Decision(by_hand.weights(logits, self.config.top_k), layer, x.shape[:-1], handed=handed)
-            self._tell(logits, by_hand, mask, x.shape[:-1], frame)
+            decision = Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1])
+            self._tell(logits, override, mask, x.shape[:-1], frame)
             return decision, logits, mask
         tokens = self.as_sequences(layer, x, frame)  # (batch, tokens, in)
         kept = self._kept(frame)
@@ -184,16 +196,16 @@ class Unit:
                     f"{len(tokens)}. Repeat or select them by the cache's own methods, or start from an empty cache."
                 )
             logits = kept.logits.to(x.device)
-            return Decision(by_hand.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
+            return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
         readable = self.readable(tokens, layer, frame)
         logits = reader.by_sequence(tokens, readable.read)  # (batch, K)
         if frame is not None and self._keeps(frame):
-            keep_decision(frame.call, (self.adapter, self.name), Kept(logits.detach(), readable.complete))
+            keep_decision(frame.call, self.key, Kept(logits.detach(), readable.complete))
         real = readable.read.any(dim=1)
-        uniform = None if readable.without is None else by_hand.weights(torch.zeros_like(logits[0]), None)
-        weights = by_hand.weights(logits, self.config.top_k)
+        uniform = None if readable.without is None else override.weights(torch.zeros_like(logits[0]), None)
+        weights = override.weights(logits, self.config.top_k)
         decision = Decision(weights, layer, x.shape[:-1], readable.without, uniform)
-        self._tell(logits, by_hand, real, x.shape[:1], frame)
+        self._tell(logits, override, real, x.shape[:1], frame)
         return decision, logits, real
 
     def as_sequences(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> Tensor:
@@ -225,8 +237,8 @@ class Unit:
     def _kept(self, frame: Frame | None) -> Kept | None:
         if frame is None or not self._keeps(frame):
             return None
-        kept = kept_decision(frame.call, (self.adapter, self.name))
-        before = tokens_before(frame.call)
+        kept = kept_decision(frame.call, self.key)
+        before = frame.call.past
         if kept is None and before > 0:
             raise LamellaError(
                 f"The cache holds {before} tokens for which {self.name} has not decided: they were read without this "
@@ -271,15 +283,15 @@ class Unit:
         return weights if len(x) == len(weights) else weights.repeat_interleave(len(x) // len(weights), dim=0)
 
     def _tell(
-        self, logits: Tensor, by_hand: ByHand, real: Tensor | None, shape: torch.Size, frame: Frame | None
+        self, logits: Tensor, override: Override, real: Tensor | None, shape: torch.Size, frame: Frame | None
     ) -> None:
         """Shows the decision to who watches."""
         if frame is None or not frame.observers:
             return
-        rows = by_hand.masked(logits.detach()).flatten(0, -2)  # (N, K)
-        given, top_k = share_out(rows, self.config.top_k), self.config.top_k
+        rows = override.masked(logits.detach()).flatten(0, -2)  # (N, K)
+        given, top_k = mixing_weights(rows, self.config.top_k), self.config.top_k
         weights, indices = given.sort(dim=-1, descending=True, stable=True)
-        used = len(self.names) if by_hand.kept is None else int(by_hand.kept.sum())
+        used = len(self.names) if override.allowed is None else int(override.allowed.sum())
         if top_k is not None:
             used = min(used, max(top_k, int((given > 0).sum(dim=-1).max())))  # more where some tie
         granularity: Any = "token" if self.by_token else "sequence"

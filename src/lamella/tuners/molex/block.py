@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from lamella.backbones import BlockCall, Place, hidden_states_of, with_hidden_states
 from lamella.errors import CannotMergeError, LamellaError
-from lamella.routing import Frame, ProjectedCosineRouter, Router, RouterLoss, attach, current_frame, make_router
-from lamella.routing.prompt import Readable
+from lamella.routing import (
+    Frame,
+    ProjectedCosineRouter,
+    Readable,
+    Router,
+    RouterLoss,
+    attach,
+    current_frame,
+    make_router,
+)
 from lamella.tuners.molex.cache import GuestSlots, guest_slots
 from lamella.tuners.molex.choosing import (
     Choice,

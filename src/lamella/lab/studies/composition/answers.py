@@ -23,7 +23,7 @@ from lamella.lab.studies.composition.alone import LorasAlone
 from lamella.lab.studies.composition.grid import Answers, TestRows
 from lamella.lab.studies.composition.options import option_answers, with_options
 from lamella.lab.studies.composition.texts import text_answers
-from lamella.tuners.mole.by_hand import masked_experts
+from lamella.tuners.mole.overrides import masked_experts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,4 +1,4 @@
-"""Weights by hand, for the forwards inside a context: some LoRAs left out, or all weights stated."""
+"""Weights in place of the routers', for the forwards inside a context: some LoRAs left out, or all weights fixed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.routing.context import find_tracker
-from lamella.tuners.mole.decision import ByHand
+from lamella.routing import CallTracker, Override, find_tracker, overridden
 from lamella.tuners.mole.layer import MoleLinear
 
 Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Tensor
@@ -30,20 +29,21 @@ def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
     """
     adapter, names = _active(model)
     _refuse_unknown(drop, names, "drop")
-    before = _stated(model, adapter)
-    kept = torch.tensor([name not in drop for name in names])
-    kept = kept if before.kept is None else kept & before.kept
-    if not bool(kept.any()):
+    tracker = _tracker(model)
+    before = tracker.override(adapter)
+    allowed = torch.tensor([name not in drop for name in names])
+    allowed = allowed if before.allowed is None else allowed & before.allowed
+    if not bool(allowed.any()):
         raise LamellaError(f"drop leaves none of the {len(names)} LoRAs {', '.join(names)}; keep at least one.")
-    if before.fixed is not None and bool((before.fixed * kept).sum(dim=-1).eq(0).any()):
+    if before.fixed is not None and bool((before.fixed * allowed).sum(dim=-1).eq(0).any()):
         raise LamellaError("drop leaves only LoRAs whose fixed weights are 0, so there is nothing to share out.")
-    with _with(model, adapter, replace(before, kept=kept)):
+    with overridden(tracker, replace(before, allowed=allowed)):
         yield
 
 
 @contextmanager
 def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """States the LoRAs' weights by hand, in every unit; the routers are not asked.
+    """Fixes the LoRAs' weights, in every group; the routers are not asked.
 
     They are used as they are: ``{"a": 1, "b": 1}`` adds two LoRAs, ``{"a": 0.5, "b": 0.5}`` is their mean.
 
@@ -69,7 +69,7 @@ def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
         )
     if not bool(torch.isfinite(fixed).all()) or bool((fixed < 0).any()):
         raise LamellaError("weights must be finite and at least 0; to take a LoRA away, give it the weight 0.")
-    with _with(model, adapter, ByHand(fixed=fixed)):
+    with overridden(_tracker(model), Override(adapter, fixed=fixed)):
         yield
 
 
@@ -101,29 +101,12 @@ def _active(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     if len(active) != 1:
         way = "activate one with set_adapter" if active else "compose LoRAs with lamella.compose first"
         raise LamellaError(
-            f"{type(model).__name__} has {len(active)} active MOLE adapters, and weights by hand are for one: {way}."
+            f"{type(model).__name__} has {len(active)} active MOLE adapters, and fixed weights are for one: {way}."
         )
     return next(iter(active.items()))
 
 
-def _stated(model: nn.Module, adapter: str) -> ByHand:
+def _tracker(model: nn.Module) -> CallTracker:
     tracker = find_tracker(model)
     assert tracker is not None  # every injection sets one
-    stated: ByHand = tracker.stated.get(("mole", adapter), ByHand())
-    return stated
-
-
-@contextmanager
-def _with(model: nn.Module, adapter: str, by_hand: ByHand) -> Iterator[None]:
-    tracker = find_tracker(model)
-    assert tracker is not None
-    key = ("mole", adapter)
-    before = tracker.stated.get(key)
-    tracker.stated[key] = by_hand
-    try:
-        yield
-    finally:
-        if before is None:
-            del tracker.stated[key]
-        else:
-            tracker.stated[key] = before
+    return tracker

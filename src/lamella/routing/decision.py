@@ -1,0 +1,132 @@
+"""Decisions that several layers share: their weights, what may be said in their place, and how they are recomputed."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Projection(NamedTuple):
+    """Products of one input that several layers are given, computed in one GEMM by the first of them.
+
+    Attributes:
+        x: the input they are for.
+        down: ``A x`` of the layer's experts side by side, ``(*rows, R)``; None where it needs none.
+        scores: its router's product, ``(N, E)``; None without a router.
+    """
+
+    x: Tensor
+    down: Tensor | None
+    scores: Tensor | None = None
+
+
+def mixing_weights(logits: Tensor, top_k: int | None) -> Tensor:
+    """The softmax over the ``top_k`` largest of ``logits (..., K)``, zero for the rest; over all K where it is None.
+
+    Those that tie with the last of them count too: no expert is preferred for its number, and routers that still are
+    zero weigh all alike. A single expert's weight is 1 whatever its logit, which would tell its router nothing; its
+    gradient is that of ``p / stopgrad(p)``, p its softmax over all, as in MoLEx.
+    """
+    if top_k is None or top_k >= logits.shape[-1]:
+        return torch.softmax(logits, dim=-1)
+    rest = logits < logits.topk(top_k, dim=-1).values[..., -1:]
+    weights = torch.softmax(logits.masked_fill(rest, -torch.inf), dim=-1)
+    if top_k > 1:
+        return weights
+    chances = torch.log_softmax(logits, dim=-1)
+    return weights * (chances - chances.detach()).masked_fill(rest, 0).exp()
+
+
+@dataclass(frozen=True, eq=False)
+class Override:
+    """What a user says in place of the routers of one adapter.
+
+    Attributes:
+        adapter: its name.
+        allowed: True for the experts that are not left out, ``(K,)``; None for all.
+        fixed: the weights in place of the routers', ``(K,)`` or ``(batch, K)``; None for the routers' own.
+    """
+
+    adapter: str = ""
+    allowed: Tensor | None = None
+    fixed: Tensor | None = None
+
+    def weights(self, logits: Tensor, top_k: int | None) -> Tensor:
+        """The weights of the experts that are not left out, of the ``top_k`` best of them where it is given."""
+        return mixing_weights(self.masked(logits), top_k)
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """Minus infinity for the experts that are left out."""
+        return logits if self.allowed is None else logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
+
+    def fixed_weights(self, device: torch.device) -> Tensor:
+        """The fixed weights, with what the experts left out had given to the others in proportion."""
+        assert self.fixed is not None
+        fixed = self.fixed.to(device)
+        if self.allowed is None:
+            return fixed
+        left = fixed * self.allowed.to(device)
+        return left * (fixed.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A decision of one call.
+
+    Attributes:
+        weights: ``(batch, K)``, ``(batch, tokens, K)``, or ``(rows, K)`` outside the blocks.
+        taken_at: the module at whose call it was taken.
+        rows: of that module's input.
+        without: tokens that run with uniform weights, ``(batch, tokens)``; None where there are none.
+        uniform: those weights, ``(K,)``.
+    """
+
+    weights: Tensor
+    taken_at: nn.Module
+    rows: torch.Size
+    without: Tensor | None = None
+    uniform: Tensor | None = None
+
+
+class SharedDecision:
+    """A decision for many blocks, each of which may be recomputed by itself in the backward pass.
+
+    Reentrant checkpointing runs blocks without a graph and, in the backward pass, recomputes them one by one from the
+    last to the first. When the block that decides gets its graph, those that used the decision have had their backward
+    pass. So what they say about the weights is gathered in a leaf, and added where the block that decides gets its own
+    gradient.
+    """
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+        self.leaf: Tensor | None = None
+
+    def seen(self, recomputing: bool) -> Decision:
+        """The decision for another block."""
+        if not (recomputing and torch.is_grad_enabled()) or self.decision.weights.requires_grad:
+            return self.decision
+        if self.leaf is None:
+            self.leaf = self.decision.weights.detach().requires_grad_()
+        return replace(self.decision, weights=self.leaf)
+
+    def retaken(self, weights: Tensor) -> Tensor:
+        """The weights that the block that decides computes again, with what the other blocks have gathered."""
+        if self.leaf is None:
+            return weights
+        gathered: Tensor = _AddGathered.apply(weights, self.leaf)
+        return gathered
+
+
+class _AddGathered(torch.autograd.Function):
+    """The identity; its backward adds what other blocks have left in the leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        gathered, ctx.leaf.grad = ctx.leaf.grad, None
+        return (grad if gathered is None else grad + gathered), None

@@ -1,0 +1,300 @@
+"""How a model's forwards become calls: hooks on the model and on the stacks inside it.
+
+The outermost tracked module that runs opens a call; each stack inside it opens a frame with its own attention mask, so
+that encoder, decoder and cross-attention each see theirs. A gradient-checkpointed block carries its frame along, so
+that recomputation in the backward pass sees the same one, also in another thread.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lamella.errors import LamellaError
+from lamella.routing.context import (
+    Frame,
+    RoutedCall,
+    TrackedModel,
+    current_context,
+    current_frame,
+    enter,
+    in_frame,
+    leave,
+)
+from lamella.routing.decision import Override
+from lamella.routing.generating import set_prompted_generate, unset_prompted_generate
+
+
+class CallListener(Protocol):
+    """Who takes part in the beginning and the end of each call."""
+
+    def opened(self, call: RoutedCall, arguments: Mapping[str, Any]) -> None:
+        """A call begins with these arguments."""
+
+    def closed(self, call: RoutedCall, output: Any) -> None:
+        """It ends with this output; not told where it failed."""
+
+
+class CallTracker(TrackedModel):
+    """The hooks of one model.
+
+    ``checkpointed`` are the modules that transformers gives a checkpoint function when checkpointing is enabled.
+    """
+
+    def __init__(self, shifts_labels: bool, checkpointed: Sequence[nn.Module], whole_input: bool = False) -> None:
+        super().__init__(shifts_labels, whole_input)
+        self.checkpointed = checkpointed
+        self.listeners: list[CallListener] = []
+
+    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model and of each stack in it."""
+        arguments = _named_arguments(module, args, kwargs)
+        parent = current_frame()
+        if parent is None or parent.call.tracker is not self:
+            if module.training:
+                _carry_frames(self.checkpointed)
+            call = self._start_call(module, arguments)
+            for listener in self.listeners:
+                listener.opened(call, arguments)
+        else:
+            call = parent.call
+        enter(_frame_of_stack(call, arguments, parent), module, runs_in=sys._getframe(1))
+
+    def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook, run also when the forward raised an Exception."""
+        frame = leave(module)
+        if frame is None:
+            return output
+        frame.projections.clear()
+        frame.decisions.clear()
+        call = frame.call
+        if frame.parent is not None and frame.parent.call is call:
+            return output
+        for listener in self.listeners:
+            listener.closed(call, output)
+        if call.collected is not None:
+            joint = [(f"log balance of {adapter}", loss.value()) for adapter, loss in call.balances.items()]
+            call.collected.by_name.extend(joint)
+        return _record_loss_scale(output, call)
+
+    def _start_call(self, module: nn.Module, arguments: Mapping[str, Any]) -> RoutedCall:
+        labels = arguments.get("labels")
+        is_encoder_decoder = "decoder_input_ids" in _parameter_names(type(module).forward)
+        predicts = labels.ne(-100) if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        context = current_context()
+        return RoutedCall(
+            tracker=self,
+            label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
+            decoder_mask=predicts if is_encoder_decoder else None,
+            prompt=context.prompt,
+            overrides={override.adapter: override for override in self.overrides},
+            label_start=None if predicts is None else _first_predicted(predicts, is_encoder_decoder),
+            collected=context.collected,
+            half=any(
+                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+                for kind in ("cpu", "cuda")
+            ),
+        )
+
+    def _label_share(self, labels: Any, total: Any) -> Tensor | float:
+        if total is None or not isinstance(labels, Tensor):
+            return 1.0
+        counted = labels[..., 1:] if self.shifts_labels else labels
+        return counted.ne(-100).sum() / total
+
+
+def _first_predicted(predicts: Tensor, is_encoder_decoder: bool) -> Tensor:
+    """The first position of a decoder's input that is not given, ``(batch,)``; past the end where nothing is predicted.
+
+    Labels lie at the place of their own token. In an encoder-decoder they lie one to the left of it, since what comes
+    first there is the given start token.
+    """
+    first = predicts.int().argmax(dim=1) + is_encoder_decoder
+    return torch.where(predicts.any(dim=1), first, predicts.shape[1])
+
+
+def track_calls(
+    model: nn.Module, stacks: Sequence[nn.Module] = (), shifts_labels: bool = False, whole_input: bool = False
+) -> CallTracker:
+    """Sets the hooks on ``model`` and on the ``stacks`` inside it, once; returns the model's tracker.
+
+    Args:
+        model: the module whose forward is one call.
+        stacks: modules inside it that are given an attention mask of their own.
+        shifts_labels: whether the model's loss predicts token t+1 at t, so that the first label counts for nothing.
+        whole_input: whether the model answers about its whole input, as a classifier does, instead of continuing it.
+    """
+    existing = find_tracker(model)
+    if existing is not None:
+        return existing
+    checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    tracker = CallTracker(shifts_labels, checkpointed, whole_input)
+    set_prompted_generate(model)
+    for module in (model, *stacks):
+        module.register_forward_pre_hook(tracker.open, with_kwargs=True)
+        module.register_forward_hook(tracker.close, always_call=True)
+    return tracker
+
+
+def find_tracker(model: nn.Module) -> CallTracker | None:
+    """The tracker set on ``model`` or on the first module inside it that has one."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if _is_trackers(hook):
+                tracker: CallTracker = hook.__self__  # type: ignore[attr-defined]
+                return tracker
+    return None
+
+
+def untrack_calls(model: nn.Module) -> None:
+    """Takes away what ``track_calls`` set on a model and what its calls left on the blocks."""
+    for module in model.modules():
+        unset_prompted_generate(module)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if _is_trackers(hook)]:
+                del hooks[key]
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, _CarryFrame):
+            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+
+
+def _is_trackers(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), CallTracker)
+
+
+@contextmanager
+def overridden(tracker: TrackedModel, override: Override) -> Iterator[None]:
+    """Puts something in place of an adapter's routers, for the forwards that begin inside the context."""
+    tracker.overrides.append(override)
+    try:
+        yield
+    finally:
+        tracker.overrides[:] = [other for other in tracker.overrides if other is not override]
+
+
+@contextmanager
+def loss_scale(model: nn.Module, scale: float) -> Iterator[None]:
+    """States the scale of a loss that is built outside the model, for the backward passes inside the context.
+
+    Args:
+        model: a model with a lamella adapter.
+        scale: what the task loss is multiplied by before backward: 1 / accumulation steps, times a gradient scaler's.
+    """
+    tracker = find_tracker(model)
+    if tracker is None:
+        raise LamellaError(f"{type(model).__name__} has no lamella adapter, so there is no balance loss to scale.")
+    before, tracker.scale = tracker.scale, scale
+    try:
+        yield
+    finally:
+        tracker.scale = before
+
+
+class _RecordScale(torch.autograd.Function):
+    """The identity on the model's loss; its backward tells the call how the loss is scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, call: RoutedCall) -> Tensor:
+        ctx.call = call
+        return loss.clone()  # not a view: trainers multiply the loss in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.call.recorded_scale = grad.detach()
+        return grad, None
+
+
+def _record_loss_scale(output: Any, call: RoutedCall) -> Any:
+    if isinstance(output, MutableMapping) and _is_loss(output.get("loss")):
+        output["loss"] = _RecordScale.apply(output["loss"], call)
+    elif isinstance(output, tuple) and output and _is_loss(output[0]):
+        return (_RecordScale.apply(output[0], call), *output[1:])
+    return output
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
+
+
+def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Frame | None) -> Frame:
+    is_decoder = arguments.get("encoder_hidden_states") is not None
+    mask = arguments.get("attention_mask")
+    real: Tensor | None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask.bool()
+    elif is_decoder:
+        real = call.decoder_mask
+    elif mask is None:
+        real = None
+    elif parent is None or parent.call is not call:
+        real = _real_by_expanded(mask)
+    else:  # already expanded for attention: the stack around this one was given the plain mask
+        real = parent.mask
+    encoder_mask = arguments.get("encoder_attention_mask")
+    encoder_real = encoder_mask.bool() if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2 else None
+    named = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values"))
+    given = next((value for value in named if isinstance(value, Tensor)), None)
+    if given is None and parent is not None and parent.call is call:
+        given = parent.given
+    return Frame(call, real, encoder_real, parent, given=given)
+
+
+def _real_by_expanded(mask: Any) -> Tensor | None:
+    """Real tokens by a mask that was expanded for attention, as ``generate`` does for static caches; None unless so.
+
+    A token is real if any token attends to it. A static cache has columns for tokens that are yet to come.
+    """
+    if isinstance(mask, Mapping):  # one for each kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    attends = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    attended = attends.any(dim=1).any(dim=1)  # (batch, keys)
+    if mask.shape[2] == mask.shape[3]:
+        return attended
+    so_far = int(attended.any(dim=0).nonzero().max()) + 1 if bool(attended.any()) else 0
+    return attended[:, :so_far]
+
+
+@functools.lru_cache(maxsize=256)
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self
+
+
+def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
+
+
+class _CarryFrame:
+    """A checkpoint function that runs its block in the frame of the forward, also when it is recomputed."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = current_frame()
+        if frame is None:
+            return self.checkpoint(block, *args, **kwargs)
+        runs = 0
+
+        def run(*block_args: Any, **block_kwargs: Any) -> Any:
+            nonlocal runs
+            again = frame.again(checkpointed=True, recomputing=runs > 0)
+            runs += 1
+            with in_frame(again):
+                return block(*block_args, **block_kwargs)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _carry_frames(modules: Sequence[nn.Module]) -> None:
+    """Wraps the checkpoint function of each block, wherever it has been set since the last forward."""
+    for module in modules:
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _CarryFrame):
+            module._gradient_checkpointing_func = _CarryFrame(checkpoint)  # type: ignore[assignment]
