@@ -183,15 +183,22 @@ def inputs(model: PreTrainedModel, **options: Any) -> dict[str, Tensor]:
 def adapted(model: PreTrainedModel, **config: Any) -> PeftModel:
     """A MoLA adapter that already does something: three experts, top-2, B at random."""
     torch.manual_seed(17)
-    settings = {"r": 2, "lora_alpha": 6, "num_experts": 3, "top_k": 2, "init_weights": False, "balance_coef": 0.0}
+    settings = {
+        "r": 2,
+        "lora_alpha": 6,
+        "num_experts": 3,
+        "top_k": 2,
+        "init_lora_weights": False,
+        "router_aux_loss_coef": 0.0,
+    }
     return get_peft_model(model, MolaConfig(**{**settings, **config}))
 
 
 def molex(model: PreTrainedModel, sharp: bool = True, **config: Any) -> PeftModel:
     """A MoLEx adapter that already does something: guests of half the weight, a router that tells sequences apart."""
     torch.manual_seed(17)
-    settings = {"alpha": 0.5, "lora": LoraConfig(r=2, target_modules="all-linear"), "init_weights": False}
-    adapted = get_peft_model(model, MolexConfig(**{**settings, "balance_coef": 0.0, **config}))
+    settings = {"alpha": 0.5, "lora": LoraConfig(r=2, target_modules="all-linear"), "init_lora_weights": False}
+    adapted = get_peft_model(model, MolexConfig(**{**settings, "router_aux_loss_coef": 0.0, **config}))
     if sharp:
         sharpen(adapted)
     return adapted.eval()

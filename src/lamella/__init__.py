@@ -28,6 +28,7 @@ from lamella.tuners import (
     redundancy,
 )
 from lamella.tuners.optimization import param_groups
+from lamella.version import __version__
 
 if TYPE_CHECKING:
     from lamella import lab, similarity
@@ -39,6 +40,7 @@ __all__ = [
     "MoleConfig",
     "MolexConfig",
     "Trace",
+    "__version__",
     "allocate",
     "collapse",
     "compose",

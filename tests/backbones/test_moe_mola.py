@@ -15,7 +15,7 @@ from lamella.tracing import record_routing
 
 def mixture(**settings: Any) -> Any:
     config = MolaConfig(
-        **{"r": 2, "num_experts": 4, "top_k": 2, "target_modules": ["q_proj", "up_proj"], "init_weights": False}
+        **{"r": 2, "num_experts": 4, "top_k": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
         | settings
     )
     return get_peft_model(tiny.llama(), config).eval()

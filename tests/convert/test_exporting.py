@@ -116,7 +116,7 @@ def test_the_rank_is_what_was_asked_and_costs_error() -> None:
 
 
 def test_the_model_given_is_not_changed() -> None:
-    model = tiny.adapted(tiny.bert(), task_type="SEQ_CLS", balance_coef=0.1).train()
+    model = tiny.adapted(tiny.bert(), task_type="SEQ_CLS", router_aux_loss_coef=0.1).train()
     model.get_base_model().bert.embeddings.eval()  # somebody froze a dropout
     given = batches(model, 3)
     before = {key: value.clone() for key, value in model.state_dict().items()}

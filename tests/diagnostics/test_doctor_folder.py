@@ -26,7 +26,9 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     torch.manual_seed(3)
-    config = MolaConfig(r=2, num_experts=4, target_modules=["query", "value"], init_weights=False, task_type="SEQ_CLS")
+    config = MolaConfig(
+        r=2, num_experts=4, target_modules=["query", "value"], init_lora_weights=False, task_type="SEQ_CLS"
+    )
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 

@@ -21,7 +21,7 @@ def mixture(model, **config):
 
 
 def trained(model, **config):
-    return mixture(model, init_weights=False, **config)
+    return mixture(model, init_lora_weights=False, **config)
 
 
 def layers_of(model):
@@ -70,8 +70,8 @@ def test_a_healthy_model_has_no_finding(name, make, given):
         {"num_experts": "1-4"},
         {"num_experts": 2, "top_k": 2},  # no balance gradient, and none from the task while B is zero
         {"num_experts": 2, "top_k": 1},
-        {"balance_coef": 0.0},
-        {"balance_coef": 0.0, "z_coef": 1e-3},
+        {"router_aux_loss_coef": 0.0},
+        {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 1e-3},
         {"router": "cosine"},
         {"lora_dropout": 0.3},
     ],
@@ -159,7 +159,7 @@ def test_a_detached_router(make, monkeypatch):
 
 
 def test_top_one_without_balance_loss_learns_nothing():
-    finding = the_finding(doctor(mixture(tiny.bert(), top_k=1, balance_coef=0.0)), "router-no-gradient")
+    finding = the_finding(doctor(mixture(tiny.bert(), top_k=1, router_aux_loss_coef=0.0)), "router-no-gradient")
 
     assert "with top_k=1 the one weight is always 1" in finding.what
     assert "12 router(s)" in finding.what
@@ -173,7 +173,7 @@ def test_frozen_experts():
 
 
 def test_a_balance_coefficient_without_balance_loss(monkeypatch):
-    model = mixture(tiny.bert(), balance_coef=0.01)
+    model = mixture(tiny.bert(), router_aux_loss_coef=0.01)
     layer = layers_of(model)[5]
     monkeypatch.setattr(layer, "_attach_losses", lambda adapter, routing, mask, frame: routing)
 
@@ -181,7 +181,7 @@ def test_a_balance_coefficient_without_balance_loss(monkeypatch):
 
     finding = the_finding(diagnosis, "balance-missing")
     assert finding.where == layer.name
-    assert "balance_coef=0.01" in finding.what
+    assert "router_aux_loss_coef=0.01" in finding.what
 
 
 def test_a_balance_loss_of_zero():

@@ -86,5 +86,5 @@ def test_a_frozen_router_is_found_and_one_that_cannot_learn_is_no_fault(batch):
             parameter.requires_grad_(False)
     assert "router-no-gradient" in codes(doctor(model, batches=[batch]))
 
-    published = mixture(router_gradient="none", balance_coef=0.0)
+    published = mixture(router_gradient="none", router_aux_loss_coef=0.0)
     assert "router-no-gradient" not in codes(doctor(published, batches=[batch]))

@@ -31,12 +31,12 @@ def codes(diagnosis):
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
-@pytest.mark.parametrize("init_weights", [True, False])
-def test_a_healthy_model_passes(name, init_weights):
+@pytest.mark.parametrize("init_lora_weights", [True, False])
+def test_a_healthy_model_passes(name, init_lora_weights):
     base = tiny.MODELS[name]()
     batch = tiny.batch(base)
 
-    found = preflight(mixture(base, init_weights=init_weights), batch, steps=100)
+    found = preflight(mixture(base, init_lora_weights=init_lora_weights), batch, steps=100)
 
     assert found.ok, str(found)
     said = "\n".join(found.checked)
@@ -78,7 +78,7 @@ def test_other_methods_pass(name, method):
 def test_as_many_labels_as_tokens_are_not_taken_for_tokens():
     base = tiny.bert(labels=7)
 
-    assert preflight(mixture(base, init_weights=False), tiny.batch(base, tokens=7)).ok
+    assert preflight(mixture(base, init_lora_weights=False), tiny.batch(base, tokens=7)).ok
 
 
 def test_an_adapter_of_another_name_passes():
@@ -210,7 +210,7 @@ def test_a_layer_that_forgets_the_cache():
 def test_a_state_that_is_not_saved():
     base = tiny.bert()
     batch = tiny.batch(base)
-    model = mixture(base, init_weights=False)
+    model = mixture(base, init_lora_weights=False)
     layer = layers_of(model)[0]
     layer.experts["default"] = type(layer.experts["default"])(4, 1, 2, 8.0, 1e-3, 0.0)  # top-1 of the config's top-2
 
@@ -235,7 +235,7 @@ def first_step(model, batch, optimizer=None, tmp="out"):
         callback.on_pre_optimizer_step(arguments, TrainerState(), TrainerControl(), model=model, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("config", [{}, {"top_k": 1}, {"balance_coef": 0.0}, {"num_experts": "1-2"}])
+@pytest.mark.parametrize("config", [{}, {"top_k": 1}, {"router_aux_loss_coef": 0.0}, {"num_experts": "1-2"}])
 def test_a_healthy_first_step_passes(config, tmp_path):
     base = tiny.bert()
     first_step(mixture(base, **config), tiny.batch(base), tmp=tmp_path)

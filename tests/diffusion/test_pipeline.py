@@ -18,7 +18,7 @@ from lamella.routing import find_tracker
 NAMES = ("cat", "dog", "ink")
 PROMPTS = ["a cat", "a blue dog"]
 # Random routers have large logits: a high temperature keeps every LoRA in play.
-OFF_ZERO = MoleConfig(init_weights=False, temperature=20.0)
+OFF_ZERO = MoleConfig(init_lora_weights=False, temperature=20.0)
 
 
 class Case:
@@ -192,7 +192,7 @@ def test_a_block_has_one_router_that_reads_what_its_self_attention_is_given(sd: 
 
 
 def test_one_router_for_the_network_serves_every_block(sd: Case) -> None:
-    composition = sd.composed(MoleConfig(granularity="network", init_weights=False, temperature=20.0))
+    composition = sd.composed(MoleConfig(granularity="network", init_lora_weights=False, temperature=20.0))
     seen = watch(composition)
     tiny.run(composition.pipe, PROMPTS, num_inference_steps=1)
     assert [name for name in seen if "transformer_blocks" in name] == [
@@ -247,7 +247,7 @@ def test_only_routers_train_and_they_are_float32_in_a_half_precision_pipeline(sd
 
 def test_gradient_checkpointing_changes_no_gradient(sd: Case) -> None:
     def gradients(checkpointed: bool) -> dict[str, Tensor]:
-        composition = sd.composed(MoleConfig(init_weights=False, temperature=20.0, balance="none"))
+        composition = sd.composed(MoleConfig(init_lora_weights=False, temperature=20.0, balance="none"))
         unet = composition.pipe.unet
         if checkpointed:
             unet.enable_gradient_checkpointing()
@@ -274,7 +274,7 @@ def test_what_was_composed_is_said(sd: Case) -> None:
 
 
 def test_only_the_best_lora_of_each_sample_is_used(sd: Case) -> None:
-    composition = sd.composed(MoleConfig(init_weights=False, temperature=20.0, top_k=1))
+    composition = sd.composed(MoleConfig(init_lora_weights=False, temperature=20.0, top_k=1))
     for component in composition.components:
         seen = watch(composition, component)
         tiny.run(composition.pipe, PROMPTS, num_inference_steps=1)

@@ -33,7 +33,7 @@ def loras(tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture
 def composition(loras: dict[str, Path]) -> PipelineComposition:
     torch.manual_seed(3)
-    config = MoleConfig(init_weights=False, temperature=20.0, granularity="sublayer")
+    config = MoleConfig(init_lora_weights=False, temperature=20.0, granularity="sublayer")
     return compose_pipeline(tiny.stable_diffusion(), loras, config)
 
 
@@ -205,7 +205,7 @@ def test_diffusers_own_way_to_save_is_refused_until_the_composition_is_out(
 
 def test_the_number_of_loras_in_use_is_saved(loras: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(3)
-    config = MoleConfig(init_weights=False, temperature=20.0, top_k=1)
+    config = MoleConfig(init_lora_weights=False, temperature=20.0, top_k=1)
     composition = compose_pipeline(tiny.stable_diffusion(), loras, config)
     loaded = load_pipeline(tiny.stable_diffusion(), composition.save(tmp_path / "saved"))
     assert loaded.config.top_k == 1

@@ -108,7 +108,7 @@ def test_routers_off_zero_run_and_get_gradients_in_every_granularity(
     kind: str, granularity: str, tmp_path: Path
 ) -> None:
     make, call, _ = CASES[kind]
-    config = MoleConfig(granularity=granularity, init_weights=False, temperature=20.0, balance="none")
+    config = MoleConfig(granularity=granularity, init_lora_weights=False, temperature=20.0, balance="none")
     torch.manual_seed(0)
     model = make()
     composition = compose_pipeline(as_pipeline(model), written(kind, tmp_path), config)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from lamella import LamellaError
 from lamella.routing import collect_losses, loss_scale
 
-BALANCE = {"balance_coef": 0.5, "z_coef": 0.01}
+BALANCE = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.01}
 
 
 def model_and_batch(name: str, **config: float) -> tuple[PeftModel, dict[str, Tensor]]:
@@ -37,7 +37,7 @@ def test_the_attached_gradient_carries_the_scale_of_the_task_loss(name: str, sca
     (model(**given).loss * scale).backward()
     found = tiny.gradients(model)
     tiny.assert_same(found, explicit(model, given, lambda task, own: scale * (task + own)))
-    without, _ = model_and_batch(name, balance_coef=0.0, z_coef=0.0)
+    without, _ = model_and_batch(name, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     (without(**given).loss * scale).backward()
     plain = tiny.gradients(without, "router")
     assert all(not torch.allclose(found[router], plain[router], rtol=1e-3) for router in plain)
@@ -127,7 +127,7 @@ def test_two_forwards_before_one_backward_keep_their_own_scales() -> None:
 
 def test_in_eval_nothing_is_attached() -> None:
     model, given = model_and_batch("llama")
-    without, _ = model_and_batch("llama", balance_coef=0.0, z_coef=0.0)
+    without, _ = model_and_batch("llama", router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     for each in (model, without):
         each.eval()(**given).loss.backward()
     tiny.assert_same(tiny.gradients(model), tiny.gradients(without), rtol=0, atol=0)
@@ -151,7 +151,7 @@ def half(model: PeftModel, given: dict[str, Tensor], labels: bool) -> Tensor:
 def test_fp16_without_a_known_scale_is_refused() -> None:
     model = tiny.adapted(tiny.llama(), **BALANCE).train()
     given = tiny.batch(model.get_base_model())
-    with pytest.raises(LamellaError, match=r"fp16.*labels.*loss_scale.*bf16.*balance_coef=0"):
+    with pytest.raises(LamellaError, match=r"fp16.*labels.*loss_scale.*bf16.*router_aux_loss_coef=0"):
         half(model, given, labels=False).backward()
 
 

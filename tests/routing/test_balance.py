@@ -49,10 +49,10 @@ def test_both_losses_equal_the_loops_in_value_and_gradient(decision: tuple[Tenso
 @settings(max_examples=60, deadline=None)
 @given(decisions(), st.floats(0, 2), st.floats(0, 2))
 def test_the_closed_gradient_is_the_gradient(
-    decision: tuple[Tensor, int, Tensor | None], balance_coef: float, z_coef: float
+    decision: tuple[Tensor, int, Tensor | None], router_aux_loss_coef: float, router_z_loss_coef: float
 ) -> None:
     logits, top_k, mask = decision
-    own, indices = RouterLoss(balance_coef, z_coef), routed(logits, top_k).indices
+    own, indices = RouterLoss(router_aux_loss_coef, router_z_loss_coef), routed(logits, top_k).indices
     (expected,) = torch.autograd.grad(own.value(logits, indices, mask), logits)
     torch.testing.assert_close(own.gradient(logits.detach(), indices, mask), expected)
 

@@ -17,7 +17,7 @@ TOP_K = 2
 
 
 def mixture(model: nn.Module) -> nn.Module:
-    return get_peft_model(model, MolaConfig(r=2, num_experts=4, top_k=TOP_K, init_weights=False)).eval()
+    return get_peft_model(model, MolaConfig(r=2, num_experts=4, top_k=TOP_K, init_lora_weights=False)).eval()
 
 
 class Truth:

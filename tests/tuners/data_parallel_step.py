@@ -31,9 +31,9 @@ def step(folder: Path, name: str, copies: int, processes: int) -> dict[str, torc
     ):  # some blocks of each process choose nothing but themselves, and their alpha waits all the same
         base = tiny.MODELS[family](layers=4).double()
         options = {"alpha_mode": "learned", "alpha_scope": "per-layer", "router_scope": "per-layer"}
-        model = tiny.molex(base, balance_coef=0.5, **options).double().train()
+        model = tiny.molex(base, router_aux_loss_coef=0.5, **options).double().train()
     else:
-        model = tiny.adapted(tiny.MODELS[family]().double(), balance_coef=0.5).double().train()
+        model = tiny.adapted(tiny.MODELS[family]().double(), router_aux_loss_coef=0.5).double().train()
     arguments = TrainingArguments(
         str(folder), use_cpu=True, report_to=[], save_strategy="no", per_device_train_batch_size=2, max_steps=1,
         gradient_accumulation_steps=copies, optim="sgd", max_grad_norm=0.0, disable_tqdm=True,

@@ -29,9 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fresh(method: str, kind: str, folder: Path) -> PeftModel:
     """A model in training with a balance loss, the same each time."""
     if method == "mola":
-        model = tiny.adapted(tiny.build(kind, layers=2).double(), balance_coef=0.1)
+        model = tiny.adapted(tiny.build(kind, layers=2).double(), router_aux_loss_coef=0.1)
     elif method == "molex":
-        model = tiny.molex(tiny.build(kind, layers=2).double(), balance_coef=0.1)
+        model = tiny.molex(tiny.build(kind, layers=2).double(), router_aux_loss_coef=0.1)
     else:
         model = trained.composition(kind, folder, balance="log")
     return model.double().train()

@@ -83,7 +83,7 @@ def test_twins_are_at_no_distance():
 
 
 def test_untrained_experts_have_no_normalised_distance():
-    frame = redundancy(tiny.adapted(tiny.bert(), init_weights=True))
+    frame = redundancy(tiny.adapted(tiny.bert(), init_lora_weights=True))
 
     assert (frame["raw"] == 0).all()
     assert frame["normalised"].isna().all()
@@ -91,9 +91,9 @@ def test_untrained_experts_have_no_normalised_distance():
 
 def test_single_experts_have_no_row_and_adapters_are_told_apart():
     model = get_peft_model(
-        tiny.bert(), MolaConfig(r=2, num_experts=[1, 3], target_modules=["query"], init_weights=False)
+        tiny.bert(), MolaConfig(r=2, num_experts=[1, 3], target_modules=["query"], init_lora_weights=False)
     )
-    model.add_adapter("other", MolaConfig(r=2, num_experts=2, target_modules=["value"], init_weights=False))
+    model.add_adapter("other", MolaConfig(r=2, num_experts=2, target_modules=["value"], init_lora_weights=False))
 
     assert set(redundancy(model)["layer"]) == {1}
     assert set(redundancy(model, "other")["layer"]) == {0, 1}

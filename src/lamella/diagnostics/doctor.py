@@ -160,12 +160,11 @@ def _examine_run(
     path: Path, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
 ) -> None:
     import pandas as pd
-    import yaml
 
     from lamella.lab.runs.record_checks import examine_record
-    from lamella.lab.runs.settings import RunSettings
+    from lamella.lab.runs.settings import settings_of
 
-    settings = RunSettings.parse(yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8")))
+    settings = settings_of(path)
     examination.saw(f"run: {settings.model} on {settings.task} with {settings.method.name}, seed {settings.seed}")
     model: nn.Module | None
     if (path / "adapter" / CONFIG).is_file():

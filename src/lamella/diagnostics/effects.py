@@ -169,7 +169,7 @@ def _examine_gradients(
             top_one,
             examination,
             "with top_k=1 the one weight is always 1, so the task loss cannot move it, and it has no balance loss",
-            "set balance_coef above 0 or top_k to at least 2",
+            "set router_aux_loss_coef above 0 or top_k to at least 2",
         )
     if others := [layer for layer in lost if layer not in top_one]:
         _no_gradient(

@@ -65,7 +65,7 @@ def _examine_pickles(folder: Path, examination: Examination) -> None:
 
 def _config(folder: Path, examination: Examination) -> PeftConfig | None:
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        values = PeftConfig.from_json_file(str(folder / CONFIG))
     except json.JSONDecodeError as error:
         raise LamellaError(f"{folder / CONFIG} is not valid JSON: {error}. Save the adapter again.") from error
     if not isinstance(values, dict):

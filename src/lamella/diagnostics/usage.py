@@ -107,7 +107,7 @@ def _use(layer: RoutedLayer, rows: pd.DataFrame) -> _Use:
 
 
 def _report(uses: Sequence[_Use], examination: Examination) -> None:
-    balance = "raise balance_coef, lower router_lr, or give these layers fewer experts"
+    balance = "raise router_aux_loss_coef, lower router_lr, or give these layers fewer experts"
     collapsed = _those(uses, lambda use: use.top_k < use.num_experts and use.favourite >= COLLAPSED)
     if found := [use for use in collapsed if not use.of_blocks]:
         examination.warning(
@@ -125,8 +125,8 @@ def _report(uses: Sequence[_Use], examination: Examination) -> None:
             f"{len(found)} router(s) are certain of every choice: entropy below {NEAR_ZERO:.0%} of ln N",
             [f"{use.name} ({use.entropy:.3f} of {math.log(use.num_experts):.3f} nats)" for use in found],
             "a saturated softmax passes no gradient on, so such a router can no longer change its mind",
-            "lower router_lr; set z_coef above 0 (MoLA; 1e-3 is usual), use router='cosine' (MoLA, MoLEx), or raise "
-            "balance_coef or temperature (MOLE)",
+            "lower router_lr; set router_z_loss_coef above 0 (MoLA; 1e-3 is usual), use router='cosine' (MoLA, MoLEx), "
+            "or raise router_aux_loss_coef or temperature (MOLE)",
         )
     if found := [use for use in collapsed if use.of_blocks]:
         examination.warning(
@@ -134,7 +134,7 @@ def _report(uses: Sequence[_Use], examination: Examination) -> None:
             f"at {len(found)} block(s) at least {min(use.favourite for use in found):.1%} of inputs get the same guest",
             [f"{use.name} ({use.favourite:.1%})" for use in found],
             "the router decides nothing there: policy='fixed' with that block does the same without a router",
-            "raise balance_coef, lower router_lr, or compare with policy='fixed' and policy='random'",
+            "raise router_aux_loss_coef, lower router_lr, or compare with policy='fixed' and policy='random'",
         )
     if found := _those(uses, lambda use: bool(use.silent) and not use.of_blocks):
         count = sum(len(use.silent) for use in found)
@@ -159,7 +159,7 @@ def _report_unused(uses: Sequence[_Use], layers: Iterable[RoutedLayer], examinat
                 [f"{name} ({part:.1%})" for name, part in unused],
                 "the composition answers without them: they take memory and time for nothing, or the routers have "
                 "collapsed onto the others",
-                "leave them out of the composition, or raise balance_coef",
+                "leave them out of the composition, or raise router_aux_loss_coef",
             )
 
 

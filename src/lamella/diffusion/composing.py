@@ -25,7 +25,15 @@ from lamella.tuners.mole.preparing import Prepared, read_sources, refuse_too_few
 
 _ADAPTER = "default"
 # What a composition in a pipeline reads of a MoleConfig.
-_READ = ("granularity", "top_k", "temperature", "learn_temperature", "balance", "balance_coef", "init_weights")
+_READ = (
+    "granularity",
+    "top_k",
+    "temperature",
+    "learn_temperature",
+    "balance",
+    "router_aux_loss_coef",
+    "init_lora_weights",
+)
 _FILLED_IN = ("adapters", "lamella_version")
 
 

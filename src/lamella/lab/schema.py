@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
 from lamella.errors import LamellaError
+from lamella.tuners.config import RENAMED
 
 
 class Settings(BaseModel):
@@ -40,6 +41,8 @@ class Settings(BaseModel):
 def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
     """The paragraph that refuses ``key`` and names the nearest of the known ones."""
     known = list(known)
+    if (new := RENAMED.get(key)) in known:
+        return f"The setting '{where}{key}' is called '{where}{new}' now."
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     hint = f"Did you mean '{where}{near[0]}'? " if near else ""
     return f"There is no setting '{where}{key}'. {hint}Known here are: {', '.join(known)}."

@@ -106,7 +106,7 @@ class CollectedLoss:
         if not self.by_name:
             raise LamellaError(
                 "No balance loss was collected: run a training-mode forward with gradients of a model whose config has "
-                "balance_coef or z_coef above 0 inside `with collect_losses() as losses:`."
+                "router_aux_loss_coef or router_z_loss_coef above 0 inside `with collect_losses() as losses:`."
             )
         return torch.stack([loss for _, loss in self.by_name]).sum()
 
@@ -138,18 +138,22 @@ class JointBalance:
 class RouterLoss:
     """The weighted sum of both, as a function of the router's logits, its choices and the mask."""
 
-    balance_coef: float
-    z_coef: float
+    router_aux_loss_coef: float
+    router_z_loss_coef: float
 
     def value(self, logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
         """A scalar."""
-        loss = self.balance_coef * balance_loss(logits, indices, mask)
-        return loss + self.z_coef * z_loss(logits, mask) if self.z_coef else loss
+        loss = self.router_aux_loss_coef * balance_loss(logits, indices, mask)
+        return loss + self.router_z_loss_coef * z_loss(logits, mask) if self.router_z_loss_coef else loss
 
     def gradient(self, logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
         """With respect to the logits, ``(N, E)``."""
-        gradient = balance_gradient(logits, indices, mask).mul_(self.balance_coef)
-        return gradient.add_(z_gradient(logits, mask), alpha=self.z_coef) if self.z_coef else gradient
+        gradient = balance_gradient(logits, indices, mask).mul_(self.router_aux_loss_coef)
+        return (
+            gradient.add_(z_gradient(logits, mask), alpha=self.router_z_loss_coef)
+            if self.router_z_loss_coef
+            else gradient
+        )
 
 
 def _token_weight(logits: Tensor, mask: Tensor | None) -> Tensor | float:

@@ -104,7 +104,8 @@ class RoutedCall:
                 "A balance loss is attached under fp16, but the loss was not built by the model, so the scale of the "
                 "gradient scaler is unknown and the balance loss would be thousands of times too small. Pass labels so "
                 "that the model returns its loss, add lamella.tuners.loss_scale.LossScaleCallback to the trainer, "
-                "wrap the backward in `lamella.routing.loss_scale(model, scale)`, use bf16, or set balance_coef=0."
+                "wrap the backward in `lamella.routing.loss_scale(model, scale)`, use bf16, or set "
+                "router_aux_loss_coef=0."
             )
         return 1.0
 

@@ -2,14 +2,13 @@
 
 from lamella.tuners.mola import MolaConfig, MolaModel, allocate
 from lamella.tuners.mole import MoleConfig, MoleModel, compose, fixed_weights, masked_experts
-from lamella.tuners.mole.config import resolve_references
 from lamella.tuners.molex import MolexConfig, MolexModel
 from lamella.tuners.redundancy import redundancy
 from lamella.tuners.registry import (
     LamellaType,
+    read_saved_configs,
     register,
     rename_inner_lora,
-    resolve_references_when_read,
     say_what_was_done,
 )
 from lamella.tuners.summary import Summary
@@ -17,7 +16,7 @@ from lamella.tuners.summary import Summary
 register(LamellaType.MOLA, MolaConfig, MolaModel)
 register(LamellaType.MOLEX, MolexConfig, MolexModel)
 register(LamellaType.MOLE, MoleConfig, MoleModel)
-resolve_references_when_read(resolve_references)
+read_saved_configs()
 rename_inner_lora()
 say_what_was_done()
 

@@ -3,14 +3,29 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
+from packaging.version import Version
 from peft import PeftConfig
 
 from lamella.errors import LamellaError
+from lamella.version import __version__
 
 Self = TypeVar("Self", bound="LamellaConfig")
+
+FIRST_VERSION = "0.1.0"  # it wrote the files that do not name their version
+
+# Keys that have a new name: refused where they are typed, mapped where they were saved.
+RENAMED = {
+    "balance_coef": "router_aux_loss_coef",
+    "z_coef": "router_z_loss_coef",
+    "init_weights": "init_lora_weights",
+}
+
+# What a key means that a saved config lacks, where it is not today's default: by the last version that meant it, by
+# peft_type, by key. Whoever moves a default writes the former one here.
+FORMER_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {}
 
 
 @dataclass
@@ -23,7 +38,7 @@ class LamellaConfig(PeftConfig):
         layers_to_transform: indices of the blocks to adapt; all when None.
         layers_pattern: name of the list of blocks, for ``layers_to_transform``.
         modules_to_save: modules outside the method that are trained and saved, such as a classifier.
-        init_weights: True starts at the base model exactly (B zero); False draws B at random, for tests.
+        init_lora_weights: True starts at the base model exactly (B zero); False draws B at random, for tests.
         lamella_version: the version that wrote the config; filled in.
     """
 
@@ -32,7 +47,7 @@ class LamellaConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    init_weights: bool = True
+    init_lora_weights: bool = True
     lamella_version: str | None = field(default=None)
 
     def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
@@ -45,7 +60,7 @@ class LamellaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lamella_version = self.lamella_version or version("lamella")
+        self.lamella_version = self.lamella_version or __version__
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -53,7 +68,34 @@ class LamellaConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON knows it: sets become sorted lists, so that the same config is the same file."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        return values | {"lamella_version": __version__}  # a config that an earlier one wrote is now in these words
+
+    @classmethod
+    def read_saved(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """A saved config's values in the words and with the defaults of this version.
+
+        Args:
+            values: what its file says.
+            folder: where the file lies.
+        """
+        renamed = {_new_name(key, values): value for key, value in values.items()}
+        return former_defaults(values) | renamed
+
+
+def former_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the version that wrote a config meant by keys that have another default by now."""
+    writer = Version(values.get("lamella_version") or FIRST_VERSION)
+    defaults: dict[str, Any] = {}
+    for last in sorted(map(Version, FORMER_DEFAULTS), reverse=True):  # the oldest that still holds is the right one
+        if writer <= last:
+            defaults |= FORMER_DEFAULTS[str(last)].get(values["peft_type"], {})
+    return defaults
+
+
+def _new_name(key: str, given: Mapping[str, Any]) -> str:
+    new = RENAMED.get(key, key)
+    return key if new in given else new  # with both, the old one is left to be refused
 
 
 def unknown_keys(config: str, unknown: list[str], known: set[str], given: Mapping[str, Any]) -> str:
@@ -61,9 +103,11 @@ def unknown_keys(config: str, unknown: list[str], known: set[str], given: Mappin
     culprits = []
     for key in unknown:
         near = difflib.get_close_matches(key, known, n=1)
-        culprits.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        new = RENAMED.get(key)
+        hint = f" (it is called {new!r} now)" if new in known else f" (did you mean {near[0]!r}?)" if near else ""
+        culprits.append(f"{key!r}{hint}")
     writer = given.get("lamella_version")
-    written = f" The config was written by lamella {writer}; this is lamella {version('lamella')}." if writer else ""
+    written = f" The config was written by lamella {writer}; this is lamella {__version__}." if writer else ""
     wrote_peft = f" It was written with PEFT {given['peft_version']}." if writer and given.get("peft_version") else ""
     return (
         f"{config} does not know {', '.join(culprits)}.{written}{wrote_peft} "

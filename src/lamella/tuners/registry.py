@@ -17,6 +17,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from transformers.core_model_loading import WeightRenaming
 
+from lamella.tuners.config import LamellaConfig
+
 
 class LamellaType(str, Enum):
     """The ``peft_type`` of lamella's methods."""
@@ -59,8 +61,8 @@ def say_what_was_done() -> None:
     PeftModel.print_trainable_parameters = print_trainable_parameters
 
 
-def resolve_references_when_read(resolve: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
-    """Makes a MOLE config's relative paths absolute wherever it is read.
+def read_saved_configs() -> None:
+    """Lets a method's config class read its files: keys of earlier versions, and paths relative to the file's folder.
 
     PEFT and transformers read configs by the base class, and only here is it known which folder they come from.
     """
@@ -71,9 +73,11 @@ def resolve_references_when_read(resolve: Callable[[Path, dict[str, Any]], dict[
     @functools.wraps(original)
     def from_json_file(cls: type[PeftConfig], path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         attributes = original(cls, path_json_file, **kwargs)
-        if attributes.get("peft_type") != LamellaType.MOLE.value:
+        kind = attributes.get("peft_type") if isinstance(attributes, dict) else None
+        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+        if config is None or not issubclass(config, LamellaConfig):
             return attributes
-        return resolve(Path(path_json_file), attributes)
+        return config.read_saved(attributes, Path(path_json_file).parent)
 
     PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
 

@@ -77,7 +77,7 @@ def _prediction(pipe: Any, latents: Tensor) -> Tensor:
 
 def test_the_balance_of_all_models_is_in_the_loss(tmp_path: Path) -> None:
     """At uniform weights each model pays coefficient x N ln N, and weights that are kept alike are what it wants."""
-    composition = composed(tiny.stable_diffusion, tmp_path, balance_coef=0.25)
+    composition = composed(tiny.stable_diffusion, tmp_path, router_aux_loss_coef=0.25)
     (row,) = train_routers(composition, denoising_loss, BATCHES, steps=1)
     assert row.balance == pytest.approx(0.25 * 2 * 2 * torch.tensor(2.0).log().item())
 

@@ -42,7 +42,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros():
 def mola():
     torch.manual_seed(0)
     base = build_encoder(hidden=32, layers=4)
-    config = MolaConfig(num_experts="2-4-6-8", balance_coef=0.0, init_weights=False)
+    config = MolaConfig(num_experts="2-4-6-8", router_aux_loss_coef=0.0, init_lora_weights=False)
     return base, get_peft_model(copy.deepcopy(base), config)
 
 

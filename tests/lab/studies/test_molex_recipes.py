@@ -67,7 +67,7 @@ def test_the_published_settings_of_glue(task):
         method.router_proj,
         method.router_scope,
         (method.alpha_mode, method.alpha),
-        method.balance_coef,
+        method.router_aux_loss_coef,
         run.router_lr,
         run.router_weight_decay,
     ) == PUBLISHED[task]
@@ -82,7 +82,7 @@ def test_the_published_settings_of_e2e():
     assert (run.model, run.batch_size, run.accumulation, run.lr, run.epochs) == ("gpt2-medium", 8, 1, 2e-4, 5)
     assert (run.weight_decay, run.seed, run.router_lr, run.router_weight_decay) == (0.01, 96, 0.01, 0.1)
     assert round(run.warmup_ratio * 26_290) == 500
-    assert (method.alpha, method.alpha_mode, method.balance_coef) == (0.95, "fixed", 0.01)
+    assert (method.alpha, method.alpha_mode, method.router_aux_loss_coef) == (0.95, "fixed", 0.01)
     assert method.layers_to_transform == list(range(12))
 
 
@@ -94,7 +94,7 @@ def test_the_published_models_have_the_published_sizes(task):
     backbone = SimpleNamespace(model=model, decoder=False, name="roberta-base")
     built = published(task).method.build(backbone, SimpleNamespace(kind="classification", name=task))
 
-    trains = published(task).method.balance_coef > 0  # the published MRPC and QNLI routers stay as they began
+    trains = published(task).method.router_aux_loss_coef > 0  # the published MRPC and QNLI routers stay as they began
     alpha = published(task).method.alpha_mode == "learned"
     assert trainable_parameters(built.model) == LORA + HEAD + trains * ROUTERS[task] + alpha
     routers = sum(p.numel() for name, p in built.model.named_parameters() if "lamella_molex_router" in name)
@@ -140,6 +140,6 @@ def test_the_ablations_change_one_thing_each():
         "cosine sigmoid": {"router": "cosine", "score": "sigmoid"},
         "router per layer": {"router_scope": "per-layer"},
         "top-2": {"top_k": 2},
-        "balance 0": {"balance_coef": 0.0},
-        "balance 1e-2": {"balance_coef": 1e-2},
+        "balance 0": {"router_aux_loss_coef": 0.0},
+        "balance 1e-2": {"router_aux_loss_coef": 1e-2},
     }

@@ -229,7 +229,7 @@ def test_inside_a_peft_model(unit):
 
 def test_an_adapters_experts_are_swapped_where_a_block_has_one_mixture():
     def with_mola(*targets):
-        config = MolaConfig(r=2, num_experts=3, top_k=2, target_modules=list(targets), init_weights=False)
+        config = MolaConfig(r=2, num_experts=3, top_k=2, target_modules=list(targets), init_lora_weights=False)
         return get_peft_model(tiny.llama(layers=3), config).eval()
 
     model = with_mola("q_proj")

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 
 def model_of(name: str) -> PeftModel:
-    return tiny.adapted(tiny.MODELS[name]().double(), balance_coef=0.5, z_coef=0.1).double().train()
+    return tiny.adapted(tiny.MODELS[name]().double(), router_aux_loss_coef=0.5, router_z_loss_coef=0.1).double().train()
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -88,7 +88,7 @@ def test_the_trainers_step_is_the_plain_one(tmp_path) -> None:
 
 def smooth() -> PeftModel:
     """All experts are used, so that rounding cannot change who is chosen; the z-loss carries the scale."""
-    return tiny.adapted(tiny.llama(), top_k=3, balance_coef=0.5, z_coef=0.5).train()
+    return tiny.adapted(tiny.llama(), top_k=3, router_aux_loss_coef=0.5, router_z_loss_coef=0.5).train()
 
 
 def test_fp16_with_a_gradient_scaler_gives_the_gradients_of_fp32() -> None:
@@ -128,7 +128,7 @@ def test_bf16_autocast_is_close_to_fp32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_in_half_precision_keeps_its_dtype_and_trains(dtype: torch.dtype) -> None:
-    model = tiny.adapted(tiny.llama().to(dtype), balance_coef=0.5).train()
+    model = tiny.adapted(tiny.llama().to(dtype), router_aux_loss_coef=0.5).train()
     output = model(**tiny.batch(model.get_base_model()))
     assert output.logits.dtype == dtype
     output.loss.backward()

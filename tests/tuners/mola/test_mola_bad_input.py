@@ -182,9 +182,9 @@ def test_after_a_failed_load_the_adapters_already_there_work_as_before(change: s
 
 
 def test_training_a_block_outside_its_models_forward_is_refused() -> None:
-    model = tiny.adapted(tiny.llama(), balance_coef=0.5).train()
+    model = tiny.adapted(tiny.llama(), router_aux_loss_coef=0.5).train()
     layer = model.get_base_model().model.layers[0].mlp.down_proj
-    with pytest.raises(LamellaError, match=r"model\.layers\.0\.mlp\.down_proj trains outside.*balance_coef=0"):
+    with pytest.raises(LamellaError, match=r"model\.layers\.0\.mlp\.down_proj trains outside.*router_aux_loss_coef=0"):
         layer(torch.randn(2, layer.in_features))
     model.eval()
     layer(torch.randn(2, layer.in_features))

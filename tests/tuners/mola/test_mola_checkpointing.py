@@ -12,7 +12,11 @@ MODES = {"none": None, "non-reentrant": {"use_reentrant": False}, "reentrant": {
 
 
 def prepared(name: str, mode: str, **config: object):
-    model = tiny.adapted(tiny.MODELS[name]().double(), balance_coef=0.5, z_coef=0.1, **config).double().train()
+    model = (
+        tiny.adapted(tiny.MODELS[name]().double(), router_aux_loss_coef=0.5, router_z_loss_coef=0.1, **config)
+        .double()
+        .train()
+    )
     if MODES[mode] is not None:
         model.gradient_checkpointing_enable(MODES[mode])
         model.enable_input_require_grads()  # reentrant checkpointing sees no parameters

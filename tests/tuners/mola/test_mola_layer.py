@@ -74,7 +74,7 @@ def test_b_zero_is_the_base_bit_for_bit(name: str, router: str) -> None:
     given = tiny.batch(model)
     with torch.no_grad():
         base = model(**given)
-        adapted = tiny.adapted(model, init_weights=True, router=router)
+        adapted = tiny.adapted(model, init_lora_weights=True, router=router)
         assert torch.equal(adapted(**given).logits, base.logits)
         assert torch.equal(adapted(**given).loss, base.loss)
     assert any((layer.lamella_mola_lora_A["default"] != 0).all() for layer in layers_of(adapted).values())
@@ -95,7 +95,9 @@ def as_lora(model: PeftModel, base: nn.Module, **config: Any) -> PeftModel:
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_one_expert_is_pefts_lora_in_outputs_and_gradients(name: str, use_rslora: bool) -> None:
     config = {"r": 3, "lora_alpha": 5, "use_rslora": use_rslora}
-    model = tiny.adapted(tiny.MODELS[name]().double(), num_experts=1, top_k=1, balance_coef=0.5, **config).double()
+    model = tiny.adapted(
+        tiny.MODELS[name]().double(), num_experts=1, top_k=1, router_aux_loss_coef=0.5, **config
+    ).double()
     lora = as_lora(model, tiny.MODELS[name]().double(), **config).double()
     given = tiny.batch(model.get_base_model())
     mine, theirs = model.train()(**given), lora.train()(**given)
@@ -118,7 +120,7 @@ def test_dense_and_sorted_forms_train_the_same_model(name: str, monkeypatch: pyt
     results = []
     for threshold in (10**6, 1):
         monkeypatch.setattr("lamella.kernels.choice.SORTED_ABOVE", threshold)
-        model = tiny.adapted(tiny.MODELS[name]().double(), num_experts=4, balance_coef=0.5).double().train()
+        model = tiny.adapted(tiny.MODELS[name]().double(), num_experts=4, router_aux_loss_coef=0.5).double().train()
         assert all(layer.experts["default"].is_dense == (threshold > 1) for layer in layers_of(model).values())
         output = model(**tiny.batch(model.get_base_model()))
         output.loss.backward()
@@ -132,7 +134,7 @@ def test_sharing_a_gemm_changes_nothing(name: str, threshold: int, monkeypatch: 
     monkeypatch.setattr("lamella.kernels.choice.SORTED_ABOVE", threshold)
     results = []
     for shared in (True, False):
-        model = tiny.adapted(tiny.MODELS[name]().double(), num_experts=4, balance_coef=0.5).double().train()
+        model = tiny.adapted(tiny.MODELS[name]().double(), num_experts=4, router_aux_loss_coef=0.5).double().train()
         for layer in layers_of(model).values():
             layer.same_input = layer.same_input if shared else [layer]
         output = model(**tiny.batch(model.get_base_model()))

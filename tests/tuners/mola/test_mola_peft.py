@@ -21,7 +21,7 @@ def run(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 
 def config(**options: object) -> MolaConfig:
-    return MolaConfig(**{"r": 2, "num_experts": 3, "init_weights": False, **options})
+    return MolaConfig(**{"r": 2, "num_experts": 3, "init_lora_weights": False, **options})
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -40,7 +40,7 @@ def test_saved_and_loaded_it_is_bit_equal(name: str, low_cpu_mem_usage: bool, ro
 
 
 def test_a_trainable_load_trains_and_only_the_adapter(tmp_path: Path) -> None:
-    model = tiny.adapted(tiny.llama(), balance_coef=0.5)
+    model = tiny.adapted(tiny.llama(), router_aux_loss_coef=0.5)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny.llama(), tmp_path, is_trainable=True).train()
     again(**tiny.batch(again.get_base_model())).loss.backward()
@@ -88,7 +88,7 @@ def test_a_model_adapted_by_transformers_trains_with_its_balance_loss() -> None:
     results = []
     for each, coefficient in ((model, 0.5), (twin, 0.0)):
         torch.manual_seed(0)
-        each.add_adapter(config(balance_coef=coefficient))
+        each.add_adapter(config(router_aux_loss_coef=coefficient))
         each.train()(**tiny.batch(each)).loss.backward()
         results.append(tiny.gradients(each, "router"))
     assert all((results[0][key] - results[1][key]).norm() > 1e-3 for key in results[1])

@@ -69,7 +69,7 @@ def test_left_padding_of_any_amount_changes_nothing(name: str, amount: int) -> N
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
-    model = strong(name, balance_coef=0.5).train()
+    model = strong(name, router_aux_loss_coef=0.5).train()
     results = []
     for filler in (tiny.PAD, 7):
         given = tiny.batch(model.get_base_model())
@@ -133,7 +133,7 @@ def test_cached_logits_are_the_uncached_ones(name: str) -> None:
     "settings", [{}, {"num_experts": "1-4", "top_k": 1}, {"target_modules": ".*(q|query|q_proj|c_attn|wo|o)"}]
 )
 def test_the_balance_loss_is_the_mean_of_a_blocks_routers_summed_over_blocks(name: str, settings: dict) -> None:
-    model = tiny.adapted(tiny.MODELS[name]().double(), balance_coef=0.25, **settings).double().train()
+    model = tiny.adapted(tiny.MODELS[name]().double(), router_aux_loss_coef=0.25, **settings).double().train()
     with tiny.watch(model) as seen, collect_losses() as collected:
         model(**tiny.batch(model.get_base_model()))
     routers = [
@@ -146,7 +146,7 @@ def test_the_balance_loss_is_the_mean_of_a_blocks_routers_summed_over_blocks(nam
 
 
 def test_the_z_loss_is_shared_out_the_same_way() -> None:
-    model = tiny.adapted(tiny.llama().double(), balance_coef=0.0, z_coef=0.5).double().train()
+    model = tiny.adapted(tiny.llama().double(), router_aux_loss_coef=0.0, router_z_loss_coef=0.5).double().train()
     with tiny.watch(model) as seen, collect_losses() as collected:
         model(**tiny.batch(model.get_base_model()))
     expected = sum(0.5 * mola.z_loss(routing.logits.detach(), mask) / 7 for _, routing, mask in seen)

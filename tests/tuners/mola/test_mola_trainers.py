@@ -26,7 +26,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_transformers_trainer_trains_every_router_and_nothing_of_the_base(name: str, tmp_path: Path) -> None:
-    model = tiny.adapted(tiny.MODELS[name](), init_weights=True, balance_coef=1e-3, task_type="SEQ_CLS")
+    model = tiny.adapted(tiny.MODELS[name](), init_lora_weights=True, router_aux_loss_coef=1e-3, task_type="SEQ_CLS")
     given = tiny.batch(model.get_base_model(), rows=12)
     rows = [{key: value[row].tolist() for key, value in given.items()} for row in range(12)]
     arguments = TrainingArguments(
@@ -65,7 +65,7 @@ def test_trl_sft_takes_the_config(checkpointing: bool, tmp_path: Path) -> None:
     )  # fmt: skip
     trainer = SFTTrainer(
         base, args=arguments, train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer(),
-        peft_config=MolaConfig(**ADAPTER, balance_coef=0.1),
+        peft_config=MolaConfig(**ADAPTER, router_aux_loss_coef=0.1),
     )  # fmt: skip
     assert isinstance(trainer.model, PeftModel)
     start = snapshot(trainer.model)
@@ -96,7 +96,7 @@ def test_trl_dpo_trains_with_the_balance_loss(checkpointing: bool, tmp_path: Pat
         )  # fmt: skip
         trainer = DPOTrainer(
             tiny.llama(), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(),
-            peft_config=MolaConfig(**ADAPTER, balance_coef=coefficient, init_weights=False),
+            peft_config=MolaConfig(**ADAPTER, router_aux_loss_coef=coefficient, init_lora_weights=False),
         )  # fmt: skip
         start = snapshot(trainer.model)
         trainer.train()

@@ -129,7 +129,7 @@ def test_a_lora_that_has_changed_is_refused_wherever_it_lies(folder: Path, tmp_p
             "temperature": st.floats(0.01, 9),
             "learn_temperature": st.booleans(),
             "balance": st.sampled_from(["log", "entropy", "switch", "none"]),
-            "balance_coef": st.floats(0, 2),
+            "router_aux_loss_coef": st.floats(0, 2),
             "prompt_tokens": st.integers(1, 9),
             "top_k": st.sampled_from([None, 1, 3]),
             "embed_adapters": st.booleans(),

@@ -99,7 +99,7 @@ def test_log_balance_starts_at_n_ln_n_and_is_one_loss_of_all_routers(
     granularity: str, coefficient: float, folder: Path
 ) -> None:
     given = tiny.batch(tiny.bert())
-    config = {"granularity": granularity, "balance": "log", "balance_coef": coefficient}
+    config = {"granularity": granularity, "balance": "log", "router_aux_loss_coef": coefficient}
     with collect_losses() as losses:
         composition("bert", folder, sharp=False, **config).train()(**given)
     assert float(losses.total()) == pytest.approx(coefficient * 3 * math.log(3))
@@ -114,7 +114,7 @@ def test_log_balance_starts_at_n_ln_n_and_is_one_loss_of_all_routers(
 def test_entropy_and_switch_are_means_in_a_block_and_sums_over_blocks(folder: Path) -> None:
     given = tiny.batch(tiny.bert())
     for balance in ("entropy", "switch"):
-        model = composition("bert", folder, granularity="matrix", balance=balance, balance_coef=0.3).train()
+        model = composition("bert", folder, granularity="matrix", balance=balance, router_aux_loss_coef=0.3).train()
         with collect_losses() as losses, tiny.watch(model) as seen:
             model(**given)
         by_block: dict[int, list[Tensor]] = {}

@@ -48,7 +48,7 @@ def test_trl_dpo_builds_its_loss_from_logits_and_the_balance_loss_arrives(folder
     rows = [{"prompt": text, "chosen": "w1 w2", "rejected": "w3"} for text in TEXTS]
     results = []
     for coefficient in (0.0, 5.0):
-        model = trained.composition("llama", folder, double=False, balance="log", balance_coef=coefficient)
+        model = trained.composition("llama", folder, double=False, balance="log", router_aux_loss_coef=coefficient)
         arguments = DPOConfig(
             str(tmp_path), per_device_train_batch_size=4, max_steps=1, learning_rate=1e-2, max_length=32, bf16=False,
             gradient_checkpointing=False, optim="sgd", max_grad_norm=0.0, **QUIET,

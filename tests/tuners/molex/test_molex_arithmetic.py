@@ -74,7 +74,7 @@ choices = st.fixed_dictionaries(
 @settings(max_examples=25, deadline=None)
 @given(config=choices, candidates=st.sampled_from(["all", [0, 2, 3]]), seed=st.integers(0, 99))
 def test_loss_and_every_gradient_are_the_oracles(config: dict[str, Any], candidates: Any, seed: int) -> None:
-    model = model_of(**config, candidates=candidates, balance_coef=0.5)
+    model = model_of(**config, candidates=candidates, router_aux_loss_coef=0.5)
     batch = tiny.batch(model.get_base_model(), seed=seed)
     listed = list(range(4)) if candidates == "all" else candidates
     task, balance = by_hand(model, batch, listed, **config)
@@ -88,7 +88,7 @@ def test_loss_and_every_gradient_are_the_oracles(config: dict[str, Any], candida
 
 @pytest.mark.parametrize("granularity", ["sequence", "token"])
 def test_the_balance_loss_is_collected_as_it_is_attached(granularity: str) -> None:
-    model = model_of(balance_coef=0.25, granularity=granularity)
+    model = model_of(router_aux_loss_coef=0.25, granularity=granularity)
     batch = tiny.batch(model.get_base_model())
     with collect_losses() as losses:
         model(**batch)
@@ -101,7 +101,7 @@ def test_the_balance_loss_is_collected_as_it_is_attached(granularity: str) -> No
 
 
 def test_the_attached_loss_has_the_scale_of_the_task_loss() -> None:
-    model = model_of(balance_coef=0.5)
+    model = model_of(router_aux_loss_coef=0.5)
     batch = tiny.batch(model.get_base_model())
     model(**batch).loss.backward()
     once = tiny.gradients(model)
@@ -111,7 +111,9 @@ def test_the_attached_loss_has_the_scale_of_the_task_loss() -> None:
 
 @pytest.mark.parametrize("aggregate", ["mean", "mode"])
 def test_the_published_form_decides_once_for_all_real_tokens_of_a_batch(aggregate: str) -> None:
-    model = model_of(granularity="batch", aggregate=aggregate, router_gradient="none", balance_coef=0.5, alpha=0.95)
+    model = model_of(
+        granularity="batch", aggregate=aggregate, router_gradient="none", router_aux_loss_coef=0.5, alpha=0.95
+    )
     batch = tiny.batch(model.get_base_model(), pad=3)
     wrapped = tiny.blocks(model)
     inputs: list[Tensor] = []

@@ -79,11 +79,11 @@ def test_a_model_without_a_width_or_a_stack_is_refused() -> None:
         get_peft_model(plain, MolexConfig(lora=None))
 
 
-@pytest.mark.parametrize("options", [{"balance_coef": 0.0}, {"balance_coef": 0.5}])
+@pytest.mark.parametrize("options", [{"router_aux_loss_coef": 0.0}, {"router_aux_loss_coef": 0.5}])
 def test_a_router_that_nothing_reaches_is_frozen_and_setting_it_to_train_is_an_error(options: dict[str, Any]) -> None:
     model = tiny.molex(tiny.bert(layers=4), router_gradient="none", **options).train()
     routers = [p for name, p in model.named_parameters() if "molex_router" in name]
-    reached = options["balance_coef"] > 0
+    reached = options["router_aux_loss_coef"] > 0
     assert {p.requires_grad for p in routers} == {reached}
     assert ("the router is frozen" in str(model.base_model.summary())) != reached
     batch = tiny.batch(model.get_base_model())
@@ -102,15 +102,19 @@ def test_a_router_that_nothing_reaches_is_frozen_and_setting_it_to_train_is_an_e
 def test_with_no_gradient_from_the_task_the_balance_loss_alone_moves_the_router() -> None:
     results = []
     for scale in (1.0, 2.0):
-        model = tiny.molex(tiny.bert(layers=4).double(), router_gradient="none", balance_coef=scale).double().train()
+        model = (
+            tiny.molex(tiny.bert(layers=4).double(), router_gradient="none", router_aux_loss_coef=scale)
+            .double()
+            .train()
+        )
         model(**tiny.batch(model.get_base_model())).loss.backward()
         results.append(tiny.gradients(model, "molex_router"))
     tiny.assert_same(results[1], {name: 2 * gradient for name, gradient in results[0].items()})
 
 
 def test_training_a_block_outside_its_models_forward_is_refused() -> None:
-    block = tiny.blocks(tiny.molex(tiny.gpt2(layers=4), balance_coef=0.5).train())[1]
-    with pytest.raises(LamellaError, match=r"transformer\.h\.1 trains outside.*balance_coef=0"):
+    block = tiny.blocks(tiny.molex(tiny.gpt2(layers=4), router_aux_loss_coef=0.5).train())[1]
+    with pytest.raises(LamellaError, match=r"transformer\.h\.1 trains outside.*router_aux_loss_coef=0"):
         block(torch.randn(1, 3, tiny.HIDDEN))
     random = tiny.blocks(tiny.molex(tiny.gpt2(layers=4), policy="random"))[1]
     with pytest.raises(LamellaError, match=r"policy='random'.*transformer\.h\.1"):

@@ -13,7 +13,9 @@ MODES = {"none": None, "non-reentrant": {"use_reentrant": False}, "reentrant": {
 
 
 def prepared(name: str, mode: str, **config: Any):
-    model = tiny.molex(tiny.build(name).double(), balance_coef=0.5, alpha_mode="learned", **config).double().train()
+    model = (
+        tiny.molex(tiny.build(name).double(), router_aux_loss_coef=0.5, alpha_mode="learned", **config).double().train()
+    )
     if MODES[mode] is not None:
         model.gradient_checkpointing_enable(MODES[mode])
         model.enable_input_require_grads()  # reentrant checkpointing sees no parameters

@@ -48,7 +48,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "candidates": st.sampled_from(["all", "later"]) | st.lists(st.integers(0, 9), min_size=2, unique=True),
         "router_gradient": st.sampled_from(["scale", "straight-through", "none"]),
         "prompt_tokens": st.integers(1, 9),
-        "balance_coef": st.floats(0, 1),
+        "router_aux_loss_coef": st.floats(0, 1),
         "lora": st.none() | loras(),
         "guest_dtype": st.sampled_from([None, "float32", "bfloat16"]),
         "recompute_guest": st.booleans(),
@@ -56,7 +56,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "layers_to_transform": st.none() | st.integers(0, 5) | st.lists(st.integers(0, 5), min_size=1, max_size=3),
         "exclude_modules": st.none() | names | several,
         "modules_to_save": st.none() | several,
-        "init_weights": st.booleans(),
+        "init_lora_weights": st.booleans(),
         "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"]),
         "inference_mode": st.booleans(),
         "revision": st.none() | names,
@@ -110,8 +110,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
     expected = {
         "alpha": 0.95, "alpha_mode": "fixed", "alpha_scope": "shared", "router": "linear", "score": "softmax",
         "router_scope": "shared", "top_k": 1, "granularity": "sequence", "aggregate": "mean", "candidates": "all",
-        "router_gradient": "scale", "policy": "learned", "fixed_layer": None, "prompt_tokens": 4, "balance_coef": 1e-3,
-        "guest_dtype": None, "recompute_guest": False,
+        "router_gradient": "scale", "policy": "learned", "fixed_layer": None, "prompt_tokens": 4,
+        "router_aux_loss_coef": 1e-3, "guest_dtype": None, "recompute_guest": False,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert isinstance(config.lora, LoraConfig)
@@ -126,7 +126,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
 def test_which_routers_can_be_trained() -> None:
     assert MolexConfig().trains_router
     assert MolexConfig(router_gradient="none").trains_router
-    for options in ({"router_gradient": "none", "balance_coef": 0}, {"alpha": 1}, {"policy": "random"}):
+    for options in ({"router_gradient": "none", "router_aux_loss_coef": 0}, {"alpha": 1}, {"policy": "random"}):
         assert not MolexConfig(**options).trains_router
     assert MolexConfig(alpha=0).mixes
     assert not MolexConfig(policy="self").mixes
@@ -162,8 +162,8 @@ def test_which_routers_can_be_trained() -> None:
         ({"fixed_layer": 2}, "fixed_layer=2 has no effect with policy='learned'"),
         ({"policy": "fixed", "fixed_layer": -1}, "fixed_layer=-1"),
         ({"prompt_tokens": 0}, "prompt_tokens=0"),
-        ({"balance_coef": -1}, "balance_coef=-1"),
-        ({"balance_coef": float("nan")}, "balance_coef=nan"),
+        ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),
+        ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef=nan"),
         ({"guest_dtype": "float16"}, "guest_dtype='float16'"),
         ({"target_modules": ["query"]}, r"target_modules=.*lora=LoraConfig\(target_modules"),
         ({"layers_pattern": "layers"}, "layers_pattern.*layers_to_transform"),

@@ -75,7 +75,7 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
 
 def test_a_sequence_of_nothing_but_padding_is_no_nan() -> None:
     for granularity in ("sequence", "token", "batch"):
-        model = tiny.molex(tiny.bert(layers=4), granularity=granularity, balance_coef=1.0).train()
+        model = tiny.molex(tiny.bert(layers=4), granularity=granularity, router_aux_loss_coef=1.0).train()
         given = padded([[5, 6, 7], []], 4, "right")
         model(**given, labels=torch.tensor([0, 1])).loss.backward()
         assert all(gradient.isfinite().all() for gradient in tiny.gradients(model, "molex_router").values())

@@ -26,7 +26,7 @@ def run(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 def config(**options: Any) -> MolexConfig:
     lora = LoraConfig(r=2, target_modules="all-linear")
-    return MolexConfig(**{"alpha": 0.5, "lora": lora, "init_weights": False, **options})
+    return MolexConfig(**{"alpha": 0.5, "lora": lora, "init_lora_weights": False, **options})
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -80,7 +80,7 @@ def test_a_block_is_registered_once() -> None:
 
 
 def test_only_the_adapter_trains_and_all_of_it(tmp_path: Path) -> None:
-    model = tiny.molex(tiny.bert(layers=4), balance_coef=0.5, alpha_mode="learned")
+    model = tiny.molex(tiny.bert(layers=4), router_aux_loss_coef=0.5, alpha_mode="learned")
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny.bert(layers=4), tmp_path, is_trainable=True)
     for each in (model, again):
@@ -128,7 +128,7 @@ def test_transformers_own_adapter_methods(name: str, tmp_path: Path) -> None:
 
 def test_mola_is_still_loaded_by_transformers(tmp_path: Path) -> None:
     model = tiny.llama()
-    model.add_adapter(MolaConfig(r=2, num_experts=2, top_k=1, init_weights=False))
+    model.add_adapter(MolaConfig(r=2, num_experts=2, top_k=1, init_lora_weights=False))
     model.save_pretrained(tmp_path)
     again = tiny.llama()
     assert not again.load_adapter(str(tmp_path)).missing_keys

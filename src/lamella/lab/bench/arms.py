@@ -34,8 +34,8 @@ def build_arms(settings: MolaSettings) -> dict[str, Trained]:
     They share the frozen weights, so that a change of one arm's device or precision is a change of all.
     """
     base = build_encoder(settings.hidden, settings.layers)
-    unbalanced = _mola(base, settings, balance_coef=0.0)
-    balanced = _mola(base, settings, balance_coef=MolaConfig.balance_coef)
+    unbalanced = _mola(base, settings, router_aux_loss_coef=0.0)
+    balanced = _mola(base, settings, router_aux_loss_coef=MolaConfig.router_aux_loss_coef)
     target = trainable_parameters(balanced)
     rank = _rank_nearest(target, settings)
     lora = get_peft_model(twin(base), _lora_config(rank))
@@ -45,7 +45,7 @@ def build_arms(settings: MolaSettings) -> dict[str, Trained]:
     return {
         "frozen": Trained(frozen, "the base, gradients flowing through every layer to the embeddings"),
         "lora": Trained(lora, f"PEFT LoRA of rank {rank}, the nearest to MoLA's {target:,} trainable parameters"),
-        "mola": Trained(balanced, f"{mixture}, balance loss {MolaConfig.balance_coef:g}"),
+        "mola": Trained(balanced, f"{mixture}, balance loss {MolaConfig.router_aux_loss_coef:g}"),
         "mola balance off": Trained(unbalanced, f"{mixture}, no balance loss"),
         "naive": Trained(
             naive_copy(base, unbalanced), "the published loop over experts, same weights, no balance loss"
@@ -78,11 +78,11 @@ def kept_by_step(model: nn.Module, batch: Batch) -> float:
     return kept_megabytes(lambda: loss(forward(model, batch), batch), given)
 
 
-def _mola(base: BertModel, settings: MolaSettings, balance_coef: float) -> PeftModel:
+def _mola(base: BertModel, settings: MolaSettings, router_aux_loss_coef: float) -> PeftModel:
     # B at random: with B zero the routers would get no gradient, and equality would compare zeros
     config = MolaConfig(
         r=settings.r, num_experts=settings.num_experts, top_k=settings.top_k, lora_dropout=settings.dropout,
-        balance_coef=balance_coef, init_weights=False,
+        router_aux_loss_coef=router_aux_loss_coef, init_lora_weights=False,
     )  # fmt: skip
     return get_peft_model(twin(base), config)
 

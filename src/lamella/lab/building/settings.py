@@ -40,7 +40,7 @@ class TinyMoeSettings(Settings):
     top_k: Positive
     expert_width: Positive = Field(description="inner width of an expert")
     shared_width: Positive = Field(description="inner width of the expert that every token visits")
-    balance_coef: float = Field(ge=0.0)
+    router_aux_loss_coef: float = Field(ge=0.0)
     smallest_share: float = Field(ge=0.0, lt=1.0, description="an expert with less of a layer's choices is starved")
     schedule: Schedule
     seed: int = Field(0, ge=0)
@@ -58,7 +58,7 @@ class SmolExpertsSettings(Settings):
     held_out_blocks: Positive = Field(description="of each kind for the figures that are reported")
     experts: Schedule = Field(description="how each expert is trained")
     routers: Schedule = Field(description="how the routers are trained on all kinds together, everything else frozen")
-    balance_coef: float = Field(ge=0.0)
+    router_aux_loss_coef: float = Field(ge=0.0)
     smallest_share: float = Field(ge=0.0, lt=1.0, description="an expert with less of a layer's choices is starved")
     seed: int = Field(0, ge=0)
 
@@ -76,6 +76,6 @@ class SwitchSettings(Settings):
     experts: Positive
     expert_width: Positive
     dropout: float = Field(ge=0.0, lt=1.0)
-    balance_coef: float = Field(ge=0.0)
+    router_aux_loss_coef: float = Field(ge=0.0)
     schedule: Schedule
     seed: int = Field(0, ge=0)

@@ -128,7 +128,7 @@ def _train_routers(
         layer.mlp.gate.requires_grad_(True)
 
     def balance(outputs: Any, _: Columns) -> Tensor:
-        return settings.balance_coef * routers_balance(outputs.router_logits, settings.top_k)
+        return settings.router_aux_loss_coef * routers_balance(outputs.router_logits, settings.top_k)
 
     return fit(last, _joined(halves), settings.routers, seed=settings.seed, balance=balance, callbacks=callbacks)
 

@@ -44,7 +44,7 @@ def make_switch(settings: SwitchSettings, callbacks: Sequence[TrainerCallback] =
 
     def balance(outputs: Any, inputs: Columns) -> Tensor:
         losses = [balance_loss(*router) for router in _routers(outputs, inputs)]
-        return settings.balance_coef * torch.stack(losses).sum()
+        return settings.router_aux_loss_coef * torch.stack(losses).sum()
 
     with clock.part("training"):
         curve = fit(

@@ -76,7 +76,7 @@ def _train(
     balanced: bool,
 ) -> Curve:
     def balance(outputs: Any, _: Columns) -> Tensor:
-        return settings.balance_coef * routers_balance(outputs.router_logits, settings.top_k)
+        return settings.router_aux_loss_coef * routers_balance(outputs.router_logits, settings.top_k)
 
     def watch() -> dict[str, float]:
         few = {kind: blocks[:_WATCHED] for kind, blocks in watched.items()}

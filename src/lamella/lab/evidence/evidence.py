@@ -21,7 +21,7 @@ import yaml
 
 from lamella.errors import LamellaError
 from lamella.files import whole, write_whole
-from lamella.lab.methods import Method
+from lamella.lab.methods import Method, read_saved
 from lamella.lab.runs.settings import read_recipe, recipe_names
 from lamella.lab.studies.examples import example_scores
 from lamella.lab.studies.grid import Cell, Grid, cells_of, read_grid
@@ -54,7 +54,7 @@ def keep(folder: Path, into: Path) -> str:
         raise LamellaError(f"'{name}' is no packaged study. The folder of a study to keep bears its name: {known}.")
     if not (folder / "results.parquet").is_file():
         raise LamellaError(f"{folder} has no results.parquet. Finish it first: lamella compare {name} -o {folder}.")
-    grid = Grid.parse(yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8")))
+    grid = Grid.parse(read_saved(yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))))
     _check_planned(name, grid)
     rows = pd.read_parquet(folder / "results.parquet")
     rows = rows[rows["status"] == "done"]
@@ -293,7 +293,7 @@ def load_study(name: str, folder: Path) -> KeptStudy:
         raise LamellaError(f"{folder} lacks {missing[0]} of the study {name}. Keep it again: lamella evidence --add.")
     machines: list[str] = []
     if not missing:
-        record = yaml.safe_load(files[2].read_text(encoding="utf-8"))
+        record = read_saved(yaml.safe_load(files[2].read_text(encoding="utf-8")))
         _check_planned(name, Grid.parse(record["study"]))
         machines = record["machines"]
     tables = {kind: _table(folder / f"{name}{kind}.parquet") for kind in ("", ".examples", ".costs", ".noise")}

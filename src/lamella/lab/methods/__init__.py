@@ -5,7 +5,7 @@ One file a method; importing this package registers them all. Those over trained
 
 from lamella.lab.methods.arrow import Arrow
 from lamella.lab.methods.bare import Bare
-from lamella.lab.methods.base import Built, Method, method, method_from, trainable_parameters
+from lamella.lab.methods.base import Built, Method, method, method_from, read_saved, trainable_parameters
 from lamella.lab.methods.best import Best
 from lamella.lab.methods.compositions import Composition
 from lamella.lab.methods.full import Full
@@ -48,5 +48,6 @@ __all__ = [
     "XLora",
     "method",
     "method_from",
+    "read_saved",
     "trainable_parameters",
 ]

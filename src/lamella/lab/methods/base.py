@@ -14,6 +14,7 @@ from torch import nn
 
 from lamella.errors import LamellaError
 from lamella.lab.schema import Settings, unknown_key
+from lamella.tuners.config import RENAMED
 
 if TYPE_CHECKING:
     from lamella.lab.data import Backbone, Task
@@ -77,6 +78,21 @@ def method_from(value: str | Mapping[str, Any]) -> Method:
     if name not in _METHODS:
         raise LamellaError(unknown_key(name, _METHODS, "method.name=").replace("setting", "method", 1))
     return _METHODS[name].parse(values, where="method.")
+
+
+def read_saved(tree: Any) -> Any:
+    """What a finished run or study says of itself, in today's words: keys of methods that had another name.
+
+    Args:
+        tree: its recipe or settings, as plain values.
+    """
+    if isinstance(tree, list):
+        return [read_saved(one) for one in tree]
+    if not isinstance(tree, dict):
+        return tree
+    known = _METHODS[tree["name"]].model_fields if tree.get("name") in _METHODS else {}
+    names = {key: RENAMED[key] for key in tree if key not in known and RENAMED.get(key) in known}
+    return {names.get(key, key): read_saved(value) for key, value in tree.items()}
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ class HiddenRouting(Composition):
     """
 
     name: Literal["hidden-routing"] = "hidden-routing"
-    balance_coef: float = Field(1e-3, ge=0.0)
+    router_aux_loss_coef: float = Field(1e-3, ge=0.0)
 
     def build(self, backbone: Backbone, task: Task) -> Built:
         """The mixture; at its start it is the mean of the LoRAs' deltas."""
@@ -37,7 +37,7 @@ class HiddenRouting(Composition):
             lora_alpha=rank,
             num_experts=len(loras),
             top_k=len(loras),
-            balance_coef=self.balance_coef,
+            router_aux_loss_coef=self.router_aux_loss_coef,
             target_modules=targets,
             **shared(backbone, task, train_head=False),
         )

@@ -30,8 +30,8 @@ class Mola(Method):
     expert_budget: float | None = None
     top_k: int | list[int] = 2
     router: Literal["linear", "cosine"] = "linear"
-    balance_coef: float = Field(1e-3, ge=0.0)
-    z_coef: float = Field(0.0, ge=0.0)
+    router_aux_loss_coef: float = Field(1e-3, ge=0.0)
+    router_z_loss_coef: float = Field(0.0, ge=0.0)
 
     def build(self, backbone: Backbone, task: Task) -> Built:
         """The mixture; which layer got how many experts is in the model's own summary."""

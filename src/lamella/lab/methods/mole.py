@@ -27,7 +27,7 @@ class Mole(Composition):
     learn_temperature: bool = True
     top_k: int | None = None
     balance: Literal["log", "entropy", "switch", "none"] = "log"
-    balance_coef: float = Field(0.5, ge=0.0)
+    router_aux_loss_coef: float = Field(0.5, ge=0.0)
     prompt_tokens: int = Field(4, gt=0)
     embed_adapters: bool = False
     train_head: bool = Field(True, description="whether the task head learns too; else it is the backbone's own")

@@ -42,7 +42,7 @@ class Molex(Method):
     policy: Literal["learned", "random", "fixed", "self", "uniform"] = "learned"
     fixed_layer: int | None = None
     prompt_tokens: int = Field(4, gt=0)
-    balance_coef: float = Field(1e-3, ge=0.0)
+    router_aux_loss_coef: float = Field(1e-3, ge=0.0)
     guest_dtype: Literal["float32", "bfloat16"] | None = None
     recompute_guest: bool = False
     seed: int = Field(0, description="of the policy 'random'")

@@ -15,7 +15,7 @@ import yaml
 
 from lamella.errors import LamellaError
 from lamella.files import write_whole
-from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.settings import RunSettings, settings_of
 
 _OURS = (
     "run.yaml",
@@ -111,7 +111,7 @@ class RunFolder:
 
     def check_same(self, settings: RunSettings) -> None:
         """Raises LamellaError if the folder's run has other settings, naming one that differs."""
-        before = yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8"))
+        before = settings_of(self.path).model_dump(mode="json")
         now = settings.model_dump(mode="json")
         changed = [key for key in now.keys() | before.keys() if before.get(key) != now.get(key)]
         if changed:

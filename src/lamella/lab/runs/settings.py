@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from lamella.errors import LamellaError
-from lamella.lab.methods import Method, method_from
+from lamella.lab.methods import Method, method_from, read_saved
 from lamella.lab.schema import Settings
 
 Positive = Annotated[int, Field(gt=0)]
@@ -79,6 +79,15 @@ class RunSettings(Settings):
     @classmethod
     def _method(cls, value: Any) -> Method:
         return value if isinstance(value, Method) else method_from(value)
+
+
+def settings_of(folder: Path) -> RunSettings:
+    """The settings of the run in a folder, whichever version of lamella wrote it.
+
+    Raises:
+        LamellaError: a key or value that does not fit.
+    """
+    return RunSettings.parse(read_saved(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))))
 
 
 def resolve(recipe: str | None, overrides: Iterable[str] = (), **values: Any) -> RunSettings:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
@@ -17,7 +16,7 @@ from lamella.errors import LamellaError
 from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder
 from lamella.lab.runs.scoring import trains_tokens
-from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.tuners.redundancy import lora_experts, redundancy
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def find_trained(path: Path) -> Place:
     run = path if (path / "run.yaml").is_file() else path.parent
     settings = None
     if (run / "run.yaml").is_file() and (run == path or path.name in ("adapter", "model")):
-        settings = RunSettings.parse(yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8")))
+        settings = settings_of(run)
     folders = [path, path / "adapter"] if run != path else [path / "adapter"]
     for folder in folders:
         if (folder / CONFIG).is_file():

@@ -27,8 +27,8 @@ class MolaConfig(LamellaConfig):
         top_k: experts per token, an int or a list with one entry per block. Above an explicit number of experts it is
             an error; in a shape scaled by ``expert_budget`` such a layer uses all it has.
         router: "linear" or "cosine".
-        balance_coef: coefficient of the balance loss: mean over a block's routers, summed over blocks.
-        z_coef: coefficient of the router z-loss.
+        router_aux_loss_coef: coefficient of the balance loss: mean over a block's routers, summed over blocks.
+        router_z_loss_coef: coefficient of the router z-loss.
 
     Raises:
         LamellaError: a value out of range or an unknown key.
@@ -43,8 +43,8 @@ class MolaConfig(LamellaConfig):
     expert_budget: float | None = None
     top_k: int | list[int] = 2
     router: str = "linear"
-    balance_coef: float = 1e-3
-    z_coef: float = 0.0
+    router_aux_loss_coef: float = 1e-3
+    router_z_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,8 +98,8 @@ class MolaConfig(LamellaConfig):
             ("r", self.r, isinstance(self.r, int) and self.r > 0, "a positive whole number"),
             ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "at least 0 and below 1"),
             ("router", self.router, self.router in ("linear", "cosine"), "'linear' or 'cosine'"),
-            ("balance_coef", self.balance_coef, self.balance_coef >= 0, "0 or more"),
-            ("z_coef", self.z_coef, self.z_coef >= 0, "0 or more"),
+            ("router_aux_loss_coef", self.router_aux_loss_coef, self.router_aux_loss_coef >= 0, "0 or more"),
+            ("router_z_loss_coef", self.router_z_loss_coef, self.router_z_loss_coef >= 0, "0 or more"),
         ]
         for name, value, holds, expected in checks:
             if not holds:

@@ -36,8 +36,8 @@ class _Experts:
     top_k: int
     r: int
     scaling: float
-    balance_coef: float
-    z_coef: float
+    router_aux_loss_coef: float
+    router_z_loss_coef: float
 
     @property
     def is_dense(self) -> bool:
@@ -85,13 +85,13 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: MolaConfig, num_experts: int, top_k: int) -> None:
         """Gives this module the experts of an adapter."""
         self.experts[adapter] = _Experts(
-            num_experts, top_k, config.r, config.scaling, config.balance_coef, config.z_coef
+            num_experts, top_k, config.r, config.scaling, config.router_aux_loss_coef, config.router_z_loss_coef
         )
         A = torch.empty(num_experts, config.r, self.in_features)
         B = torch.zeros(num_experts, self.out_features, config.r)
         for expert in range(num_experts):
             nn.init.kaiming_uniform_(A[expert], a=math.sqrt(5))
-            if not config.init_weights:
+            if not config.init_lora_weights:
                 nn.init.kaiming_uniform_(B[expert], a=math.sqrt(5))
         self.lamella_mola_lora_A[adapter] = nn.Parameter(A)
         self.lamella_mola_lora_B[adapter] = nn.Parameter(B)
@@ -198,7 +198,11 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         router = self._router(adapter)
         routing = router.route(router.logits(x.reshape(-1, self.in_features), product), experts.top_k)
         observers = frame.observers if frame is not None else ()
-        trains = self.training and router.weight.requires_grad and (experts.balance_coef > 0 or experts.z_coef > 0)
+        trains = (
+            self.training
+            and router.weight.requires_grad
+            and (experts.router_aux_loss_coef > 0 or experts.router_z_loss_coef > 0)
+        )
         if not observers and not trains:
             return routing
         mask = frame.token_mask(x, of_encoder=self.place.reads_encoder) if frame is not None else None
@@ -215,10 +219,10 @@ class MolaLinear(nn.Module, BaseTunerLayer):
                 f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
                 "unknown to its balance loss. Call the model itself, checkpoint with "
                 "gradient_checkpointing_enable(), or "
-                "set balance_coef=0 and z_coef=0."
+                "set router_aux_loss_coef=0 and router_z_loss_coef=0."
             )
         experts, share = self.experts[adapter], self.balance_share[adapter]
-        own = RouterLoss(experts.balance_coef * share, experts.z_coef * share)
+        own = RouterLoss(experts.router_aux_loss_coef * share, experts.router_z_loss_coef * share)
         others = (routing.indices, mask)
         weights = attach(routing.weights, routing.logits, own.value, own.gradient, others, frame, self.name)
         return Routing(routing.logits, weights, routing.indices)
@@ -243,10 +247,13 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             return None
         experts = self.experts[adapter]
         loss = None
-        if experts.balance_coef > 0 or experts.z_coef > 0:
-            settings = f"balance_coef={experts.balance_coef:g}, z_coef={experts.z_coef:g}"
+        if experts.router_aux_loss_coef > 0 or experts.router_z_loss_coef > 0:
+            settings = (
+                f"router_aux_loss_coef={experts.router_aux_loss_coef:g}, "
+                f"router_z_loss_coef={experts.router_z_loss_coef:g}"
+            )
             balance_is_flat = experts.top_k == experts.num_experts  # every expert gets every token
-            loss = AttachedLoss(self.name, settings, is_flat=balance_is_flat and not experts.z_coef)
+            loss = AttachedLoss(self.name, settings, is_flat=balance_is_flat and not experts.router_z_loss_coef)
         return RoutedLayer(
             self, self.name, self.place, adapter, self.lamella_mola_router[adapter], experts.num_experts, experts.top_k,
             factors=(self.lamella_mola_lora_A[adapter], self.lamella_mola_lora_B[adapter]), scaling=experts.scaling,

@@ -23,7 +23,7 @@ def attach_balance(unit: "Unit", weights: Tensor, logits: Tensor, real: Tensor |
         frame: the running stack's.
     """
     config = unit.config
-    if not unit.leader.training or config.balance == "none" or config.balance_coef == 0:
+    if not unit.leader.training or config.balance == "none" or config.router_aux_loss_coef == 0:
         return weights
     trains = any(p.requires_grad for p in unit.router.parameters())
     if trains:
@@ -34,7 +34,7 @@ def attach_balance(unit: "Unit", weights: Tensor, logits: Tensor, real: Tensor |
         return weights
     if config.balance == "log":
         return weights if frame.call.collected is not None else _attach_log(unit, weights, logits, real, frame)
-    coefficient = config.balance_coef * unit.balance_share
+    coefficient = config.router_aux_loss_coef * unit.balance_share
     value, gradient = _own_loss(config.balance, coefficient)
     return attach(weights, logits, _by_row(value), _by_row(gradient), (real,), frame, unit.name)
 
@@ -66,7 +66,7 @@ def _by_row(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _add_mean(unit: "Unit", logits: Tensor, real: Tensor | None, frame: Frame) -> None:
     """Adds a router's mean weights to those of the others in this call: the loss is one of all together."""
     mean = mean_probs(logits.flatten(0, -2), real)  # (K,)
-    joint = frame.call.balances.setdefault(unit.adapter, JointBalance(unit.config.balance_coef))
+    joint = frame.call.balances.setdefault(unit.adapter, JointBalance(unit.config.router_aux_loss_coef))
     joint.means[unit.name] = mean.detach() if frame.call.collected is None else mean
 
 

@@ -49,11 +49,11 @@ class MoleConfig(LamellaConfig):
         learn_temperature: whether each router learns its own, starting there.
         balance: "log" as published, over all routers together; or for each router its "entropy", or the "switch" loss;
             or "none".
-        balance_coef: its coefficient. The last two are averaged over a block's routers and summed over blocks.
+        router_aux_loss_coef: its coefficient. The last two are averaged over a block's routers and summed over blocks.
         prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
         embed_adapters: save the LoRAs in the adapter's file, so that loading needs none of their own.
         embedded: where they are saved: each LoRA's rank in each module, 0 where it has none; filled in.
-        init_weights: True starts every router at zero, which weighs all LoRAs alike; False at random, for tests.
+        init_lora_weights: True starts every router at zero, which weighs all LoRAs alike; False at random, for tests.
         target_modules: not a setting of MOLE: the LoRAs say what they adapt.
 
     Raises:
@@ -70,7 +70,7 @@ class MoleConfig(LamellaConfig):
     temperature: float = 1.0
     learn_temperature: bool = True
     balance: str = "log"
-    balance_coef: float = 0.5
+    router_aux_loss_coef: float = 0.5
     prompt_tokens: int = 4
     embed_adapters: bool = False
     embedded: dict[str, list[int]] | None = None
@@ -128,6 +128,15 @@ class MoleConfig(LamellaConfig):
             config.adapters[name] = {**moved, "sha256": moved["sha256"] or recorded}
         return config
 
+    @classmethod
+    def read_saved(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """As for any method; paths of LoRAs that are relative to the folder are made absolute."""
+        values = super().read_saved(values, folder)
+        for written in values.get("adapters", {}).values():
+            if written["source"].split("/")[0] in (".", ".."):
+                written["source"] = os.path.normpath(folder.resolve() / written["source"])
+        return values
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the config: paths of LoRAs relative to the folder, in the order of the routers' logits."""
         super().save_pretrained(save_directory, **kwargs)
@@ -160,7 +169,11 @@ class MoleConfig(LamellaConfig):
                 _is_number(temperature) and LOWEST_TEMPERATURE <= temperature < float("inf"),
                 f"a number of at least {LOWEST_TEMPERATURE}",
             ),
-            ("balance_coef", _is_number(self.balance_coef) and 0 <= self.balance_coef < float("inf"), "0 or more"),
+            (
+                "router_aux_loss_coef",
+                _is_number(self.router_aux_loss_coef) and 0 <= self.router_aux_loss_coef < float("inf"),
+                "0 or more",
+            ),
             ("prompt_tokens", _is_whole(self.prompt_tokens) and self.prompt_tokens >= 1, "a whole number, 1 or more"),
             ("top_k", top_k is None or (_is_whole(top_k) and top_k >= 1), "a whole number, 1 or more, or None for all"),
             ("flatten_length", length is None or (_is_whole(length) and length >= 1), "a whole number, 1 or more"),
@@ -192,15 +205,6 @@ class MoleConfig(LamellaConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise LamellaError("layers_pattern says which stack layers_to_transform means; give both or neither.")
-
-
-def resolve_references(config_file: Path, attributes: dict[str, Any]) -> dict[str, Any]:
-    """A saved config's attributes with the paths that are relative to its folder made absolute."""
-    folder = config_file.parent.resolve()
-    for written in attributes.get("adapters", {}).values():
-        if written["source"].split("/")[0] in (".", ".."):
-            written["source"] = os.path.normpath(folder / written["source"])
-    return attributes
 
 
 def _as_dict(name: str, given: Any) -> dict[str, Any]:

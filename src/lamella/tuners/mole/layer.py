@@ -101,9 +101,9 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         unit = self.units[adapter]
         config, count = unit.config, len(unit.names)
         loss = None
-        if config.balance != "none" and config.balance_coef > 0:
+        if config.balance != "none" and config.router_aux_loss_coef > 0:
             name = f"log balance of {adapter}" if config.balance == "log" else unit.name  # log: one loss for all units
-            settings = f"balance_coef={config.balance_coef:g}"
+            settings = f"router_aux_loss_coef={config.router_aux_loss_coef:g}"
             loss = AttachedLoss(name, settings, may_be_zero=config.balance == "entropy")
         return RoutedLayer(
             self, unit.name, unit.place, adapter, unit.router, count, count, expert_names=unit.names, loss=loss

@@ -186,7 +186,7 @@ def place_loras(
             widths = unit.features
         positions = None if unit.by_token else config.flatten_length
         router = MoleRouter(len(prepared.names), widths, config.temperature, config.learn_temperature, positions)
-        if not config.init_weights:
+        if not config.init_lora_weights:
             router.randomise()
     layer.units[adapter] = unit
     layer.update_layer(adapter, loras, config.embed_adapters, router)
@@ -218,7 +218,9 @@ def _settings(config: MoleConfig, units: Sequence[UnitPlan], parameters: int) ->
     yield f"routers: {parameters:,} parameters"
     if config.top_k is not None:
         yield f"of {len(config.adapters)} LoRAs the {config.top_k} with the largest weights are used"
-    loss = "no balance loss" if config.balance == "none" else f"balance {config.balance} x {config.balance_coef:g}"
+    loss = (
+        "no balance loss" if config.balance == "none" else f"balance {config.balance} x {config.router_aux_loss_coef:g}"
+    )
     yield f"{loss}; LoRAs {'embedded in the file' if config.embed_adapters else 'saved as references'}"
     blind = [unit.name for unit in units if not unit.reads]
     if blind:

@@ -159,7 +159,12 @@ class Unit:
             if self.place.module == "network":
                 decision = self._shared(decision, frame)
             frame.decisions[self.key] = decision
-        elif layer.training and logits.requires_grad and self.config.balance != "none" and self.config.balance_coef:
+        elif (
+            layer.training
+            and logits.requires_grad
+            and self.config.balance != "none"
+            and self.config.router_aux_loss_coef
+        ):
             raise LamellaError(
                 f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
                 "unknown to its balance loss. Call the model itself, checkpoint with gradient_checkpointing_enable(), "

@@ -164,9 +164,9 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             return None
         config, depth = self.mixtures[adapter].config, self.mixtures[adapter].depth
         loss = None
-        if config.balance_coef > 0:
+        if config.router_aux_loss_coef > 0:
             is_flat = depth.top_k == len(depth.candidates)
-            loss = AttachedLoss(self.name, f"balance_coef={config.balance_coef:g}", is_flat=is_flat)
+            loss = AttachedLoss(self.name, f"router_aux_loss_coef={config.router_aux_loss_coef:g}", is_flat=is_flat)
         return RoutedLayer(
             self, self.name, self.place, adapter, self.router(adapter), len(depth.candidates), depth.top_k,
             chooses_blocks=True, learns=config.trains_router, loss=loss,
@@ -344,13 +344,13 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         return used
 
     def _balanced(self, adapter: str, mixed: Tensor, choice: Choice, frame: Frame | None) -> Tensor:
-        coefficient = self.mixtures[adapter].config.balance_coef
+        coefficient = self.mixtures[adapter].config.router_aux_loss_coef
         if coefficient == 0:
             return mixed
         if frame is None:
             raise LamellaError(
                 f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
-                "unknown to its balance loss. Call the model itself, or set balance_coef=0."
+                "unknown to its balance loss. Call the model itself, or set router_aux_loss_coef=0."
             )
         loss = RouterLoss(coefficient, 0.0)
         assert choice.scores is not None
@@ -362,8 +362,8 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         if not config.trains_router and any(p.requires_grad for p in self.router(adapter).parameters()):
             raise LamellaError(
                 f"The router of adapter {adapter!r} is set to train, but cannot receive a gradient: with "
-                "router_gradient='none' the task loss does not depend on it, and balance_coef=0 leaves no other. Use "
-                "router_gradient='scale', a balance_coef above 0, or leave the router frozen."
+                "router_gradient='none' the task loss does not depend on it, and router_aux_loss_coef=0 leaves no "
+                "other. Use router_gradient='scale', a router_aux_loss_coef above 0, or leave the router frozen."
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:

@@ -43,7 +43,7 @@ class MolexConfig(LamellaConfig):
             (the mean of all candidates).
         fixed_layer: the guest of policy "fixed"; ``lamella.tuners.molex.best_fixed_layer`` finds the best.
         prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
-        balance_coef: coefficient of the balance loss, summed over blocks.
+        router_aux_loss_coef: coefficient of the balance loss, summed over blocks.
         lora: the LoRA inside the blocks, with PEFT's own settings; None for none.
         guest_dtype: "bfloat16" computes guests under autocast to it, on a CPU all but their attention; None or
             "float32" as the block itself.
@@ -71,7 +71,7 @@ class MolexConfig(LamellaConfig):
     policy: str = "learned"
     fixed_layer: int | None = None
     prompt_tokens: int = 4
-    balance_coef: float = 1e-3
+    router_aux_loss_coef: float = 1e-3
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     guest_dtype: str | None = None
     recompute_guest: bool = False
@@ -107,7 +107,11 @@ class MolexConfig(LamellaConfig):
     @property
     def trains_router(self) -> bool:
         """Whether any loss reaches a router."""
-        return self.mixes and self.policy == "learned" and (self.router_gradient != "none" or self.balance_coef > 0)
+        return (
+            self.mixes
+            and self.policy == "learned"
+            and (self.router_gradient != "none" or self.router_aux_loss_coef > 0)
+        )
 
     def _check_names(self) -> None:
         allowed: dict[str, tuple[Any, ...]] = {
@@ -136,7 +140,11 @@ class MolexConfig(LamellaConfig):
             ("alpha", _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number from 0 to 1"),
             ("top_k", _is_whole(self.top_k) and self.top_k >= 1, "a whole number of at least 1"),
             ("prompt_tokens", _is_whole(self.prompt_tokens) and self.prompt_tokens >= 1, "a whole number, 1 or more"),
-            ("balance_coef", _is_number(self.balance_coef) and self.balance_coef >= 0, "0 or more"),
+            (
+                "router_aux_loss_coef",
+                _is_number(self.router_aux_loss_coef) and self.router_aux_loss_coef >= 0,
+                "0 or more",
+            ),
             ("seed", _is_whole(self.seed), "a whole number"),
             (
                 "router_proj",

@@ -61,7 +61,7 @@ def inject_lora(
     lora.target_modules = set(targets)
     lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None
     lora.inference_mode = config.inference_mode
-    if not config.init_weights:
+    if not config.init_lora_weights:
         lora.init_lora_weights = False
     had_adapters = any(isinstance(module, LoraLayer) for module in model.modules())
     before = [(p, p.requires_grad) for p in model.parameters()] if had_adapters else []

@@ -67,7 +67,7 @@ def _settings(config: MolexConfig) -> Iterator[str]:
     if not config.mixes and config.policy != "self":
         yield "alpha is 1 and fixed, so no guest runs and nothing is decided"
     elif config.policy == "learned" and not config.trains_router:
-        yield "the router is frozen as it was drawn: router_gradient='none' and balance_coef=0 leave it no gradient"
+        yield "the router is frozen as it was drawn: router_gradient='none', router_aux_loss_coef=0"
 
 
 def _candidates(config: MolexConfig, plans: Sequence[StackPlan]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import yaml
 from lamella.errors import LamellaError
 from lamella.files import whole, write_whole
 from lamella.lab.evidence.evidence import KeptStudy, machine_of
+from lamella.lab.methods import read_saved
 from lamella.lab.studies.composition.grid import CompositionGrid, read_composition, stages_of
 from lamella.lab.studies.composition.masking import masking_table
 from lamella.lab.studies.composition.running import folder_of
@@ -45,7 +46,7 @@ def keep_composition(folder: Path, into: Path) -> str:
     name = folder.name
     if not (folder / "results.parquet").is_file():
         raise LamellaError(f"{folder} has no results.parquet. Finish it first: lamella compare {name} -o {folder}.")
-    stated = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+    stated = read_saved(yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8")))
     ran = CompositionGrid.parse(stated)
     _check_planned(name, ran)
     found = {table: pd.read_parquet(folder / f"{table}.parquet") for table in tables_of(ran)}
@@ -77,7 +78,7 @@ def load_composition(name: str, folder: Path) -> KeptComposition:
     frames = {table: pd.DataFrame(columns=columns) for table in tables_of(grid)}
     machines: list[str] = []
     if all(there):
-        kept = yaml.safe_load(record.read_text(encoding="utf-8"))
+        kept = read_saved(yaml.safe_load(record.read_text(encoding="utf-8")))
         _check_planned(name, CompositionGrid.parse(kept["study"]))
         machines = kept["machines"]
         frames = {table: pd.read_parquet(path) for table, path in files.items()}
