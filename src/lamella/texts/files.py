@@ -36,7 +36,7 @@ def read_rows(path: Path) -> list[Row]:
         if suffix == ".parquet":
             rows = _read_parquet(path)
         elif suffix.startswith(".csv"):
-            rows = _read_csv(path)
+            rows = read_csv(path)
         elif suffix == ".txt":
             rows = [{"text": part.strip()} for part in re.split(r"\n\s*\n", _decoded(path)) if part.strip()]
         else:
@@ -67,7 +67,12 @@ def _read_jsonl(text: str, name: str) -> list[Row]:
     return rows
 
 
-def _read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[Row]:
+    """Rows of a CSV of any name, also packed (.gz, .bz2, .zip).
+
+    Raises:
+        LamellaError: pandas is absent, or cannot read it.
+    """
     pandas = optional_module("pandas", f"Reading {path.name}")
     try:
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")

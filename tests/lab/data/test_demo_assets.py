@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lamella.lab.data import KNOWN_TASKS, encode, load_backbone, load_task
-from lamella.lab.data.demo import DEMO_TASKS
 from lamella.texts.encoding import message_pieces
 
 pytestmark = pytest.mark.real
@@ -30,7 +29,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", DEMO_TASKS)
+@pytest.mark.parametrize("name", SIZES)
 def test_the_splits_are_fixed(name):
     task = load_task(name, seed=3)
     assert tuple(len(task.splits[split]) for split in ("train", "validation", "test")) == SIZES[name]

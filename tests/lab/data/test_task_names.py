@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from lamella.errors import LamellaError
 from lamella.lab.data import KNOWN_TASKS, load_task
-from lamella.lab.data.public import PUBLIC_TASKS
+from lamella.lab.data.entry import FOLDER, read_entry
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_mirror_must_be_set_and_a_folder(monkeypatch, tmp_path):
     with pytest.raises(LamellaError, match=r"e2e has no copy on the hub .* LAMELLA_DATA .* e2e_nlg"):
         load_task("e2e")
     monkeypatch.setenv("LAMELLA_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(LamellaError, match="nowhere', which is no folder"):
+    with pytest.raises(LamellaError, match="nowhere', which is not a folder"):
         load_task("sst2")
 
 
@@ -207,11 +207,12 @@ def test_a_task_without_subsets(mirror):
         load_task("sst2/books")
 
 
-def test_every_public_task_says_where_it_lies():
-    for public in PUBLIC_TASKS.values():
-        assert public.licence
-        assert (public.hub is None) == (not public.hub_splits)
-        assert public.few_shot or {"train", "test"} <= set(public.mirror)
+def test_every_public_task_says_where_it_lies_and_its_terms():
+    for path in FOLDER.glob("*.yaml"):
+        entry = read_entry(path)
+        assert entry.kind
+        assert entry.about if entry.asset else entry.licence
+        assert entry.hub is None or entry.hub.splits
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_every_public_task_says_where_it_lies():
         (
             "sst2",
             [{"words": "a"}],
-            r"sst2, train rows from example.org/x .* has the columns words, which do not make a",
+            "train.jsonl.gz has the columns words, which do not make a",
         ),
         ("sst2", [{"text": "a", "label": 2}], "row 1, column 'label': 2 is none of 0 to 1"),
         ("sst2", [{"text": "a", "label": 1}, {"text": None, "label": 1}], "row 2, column 'text': missing or null"),

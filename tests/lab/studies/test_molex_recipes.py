@@ -7,7 +7,7 @@ import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import lamella
-from lamella.lab.data.public import PUBLIC_TASKS
+from lamella.lab.data.entry import FOLDER, read_entry
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.settings import recipe_names, resolve
 from lamella.lab.studies.grid import cells_of, read_grid
@@ -44,8 +44,9 @@ def test_there_is_a_recipe_for_each_published_task():
 def test_a_published_recipe_names_a_task_that_can_be_read_and_the_defects_it_keeps(task):
     named = published(task).task
     assert named in (task, f"hub:glue/{task}")
-    assert PUBLIC_TASKS[task].hub == (None if task == "e2e" else ("nyu-mll/glue", task))
-    path = Path(lamella.__file__).parent / "recipes" / "published" / "molex" / f"{task}.yaml"
+    hub = read_entry(FOLDER / f"{task}.yaml").hub
+    assert (hub and (hub.repository, hub.config)) == (None if task == "e2e" else ("nyu-mll/glue", task))
+    path = Path(lamella.__file__).parent / "lab" / "recipes" / "published" / "molex" / f"{task}.yaml"
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(line.startswith("# Published defects kept: ") for line in comment)
     assert any(line.startswith("# Published defects not kept: ") for line in comment)

