@@ -92,7 +92,7 @@ class MoleConfig(LamellaConfig):
 
     def hold_sources(self, sources: Sequence[LoraSource]) -> None:
         """Keeps LoRAs that were read already for the injection that comes next."""
-        self.adapters = {source.name: _as_dict(source.name, source.reference) for source in sources}
+        self.adapters = references_of(sources)
         self._sources = list(sources)
 
     def take_sources(self) -> list[LoraSource] | None:
@@ -134,7 +134,10 @@ class MoleConfig(LamellaConfig):
         values = super().read_saved(values, folder)
         for written in values.get("adapters", {}).values():
             if written["source"].split("/")[0] in (".", ".."):
-                written["source"] = os.path.normpath(folder.resolve() / written["source"])
+                path = folder.resolve() / written["source"]
+                # the first version wrote a path that was given as ./lora as it was, relative to the working directory
+                there = path if path.exists() else Path(written["source"]).absolute()
+                written["source"] = os.path.normpath(there if there.exists() else path)
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -205,6 +208,11 @@ class MoleConfig(LamellaConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise LamellaError("layers_pattern says which stack layers_to_transform means; give both or neither.")
+
+
+def references_of(sources: Sequence[LoraSource]) -> dict[str, dict[str, Any]]:
+    """Where LoRAs that were read lie, as a config writes it: paths by their full names, wherever it is saved."""
+    return {source.name: _as_dict(source.name, source.reference) for source in sources}
 
 
 def _as_dict(name: str, given: Any) -> dict[str, Any]:

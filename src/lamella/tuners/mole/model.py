@@ -11,7 +11,7 @@ from lamella.backbones import Stack, find_place, locate_stacks
 from lamella.routing import find_tracker
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.block_forms import BlockUnit, hidden_width, mix_at_block, remove_mixtures
-from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.config import MoleConfig, references_of
 from lamella.tuners.mole.keeping import DecisionKeeper
 from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, empty
 from lamella.tuners.mole.mixture import MoleMixture
@@ -47,7 +47,7 @@ class MoleModel(RoutedModel):
         self._prepared = prepare(model, config, sources, self._stacks)
         self._units = make_units(self._prepared, self._unit_maker(model, adapter_name, config))
         if sources is not None:
-            config.adapters = {source.name: source.reference.to_dict() for source in sources}
+            config.adapters = references_of(sources)
             config.embedded = self._prepared.ranks if config.embed_adapters else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._prepared.factors = None  # the layers have their own copies
