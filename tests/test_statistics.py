@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.statistics import RESAMPLES, contrast, holm, mean_intervals, paired_interval
+from lamella.statistics import RESAMPLES, contrast, holm, mean_intervals, paired_interval, perplexity
 
 
 def test_equal_scores_have_an_interval_of_zero():
@@ -145,3 +147,13 @@ def test_intervals_of_means_are_those_of_differences_from_zero():
         alone = paired_interval(own, np.zeros_like(own))
         assert found[name] == pytest.approx((alone.low, alone.high))
     assert list(found) == ["a", "b", "floor"]
+
+
+def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
+    assert perplexity(10 * math.log(7), 10) == pytest.approx(7)
+    assert perplexity(1e6, 1) == math.inf
+
+
+def test_perplexity_of_nothing_is_refused():
+    with pytest.raises(LamellaError, match="at least one predicted token"):
+        perplexity(0.0, 0)

@@ -12,15 +12,16 @@ class CannotMergeError(LamellaError, NotImplementedError):
     """A layer whose experts are routed per token has no single weight it could be merged into."""
 
 
-def optional_module(package: str, use: str) -> Any:
-    """The module ``package``, which only ``use`` needs.
+def optional_module(module: str, use: str) -> Any:
+    """The module of that name, which only ``use`` needs.
 
     Raises:
-        LamellaError: it is not installed; the message says what to install.
+        LamellaError: it, or a package that it imports, is not installed; the message says what to install.
     """
     try:
-        return import_module(package)
+        return import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != package:
+        missing = (error.name or module).partition(".")[0]
+        if missing == __package__:
             raise
-        raise LamellaError(f"{use} needs {package}, which is not installed: pip install 'lamella[lab]'.") from error
+        raise LamellaError(f"{use} needs {missing}, which is not installed: pip install 'lamella[lab]'.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -186,3 +187,11 @@ def _counts(generator: np.random.Generator, draws: int, size: int) -> Floats:
     """How often each of ``size`` is drawn when ``size`` are drawn with replacement: (draws, size)."""
     drawn = generator.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
     return np.bincount(drawn.ravel(), minlength=draws * size).reshape(draws, size).astype(np.float64)
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """Exponential of the negative log-likelihood per token; ``nll`` in nats, summed over ``tokens`` tokens."""
+    if tokens == 0:
+        raise LamellaError("Perplexity needs at least one predicted token; every label here is masked or missing.")
+    # beyond this the float overflows; the honest value is then infinity
+    return math.exp(nll / tokens) if nll / tokens < 700.0 else math.inf

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamella.backbones.moe import FAMILIES, Dispatch, explain_unknown, find_moe_layers, watch_dispatch
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, optional_module
 from lamella.files import whole
 from lamella.routing import RoutedCall, Routing, current_frame, find_tracker
 
@@ -31,6 +31,38 @@ TOKEN_COLUMNS = (
 )  # fmt: skip
 PAIR_COLUMNS = ("adapter", "stack", "layer", "module", "expert", "other", "share")
 Key = tuple[str, str, int, str]  # adapter, stack, layer, module
+
+
+@dataclass(frozen=True)
+class RouterUse:
+    """How one router used its experts.
+
+    Attributes:
+        adapter: of the router; "native" where it belongs to none.
+        stack: the stack of blocks it lies in.
+        layer: the block's index in that stack.
+        module: its name inside the block.
+        shares: per expert, the part of the router's selections that fell on it; they sum to 1.
+        mean_weights: per expert, the mean weight over all decisions, zero where it was not chosen.
+        entropy: mean entropy of the probabilities over all experts, in nats; at most ln E.
+        tokens: the decisions taken: one per real token, sequence or batch, whichever a decision is for.
+        dropped: per expert, the selections that it had no room for, which count nowhere else.
+    """
+
+    adapter: str
+    stack: str
+    layer: int
+    module: str
+    shares: tuple[float, ...]
+    mean_weights: tuple[float, ...]
+    entropy: float
+    tokens: int
+    dropped: tuple[int, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.shares)
 
 
 @dataclass
@@ -64,6 +96,18 @@ class _Router:
         self.together = self.together + (chosen.T @ chosen).double()
         self.entropy = self.entropy + torch.special.entr(probs).sum().double()
         self.tokens = self.tokens + len(indices)
+
+    def use(self, key: Key) -> RouterUse:
+        """The sums as shares and means."""
+        tokens = int(self.tokens)
+        return RouterUse(
+            *key,
+            shares=tuple((self.counts / self.counts.sum().clamp_min(1)).tolist()),
+            mean_weights=tuple((self.weights / max(tokens, 1)).tolist()),
+            entropy=float(self.entropy) / max(tokens, 1),
+            tokens=tokens,
+            dropped=tuple(self.dropped.tolist()),
+        )
 
     def sums(self) -> tuple[Tensor, ...]:
         """The sums on the CPU, in the order of the fields."""
@@ -124,28 +168,26 @@ class Trace:
         return {key: float(router.entropy / router.tokens.clamp_min(1)) for key, router in self._routers.items()}
 
     @property
+    def routers(self) -> tuple[RouterUse, ...]:
+        """What each router did, in the order of their first decisions."""
+        return tuple(router.use(key) for key, router in self._routers.items())
+
+    @property
     def frame(self) -> "pd.DataFrame":
-        """A row per router and expert.
+        """A row per router and expert: `routers` as a table, ``share``, ``mean_weight`` and ``dropped`` by expert.
 
-        ``share`` is the fraction of the router's selections that fell on the expert (sums to 1 over experts),
-        ``mean_weight`` the mean over all real tokens of the weight the expert got (zero where not chosen; sums to 1
-        where the router normalises its weights), ``entropy`` the router's mean entropy in nats, ``tokens`` the
-        decisions it took: one per real token, or one per sequence or batch where that is what a decision is for,
-        ``dropped`` the selections the expert had no room for, which count nowhere else. ``adapter`` is "native" for
-        a router that the model came with.
+        Raises:
+            LamellaError: pandas is not installed.
         """
-        import pandas as pd
-
-        rows = []
-        for (adapter, stack, layer, module), router in self._routers.items():
-            tokens = int(router.tokens)
-            share = (router.counts / router.counts.sum().clamp_min(1)).tolist()
-            mean_weight = (router.weights / max(tokens, 1)).tolist()
-            entropy = float(router.entropy) / max(tokens, 1)
-            per_expert = zip(share, mean_weight, router.dropped.tolist(), strict=True)
-            for expert, (part, weight, dropped) in enumerate(per_expert):
-                rows.append((adapter, stack, layer, module, expert, len(share), part, weight, entropy, tokens, dropped))
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        rows = [
+            (use.adapter, use.stack, use.layer, use.module, expert, use.num_experts, share, weight, use.entropy,
+             use.tokens, dropped)
+            for use in self.routers
+            for expert, (share, weight, dropped) in enumerate(
+                zip(use.shares, use.mean_weights, use.dropped, strict=True)
+            )
+        ]  # fmt: skip
+        return _pandas().DataFrame(rows, columns=list(COLUMNS))
 
     @property
     def coactivation(self) -> "pd.DataFrame":
@@ -153,14 +195,12 @@ class Trace:
 
         Beside itself an expert has the share of tokens that chose it at all.
         """
-        import pandas as pd
-
         rows = []
         for key, router in self._routers.items():
             shares = (router.together / router.tokens.clamp_min(1)).tolist()
             for expert, row in enumerate(shares):
                 rows += [(*key, expert, other, share) for other, share in enumerate(row)]
-        return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
+        return _pandas().DataFrame(rows, columns=list(PAIR_COLUMNS))
 
     def gather(self) -> None:
         """In a process group: adds up what all processes recorded, in every one of them; alone, nothing changes.
@@ -189,8 +229,7 @@ class Trace:
         Raises:
             LamellaError: it was not asked for.
         """
-        import pandas as pd
-
+        pd = _pandas()
         if not self._per_token:
             raise LamellaError("Tokens were not kept; record with record_routing(model, per_token=True).")
         parts = []
@@ -214,6 +253,26 @@ class Trace:
         """Writes ``frame`` as Parquet, whole or not at all."""
         with whole(Path(path)) as unfinished:
             self.frame.to_parquet(unfinished, index=False)
+
+
+def routers_of(frame: "pd.DataFrame") -> list[RouterUse]:
+    """What a saved table, as `Trace.frame`, says of each router."""
+    keys = ["adapter", "stack", "layer", "module"]
+    return [
+        RouterUse(
+            **dict(zip(keys, key, strict=True)),
+            shares=tuple(rows["share"]),
+            mean_weights=tuple(rows["mean_weight"]),
+            entropy=float(rows["entropy"].iloc[0]),
+            tokens=int(rows["tokens"].iloc[0]),
+            dropped=tuple(rows["dropped"]),
+        )
+        for key, rows in frame.groupby(keys, sort=False)
+    ]
+
+
+def _pandas() -> Any:
+    return optional_module("pandas", "A trace's table")
 
 
 def _places(shape: torch.Size, granularity: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Doctor on adapter folders: each fault planted in the files is found, and a healthy folder has none."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from tests import tiny
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+import lamella.lab  # noqa: F401  registers its folders, once for all tests
 from lamella import LamellaError, MolaConfig
-from lamella.diagnostics.doctor import doctor
+from lamella.diagnostics.doctor import doctor, register_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -258,3 +260,32 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(LamellaError, match="not valid JSON"):
         doctor(tmp_path)
+
+
+def test_another_kind_of_folder_is_examined_by_who_registers_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("lamella.diagnostics.doctor._FOLDERS", {})
+    register_folder("album.json", lambda path, base, batches, examination: examination.saw(f"album {path.name}"))
+    (tmp_path / "album.json").write_text("{}")
+
+    assert doctor(tmp_path).checked == (f"album {tmp_path.name}",)
+
+
+def test_a_run_without_the_laboratory_is_one_sentence(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("lamella.lab.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    (tmp_path / "run.yaml").write_text("model: minilm")
+
+    with pytest.raises(
+        LamellaError, match=r"lamella needs pandas, which is not installed: pip install 'lamella\[lab\]'"
+    ):
+        doctor(tmp_path)
+
+
+def test_an_adapter_needs_no_laboratory(adapter, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("lamella.lab")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("lamella.adapters.bases._REGISTERED", [])
+    monkeypatch.setitem(sys.modules, "lamella.lab", None)
+
+    assert doctor(adapter).ok

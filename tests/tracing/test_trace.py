@@ -1,6 +1,7 @@
 """The trace against an independent count of every router's decisions, made from the routers' own inputs."""
 
 import math
+import sys
 
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ from tests import tiny
 from torch import Tensor, nn
 
 from lamella import LamellaError, MolaConfig
-from lamella.tracing import COLUMNS, TOKEN_COLUMNS, record_routing
+from lamella.tracing import COLUMNS, TOKEN_COLUMNS, record_routing, routers_of
 from lamella.tuners.mola import MolaLinear
 
 TOP_K = 2
@@ -258,3 +259,17 @@ def test_molex_policies_are_recorded_like_a_router(policy):
         assert entropy == pytest.approx(dict.fromkeys(range(4), math.log(4)))
     if policy == "uniform":
         assert trace.frame.share.to_numpy() == pytest.approx(0.25)
+
+
+def test_without_pandas_only_the_tables_are_missing(monkeypatch):
+    model = mixture(tiny.bert(layers=1))
+    with record_routing(model) as trace:
+        model(**tiny.batch(model.get_base_model()))
+    assert routers_of(trace.frame) == list(trace.routers)
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+
+    assert [use.num_experts for use in trace.routers] == [4] * 6
+    assert all(sum(use.shares) == pytest.approx(1) for use in trace.routers)
+    with pytest.raises(LamellaError, match="pandas, which is not installed"):
+        _ = trace.frame

@@ -8,12 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lamella.adapters.bases import published_name
 from lamella.adapters.source import Factors, LoraSource
 from lamella.errors import LamellaError
-
-# From a path or name of a model to the name it is published under, of those who know one; the laboratory knows its demo
-# models, whose folders on this machine tell nothing.
-PUBLISHED_NAMES: list[Callable[[str], str]] = []
 
 
 class Mapped(NamedTuple):
@@ -81,13 +78,6 @@ def map_to(model: nn.Module, source: LoraSource, component: str | None = None) -
     return Mapped(mapped, [*source.skipped, *others], renamed)
 
 
-def published_name(name_or_path: str) -> str:
-    """The name under which others find a model, where it is known by another here."""
-    for known in PUBLISHED_NAMES:
-        name_or_path = known(name_or_path)
-    return name_or_path
-
-
 def check_base(model: nn.Module, source: LoraSource) -> None:
     """Compares the base a LoRA names with the model's own name; what has no name is compared by its shapes alone.
 
@@ -97,6 +87,8 @@ def check_base(model: nn.Module, source: LoraSource) -> None:
     ours = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     if source.format != "PEFT" or not source.base or not ours:
         return  # kohya names a family or a file
+    if source.base == str(ours):
+        return
     named, here = published_name(source.base), published_name(str(ours))
     if named != here and Path(named).parts[-1:] != Path(here).parts[-1:]:
         raise LamellaError(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lamella.diagnostics.base import examine_fit, examine_name, load_adapter, load_base
-from lamella.diagnostics.effects import examine_effects, examine_method
-from lamella.diagnostics.files import CONFIG, examine_files
-from lamella.diagnostics.parts import random_batch
-from lamella.diagnostics.roundtrip import examine_roundtrip
-from lamella.diagnostics.undisturbed import twin
-from lamella.diagnostics.usage import examine_usage, judge_usage
+from lamella.diagnostics.adapter_folder import CONFIG, examine_files, examine_fit, examine_name, load_adapter, load_base
+from lamella.diagnostics.equivalence import examine_roundtrip
+from lamella.diagnostics.running import clone, random_batch
+from lamella.diagnostics.training_step import examine_effects, examine_method
+from lamella.diagnostics.usage import examine_usage
 from lamella.diagnostics.weights import describe_skipped, examine_numbers, examine_targets, tensors_of
 from lamella.errors import LamellaError
 from lamella.findings import Diagnosis, Examination, Finding
@@ -23,6 +23,8 @@ from lamella.tuners.routed import routed_layers
 __all__ = ["Diagnosis", "Finding", "doctor"]
 
 Batches = Iterable[Mapping[str, Any]]
+ExamineFolder = Callable[[Path, nn.Module | str | None, list[dict[str, Any]] | None, Examination], None]
+_FOLDERS: dict[str, ExamineFolder] = {}
 
 
 def doctor(
@@ -71,7 +73,7 @@ def _examine_model(
         examination.saw("saved loads equal: not examined before the errors are mended")
     else:
         examine_roundtrip(model, batches[0] if batches else random_batch(model), examination)
-    _say_without_batches(model, batches, examination)
+    say_without_batches(model, batches, examination)
 
 
 def _examine_loaded(model: nn.Module, batches: list[dict[str, Any]] | None, examination: Examination) -> None:
@@ -90,23 +92,38 @@ def _examine_loaded(model: nn.Module, batches: list[dict[str, Any]] | None, exam
         examine_usage(model, batches, examination)
 
 
+def register_folder(marker: str, examine: ExamineFolder) -> None:
+    """Lets `doctor` examine another kind of folder, which it knows by a file of that name in it.
+
+    The laboratory registers folders of runs when it is imported.
+
+    Args:
+        marker: such as "run.yaml".
+        examine: given the folder, and base and batches as `doctor` was given them; adds to the examination.
+    """
+    _FOLDERS[marker] = examine
+
+
 def _examine_path(
     path: Path, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
 ) -> None:
-    if (path / "run.yaml").is_file():
-        _examine_run(path, base, batches, examination)
-    elif (path / CONFIG).is_file():
-        model = _examine_adapter(path, base, None, batches, examination)
-        _say_without_batches(model, batches, examination)
-    else:
-        raise LamellaError(
-            f"{path} is neither the folder of an adapter (it has no {CONFIG}) nor of a run (it has no run.yaml)."
-            if path.is_dir()
-            else f"There is no folder {path}."
-        )
+    if (path / CONFIG).is_file():
+        say_without_batches(examine_adapter(path, base, None, batches, examination), batches, examination)
+        return
+    with suppress(ModuleNotFoundError):  # pip install lamella, without the extra
+        import_module("lamella.lab")
+    for marker, examine in _FOLDERS.items():
+        if (path / marker).is_file():
+            examine(path, base, batches, examination)
+            return
+    raise LamellaError(
+        f"{path} is neither the folder of an adapter (it has no {CONFIG}) nor of a run (it has no run.yaml)."
+        if path.is_dir()
+        else f"There is no folder {path}."
+    )
 
 
-def _examine_adapter(
+def examine_adapter(
     folder: Path,
     base: nn.Module | str | None,
     default: str | None,
@@ -122,7 +139,7 @@ def _examine_adapter(
     if isinstance(name, nn.Module):
         if getattr(name, "peft_config", None):
             raise LamellaError("The base that was given has an adapter already. Give the bare model, or its path.")
-        bare: nn.Module = twin(name)
+        bare: nn.Module = clone(name)
     elif name:
         loaded = _load_base(files.config, files.tensors, name, given=base is not None, examination=examination)
         if loaded is None:
@@ -156,41 +173,7 @@ def _load_base(config: Any, tensors: Any, name: str, *, given: bool, examination
         return None
 
 
-def _examine_run(
-    path: Path, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
-) -> None:
-    import pandas as pd
-
-    from lamella.lab.runs.record_checks import examine_record
-    from lamella.lab.runs.settings import settings_of
-
-    settings = settings_of(path)
-    examination.saw(f"run: {settings.model} on {settings.task} with {settings.method.name}, seed {settings.seed}")
-    model: nn.Module | None
-    if (path / "adapter" / CONFIG).is_file():
-        model = _examine_adapter(path / "adapter", base, settings.model, batches, examination)
-    elif (path / "model").is_dir():
-        model = _examine_whole_model(path / "model", examination)
-    else:
-        raise LamellaError(f"{path} holds a run without a result. Let `lamella train` finish it first.")
-    if model is None or any(finding.code == "not-finite" for finding in examination.findings):
-        return
-    examine_record(path, model, settings, examination)
-    if (path / "trace.parquet").is_file():
-        judge_usage(pd.read_parquet(path / "trace.parquet"), model, "the run's validation rows", examination)
-    else:
-        _say_without_batches(model, batches, examination)
-
-
-def _examine_whole_model(folder: Path, examination: Examination) -> nn.Module:
-    from lamella.lab.data import load_backbone
-
-    model = load_backbone(str(folder)).model
-    examine_numbers(tensors_of(model), "model", examination)
-    return model
-
-
-def _say_without_batches(
+def say_without_batches(
     model: nn.Module | None, batches: list[dict[str, Any]] | None, examination: Examination
 ) -> None:
     if model is not None and batches is None and routed_layers(model):

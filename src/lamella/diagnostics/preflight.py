@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lamella.diagnostics.effects import examine_effects, examine_method
-from lamella.diagnostics.invariance import examine_cache, examine_padding
-from lamella.diagnostics.memory import peak_memory, reset_peak_memory
-from lamella.diagnostics.parts import device_of, loss_of, to_device
-from lamella.diagnostics.roundtrip import examine_roundtrip
-from lamella.diagnostics.undisturbed import undisturbed
+from lamella.diagnostics.equivalence import examine_cache, examine_padding, examine_roundtrip
+from lamella.diagnostics.running import device_of, loss_of, preserve_state, to_device
+from lamella.diagnostics.training_step import examine_effects, examine_method
 from lamella.diagnostics.weights import describe_skipped, examine_numbers, examine_targets, tensors_of
 from lamella.errors import LamellaError
 from lamella.findings import Diagnosis, Examination
 from lamella.tuners.routed import routed_layers
 
-if TYPE_CHECKING:
-    from lamella.lab.runs.settings import RunSettings
-
 _TIMED_STEPS = 3
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def preflight(model: nn.Module, batch: Mapping[str, Any], steps: int = 1, *, bf1
     if examination.findings:
         examination.saw("everything else: not examined before these are mended")
         return _result(examination, None)
-    with undisturbed(model):
+    with preserve_state(model):
         examine_effects(model, batch, examination)
         if examination.findings:
             examination.saw("saving, padding, cache and cost: not examined before these are mended")
@@ -105,35 +102,6 @@ def preflight(model: nn.Module, batch: Mapping[str, Any], steps: int = 1, *, bf1
         examine_cache(model, batch, examination)
         estimate = _estimate(model, to_device(batch, device_of(model)), steps, bf16)
     return _result(examination, estimate)
-
-
-def preflight_of(settings: RunSettings) -> Preflight:
-    """The preflight of the run that these settings describe, on its first training rows; nothing is written.
-
-    Raises:
-        LamellaError: the model, task or method cannot be made.
-    """
-    from lamella.lab.data import encode, load_backbone
-    from lamella.lab.runs.tasks import task_of
-    from lamella.lab.runs.trainer import total_steps
-
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    task = task_of(settings)
-    backbone = load_backbone(settings.model, task)
-    encoded = encode(
-        task, backbone.tokenizer, max_length=settings.max_length, packing=settings.packing, decoder=backbone.decoder
-    )
-    if encoded.train is None:
-        raise LamellaError(f"The task '{task.name}' has no training rows. Give a task with a train split.")
-    model: Any = settings.method.build(backbone, task).model.to(PartialState().device)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    count = len(encoded.train)
-    batch = encoded.collator([encoded.train[index] for index in range(min(settings.batch_size, count))])
-    steps = total_steps(settings, count, world=1) * settings.accumulation
-    return preflight(model, batch, steps, bf16=settings.bf16)
 
 
 class FirstStep(TrainerCallback):
@@ -226,3 +194,23 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def reset_peak_memory() -> None:
+    """Forget earlier peaks of this process, where the system can (Linux, CUDA), so that runs in one process compare."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5", encoding="ascii")  # 5 resets VmHWM, the high-water mark of resident memory
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """Peak in bytes: of the GPU's allocations where there is one, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

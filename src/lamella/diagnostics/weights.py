@@ -10,7 +10,7 @@ from typing import Any
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from lamella.diagnostics.parts import transformer
+from lamella.diagnostics.running import transformer
 from lamella.findings import Examination
 
 

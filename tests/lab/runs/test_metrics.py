@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +6,7 @@ from scipy import stats
 from sklearn import metrics as oracle
 
 from lamella.errors import LamellaError
-from lamella.lab.runs.metrics import accuracy, macro_f1, matthews, metric_for, pearson, perplexity, spearman
+from lamella.lab.runs.metrics import accuracy, macro_f1, matthews, metric_for, pearson, spearman
 
 classes = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40)
 
@@ -35,16 +33,6 @@ def test_correlations_are_those_of_scipy():
 def test_a_constant_side_correlates_with_nothing():
     assert pearson(np.ones(4), np.arange(4)) == 0.0
     assert matthews(np.ones(4, int), np.arange(4)) == 0.0
-
-
-def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
-    assert perplexity(10 * math.log(7), 10) == pytest.approx(7)
-    assert perplexity(1e6, 1) == math.inf
-
-
-def test_perplexity_of_nothing_is_refused():
-    with pytest.raises(LamellaError, match="at least one predicted token"):
-        perplexity(0.0, 0)
 
 
 def test_an_unknown_metric_names_the_nearest():

@@ -4,7 +4,8 @@ import pytest
 from tests.lab.tiny_runs import tiny_settings
 
 from lamella import LamellaError
-from lamella.diagnostics.preflight import FirstStep, preflight_of
+from lamella.diagnostics.preflight import FirstStep
+from lamella.lab.runs.checks import preflight_of
 from lamella.lab.runs.run import train
 from lamella.tuners.mola import MolaLinear
 

@@ -20,7 +20,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
 )
 
-from lamella.adapters import PUBLISHED_NAMES
 from lamella.backbones.loading import saved_class
 from lamella.errors import LamellaError
 from lamella.lab.data.assets import ASSETS, cache_folder, fetch, joined_mpnet, publish
@@ -55,9 +54,6 @@ def published_name(name_or_path: str) -> str:
             if top.startswith(start):
                 return _PUBLISHED[name]
     return _PUBLISHED.get(name_or_path, name_or_path)
-
-
-PUBLISHED_NAMES.append(published_name)
 
 
 @dataclass(frozen=True)

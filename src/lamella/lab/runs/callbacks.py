@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lamella.diagnostics.usage import DEAD_SHARE
 from lamella.files import whole
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 logger = logging.getLogger("lamella")
-
-# an expert with less than this part of an even share does next to nothing
-DEAD_SHARE = 0.05
 
 
 def routing_summary(frame: pd.DataFrame) -> dict[str, float]:

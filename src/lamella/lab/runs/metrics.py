@@ -60,14 +60,6 @@ def mean_squared_error(predictions: Array, labels: Array) -> float:
     return float(np.mean((predictions.astype(np.float64) - labels.astype(np.float64)) ** 2))
 
 
-def perplexity(nll: float, tokens: int) -> float:
-    """Exponential of the negative log-likelihood per token; ``nll`` in nats, summed over ``tokens`` tokens."""
-    if tokens == 0:
-        raise LamellaError("Perplexity needs at least one predicted token; every label here is masked or missing.")
-    # beyond this the float overflows; the honest value is then infinity
-    return math.exp(nll / tokens) if nll / tokens < 700.0 else math.inf
-
-
 @dataclass(frozen=True)
 class Metric:
     """A score by name; ``function`` takes predictions (N,) and labels (N,)."""

@@ -16,8 +16,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from lamella.diagnostics.memory import peak_memory, reset_peak_memory
-from lamella.diagnostics.preflight import FirstStep
+from lamella.diagnostics.preflight import FirstStep, peak_memory, reset_peak_memory
 from lamella.errors import LamellaError
 from lamella.files import whole
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from lamella.diagnostics.base import head_size, load_base
-from lamella.diagnostics.files import CONFIG
+from lamella.diagnostics.adapter_folder import CONFIG, head_size, load_base
 from lamella.errors import LamellaError
 from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder

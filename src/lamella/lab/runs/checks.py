@@ -1,4 +1,4 @@
-"""What a run says of itself, held against what its files do."""
+"""What `lamella.doctor` examines of a run's folder, and the preflight of a run before there is one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,60 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
+from accelerate import PartialState
 from torch import nn
 
-from lamella.diagnostics.undisturbed import undisturbed
+from lamella.diagnostics.adapter_folder import CONFIG
+from lamella.diagnostics.doctor import examine_adapter, say_without_batches
+from lamella.diagnostics.preflight import Preflight, preflight
+from lamella.diagnostics.running import preserve_state
+from lamella.diagnostics.usage import judge_usage
+from lamella.diagnostics.weights import examine_numbers, tensors_of
 from lamella.errors import LamellaError
 from lamella.findings import Examination
 from lamella.lab.data import encode, load_backbone
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.scoring import score
+from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.runs.tasks import task_of
+from lamella.lab.runs.trainer import total_steps
+from lamella.tracing import routers_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lamella.lab.runs.settings import RunSettings
-
 _ROWS = 16
 _DIFFERENCE = 1e-3  # in nats or units of the label: far above rounding, far below another model
 _ALIKE = 0.9  # part of the rows; a token between two experts may go the other way in another batch
+
+
+def examine_run(
+    path: Path, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
+) -> None:
+    """Examines the run's adapter or model as its own folder, then its record and its trace.
+
+    Raises:
+        LamellaError: the run has no result yet.
+    """
+    settings = settings_of(path)
+    examination.saw(f"run: {settings.model} on {settings.task} with {settings.method.name}, seed {settings.seed}")
+    model: nn.Module | None
+    if (path / "adapter" / CONFIG).is_file():
+        model = examine_adapter(path / "adapter", base, settings.model, batches, examination)
+    elif (path / "model").is_dir():
+        model = load_backbone(str(path / "model")).model
+        examine_numbers(tensors_of(model), "model", examination)
+    else:
+        raise LamellaError(f"{path} holds a run without a result. Let `lamella train` finish it first.")
+    if model is None or any(finding.code == "not-finite" for finding in examination.findings):
+        return
+    examine_record(path, model, settings, examination)
+    if (path / "trace.parquet").is_file():
+        frame = pd.read_parquet(path / "trace.parquet")
+        judge_usage(routers_of(frame), model, "the run's validation rows", examination)
+    else:
+        say_without_batches(model, batches, examination)
 
 
 def examine_record(folder: Path, model: nn.Module, settings: RunSettings, examination: Examination) -> None:
@@ -52,7 +88,7 @@ def _examine_predictions(folder: Path, model: nn.Module, settings: RunSettings, 
     split = "validation" if encoded.validation is not None else "test"
     rows: Any = encoded.validation if encoded.validation is not None else encoded.test
     rows = rows.select(_first(rows))
-    with undisturbed(model):
+    with preserve_state(model):
         columns = score(model, task, rows, encoded.collator, settings.eval_batch_size).columns
     unlike = _unlike(kept[kept["split"] == split], columns)
     if unlike.mean() > 1 - _ALIKE:
@@ -84,3 +120,28 @@ def _report(what: str, examination: Examination) -> None:
         "the adapter in the folder is not the model whose scores the folder reports",
         "restore the folder from a copy, or run it again with --force",
     )
+
+
+def preflight_of(settings: RunSettings) -> Preflight:
+    """The preflight of the run that these settings describe, on its first training rows; nothing is written.
+
+    Raises:
+        LamellaError: the model, task or method cannot be made.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    task = task_of(settings)
+    backbone = load_backbone(settings.model, task)
+    encoded = encode(
+        task, backbone.tokenizer, max_length=settings.max_length, packing=settings.packing, decoder=backbone.decoder
+    )
+    if encoded.train is None:
+        raise LamellaError(f"The task '{task.name}' has no training rows. Give a task with a train split.")
+    model: Any = settings.method.build(backbone, task).model.to(PartialState().device)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    count = len(encoded.train)
+    batch = encoded.collator([encoded.train[index] for index in range(min(settings.batch_size, count))])
+    steps = total_steps(settings, count, world=1) * settings.accumulation
+    return preflight(model, batch, steps, bf16=settings.bf16)

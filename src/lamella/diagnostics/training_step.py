@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.diagnostics.parts import device_of, loss_of, random_batch, to_device, transformer
-from lamella.diagnostics.undisturbed import undisturbed, without_checkpointing
+from lamella.diagnostics.running import (
+    device_of,
+    loss_of,
+    preserve_state,
+    random_batch,
+    to_device,
+    transformer,
+    without_checkpointing,
+)
 from lamella.errors import LamellaError
 from lamella.findings import Examination
 from lamella.routing import collect_losses, find_tracker
@@ -54,7 +61,7 @@ def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examinati
         return
     batch = to_device(batch, device_of(model))
     try:
-        with undisturbed(model):
+        with preserve_state(model):
             model.train()
             reached = _examine_balance(model, layers, batch, examination)
             _examine_gradients(model, reached, batch, examination)
@@ -73,7 +80,7 @@ def examine_method(model: nn.Module, batch: Mapping[str, Any], examination: Exam
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, RoutedModel):
         batch = to_device(batch, device_of(model))
-        with undisturbed(model), torch.no_grad():
+        with preserve_state(model), torch.no_grad():
             model.eval()
             tuner.examine(model, lambda: float(loss_of(model(**batch))), examination)
 
