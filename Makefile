@@ -24,7 +24,7 @@ imports: .venv/installed
 check: lint types imports test
 
 bench: .venv/installed
-	$(BIN)/lamella bench mola
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf .venv runs

@@ -14,7 +14,6 @@ import typer
 from typer.core import TyperCommand
 
 from lamella.cli.allocate import allocate
-from lamella.cli.bench import bench
 from lamella.cli.build import build
 from lamella.cli.compare import compare
 from lamella.cli.compose import compose
@@ -48,8 +47,7 @@ app = typer.Typer(
 for command in (demo, train, compose, compare, evaluate, trace, export, doctor, allocate, evidence, build):
     app.command(cls=_Command)(command)
 app.add_typer(similarity, name="similarity")
-app.add_typer(bench, name="bench")
-for step in [*similarity.registered_commands, *bench.registered_commands]:
+for step in similarity.registered_commands:
     step.cls = _Command
 
 

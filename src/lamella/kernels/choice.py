@@ -4,7 +4,7 @@ from typing import Literal
 
 Form = Literal["dense", "sorted"]
 
-# Measured on CPU (`lamella bench forms`, r=8): the dense form computes all E experts in two skinny GEMMs, the sorted
+# Measured on CPU (`python -m benchmarks forms`): the dense form computes all E experts in two skinny GEMMs, the sorted
 # form only the k chosen ones in 2 E smaller ones; they cross where the experts' ranks together pass 165 (width 768) to
 # 185 (width 2048) columns.
 SORTED_ABOVE = 160

@@ -41,7 +41,7 @@ def clock_for(threads: int, device: str) -> Clock:
     return "process CPU time" if threads == 1 else "wall time"
 
 
-def time_rounds(steps: Mapping[str, Callable[[], None]], rounds: int, clock: Clock) -> dict[str, list[float]]:
+def time_rounds(steps: Mapping[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
     """Seconds of each arm's step in each round, after a round that is not counted.
 
     All arms run in every round, and each round starts with another arm.

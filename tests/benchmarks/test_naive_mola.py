@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 
+from benchmarks.encoder import build_batch, build_encoder, forward
+from benchmarks.naive_mola import NaiveMola, naive_copy
 from lamella import MolaConfig
 from lamella.kernels import mix_reference
-from lamella.lab.bench.encoder import build_batch, build_encoder, forward
-from lamella.lab.bench.naive import NaiveMola, naive_copy
 
 
 @given(num_experts=st.integers(2, 6), tokens=st.integers(1, 9), seed=st.integers(0, 1000))

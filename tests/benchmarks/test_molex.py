@@ -1,51 +1,54 @@
 import pytest
 import torch
 
-from lamella import cli
+from benchmarks.__main__ import run
+from benchmarks.encoder import build_batch, build_encoder, forward, twin
+from benchmarks.molex import check_decisions, check_equality, inference_threads
+from benchmarks.molex_models import (
+    BF16,
+    RECOMPUTED,
+    MolexSettings,
+    agreeing,
+    build_models,
+    disagree,
+    molex,
+    routers,
+)
+from benchmarks.naive_molex import NaiveMolexBlock, loras
 from lamella.errors import LamellaError
-from lamella.lab.bench import MolexSettings, bench_molex, load_result, render_result, render_table, write_result
-from lamella.lab.bench.encoder import build_batch, build_encoder, forward, twin
-from lamella.lab.bench.molex import check_decisions, check_molex_equality, inference_threads
-from lamella.lab.bench.molex_arms import BF16, RECOMPUTED, agreeing, build_molex_arms, disagree, molex, routers
-from lamella.lab.bench.naive_molex import NaiveMolexBlock, loras
 
-TINY = {"rounds": 2, "tokens": 512, "hidden": 32, "layers": 5, "inference_batches": (2,), "inference_threads": (1, 999)}
+TINY = {"rounds": 2, "tokens": 512, "hidden": 32, "layers": 5, "inference_batches": (2,)}
 NAMES = ["lora", "molex p=0", "molex p=1/5", "molex p=2/5", "molex p=1", BF16, RECOMPUTED]
 NAMES += ["molex p=0, 2 guests", "molex p=0, 4 guests", "naive p=2/5"]
 
 
-@pytest.fixture(scope="module")
-def result():
-    return bench_molex(MolexSettings(**TINY))
-
-
 @pytest.fixture
-def arms():
+def built():
     torch.manual_seed(0)
     settings = MolexSettings(**TINY)
     base = build_encoder(settings.hidden, settings.layers)
     batch = build_batch(settings.tokens, settings.hidden)
-    return settings, base, build_molex_arms(settings, base, batch), batch
+    return settings, base, build_models(settings, base, batch), batch
 
 
-def test_the_record_holds_the_train_step_and_inference(result):
-    train, inference = result.cases
+def test_the_record_holds_the_train_step_and_inference(record):
+    train, inference = record("molex").cases
     assert [arm.name for arm in train.arms] == NAMES
     assert [arm.name for arm in inference.arms] == [*NAMES[:6], NAMES[-1]]
     assert (inference.name, inference.threads, inference.clock) == ("batch 2, 1 thread", 1, "process CPU time")
     assert all(len(arm.seconds) == 2 for arm in train.arms + inference.arms)
 
 
-def test_every_arm_was_compared_first(result):
-    (case, _) = result.cases
+def test_every_arm_was_compared_first(record):
+    (case, _) = record("molex").cases
     lora, router = 2 * 2 * 5, 2 * 5
     routed = len(NAMES) - 2  # all but lora and naive, which is compared with
     assert case.equality.tensors == lora + routed * (lora + router)
     assert 0 <= max(case.equality.output, case.equality.gradient) < 1e-12
 
 
-def test_blocks_run_and_operations_follow_the_share(result):
-    (train, inference) = result.cases
+def test_blocks_run_and_operations_follow_the_share(record):
+    (train, inference) = record("molex").cases
     for case in (train, inference):
         lora = case.arm("lora").flops
         for arm in case.arms:
@@ -56,40 +59,19 @@ def test_blocks_run_and_operations_follow_the_share(result):
     assert runs["naive p=2/5"] == 2  # whatever the share
 
 
-def test_recomputed_guests_keep_little(result):
-    (case, _) = result.cases
+def test_recomputed_guests_keep_little(record):
+    (case, _) = record("molex").cases
     kept = {arm.name: arm.kept_mb for arm in case.arms}
     assert kept["lora"] < kept[RECOMPUTED] < 1.25 * kept["lora"] < kept["molex p=1/5"] < kept["molex p=0"]
 
 
-def test_a_record_survives_its_file_and_shows_targets(result, tmp_path):
-    path = tmp_path / "bench.json"
-    write_result(result, path)
-    assert load_result(path) == result
-    page = render_table(path)
-    assert page.count("| <= ") == 8
-    assert "| train step, molex p=1/5 / lora |" in page
-    assert "<= 1.890" in page  # 1.05 * (2 - 1/5)
-    assert "Not timed with 999 threads" in page
-
-
-def test_a_target_is_met_or_missed(result):
-    fast = result.model_copy(deep=True)
-    for ratio in fast.cases[0].ratios:
-        ratio.median = 1.0
-    assert "missed" not in render_result(fast)
-    for ratio in fast.cases[0].ratios:
-        ratio.median = 3.0
-    assert render_result(fast).count("**missed**") == 7
-
-
-def test_all_arms_use_the_same_frozen_weights_and_equal_loras(arms):
-    _, _, arms, _ = arms
-    models = [arm.model for arm in arms.values()]
-    places = [{p.data_ptr() for p in model.parameters() if not p.requires_grad} for model in models]
+def test_all_use_the_same_frozen_weights_and_equal_loras(built):
+    _, _, models, _ = built
+    nets = [one.model for one in models.values()]
+    places = [{p.data_ptr() for p in model.parameters() if not p.requires_grad} for model in nets]
     assert all(place == places[0] for place in places)
-    first = loras(models[0])
-    for model in models[1:]:
+    first = loras(nets[0])
+    for model in nets[1:]:
         for theirs, ours in zip(first, loras(model), strict=True):
             assert torch.equal(theirs[0], ours[0])
             assert torch.equal(theirs[1], ours[1])
@@ -97,9 +79,9 @@ def test_all_arms_use_the_same_frozen_weights_and_equal_loras(arms):
 
 
 @pytest.mark.parametrize("guests", [2, 4])
-def test_sequences_disagree_as_asked(arms, guests):
-    settings, base, arms, batch = arms
-    model = molex(settings, base, arms["lora"].model)
+def test_sequences_disagree_as_asked(built, guests):
+    settings, base, models, batch = built
+    model = molex(settings, base, models["lora"].model)
     disagree(model, batch, guests)
     chosen = []
     for block, router in routers(model):
@@ -113,37 +95,36 @@ def test_sequences_disagree_as_asked(arms, guests):
     assert chosen == [[1 + row % guests for row in range(4)]] * 5
 
 
-def test_a_decision_that_is_not_the_stated_one_is_not_timed(arms):
-    _, _, arms, batch = arms
-    _, router = routers(arms["molex p=0"].model)[2]
+def test_a_decision_that_is_not_the_stated_one_is_not_timed(built):
+    _, _, models, batch = built
+    _, router = routers(models["molex p=0"].model)[2]
     with torch.no_grad():
         router.bias[2] = 9.0  # one block now chooses itself
     with pytest.raises(LamellaError, match=r"'molex p=0' was to run 2 .* ran 1\.8"):
-        check_decisions(arms, batch)
+        check_decisions(models, batch)
 
 
-def test_nothing_is_timed_when_the_forms_differ(monkeypatch):
+def test_nothing_is_timed_when_the_forms_differ(monkeypatch, capsys):
     right = NaiveMolexBlock.forward
     monkeypatch.setattr(NaiveMolexBlock, "forward", lambda block, h, *args, **kw: right(block, h, *args, **kw) * 1.001)
-    started = []
     with pytest.raises(LamellaError, match="nothing was timed"):
-        bench_molex(MolexSettings(**TINY), starting=started.append)
-    assert not any("timing" in words for words in started)
+        run("molex", [], quick=True)
+    assert "timing" not in capsys.readouterr().err
 
 
-def test_alpha_of_one_is_compared_with_lora(arms):
-    settings, base, arms, batch = arms
-    only_lora = {"lora": arms["lora"]}
-    assert check_molex_equality(settings, base, only_lora, batch).tensors == 2 * 2 * 5
+def test_alpha_of_one_is_compared_with_lora(built):
+    settings, base, models, batch = built
+    only_lora = {"lora": models["lora"]}
+    assert check_equality(settings, base, only_lora, batch).tensors == 2 * 2 * 5
     other = twin(base)
     other.encoder.layer[0].output.dense.bias = torch.nn.Parameter(torch.arange(32.0).double(), False)
     with pytest.raises(LamellaError, match="nothing was timed"):
-        check_molex_equality(settings, other, only_lora, batch)
+        check_equality(settings, other, only_lora, batch)
 
 
-def test_a_block_that_chooses_itself_does_so_evenly_over_the_depth(arms):
-    settings, base, arms, _ = arms
-    model = agreeing(settings, base, arms["lora"].model, 2)
+def test_a_block_that_chooses_itself_does_so_evenly_over_the_depth(built):
+    settings, base, models, _ = built
+    model = agreeing(settings, base, models["lora"].model, 2)
     own = [int(router.bias.argmax()) == block.place.layer for block, router in routers(model)]
     assert own == [False, False, True, False, True]
 
@@ -171,13 +152,3 @@ def test_threads_are_those_that_the_machine_has_cores_for(monkeypatch):
 def test_settings_that_cannot_be_are_refused_by_name(changes, culprit):
     with pytest.raises(LamellaError, match=culprit):
         MolexSettings.parse({**TINY, **changes})
-
-
-def test_the_command_refuses_before_it_starts(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "bench.json"
-    monkeypatch.setattr("sys.argv", ["lamella", "bench", "molex", "--tokens", "256", "-o", str(path)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 2
-    assert "tokens=256" in capsys.readouterr().err
-    assert not path.exists()

@@ -1,42 +1,24 @@
-import pytest
 import torch
 from tests import tiny_moe
 
+from benchmarks.naive_similarity import capture_pair
+from benchmarks.tables import render
 from lamella.backbones.moe import moe_layers
-from lamella.lab.bench import SimilaritySettings, bench_similarity, render_result
-from lamella.lab.bench.naive_similarity import capture_pair
-
-TINY = SimilaritySettings(
-    rounds=2,
-    flow_rounds=2,
-    grids=((8, 2), (16, 2)),
-    samples=12,
-    steps=3,
-    width=16,
-    layers=2,
-    experts=15,
-    side=2,
-    batches=2,
-)
 
 
-@pytest.fixture(scope="module")
-def result():
-    return bench_similarity(TINY)
-
-
-def test_every_case_times_what_gives_the_same_losses(result):
-    assert [case.name for case in result.cases] == [
+def test_every_case_times_what_gives_the_same_losses(record):
+    cases = record("similarity").cases
+    assert [case.name for case in cases] == [
         "training, d=8, 4 pairs", "training, d=16, 4 pairs", "end to end, d=16, 4 of 225 pairs of two layers",
     ]  # fmt: skip
-    for case in result.cases:
+    for case in cases:
         assert max(case.equality.output, case.equality.gradient) < 1e-9
-    assert [arm.name for arm in result.cases[0].arms] == ["published", "sequential", "batched"]
-    assert [arm.name for arm in result.cases[-1].arms] == ["published flow", "lamella"]
+    assert [arm.name for arm in cases[0].arms] == ["published", "sequential", "batched"]
+    assert [arm.name for arm in cases[-1].arms] == ["published flow", "lamella"]
 
 
-def test_the_record_stands_as_tables(result):
-    page = render_result(result)
+def test_the_record_stands_as_tables(record):
+    page = render(record("similarity"))
     assert "12 samples of an expert, 3 steps" in page
     assert "| training, d=8, 4 pairs: published / batched |" in page
     assert ": published flow / lamella |" in page

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import BertModel
 
-from lamella.lab.bench.encoder import twin
+from benchmarks.encoder import twin
 from lamella.tuners.molex import MolexBlock
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
+from benchmarks.equality import Equality, compare, worst_of
+from benchmarks.measure import Timed, measure_case
+from benchmarks.naive_similarity import LR, capture_pair, train_pair
+from benchmarks.record import Benchmark, BenchSettings, Case, Record, Say, Target
 from lamella.aligners import aligner_class
 from lamella.backbones.moe import Expert, moe_layers
 from lamella.backbones.moe.family import Gated
-from lamella.lab.bench.equality import Equality, compare, worst_of
-from lamella.lab.bench.naive_similarity import LR, capture_pair, train_pair
-from lamella.lab.bench.results import Arm, BenchResult, Case
-from lamella.lab.bench.settings import SimilaritySettings
-from lamella.lab.studies.measuring import clock_for, ratio, time_rounds, using_threads
 from lamella.similarity.activations import Capture, capture
 from lamella.similarity.alignment.frozen import FrozenExpert
 from lamella.similarity.alignment.stack import start_stack
@@ -36,6 +37,30 @@ _WORDS = {
     "published flow": "the model run for every pair, one aligner after the other",
     "lamella": "lamella's: one capture of all experts on disk, all sources of a target at once",
 }
+# What it is measured against: times of the published way over lamella's, by the experts' width, and end to end.
+_LEAST_TRAINING = {64: 3.0, 256: 1.6}
+_LEAST_END_TO_END = 30.0
+
+
+class SimilaritySettings(BenchSettings):
+    """Aligners of pairs of experts, trained for ``steps`` on ``samples`` tokens of each source.
+
+    ``grids`` are (features, experts on each side) of training alone; the rest is of the complete flow: a model of
+    Qwen1.5-MoE's shape but narrow, of which ``side`` experts of one layer are compared with as many of the next, on so
+    many ``batches`` of 8 x 128 tokens. It takes minutes a round and has rounds of its own.
+    """
+
+    rounds: int = Field(5, ge=2)
+    tokens: int = Field(1024, ge=1)
+    grids: tuple[tuple[PositiveInt, PositiveInt], ...] = ((64, 8), (256, 4))
+    samples: PositiveInt = 256
+    steps: PositiveInt = 10
+    flow_rounds: int = Field(2, ge=2)
+    width: PositiveInt = 128
+    layers: int = Field(24, ge=2)
+    experts: int = Field(60, ge=15)
+    side: PositiveInt = 8
+    batches: PositiveInt = 6
 
 
 @dataclass(frozen=True)
@@ -74,26 +99,18 @@ class _Grid:
         return torch.stack(losses).view(len(self.targets), -1)
 
 
-def bench_similarity(settings: SimilaritySettings, starting: Callable[[str], object] = lambda _: None) -> BenchResult:
+def run(settings: SimilaritySettings, say: Say) -> list[Case]:
     """Times training alone for each width, then everything from text to losses, equality of the losses first.
-
-    Args:
-        settings: widths, experts, samples, steps, rounds, threads, precision and device.
-        starting: told which case begins.
 
     Raises:
         LamellaError: batched and sequential training differ in float64.
     """
-    torch.manual_seed(0)
     cases = []
-    with using_threads(settings.threads):
-        for width, side in settings.grids:
-            starting(f"training, {width} features, {side * side} pairs")
-            cases.append(_training(settings, width, side))
-        starting("end to end")
-        cases.append(_end_to_end(settings))
-    clock = clock_for(settings.threads, settings.device)
-    return BenchResult(bench="similarity", settings=settings.model_dump(mode="json"), clock=clock, cases=cases)
+    for width, side in settings.grids:
+        say(f"training, {width} features, {side * side} pairs")
+        cases.append(_training(settings, width, side))
+    say("end to end")
+    return [*cases, _end_to_end(settings)]
 
 
 def _training(settings: SimilaritySettings, width: int, side: int) -> Case:
@@ -117,7 +134,7 @@ def _training(settings: SimilaritySettings, width: int, side: int) -> Case:
     }
     pairs = (("published", "batched"), ("sequential", "batched"))
     name = f"training, d={width}, {side * side} pairs"
-    return _case(name, settings, settings.rounds, steps, pairs, equality)
+    return measure_case(name, _timed(steps), pairs, equality, settings)
 
 
 def _end_to_end(settings: SimilaritySettings) -> Case:
@@ -149,7 +166,8 @@ def _end_to_end(settings: SimilaritySettings) -> Case:
     model.to(settings.torch_dtype)
     steps: dict[str, Callable[[], object]] = {"published flow": published, "lamella": ours}
     name = f"end to end, d={settings.width}, {side * side} of {settings.experts**2} pairs of two layers"
-    return _case(name, settings, settings.flow_rounds, steps, (("published flow", "lamella"),), equality)
+    pairs = (("published flow", "lamella"),)
+    return measure_case(name, _timed(steps), pairs, equality, settings, rounds=settings.flow_rounds)
 
 
 def _captured(model: nn.Module, captured: Capture, first: int, second: int, settings: SimilaritySettings) -> _Grid:
@@ -204,15 +222,33 @@ def _same(exact: _Grid) -> Equality:
     )  # fmt: skip
 
 
-def _case(
-    name: str,
-    settings: SimilaritySettings,
-    rounds: int,
-    steps: Mapping[str, Callable[[], object]],
-    pairs: Sequence[tuple[str, str]],
-    equality: Equality,
-) -> Case:
-    timed = {arm: (lambda step=step: (step(), None)[1]) for arm, step in steps.items()}
-    seconds = time_rounds(timed, rounds, clock_for(settings.threads, settings.device))
-    arms = [Arm.of(arm, _WORDS[arm], seconds[arm], 0, 0.0) for arm in steps]
-    return Case(name=name, arms=arms, equality=equality, ratios=[ratio(seconds, arm, over) for arm, over in pairs])
+def _timed(steps: dict[str, Callable[[], object]]) -> dict[str, Timed]:
+    return {arm: Timed(_WORDS[arm], step) for arm, step in steps.items()}
+
+
+def targets(record: Record) -> Sequence[Target]:
+    """The gain over the published way, for training alone and from text to losses."""
+    figures = []
+    *training, flow = record.cases
+    for case, (width, _) in zip(training, record.settings["grids"], strict=True):
+        published, sequential = (case.ratio(arm, "batched") for arm in ("published", "sequential"))
+        least = _LEAST_TRAINING.get(width)
+        figures.append(Target(f"{case.name}: published / batched", published, least=least, digits=1))
+        figures.append(Target(f"{case.name}: sequential / batched", sequential))
+    gain = flow.ratio("published flow", "lamella")
+    return [*figures, Target(f"{flow.name}: published flow / lamella", gain, least=_LEAST_END_TO_END, digits=0)]
+
+
+def shape(settings: dict[str, Any]) -> str:
+    """What was measured, in words."""
+    return (
+        f"{settings['samples']} samples of an expert, {settings['steps']} steps; end to end {settings['layers']} "
+        f"layers of {settings['width']} with {settings['experts']} experts, {1024 * settings['batches']:,} tokens"
+    )
+
+
+_QUICK = {
+    "rounds": 2, "flow_rounds": 2, "grids": ((8, 2), (16, 2)), "samples": 12, "steps": 3, "width": 16, "layers": 2,
+    "experts": 15, "side": 2, "batches": 2,
+}  # fmt: skip
+SIMILARITY = Benchmark(SimilaritySettings, _QUICK, run, targets, shape)

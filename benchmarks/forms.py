@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import Field
 from torch import Tensor, nn
 
+from benchmarks.equality import Equality, compare
+from benchmarks.measure import Timed, measure_case
+from benchmarks.record import Benchmark, BenchSettings, Case, Record, Say, Target
 from lamella.kernels import mix_dense, mix_sorted, project
-from lamella.lab.bench.equality import Equality, compare
-from lamella.lab.bench.results import Arm, BenchResult, Case
-from lamella.lab.bench.settings import FormsSettings
 from lamella.lab.methods import trainable_parameters
-from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
+from lamella.lab.studies.measuring import kept_megabytes
 from lamella.routing import LinearRouter
 
 _SCALING = 2.0
+_PAIRS = (("dense", "frozen"), ("sorted", "frozen"), ("lora", "frozen"), ("sorted", "dense"), ("dense", "lora"))
+
+
+class FormsSettings(BenchSettings):
+    """A layer of every width with every number of experts of rank r."""
+
+    tokens: int = Field(2048, ge=1)
+    widths: tuple[int, ...] = (768, 2048)
+    num_experts: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    r: int = Field(8, ge=1)
+    top_k: Literal[2] = 2
 
 
 class Mixed(nn.Module):
@@ -50,66 +64,42 @@ class Mixed(nn.Module):
         return mix_sorted(y, x, routing.weights, routing.indices, self.A, self.B, _SCALING)
 
 
-def bench_forms(settings: FormsSettings, starting: Callable[[str], object] = lambda _: None) -> BenchResult:
+def run(settings: FormsSettings, say: Say) -> list[Case]:
     """Times forward and backward of each form for every width and number of experts, equality first.
-
-    Args:
-        settings: widths, numbers of experts, rounds, threads, precision and device.
-        starting: told which layer begins.
 
     Raises:
         LamellaError: the forms differ in float64.
     """
-    torch.manual_seed(0)
     cases = []
-    with using_threads(settings.threads):
-        for width in settings.widths:
-            for num_experts in settings.num_experts:
-                starting(f"d={width}, E={num_experts}")
-                cases.append(_measure(settings, width, num_experts))
-    clock = clock_for(settings.threads, settings.device)
-    return BenchResult(bench="forms", settings=settings.model_dump(mode="json"), clock=clock, cases=cases)
+    for width in settings.widths:
+        for num_experts in settings.num_experts:
+            say(f"d={width}, E={num_experts}")
+            cases.append(_case(settings, width, num_experts))
+    return cases
 
 
-def _measure(settings: FormsSettings, width: int, num_experts: int) -> Case:
+def _case(settings: FormsSettings, width: int, num_experts: int) -> Case:
     x = torch.randn(settings.tokens, width, requires_grad=True)
-    arms, words = _arms(settings, width, num_experts)
-    equality = _check_equality(arms["dense"], arms["sorted"], x)
-    for arm in arms.values():
-        arm.to(settings.device, settings.torch_dtype)
-    x = x.detach().to(settings.device, settings.torch_dtype).requires_grad_()
-    target = torch.randn_like(x)
-    kept = {name: _kept(arm, x) for name, arm in arms.items()}
-    steps = {name: _step(arm, x, target) for name, arm in arms.items()}
-    seconds = time_rounds(steps, settings.rounds, clock_for(settings.threads, settings.device))
-    measured = [
-        Arm.of(name, words[name], seconds[name], trainable_parameters(arm), kept[name]) for name, arm in arms.items()
-    ]
-    pairs = (("dense", "frozen"), ("sorted", "frozen"), ("lora", "frozen"), ("sorted", "dense"), ("dense", "lora"))
-    return Case(
-        name=f"d={width}, E={num_experts}",
-        arms=measured,
-        equality=equality,
-        ratios=[ratio(seconds, arm, over) for arm, over in pairs],
-    )
-
-
-def _arms(settings: FormsSettings, width: int, num_experts: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """All arms around one frozen layer; dense and sorted have the same weights."""
     base = nn.Linear(width, width).requires_grad_(False)
-    dense = Mixed(base, num_experts, settings.r, settings.top_k, "dense")
-    by_token = Mixed(base, num_experts, settings.r, settings.top_k, "sorted")
+    dense, by_token = (Mixed(base, num_experts, settings.r, settings.top_k, form) for form in ("dense", "sorted"))
     by_token.load_state_dict(dense.state_dict())
     rank = num_experts * settings.r
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"])
-    arms = {"frozen": base, "dense": dense, "sorted": by_token, "lora": get_peft_model(nn.Sequential(base), config)}
-    words = {
-        "frozen": "the frozen layer, gradient to its input",
-        "dense": "lamella's dense form",
-        "sorted": "lamella's sorted form",
-        "lora": f"PEFT LoRA of rank {rank}",
+    lora = get_peft_model(nn.Sequential(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"]))
+    equality = _check_equality(dense, by_token, x)
+    x = x.detach().to(settings.device, settings.torch_dtype).requires_grad_()
+    gradient = torch.randn_like(x)
+    modules = {
+        "frozen": (base, "the frozen layer, gradient to its input"),
+        "dense": (dense, "lamella's dense form"),
+        "sorted": (by_token, "lamella's sorted form"),
+        "lora": (lora, f"PEFT LoRA of rank {rank}"),
     }
-    return arms, words
+    arms = {}
+    for name, (module, what) in modules.items():
+        module.to(settings.device, settings.torch_dtype)
+        step = _step(module, x, gradient)
+        arms[name] = Timed(what, step, trainable_parameters(module), partial(_kept, module, x))
+    return measure_case(f"d={width}, E={num_experts}", arms, _PAIRS, equality, settings)
 
 
 def _check_equality(dense: nn.Module, by_token: nn.Module, x: Tensor) -> Equality:
@@ -135,3 +125,17 @@ def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
 
 def _kept(module: nn.Module, x: Tensor) -> float:
     return kept_megabytes(lambda: module(x), [*module.parameters(), *module.buffers(), x])
+
+
+def targets(record: Record) -> Sequence[Target]:
+    """None: where the faster form changes is a finding."""
+    return ()
+
+
+def shape(settings: dict[str, Any]) -> str:
+    """What was measured, in words."""
+    return f"r={settings['r']}, top-{settings['top_k']}, {settings['tokens']:,} tokens, none of them padding"
+
+
+_QUICK = {"rounds": 2, "tokens": 32, "widths": (16,), "num_experts": (2, 4)}
+FORMS = Benchmark(FormsSettings, _QUICK, run, targets, shape, by_case="d=")

@@ -1,4 +1,4 @@
-"""The arms of MoLEx's benchmark, all made from one frozen encoder, with routers that decide as it is stated."""
+"""The models of MoLEx's benchmark, all made from one frozen encoder, with routers that decide as they are told."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from transformers import BertModel
+from typing_extensions import Self
 
-from lamella.lab.bench.arms import Trained
-from lamella.lab.bench.encoder import Batch, forward, twin
-from lamella.lab.bench.naive_molex import copy_loras, naive_molex_copy
-from lamella.lab.bench.settings import MOST_GUESTS, MolexSettings
+from benchmarks.encoder import SEQUENCE, Batch, EncoderSettings, forward, twin
+from benchmarks.naive_molex import copy_loras, naive_molex_copy
+from lamella.errors import LamellaError
 from lamella.routing import Router
 from lamella.tuners.molex import MolexBlock, MolexConfig
 
@@ -26,53 +27,83 @@ RECOMPUTED = f"{EXACT}, recomputed"
 _BIAS = 2.0
 
 
+# A batch whose sequences disagree is timed with up to this many different guests in every block.
+MOST_GUESTS = 4
+
+
+class MolexSettings(EncoderSettings):
+    """One guest in every block, LoRA of rank r on query and value inside the blocks.
+
+    Inference is timed for each number of sequences in ``inference_batches`` with each of ``inference_threads`` that the
+    machine has cores for.
+    """
+
+    layers: int = Field(12, ge=MOST_GUESTS + 1)
+    alpha: float = Field(0.95, gt=0, lt=1)
+    inference_batches: tuple[PositiveInt, ...] = (1, 32)
+    inference_threads: tuple[PositiveInt, ...] = (1, 2)
+
+    @model_validator(mode="after")
+    def _sequences_can_disagree(self) -> Self:
+        if self.tokens < MOST_GUESTS * SEQUENCE:
+            raise LamellaError(
+                f"tokens={self.tokens} are fewer than {MOST_GUESTS} rows of {SEQUENCE}, whose sequences could choose "
+                f"{MOST_GUESTS} different guests; use at least {MOST_GUESTS * SEQUENCE}."
+            )
+        return self
+
+
 @dataclass(frozen=True)
-class MolexArm(Trained):
-    """A model to be timed, what it is in words, and what its routers are to decide.
+class MolexModel:
+    """A model to be timed, and what its routers are to decide.
 
     Attributes:
+        model: to be timed.
+        what: what it is, in words.
         rows: how often a sequence runs through a block, per block: 2 - p where a share p of them choose themselves.
         calls: how often a block is called, per block: once more for each further guest that a batch chose.
     """
 
+    model: nn.Module
+    what: str
     rows: Fraction
     calls: Fraction
 
 
-def build_molex_arms(settings: MolexSettings, base: BertModel, batch: Batch) -> dict[str, MolexArm]:
-    """All arms, in float32 on the CPU, with the same frozen weights and equal LoRAs.
+def build_models(settings: MolexSettings, base: BertModel, batch: Batch) -> dict[str, MolexModel]:
+    """All of them, in float32 on the CPU, with the same frozen weights and equal LoRAs.
 
     Args:
         settings: of the benchmark.
         base: the frozen encoder.
-        batch: on which the sequences of some arms are to disagree.
+        batch: on which the sequences of some are to disagree.
     """
     lora = get_peft_model(twin(base), _lora_config(settings, init=False))
     one, two = Fraction(1), Fraction(2)
-    what = f"PEFT LoRA of rank {settings.r} on query and value, as in every other arm"
-    arms = {"lora": MolexArm(lora, what, one, one)}
+    what = f"PEFT LoRA of rank {settings.r} on query and value, as in all of them"
+    models = {"lora": MolexModel(lora, what, one, one)}
     for count in own_counts(settings.layers):
         p = Fraction(count, settings.layers)
         what = _in_words(count, settings.layers)
-        arms[f"molex p={p}"] = MolexArm(agreeing(settings, base, lora, count), what, two - p, two - p)
+        models[f"molex p={p}"] = MolexModel(agreeing(settings, base, lora, count), what, two - p, two - p)
     cast = agreeing(settings, base, lora, 0, guest_dtype="bfloat16")
-    arms[BF16] = MolexArm(cast, "guest_dtype='bfloat16', inexact", two, two)
+    models[BF16] = MolexModel(cast, "guest_dtype='bfloat16', inexact", two, two)
     recomputed = agreeing(settings, base, lora, 0, recompute_guest=True)
-    arms[RECOMPUTED] = MolexArm(recomputed, "recompute_guest=True", two, two)
+    models[RECOMPUTED] = MolexModel(recomputed, "recompute_guest=True", two, two)
     for guests in (2, MOST_GUESTS):
         model = molex(settings, base, lora)
         disagree(model, batch, guests)
         what = f"no block chooses itself, the sequences of a batch choose {guests} different guests"
-        arms[f"{EXACT}, {guests} guests"] = MolexArm(model, what, two, Fraction(1 + guests))
+        models[f"{EXACT}, {guests} guests"] = MolexModel(model, what, two, Fraction(1 + guests))
     half = Fraction(settings.layers // 2, settings.layers)
     published = naive_molex_copy(base, agreeing(settings, base, lora, settings.layers // 2))
     what = f"the published form, decisions of p={half}: both blocks always run"
-    arms[f"naive p={half}"] = MolexArm(published, what, two, two)
-    return arms
+    models[f"naive p={half}"] = MolexModel(published, what, two, two)
+    return models
 
 
 def own_counts(layers: int) -> list[int]:
-    """In how many blocks the guest is the block itself, for each arm: none, one, half of them, all."""
+    """In how many blocks the guest is the block itself, for each model: none, one, half of them, all."""
     return [0, 1, layers // 2, layers]
 
 

@@ -1,23 +1,21 @@
 import torch
 
-from lamella.lab.bench import FormsSettings, bench_forms, render_result
-from lamella.lab.bench.forms import Mixed
-
-TINY = FormsSettings(rounds=2, tokens=32, widths=(16,), num_experts=(2, 4))
+from benchmarks.forms import Mixed
+from benchmarks.tables import render
 
 
-def test_each_layer_is_a_case_with_all_forms():
-    result = bench_forms(TINY)
-    assert [case.name for case in result.cases] == ["d=16, E=2", "d=16, E=4"]
-    for case in result.cases:
+def test_each_layer_is_a_case_with_all_forms(record):
+    cases = record("forms").cases
+    assert [case.name for case in cases] == ["d=16, E=2", "d=16, E=4"]
+    for case in cases:
         assert [arm.name for arm in case.arms] == ["frozen", "dense", "sorted", "lora"]
         assert max(case.equality.output, case.equality.gradient) < 1e-12
         assert case.equality.tensors == 4  # A, B, router and x
-    assert "| d=16, E=4 |" in render_result(result)
+    assert "| d=16, E=4 |" in render(record("forms"))
 
 
-def test_lora_has_the_rank_of_all_experts_together():
-    case = bench_forms(TINY).cases[1]
+def test_lora_has_the_rank_of_all_experts_together(record):
+    case = record("forms").cases[1]
     assert case.arm("lora").trainable_parameters == 4 * 8 * (16 + 16)
     assert case.arm("dense").trainable_parameters == 4 * 8 * (16 + 16) + 4 * 16
 

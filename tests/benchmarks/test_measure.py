@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from lamella.lab.bench.counting import count_block_runs, count_flops
+from benchmarks.measure import count_block_runs, count_flops, peak_live_megabytes
 
 
 def test_a_multiply_add_counts_as_two_operations():
@@ -29,6 +30,19 @@ def test_rows_and_calls_are_counted_per_block_of_the_stack():
         blocks[1](x[:1])
         blocks[1](x[1:])
 
-    runs = count_block_runs(forward, blocks, batch=4)
-    assert (runs.rows, runs.calls) == (1.0, 1.5)
+    assert count_block_runs(forward, blocks, batch=4) == (1.0, 1.5)
     assert not any(block._forward_pre_hooks for block in blocks)
+
+
+def test_the_peak_is_what_lives_at_once_and_was_not_there_before():
+    x = torch.zeros(1000, 1000)  # 4 MB
+
+    def step():
+        once = x + 1
+        twice = once + 1
+        del once
+        del twice
+        return x + 1
+
+    assert peak_live_megabytes(step) == pytest.approx(8.0)
+    assert peak_live_megabytes(lambda: x.add_(1)) == 0

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from benchmarks.equality import compare
 from lamella.errors import LamellaError
-from lamella.lab.bench.equality import compare
 
 
 def tensors(**changes):

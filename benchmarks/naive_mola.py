@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BertModel
 
-from lamella.lab.bench.encoder import twin
+from benchmarks.encoder import twin
 from lamella.routing import Router
 from lamella.tuners.mola.layer import MolaLinear
 

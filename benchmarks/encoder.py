@@ -1,16 +1,41 @@
-"""The measured backbone: a BERT-shaped encoder with random weights, and its input."""
+"""The measured backbone: a BERT-shaped encoder with random weights, its input and its train step."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+from typing_extensions import Self
+
+from benchmarks.record import BenchSettings
+from lamella.errors import LamellaError
+from lamella.lab.studies.measuring import kept_megabytes
 
 SEQUENCE = 128
 VOCABULARY = 1000
+
+
+class EncoderSettings(BenchSettings):
+    """Settings of the benchmarks of a whole encoder, with adapters of rank r."""
+
+    hidden: int = Field(384, ge=32)
+    layers: int = Field(12, ge=4)
+    r: Literal[8] = 8
+    dropout: Literal[0] = 0
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        if self.hidden % 32:
+            raise LamellaError(f"hidden={self.hidden} does not divide into heads of 32 features; use a multiple of 32.")
+        if self.tokens > SEQUENCE and self.tokens % SEQUENCE:
+            raise LamellaError(f"tokens={self.tokens} do not fill rows of {SEQUENCE}; use a multiple.")
+        return self
 
 
 @dataclass(frozen=True)
@@ -69,3 +94,23 @@ def loss(output: Tensor, batch: Batch) -> Tensor:
 def pass_gradients_to_embeddings(model: BertModel) -> None:
     """Makes the backward pass go through every layer although nothing in them trains."""
     model.embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+
+
+def train_step(model: nn.Module, batch: Batch, learning_rate: float = 1e-4) -> Callable[[], None]:
+    """Forward, backward, AdamW (fused, the Trainer's default) and zero_grad(set_to_none)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True) if trained else None
+
+    def step() -> None:
+        loss(forward(model, batch), batch).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def kept_by_step(model: nn.Module, batch: Batch) -> float:
+    """Megabytes of activations that a train step keeps for its backward pass."""
+    given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.attention_mask, batch.target]
+    return kept_megabytes(lambda: loss(forward(model, batch), batch), given)

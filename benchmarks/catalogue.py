@@ -1,0 +1,16 @@
+"""Which benchmarks there are."""
+
+from benchmarks.forms import FORMS
+from benchmarks.mola import MOLA
+from benchmarks.mole import MOLE
+from benchmarks.molex import MOLEX
+from benchmarks.record import Benchmark
+from benchmarks.similarity import SIMILARITY
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "mola": MOLA,
+    "molex": MOLEX,
+    "mole": MOLE,
+    "similarity": SIMILARITY,
+    "forms": FORMS,
+}
