@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lamella.cli import main
 from lamella.cli.output import print_json
-from lamella.cli.similarity.subject import open_study
+from lamella.cli.similarity.subject import open_study, read_texts
 from lamella.similarity.alignment import sweep
 from lamella.similarity.swapping import routing_shift
 
@@ -159,9 +159,9 @@ def test_a_dense_model_begins_no_study(text, tmp_path, monkeypatch, capsys):
 
 
 def seeds_of(study):
-    """How many rows each aligner and seed of the table has."""
+    """How many rows each aligner, text and seed of the table has."""
     table = pd.read_parquet(study / "alignment.parquet")
-    return table.groupby(["aligner", "seed"], sort=False).size().to_dict()
+    return table.groupby(["aligner", "scored_on", "seed"], sort=False).size().to_dict()
 
 
 def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypatch, capsys):
@@ -172,7 +172,7 @@ def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypat
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 2, *quick) == 0
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick, "--score-on", other) == 0
     elsewhere = "linear, scored on text.txt (all)"
-    arms = [("layernorm", 0), ("linear", 0), ("linear", 1), (elsewhere, 0)]
+    arms = [("layernorm", "", 0), ("linear", "", 0), ("linear", "", 1), ("linear", "text.txt (all)", 0)]
     before = seeds_of(study)
     assert list(before) == arms
     assert len(set(before.values())) == 1
@@ -180,11 +180,13 @@ def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypat
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick) == 0
     pd.testing.assert_frame_equal(pd.read_parquet(study / "alignment.parquet"), first)
     noted = json.loads((study / "alignment.json").read_text())["aligners"]
-    assert set(noted) == {"layernorm", "linear", elsewhere}
-    assert noted["linear"] | {"notes": []} == {
+    settings = {(one["aligner"], one["scored_on"]): one for one in noted}
+    assert set(settings) == {("layernorm", ""), ("linear", ""), ("linear", "text.txt (all)")}
+    assert settings["linear", ""] | {"notes": []} == {
+        "aligner": "linear", "scored_on": "",
         "steps": 3, "lr": 3e-3, "pull": None, "per_source": None, "same_layer": True, "score_on": None, "notes": [],
     }  # fmt: skip
-    assert "48 documents of hash" in noted[elsewhere]["score_on"]
+    assert "48 documents of hash" in settings["linear", "text.txt (all)"]["score_on"]
     assert run(monkeypatch, "report", study) == 0
     page = (study / "report.html").read_text(encoding="utf-8")
     assert f"Unexplained share, aligner {elsewhere}" in page
@@ -192,7 +194,7 @@ def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypat
     assert "linear.same_layer" in page
     # other settings: all seeds of the old ones go
     assert run(monkeypatch, "align", study, "--steps", 2, "--seeds", 1, *quick) == 0
-    assert list(seeds_of(study)) == [arm for arm in arms if arm != ("linear", 1)]
+    assert list(seeds_of(study)) == [arm for arm in arms if arm != ("linear", "", 1)]
 
 
 def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeypatch, capsys):
@@ -206,7 +208,7 @@ def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeyp
         return sweep(*given, seed=seed, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lamella.similarity.alignment.sweep", killed)
+        patch.setattr("lamella.similarity.steps.sweep", killed)
         assert run(patch, "align", study, "--steps", 3, "--seeds", 2, "--same-layer", "--aligner", "linear") != 0
     assert (study / "alignment.parquet").read_bytes() == before
     assert len(list((study / "tiles").iterdir())) > len(tiles)  # what was computed is not lost
@@ -225,7 +227,7 @@ def test_one_way_swaps_go_both_orders_and_so_do_their_shifts(text, tmp_path, mon
     opened = open_study(study)
     shifts = pd.read_parquet(study / "shifts.parquet")
     assert set(shifts["swap"]) == {"router 1 in the place of 0", "router 2 in the place of 0"}
-    batches = list(opened.texts(None, "test", 4))
+    batches = list(read_texts(opened, None, "test", 4))
     expected = routing_shift(opened.model, batches, 0, 1, "router", exchange=False)
     shown = shifts[shifts["swap"] == "router 1 in the place of 0"].reset_index(drop=True)
     pd.testing.assert_frame_equal(shown[expected.columns], expected)
@@ -261,7 +263,7 @@ def test_an_error_of_no_file_is_not_hidden(text, tmp_path, monkeypatch, capsys):
     def odd(*given, **settings):
         raise OSError("odd")
 
-    monkeypatch.setattr("lamella.similarity.screen", odd)
+    monkeypatch.setattr("lamella.similarity.steps.screen", odd)
     with pytest.raises(OSError, match="odd"):
         run(monkeypatch, "screen", study)
 

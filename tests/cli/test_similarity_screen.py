@@ -1,7 +1,6 @@
 """`lamella similarity screen`: which measures are taken."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pandas as pd
@@ -9,7 +8,8 @@ import pytest
 from tests import tiny_moe
 from tests.cli.test_similarity import run
 
-from lamella.cli.similarity import screen, subject
+from lamella.cli.similarity import subject
+from lamella.similarity import steps
 from lamella.similarity.activations import capture
 from lamella.similarity.screening import MEASURES
 from lamella.similarity.study import StudyFolder
@@ -37,7 +37,7 @@ def test_all_measures_of_few_pairs_and_the_quick_ones_of_many(study, monkeypatch
     found, medians, said = screened(monkeypatch, capsys, study)
     assert found == list(MEASURES) == list(medians)
     assert "left out" not in said
-    monkeypatch.setattr(sys.modules[screen.__module__], "_MOST_PAIRS", 10)
+    monkeypatch.setattr(steps, "MOST_PAIRS", 10)
     found, medians, said = screened(monkeypatch, capsys, study)
     assert found == ["floor", "cka_distance"]
     assert "weight_distance and coactivation left out" in " ".join(said.split())

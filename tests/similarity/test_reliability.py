@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.similarity.reliability import NAMES, control_table, truth_auc, worth
+from lamella.similarity.reliability import NAMES, control_table, reliability, truth_auc
 
 EXPERTS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 KINDS = {(0, 0): "news", (0, 1): "news", (0, 2): "law", (0, 3): "law", (1, 0): "news"}
@@ -64,19 +64,19 @@ def test_a_screen_meets_the_same_noise_as_the_ceiling():
             .loc[drawn[2]["kind"] == "pair", NAMES]
             .assign(floor=drawn[2]["nmse"], cka_distance=np.nan, weight_distance=0.5)
         )
-        found = worth(pd.concat(drawn[:2]), screened)
+        found = reliability(pd.concat(drawn[:2]), screened)
         assert not {"cka_distance", "weight_distance"} & set(found)  # they rank nothing
         runs.append((found["floor"], found["ceiling within"]))
     screens, ceilings = np.mean(runs, axis=0)
     assert screens == pytest.approx(ceilings, abs=0.06)
-    single = worth(drawn[0], screened)
+    single = reliability(drawn[0], screened)
     assert "ceiling" not in single
     assert -1 <= single["floor"] <= 1
 
 
 def test_there_is_no_ceiling_where_seeds_change_nothing():
     same = alignment(by_kind)
-    found = worth(same.assign(nmse=alignment(by_kind, seeds=(0, 0))["nmse"].to_numpy()))
+    found = reliability(same.assign(nmse=alignment(by_kind, seeds=(0, 0))["nmse"].to_numpy()))
     assert not {"ceiling", "ceiling within"} & set(found)
 
 
@@ -85,7 +85,7 @@ def test_worth_counts_what_is_beyond_and_what_is_below_the_floor():
     names = found.loc[(found["kind"] == "pair") & (found["seed"] == 0), NAMES].reset_index(drop=True)
     screened = names.assign(floor=0.1, cka_distance=0.5, weight_distance=0.5)
     screened.loc[0, "floor"] = 0.9
-    result = worth(found, screened)
+    result = reliability(found, screened)
     assert result["beyond"] == pytest.approx(16 / 20)
     assert result["below the floor"] == 2  # the first pair, both seeds
     assert result["ceiling"] == pytest.approx(1.0)

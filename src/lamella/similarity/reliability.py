@@ -1,21 +1,25 @@
-"""What the numbers of an alignment are worth: controls, the seed ceiling, how well a screen ranks, a known truth."""
+"""How far an alignment can be relied on: controls, the seed ceiling, how well a screen ranks, a known truth."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lamella.errors import LamellaError
 from lamella.similarity.alignment import beyond_controls, seed_ceiling
 from lamella.similarity.alignment.controls import mean_of_known, rank_agreement
+from lamella.similarity.alignment.table import by_aligner
 
 if TYPE_CHECKING:
     import pandas as pd
 
 NAMES = ["source_layer", "source_expert", "target_layer", "target_expert"]
+# Unexplained share of an expert by itself from which its aligners count as untrained, and what helps.
+NOT_REGAINED = 0.9
+REMEDY = "Align with more --steps, or capture more with --per-expert, before reading anything into the numbers."
 _SOURCE = NAMES[:2]
 _REVERSED = (("source", "target"), ("target", "source"))
 _MEASURES = ("floor", "cka_distance", "weight_distance")
@@ -60,7 +64,7 @@ def _directions(pairs: pd.DataFrame) -> pd.Series:
     return (both["nmse"] - both["nmse_back"])[first].abs()
 
 
-def worth(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -> dict[str, float]:
+def reliability(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -> dict[str, float]:
     """Facts about an alignment of one aligner, by what they are.
 
     ``beyond``: share of pairs better than the mean, no aligner and a random expert. ``raw and variance``, ``share and
@@ -85,6 +89,40 @@ def worth(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -> dict
         both = pairs.merge(screened, on=NAMES)
         found["below the floor"] = float((both["nmse"] < both["floor"] - 1e-6).sum())
     return found
+
+
+def alignment_facts(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """What an alignment says at a glance, for each of its aligners by name."""
+    facts = {}
+    for name, rows in by_aligner(table).items():
+        pairs = rows[rows["kind"] == "pair"]
+        if len(pairs):
+            medians = rows.groupby("kind")["nmse"].median()
+            facts[name] = {
+                "median nmse": float(medians["pair"]),
+                "self": float(medians.get("self", math.nan)),
+                "random target": float(medians.get("random-target", math.nan)),
+                "beyond controls": float(beyond_controls(pairs)["beyond"].mean()),
+                "seed ceiling": seed_ceiling(rows) if rows["seed"].nunique() > 1 else None,
+            }
+    return dict(sorted(facts.items()))
+
+
+def alignment_in_words(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """The facts of one aligner in sentences; first, where that is so, that it did not learn."""
+    ceiling = facts["seed ceiling"]
+    ranked = (
+        ""
+        if ceiling is None or math.isnan(ceiling["overall"])
+        else f" One seed ranks pairs as another does with {ceiling['overall']:.2f}."
+    )
+    failed = [f"{name}: the aligners hardly learned: not even the expert itself is regained. {REMEDY}"]
+    return [
+        *(failed if facts["self"] > NOT_REGAINED else []),
+        f"{name}: {facts['median nmse']:.1%} of the variance stays unexplained at the median; itself "
+        f"{facts['self']:.2%}, a random expert {facts['random target']:.1%}; {facts['beyond controls']:.0%} of the "
+        f"pairs are better than all controls.{ranked}",
+    ]
 
 
 def truth_auc(

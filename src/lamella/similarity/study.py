@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError, optional_module
 from lamella.files import whole, write_whole
 from lamella.similarity.activations import Capture, Manifest
+from lamella.similarity.alignment.table import from_label, with_texts
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Load = Callable[[str, str], tuple[Any, Any]]  # name and dtype, to model and tokenizer
 
 _NAME = "study.json"
 _CAPTURE = "capture"  # what a table says of the capture that it is from
@@ -135,7 +140,8 @@ class StudyFolder:
                 f"{path} was made from another capture ({_said_in(path)}) than the one that is there now "
                 f"({self._identity()}). Run the step that makes it again, or remove it."
             )
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
+        return with_texts(table) if name == "alignment" else table
 
     def needed(self, name: str, command: str) -> pd.DataFrame:
         """A step's table.
@@ -160,6 +166,15 @@ class StudyFolder:
             kept.to_parquet(unfinished, index=False)
         return path
 
+    def aligned(self) -> list[dict[str, Any]]:
+        """Of each aligner of the alignment, and each text it was scored on, its settings and notes."""
+        noted = (self.facts("alignment") or {}).get("aligners", [])
+        if isinstance(noted, list):
+            return noted
+        # the first edition named both in one key
+        ends = [dict(zip(("aligner", "scored_on"), from_label(name), strict=True)) for name in noted]
+        return [{**end, **settings} for end, settings in zip(ends, noted.values(), strict=True)]
+
     def _identity(self) -> str | None:
         """What tells the capture from another; None where there is none, as among kept results."""
         return Manifest.read(self.capture).identity if self.capture.is_dir() else None
@@ -172,6 +187,45 @@ class StudyFolder:
     def note(self, name: str, facts: Any) -> None:
         """Keeps what a step notes, whole or not at all."""
         write_whole(self.path / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with its model, for the steps that run it.
+
+    Attributes:
+        folder: where each step writes its table.
+        subject: of what the study is.
+        model: in evaluation mode.
+        tokenizer: of the model.
+    """
+
+    folder: StudyFolder
+    subject: Subject
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def open(cls, path: Path, load: Load) -> Study:
+        """The study in a folder, its capture finished and of this model.
+
+        Args:
+            path: the folder.
+            load: from name and dtype to the model and its tokenizer.
+
+        Raises:
+            LamellaError: no study lies there, its capture is not finished, or its model is gone or another one now.
+        """
+        folder = StudyFolder(path)
+        capture, subject = folder.captured(), folder.subject()
+        model, tokenizer = load(subject.model, subject.dtype)
+        capture.check(model, tokenizer)
+        return cls(folder, subject, model, tokenizer)
+
+    @cached_property
+    def capture(self) -> Capture:
+        """The finished capture."""
+        return self.folder.captured()
 
 
 def _said_in(path: Path) -> str | None:

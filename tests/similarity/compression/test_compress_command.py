@@ -9,8 +9,7 @@ import pytest
 from tests.cli.test_similarity import WORDS, run, save_model
 from transformers import AutoTokenizer
 
-from lamella import similarity
-from lamella.similarity import Compressed
+from lamella.similarity import Compressed, steps
 
 QUICK = ("--budget", 0.9, "--documents", 4, "--seeds", 1)
 
@@ -38,13 +37,13 @@ def study(aligned, tmp_path):
 @pytest.fixture
 def calls(monkeypatch):
     """With which settings aligners were trained."""
-    settings, fit = [], similarity.fit_aligners
+    settings, fit = [], steps.fit_aligners
 
     def fitted(*args, **given):
         settings.append(given)
         return fit(*args, **given)
 
-    monkeypatch.setattr(similarity, "fit_aligners", fitted)
+    monkeypatch.setattr(steps, "fit_aligners", fitted)
     return settings
 
 
@@ -52,7 +51,7 @@ def forbid(monkeypatch):
     def long_work(*args, **settings):
         raise AssertionError("the long work has begun")
 
-    monkeypatch.setattr(similarity, "compression_curve", long_work)
+    monkeypatch.setattr(steps, "compression_curve", long_work)
 
 
 def keep(study, *kinds):
@@ -71,13 +70,13 @@ def test_routes_go_by_the_aligner_that_can_be_folded(study, calls, monkeypatch):
 
 def test_where_none_can_be_folded_linear_ones_go_before_the_most_similar_as_it_is(study, calls, monkeypatch):
     keep(study, "layernorm")
-    measures, rerouting = [], similarity.rerouting_table
+    measures, rerouting = [], steps.rerouting_table
 
     def noted(*args, **settings):
         measures.append(settings["measure"])
         return rerouting(*args, **settings)
 
-    monkeypatch.setattr(similarity, "rerouting_table", noted)
+    monkeypatch.setattr(steps, "rerouting_table", noted)
     assert run(monkeypatch, "compress", study, *QUICK, "--method", "usage") == 0
     assert set(measures) == {"identity_nmse"}
     assert all(given == {"aligner": "linear", "steps": 3, "lr": 0.002, "pull": None} for given in calls)
@@ -87,7 +86,7 @@ def test_where_none_can_be_folded_linear_ones_go_before_the_most_similar_as_it_i
 def test_an_aligner_that_was_scored_on_another_text_goes_by_its_kind(study, calls, monkeypatch):
     alignment = pd.read_parquet(study / "alignment.parquet")
     named = alignment.assign(aligner=alignment["aligner"].replace("low-rank", "low-rank, scored on b.txt (train)"))
-    named.to_parquet(study / "alignment.parquet")
+    named.drop(columns="scored_on").to_parquet(study / "alignment.parquet")
     assert run(monkeypatch, "compress", study, *QUICK, "--method", "usage") == 0
     assert {given["aligner"] for given in calls} == {"low-rank"}
 
@@ -131,6 +130,27 @@ def test_a_closed_expert_that_was_compared_with_none_is_named_before_the_long_wo
     assert "no expert that could stand in" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_budget_out_of_reach_is_told_with_one_that_is_in_reach(study, monkeypatch, capsys):
+    assert run(monkeypatch, "compress", study, "--budget", 0.1, "--method", "usage", "--close", 0) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "A budget of 0.1 of the experts' parameters cannot be reached" in said
+    assert "Give a budget of 0.25 or more" in said
+
+
+def test_a_second_compression_stands_beside_the_first_or_says_what_it_replaces(study, monkeypatch, capsys):
+    quick = ("compress", study, *QUICK, "--close", 0)
+    assert run(monkeypatch, *quick, "--method", "usage") == 0
+    assert run(monkeypatch, *quick, "--method", "random") == 0
+    assert "replaced" not in capsys.readouterr().out
+    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["usage", "random"]
+    assert run(monkeypatch, *quick, "--method", "random") == 0
+    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["usage", "random"]
+    capsys.readouterr()
+    assert run(monkeypatch, *quick, "--method", "usage", "--replace") == 0
+    assert "Note: 2 rows of an earlier compression (merge True, aligner None" in capsys.readouterr().out
+    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["usage"]
+
+
 @pytest.mark.parametrize(
     ("ratios", "said"),
     [
@@ -146,7 +166,7 @@ def test_nothing_is_said_of_what_was_not_tried(ratios, said, study, monkeypatch,
          "high": ratio + 0.005, "parameters": 1, "perplexity": 1.0, "baseline": 1.0, "experts_left": 1, "seed": 0}
         for budget, ratio in ratios.items()
     ]  # fmt: skip
-    monkeypatch.setattr(similarity, "compression_curve", lambda *args, **settings: pd.DataFrame(rows))
+    monkeypatch.setattr(steps, "compression_curve", lambda *args, **settings: pd.DataFrame(rows))
     assert run(monkeypatch, "compress", study, "--method", "similarity", "--close", 0) == 0
     assert f"similarity on news: {said}" in capsys.readouterr().out
     assert run(monkeypatch, "compress", study, "--method", "similarity", "--close", 0, "--json") == 0

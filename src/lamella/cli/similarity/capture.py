@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lamella.cli.output import console, print_json
+from lamella.cli.output import print_json
 from lamella.cli.similarity.subject import Json
-
-if TYPE_CHECKING:
-    from lamella.similarity.activations import Capture
 
 
 def capture(
@@ -32,74 +29,21 @@ def capture(
 
     Example: lamella similarity capture tiny-moe --text news -o studies/tiny
     """
-    import json as json_module
-
-    import torch
-
     from lamella.backbones.moe import moe_layers
-    from lamella.cli.similarity.subject import open_subject
-    from lamella.errors import LamellaError
-    from lamella.similarity import capture as captured
-    from lamella.similarity import distributions
-    from lamella.similarity.study import StudyFolder, Subject
+    from lamella.cli.similarity.subject import load, read_texts, telling
+    from lamella.similarity.steps import capture_texts, sample_dtype
+    from lamella.similarity.study import Study, StudyFolder, Subject
 
-    kept_as = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if samples not in kept_as:
-        raise LamellaError(f"samples={samples!r}: samples are kept as {' or '.join(kept_as)}.")
-    folder = StudyFolder(output)
-    opened = open_subject(folder, Subject(model, text, split, max_length, batch_size, documents, dtype))
-    moe_layers(opened.model)  # what has no experts begins no study
-    texts = opened.texts(text, split, documents)
-    folder.begin(opened.subject)
-    truth = Path(model) / "ground_truth.json"
-    if truth.is_file():  # a model that was made so that it is known which experts are alike
-        folder.note("ground_truth", json_module.loads(truth.read_text(encoding="utf-8")))
-    with console.status("capturing") as status:
-        found = captured(
-            opened.model, texts, folder.capture, per_expert, seed=seed, dtype=kept_as[samples],
-            tokenizer=opened.tokenizer, origin=texts.origin,
-            progress=lambda now: status.update(
-                f"{now.rows:,} documents, {now.tokens:,} tokens, {now.tokens_per_second:,.0f} tokens/s; "
-                f"{now.short} of {now.experts} experts still short of {per_expert} samples"
-            ),
-        )  # fmt: skip
-    found.write_tables()
-    norms, plane = distributions(found, opened.model)
-    folder.write("histogram", norms)
-    folder.write("plane", plane)
-    _show(found, texts.notes, output, json)
-
-
-def _show(found: Capture, notes: tuple[str, ...], output: Path, json: bool) -> None:
-    routing = found.routing
-    manifest = found.manifest
-    short, silent = found.short(manifest.per_expert), found.short(1)
-    facts = {
-        "folder": str(output),
-        "documents": manifest.rows_done,
-        "tokens": manifest.tokens,
-        "experts": len(routing),
-        "short": [list(name) for name in short],
-        "silent": [list(name) for name in silent],
-        "smallest_share": float(routing["share"].min()),
-        "dropped": int(routing["dropped"].sum()),
-        "notes": list(notes),
-    }
+    kept_in = sample_dtype(samples)
+    subject = Subject(model, text, split, max_length, batch_size, documents, dtype)
+    study = Study(StudyFolder(output), subject, *load(model, dtype))
+    moe_layers(study.model)  # what has no experts begins no study
+    texts = read_texts(study, text, split, documents)
+    with telling("capturing") as tell:
+        taken = capture_texts(study, texts, per_expert, seed, kept_in, lambda now: tell(str(now)))
     if json:
-        print_json(facts)
+        print_json({"folder": str(output), **taken.facts(), "notes": list(texts.notes)})
         return
-    typer.echo(f"{manifest.tokens:,} tokens of {manifest.rows_done:,} documents. {manifest.origin}")
-    for note in notes:
-        typer.echo(f"Note: {note}")
-    typer.echo(
-        f"{len(routing)} experts in {routing['layer'].nunique()} layers; {len(short)} with fewer than "
-        f"{manifest.per_expert} samples, {len(silent)} never chosen{_named(silent)}. The smallest share of a layer's "
-        f"choices is {facts['smallest_share']:.1%}; {facts['dropped']:,} choices had no room."
-    )
-    typer.echo(f"Capture: {output / 'capture'}")
-
-
-def _named(experts: list[tuple[int, int]]) -> str:
-    if not experts:
-        return ""
-    return ": " + ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts)
+    text_words, expert_words = taken.in_words()
+    notes = [f"Note: {note}" for note in texts.notes]
+    typer.echo("\n".join([text_words, *notes, expert_words, f"Capture: {output / 'capture'}"]))

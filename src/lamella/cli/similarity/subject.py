@@ -1,85 +1,77 @@
-"""The model and the texts of a study, as its folder names them."""
+"""What the commands on a study share: its model and texts by the names that the command knows, and how far they are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lamella.cli.output import console
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lamella.similarity.activations import Capture, TextBatches
-    from lamella.similarity.study import StudyFolder, Subject
+    from lamella.similarity.study import Study
+    from lamella.texts import TextBatches
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_SECONDS_BETWEEN_LINES = 30.0
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A study's folder with the model loaded; there need not be a capture yet.
+def load(name: str, dtype: str) -> tuple[Any, Any]:
+    """A model, evaluating, and its tokenizer."""
+    from lamella.lab.data import load_backbone
 
-    Attributes:
-        folder: where each step keeps what it found.
-        subject: of what the study is.
-        model: in evaluation mode.
-        tokenizer: of the model.
-    """
-
-    folder: StudyFolder
-    subject: Subject
-    model: Any
-    tokenizer: Any
-
-    def texts(self, text: str | None, split: str, documents: int | None) -> TextBatches:
-        """A text as token batches, cut as the captured one was; that text itself where none is named."""
-        from lamella.similarity.activations import text_batches
-
-        return text_batches(
-            _source(text or self.subject.text), self.tokenizer, split, self.subject.max_length,
-            self.subject.batch_size, documents, encoder_decoder=self.model.config.is_encoder_decoder,
-        )  # fmt: skip
+    backbone = load_backbone(name, dtype=dtype)
+    return backbone.model.eval(), backbone.tokenizer
 
 
-@dataclass(frozen=True)
-class Opened(Loaded):
-    """The same with what was captured.
-
-    Attributes:
-        capture: finished, and of this model and tokenizer.
-    """
-
-    capture: Capture
+def load_model(name: str, dtype: str) -> Any:
+    """A model, evaluating."""
+    return load(name, dtype)[0]
 
 
-def open_study(path: Path) -> Opened:
-    """The study in a folder, its capture and its model.
+def open_study(path: Path) -> Study:
+    """The study in a folder, its capture finished and of its model.
 
     Raises:
         LamellaError: no study lies there, its capture is not finished, or its model is gone or another one now.
     """
-    from lamella.similarity.study import StudyFolder
+    from lamella.similarity.study import Study
 
-    folder = StudyFolder(path)
-    capture = folder.captured()
-    loaded = open_subject(folder, folder.subject())
-    capture.check(loaded.model, loaded.tokenizer)
-    return Opened(folder, loaded.subject, loaded.model, loaded.tokenizer, capture)
+    return Study.open(path, load)
 
 
-def open_subject(folder: StudyFolder, subject: Subject) -> Loaded:
-    """A folder with the model of a subject loaded."""
-    from lamella.lab.data import load_backbone
-
-    backbone = load_backbone(subject.model, dtype=subject.dtype)
-    return Loaded(folder, subject, backbone.model.eval(), backbone.tokenizer)
-
-
-def _source(text: str) -> Any:
+def read_texts(study: Study, text: str | None, split: str, documents: int | None) -> TextBatches:
+    """A text as token batches, cut as the captured one was; that text itself where none is named."""
     from pathlib import Path
 
     from lamella.lab.data import load_task
+    from lamella.texts import text_batches
     from lamella.texts.files import SUFFIXES
 
-    return Path(text) if Path(text).is_file() or text.endswith(SUFFIXES) else load_task(text)
+    name = text or study.subject.text
+    source: Any = Path(name) if Path(name).is_file() or name.endswith(SUFFIXES) else load_task(name)
+    return text_batches(
+        source, study.tokenizer, split, study.subject.max_length, study.subject.batch_size, documents,
+        encoder_decoder=study.model.config.is_encoder_decoder,
+    )  # fmt: skip
+
+
+@contextmanager
+def telling(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows how far a step is: on one line of a terminal, in a line now and then elsewhere."""
+    said = time.monotonic()
+    with console.status(what) as status:
+
+        def tell(words: str) -> None:
+            nonlocal said
+            status.update(words)
+            if not console.is_terminal and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                console.print(words, highlight=False)
+
+        yield tell

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lamella.errors import LamellaError
 from lamella.files import whole
 from lamella.similarity import largest_compression
-from lamella.similarity.reliability import control_table, truth_auc, worth
+from lamella.similarity.alignment.table import by_aligner
+from lamella.similarity.reliability import control_table, reliability, truth_auc
 from lamella.similarity.study import StudyFolder
 from lamella.similarity.swapping import change_in_words, distance_regressions, kinds, layer_tables
 
@@ -102,7 +103,7 @@ def _variance(study: KeptSimilarity) -> str | None:
         pairs = rows[rows["kind"] == "pair"]
         sources = pairs.groupby(["source_layer", "source_expert"])[["mse", "nmse", "source_variance"]].median()
         worst = sources["mse"].idxmax()
-        found = worth(rows)
+        found = reliability(rows)
         rank = int(sources["nmse"].rank(ascending=False).loc[worst])
         return (
             f"Rank correlation of the raw error with the source's variance {found['raw and variance']:.3f}, of the "
@@ -119,7 +120,7 @@ def _ranking(study: KeptSimilarity) -> str | None:
     screened = study.folder.table("screen")
 
     def words(rows: pd.DataFrame) -> str:
-        found = worth(rows, screened)
+        found = reliability(rows, screened)
         if "ceiling" not in found:
             return "No ceiling: there is one seed, or nothing that a seed changes."
         measures = [(name, found[name]) for name in ("floor", "cka_distance", "weight_distance") if name in found]
@@ -145,8 +146,8 @@ def _truth(study: KeptSimilarity) -> str | None:
     measured: list[tuple[str, pd.DataFrame, str]] = []
     alignment, screened = study.folder.table("alignment"), study.folder.table("screen")
     if alignment is not None:
-        for kind, rows in alignment.groupby("aligner", sort=False):
-            measured.append((f"behind the aligner {kind}", rows, "nmse"))
+        for name, rows in by_aligner(alignment).items():
+            measured.append((f"behind the aligner {name}", rows, "nmse"))
         measured.append(("without aligner", alignment, "identity_nmse"))
     if screened is not None:
         names = [name for name in ("cka_distance", "weight_distance") if screened[name].notna().any()]
@@ -244,7 +245,7 @@ def _per_aligner(study: KeptSimilarity, words: Callable[[pd.DataFrame], str]) ->
     table = study.folder.table("alignment")
     if table is None:
         return None
-    return "\n\n".join(f"Aligner {kind}: {words(rows)}" for kind, rows in table.groupby("aligner", sort=False))
+    return "\n\n".join(f"Aligner {name}: {words(rows)}" for name, rows in by_aligner(table).items())
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -152,6 +152,31 @@ class Capture:
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True)
 
+    def facts(self) -> dict[str, Any]:
+        """How much was captured, by name."""
+        selected = {layer: count["selected"] for layer, count in self.counts.items()}
+        return {
+            "documents": self.manifest.rows_done,
+            "tokens": self.manifest.tokens,
+            "experts": sum(len(one) for one in selected.values()),
+            "short": [list(name) for name in self.short(self.manifest.per_expert)],
+            "silent": [list(name) for name in self.short(1)],
+            "smallest_share": min(self.shares.values()),
+            "dropped": sum(int(count["dropped"].sum()) for count in self.counts.values()),
+        }
+
+    def in_words(self) -> list[str]:
+        """The same in sentences: the text, then the experts."""
+        facts = self.facts()
+        silent = ", ".join(f"layer {layer} expert {expert}" for layer, expert in facts["silent"])
+        return [
+            f"{facts['tokens']:,} tokens of {facts['documents']:,} documents. {self.manifest.origin}",
+            f"{facts['experts']} experts in {len(self.counts)} layers; {len(facts['short'])} with fewer than "
+            f"{self.manifest.per_expert} samples, {len(facts['silent'])} never chosen{': ' if silent else ''}{silent}. "
+            f"The smallest share of a layer's choices is {facts['smallest_share']:.1%}; {facts['dropped']:,} choices "
+            "had no room.",
+        ]
+
     def write_tables(self) -> None:
         """Writes `routing` and `coactivation` as Parquet beside the samples, each whole or not at all."""
         for name, table in (("routing", self.routing), ("coactivation", self.coactivation)):

@@ -37,6 +37,12 @@ class Progress:
     short: int
     experts: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} documents, {self.tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s; {self.short} of "
+            f"{self.experts} experts still short of their samples"
+        )
+
 
 def capture(
     model: nn.Module,

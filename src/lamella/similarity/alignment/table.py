@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from lamella.similarity.alignment.sources import Name
 if TYPE_CHECKING:
     import pandas as pd
 
+_ELSEWHERE = ", scored on "
 RANDOM: Name = (-1, -1)  # the target of a source's random control
 NAMES = ("source_layer", "source_expert", "target_layer", "target_expert")
 COLUMNS = (
@@ -62,6 +63,39 @@ def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.sort_values([*NAMES, "kind"], ignore_index=True)
+
+
+def by_aligner(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each aligner, those scored on another text apart, by a name that says so; in the order of the table.
+
+    Args:
+        frame: an alignment, or several put together with the column ``scored_on``, "" for the captured text.
+    """
+    names = [label(*one) for one in zip(frame["aligner"], _texts(frame), strict=True)]
+    return {str(name): rows for name, rows in frame.groupby(names, sort=False)}
+
+
+def label(aligner: str, scored_on: str) -> str:
+    """What pages call an aligner: errors on another text never stand for those on the captured one."""
+    return f"{aligner}{_ELSEWHERE}{scored_on}" if scored_on else aligner
+
+
+def from_label(name: str) -> tuple[str, str]:
+    """Aligner and text of a label, which the first edition kept in place of both."""
+    aligner, _, scored_on = name.partition(_ELSEWHERE)
+    return aligner, scored_on
+
+
+def with_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The alignment of a study with the column ``scored_on``, which the first edition wrote into the aligner's name."""
+    if "scored_on" in frame.columns:
+        return frame
+    aligners, texts = zip(*map(from_label, frame["aligner"]), strict=True)
+    return frame.assign(aligner=aligners, scored_on=texts)
+
+
+def _texts(frame: pd.DataFrame) -> Sequence[str]:
+    return list(frame["scored_on"]) if "scored_on" in frame.columns else [""] * len(frame)
 
 
 def write_alignment(frame: pd.DataFrame, path: str | Path) -> None:

@@ -2,7 +2,12 @@
 
 from lamella.similarity.compression.grouping import METHODS
 from lamella.similarity.compression.merging import Compressed, Report, compress
-from lamella.similarity.compression.perplexity import compression_curve, largest_compression, rerouting_table
+from lamella.similarity.compression.perplexity import (
+    compression_curve,
+    largest_compression,
+    largest_in_words,
+    rerouting_table,
+)
 from lamella.similarity.compression.pool import fold, folded_parameters
 from lamella.similarity.compression.rerouting import Route, drop, find_routes, next_choice, reroute
 
@@ -18,6 +23,7 @@ __all__ = [
     "fold",
     "folded_parameters",
     "largest_compression",
+    "largest_in_words",
     "next_choice",
     "reroute",
     "rerouting_table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -323,9 +324,11 @@ def join_until(steps: Iterable[Step], sizes: Sequence[int], extra: int, allowed:
         step = next(left, None)
         if step is None or extra >= sizes[step[1]]:
             raise LamellaError(
-                f"Experts of {allowed:,} parameters are too few: {stored:,} of {sum(sizes):,} are left when all "
-                "that may come together have, with what aligners store. Raise the budget, measure more pairs, let "
-                "neighbouring layers share with across_layers=True, or take smaller aligners (low-rank, identity)."
+                f"A budget of {allowed / sum(sizes):.3g} of the experts' parameters cannot be reached: {stored:,} of "
+                f"{sum(sizes):,}, {stored / sum(sizes):.1%}, are left when all that may come together have, with what "
+                f"aligners store. Give a budget of {math.ceil(1000 * stored / sum(sizes)) / 1000:g} or more, measure "
+                "more pairs, let neighbouring layers share with across_layers=True, or take smaller aligners "
+                "(low-rank, identity)."
             )
         keep, gone = step
         groups[keep] += groups.pop(gone)

@@ -136,6 +136,20 @@ def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFra
     return pd.DataFrame(rows, columns=["method", "domain", "removed", "low", "high", "largest"])
 
 
+def largest_in_words(largest: pd.DataFrame, within: float = 0.01) -> list[str]:
+    """What `largest_compression` says of each method and domain, a sentence each."""
+    sentences = []
+    for row in largest.to_dict("records"):
+        tried = f"{row['largest']:.0%}, the most tried"
+        removed = f"at least {tried}," if row["removed"] == row["largest"] else f"{row['removed']:.0%}"
+        perhaps = f"perhaps more than {tried}" if math.isnan(row["high"]) else f"perhaps {row['high']:.0%}"
+        sentences.append(
+            f"{row['method']} on {row['domain']}: {removed} of the experts' parameters can go before perplexity rises "
+            f"by {100 * within:g} % (surely {row['low']:.0%}, {perhaps})"
+        )
+    return sentences
+
+
 _REROUTING = ("how", "what", "experts", "domain", "perplexity", "baseline", "ratio", "low", "high", "seed")
 
 

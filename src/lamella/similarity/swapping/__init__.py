@@ -1,6 +1,11 @@
 """Experts, routers or whole blocks in each other's place, and what that costs."""
 
-from lamella.similarity.swapping.distance import change_in_words, distance_regression, distance_regressions
+from lamella.similarity.swapping.distance import (
+    change_in_words,
+    distance_regression,
+    distance_regressions,
+    regression_in_words,
+)
 from lamella.similarity.swapping.effects import kinds, layer_tables, swap_effects, swap_table
 from lamella.similarity.swapping.exchange import randomised, swap
 from lamella.similarity.swapping.scores import Metric, TextScores, text_scores
@@ -23,6 +28,7 @@ __all__ = [
     "layer_pairs",
     "layer_tables",
     "randomised",
+    "regression_in_words",
     "routing_shift",
     "swap",
     "swap_effects",

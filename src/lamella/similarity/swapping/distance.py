@@ -90,6 +90,15 @@ def change_in_words(found: Mapping[str, float]) -> str:
     return "grows" if found["spearman"] > 0 else "shrinks"
 
 
+def regression_in_words(name: str, found: Mapping[str, float]) -> str:
+    """What a regression says of swaps of this name, in a sentence."""
+    interval = "" if np.isnan(found["low"]) else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return (
+        f"The effect of {name} {change_in_words(found)} with the distance of the layers: {found['slope']:+.4f} per "
+        f"layer{interval}, rank correlation {found['spearman']:.2f} (p {found['p_value']:.3f})."
+    )
+
+
 def _swaps(frame: "pd.DataFrame") -> "pd.DataFrame":
     """The rows of swaps of two different parts."""
     is_self = (frame["first_layer"] == frame["second_layer"]) & (frame["first_expert"] == frame["second_expert"])

@@ -11,7 +11,7 @@ from lamella.lab.report.similarity import SimilarityReport, render_similarity, w
 from lamella.lab.report.similarity.dendrogram import tree
 from lamella.lab.report.similarity.matrices import expert_matrices, layer_matrices, pair_means
 from lamella.lab.report.similarity.routing import routing_matrices
-from lamella.lab.report.similarity.verdict import verdict
+from lamella.lab.report.similarity.summary import summary
 from lamella.similarity.swapping import distance_regressions
 
 EXPERTS = [(layer, expert) for layer in (0, 2) for expert in range(3)]
@@ -78,7 +78,7 @@ def test_every_aligner_has_its_matrices_and_its_tree():
     assert "layer 0 by layer 2: mean over all pairs: 0.775" in page
     assert page.count('class="tree"') == 2
     assert len(set(re.findall(r'id="([^"]+)"', page))) == len(re.findall(r'id="([^"]+)"', page))
-    sentences = verdict(both, None, None, None)
+    sentences = summary(both, None, None, None)
     assert "(layernorm)" in sentences[0]
     assert "(linear) leaves a median 78%" in sentences[1]
 
@@ -129,12 +129,12 @@ def test_routing_before_and_after_a_swap():
         routing_matrices(None, shifts.drop(columns="share_after"))
 
 
-def test_the_verdict_names_the_closest_pair_and_what_raw_error_follows():
+def test_the_summary_names_the_closest_pair_and_what_raw_error_follows():
     found = alignment(lambda s, t: 0.1 if (s, t) == ((0, 0), (2, 1)) else 0.6, seeds=(0,))
-    sentences = verdict(found, None, None, None)
+    sentences = summary(found, None, None, None)
     assert "expert 0 of layer 0 by expert 1 of layer 2 (10%)" in sentences[0]
     assert "rank correlation 0.9" in sentences[1] or "rank correlation 1.00" in sentences[1]
-    assert verdict(None, None, None, None) == ["Nothing was measured yet."]
+    assert summary(None, None, None, None) == ["Nothing was measured yet."]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_the_verdict_names_the_closest_pair_and_what_raw_error_follows():
 )  # fmt: skip
 def test_the_verdict_says_whether_damage_grows_with_distance(effect, layers, words):
     found = swaps(effect, layers)
-    assert f"The effect of block, nll {words}" in verdict(None, distance_regressions(found), found, None)[0]
+    assert f"The effect of block, nll {words}" in summary(None, distance_regressions(found), found, None)[0]
 
 
 def test_a_regression_of_another_version_is_refused():

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lamella.lab.report.curves import require_columns
 from lamella.similarity.alignment import beyond_controls
+from lamella.similarity.alignment.table import by_aligner
 
 PAIR_COLUMNS = (
     "source_layer", "source_expert", "target_layer", "target_expert", "kind", "aligner", "seed", "nmse",
@@ -71,8 +72,8 @@ def pair_means(alignment: pd.DataFrame) -> dict[str, pd.DataFrame]:
     pairs = pairs.assign(beyond=pairs["beyond"] & (pairs["kind"] == "pair"))
     places = ["source_layer", "source_expert", "target_layer", "target_expert", "kind"]
     return {
-        str(aligner): rows.groupby(places, as_index=False).agg(nmse=("nmse", "mean"), beyond=("beyond", "all"))
-        for aligner, rows in pairs.groupby("aligner", sort=False)
+        aligner: rows.groupby(places, as_index=False).agg(nmse=("nmse", "mean"), beyond=("beyond", "all"))
+        for aligner, rows in by_aligner(pairs).items()
     }
 
 

@@ -15,7 +15,7 @@ from lamella.lab.report.similarity.dendrogram import tree
 from lamella.lab.report.similarity.matrices import MARK, expert_matrices, layer_matrices, legend, pair_means
 from lamella.lab.report.similarity.routing import routing_legend, routing_matrices
 from lamella.lab.report.similarity.scatter import Scatter, scatter
-from lamella.lab.report.similarity.verdict import verdict
+from lamella.lab.report.similarity.summary import summary
 from lamella.lab.report.tables import Table, frame_table, settings_sections
 from lamella.similarity.swapping import kinds, layer_tables
 
@@ -85,7 +85,7 @@ def render_similarity(report: SimilarityReport) -> str:
         .get_template("similarity/page.html.j2")
         .render(
             report=report,
-            verdict=verdict(report.alignment, report.distance, report.swap, report.compression),
+            summary=summary(report.alignment, report.distance, report.swap, report.compression),
             legend=legend(),
             mark=MARK,
             routing_legend=routing_legend(),

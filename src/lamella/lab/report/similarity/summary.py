@@ -6,14 +6,11 @@ import numpy as np
 import pandas as pd
 
 from lamella.lab.report.similarity.matrices import pair_means
-from lamella.similarity.swapping import change_in_words
-
-# Unexplained share of an expert by itself from which its aligners count as untrained, and what helps.
-NOT_REGAINED = 0.9
-REMEDY = "Align with more --steps, or capture more with --per-expert, before reading anything into the numbers."
+from lamella.similarity.reliability import NOT_REGAINED, REMEDY
+from lamella.similarity.swapping import regression_in_words
 
 
-def verdict(
+def summary(
     alignment: pd.DataFrame | None,
     distance: Mapping[str, Mapping[str, float]] | None,
     swap: pd.DataFrame | None,
@@ -79,12 +76,7 @@ def _of_swaps(swap: pd.DataFrame, distance: Mapping[str, Mapping[str, float]] | 
         f"[{worst['low']:+.3f}, {worst['high']:+.3f}] ({worst['unit']} of layers {worst['first_layer']} and "
         f"{worst['second_layer']})."
     ]
-    for name, found in (distance or {}).items():
-        interval = "" if np.isnan(found["low"]) else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
-        sentences.append(
-            f"The effect of {name} {change_in_words(found)} with the distance of the layers: {found['slope']:+.4f} per "
-            f"layer{interval}, rank correlation {found['spearman']:.2f} (p {found['p_value']:.3f})."
-        )
+    sentences += [regression_in_words(name, found) for name, found in (distance or {}).items()]
     return " ".join(sentences)
 
 

@@ -1,0 +1,418 @@
+"""The steps of a study: each reads what those before it left in the folder, and writes its tables there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import torch
+
+from lamella.backbones.moe import moe_layers
+from lamella.errors import LamellaError, optional_module
+from lamella.similarity.activations import Capture, Progress, TextBatches, capture
+from lamella.similarity.activations.norms import distributions
+from lamella.similarity.alignment import fit_aligners, sweep
+from lamella.similarity.alignment.table import by_aligner, from_label
+from lamella.similarity.compression import compress, compression_curve, find_routes, rerouting_table
+from lamella.similarity.compression.grouping import Aligners, Method, choose_measure
+from lamella.similarity.compression.merging import check_arguments
+from lamella.similarity.compression.perplexity import Domains, read_domains
+from lamella.similarity.compression.saving import refuse_existing
+from lamella.similarity.screening import MEASURES, all_pairs, choose_pairs, screen
+from lamella.similarity.screening.pairs import Name
+from lamella.similarity.study import Study, StudyFolder
+from lamella.similarity.swapping import (
+    Metric,
+    Swap,
+    Unit,
+    control_swaps,
+    expert_pairs,
+    layer_pairs,
+    routing_shift,
+    swap_effects,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Tell = Callable[[str], None]  # how far a step is, in words
+MOST_PAIRS = 20_000  # of which hidden units are matched unasked
+QUICK_MEASURES = ("floor", "cka_distance")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FOLDED = ("linear", "low-rank")  # kinds of aligner that can be written into an expert's own matrices
+_SHIFTS = ["swap", "layer", "expert", "share_before", "share_after", "dropped_before", "dropped_after"]
+
+
+def sample_dtype(name: str) -> torch.dtype:
+    """The precision of samples by its name.
+
+    Raises:
+        LamellaError: samples have no such precision.
+    """
+    if name not in _DTYPES:
+        raise LamellaError(f"samples={name!r}: samples are kept as {' or '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def capture_texts(
+    study: Study,
+    texts: TextBatches,
+    per_expert: int,
+    seed: int,
+    dtype: torch.dtype,
+    progress: Callable[[Progress], None],
+) -> Capture:
+    """Begins the study, or goes on with it: the capture, its tables, and how inputs and outputs are distributed."""
+    study.folder.begin(study.subject)
+    truth = Path(study.subject.model) / "ground_truth.json"
+    if truth.is_file():  # a model that was made so that it is known which experts are alike
+        study.folder.note("ground_truth", json.loads(truth.read_text(encoding="utf-8")))
+    taken = capture(
+        study.model, texts, study.folder.capture, per_expert, seed=seed, dtype=dtype, tokenizer=study.tokenizer,
+        origin=texts.origin, progress=progress,
+    )  # fmt: skip
+    taken.write_tables()
+    norms, plane = distributions(taken, study.model)
+    study.folder.write("histogram", norms)
+    study.folder.write("plane", plane)
+    return taken
+
+
+def default_measures(pairs: int) -> list[str]:
+    """The measures of a screen that are taken unasked: matching the hidden units of many pairs takes long."""
+    return list(MEASURES if pairs <= MOST_PAIRS else QUICK_MEASURES)
+
+
+def screen_pairs(study: Study, measures: Sequence[str]) -> pd.DataFrame:
+    """Screens all ordered pairs."""
+    table = screen(study.capture, study.model, measures=measures)
+    study.folder.write("screen", table)
+    return table
+
+
+def align_pairs(
+    study: Study,
+    kinds: Sequence[str],
+    seeds: int,
+    load: Callable[[str, str], Any],
+    *,
+    steps: int,
+    lr: float,
+    pull: str | None = None,
+    per_source: int | None = None,
+    same_layer: bool = False,
+    score_on: Path | None = None,
+    ray: str | None = None,
+    device: str = "cpu",
+    tell: Tell,
+) -> list[str]:
+    """Aligns all pairs, or those that the screen lets through, with each kind and seed; gives the notes.
+
+    The table keeps what was aligned before with other aligners, seeds and texts to score on. An aligner with other
+    settings takes the place of its rows.
+    """
+    other = None if score_on is None else StudyFolder(score_on)
+    elsewhere = None if other is None else other.captured()
+    pairs = None if per_source is None else choose_pairs(study.folder.needed("screen", "screen"), per_source)
+    if same_layer:
+        pairs = pairs or all_pairs(study.capture.experts)
+        pairs = [(source, target) for source, target in pairs if source[0] == target[0]]
+    trained: dict[str, Any] = {"steps": steps, "lr": lr, "pull": pull}
+    tables = [
+        sweep(
+            study.capture, study.subject.model, study.folder.path, pairs, ray=ray, score_on=elsewhere, load=load,
+            dtype=study.subject.dtype, device=device, aligner=kind, seed=seed, **trained,
+            progress=lambda done, total, what=f"{kind}, seed {seed}": tell(f"{what}: {done} of {total} tiles"),  # type: ignore[misc]
+        ).assign(scored_on="" if other is None else _text_of(other))
+        for kind in kinds
+        for seed in range(seeds)
+    ]  # fmt: skip
+    settings = {
+        **trained,
+        "per_source": per_source,
+        "same_layer": same_layer,
+        "score_on": None if elsewhere is None else elsewhere.manifest.identity,
+    }
+    return _add_alignments(study.folder, tables, settings)
+
+
+def _text_of(study: StudyFolder) -> str:
+    subject = study.subject()
+    return f"{Path(subject.text).name} ({subject.split})"
+
+
+def _add_alignments(folder: StudyFolder, tables: Sequence[pd.DataFrame], settings: dict[str, Any]) -> list[str]:
+    """Writes alignments, one a seed, beside those of other aligners, texts and seeds; gives their notes.
+
+    Rows of the same aligner and text with other settings, and of another capture, go.
+    """
+    pd = optional_module("pandas", "A table of aligned pairs")
+    noted = {(one["aligner"], one["scored_on"]): one for one in folder.aligned()}
+    before = None if folder.is_stale("alignment") else folder.table("alignment")
+    new = {_key(table): table for table in tables}
+    names = {key[:2] for key in new}
+    same = {name for name in names if name in noted and settings.items() <= noted[name].items()}
+    old = {} if before is None else dict(list(before.groupby(["aligner", "scored_on", "seed"], sort=False)))
+    rows = {key: part for key, part in old.items() if key[:2] not in names - same} | new
+    place = list(dict.fromkeys(key[:2] for key in [*old, *new]))  # a second run changes no order
+    ordered = sorted(rows, key=lambda key: (bool(key[1]), place.index(key[:2]), key[2]))
+    notes = {
+        name: sorted({note for key, table in new.items() if key[:2] == name for note in table.attrs.get("notes", [])})
+        for name in names
+    }
+    others = [one for name, one in noted.items() if name not in names and any(key[:2] == name for key in rows)]
+    # between the two notes a kill leaves alignments of unknown settings, which the next run replaces
+    folder.note("alignment", {"aligners": others})
+    folder.write("alignment", pd.concat([rows[key] for key in ordered], ignore_index=True))
+    mine = [
+        {"aligner": name[0], "scored_on": name[1], **settings, "notes": notes[name]} for name in place if name in names
+    ]
+    folder.note("alignment", {"aligners": [*others, *mine]})
+    return sorted({note for of_one in notes.values() for note in of_one})
+
+
+def _key(table: pd.DataFrame) -> tuple[str, str, int]:
+    """Aligner, text and seed of a table of one."""
+    return tuple(table[["aligner", "scored_on", "seed"]].iloc[0])
+
+
+def swap_parts(
+    study: Study,
+    texts: TextBatches,
+    units: Sequence[str],
+    layers: str | None,
+    one_way: bool,
+    metric: str,
+    tell: Tell,
+) -> pd.DataFrame:
+    """Swaps units and measures; the table holds swaps measured before too. Also what the routers choose after them."""
+    if unknown := [one for one in units if one not in get_args(Unit)]:
+        raise LamellaError(f"unit={unknown[0]!r} is none of {', '.join(get_args(Unit))}.")
+    if metric not in get_args(Metric):
+        raise LamellaError(f"metric={metric!r} is none of {', '.join(get_args(Metric))}.")
+    if metric == "accuracy" and texts.writes and not texts.label_tokens:
+        raise LamellaError(
+            f"{study.subject.model} writes its answers, and its tokenizer has no token <|NAME|> for every label of "
+            "the text, so its accuracy cannot be told. Measure with --metric nll."
+        )
+    batches = list(texts)
+    for unit in cast(Sequence[Unit], units):
+        swap_effects(
+            study.model, batches, _swaps(study, unit, layers, one_way), unit, not one_way, cast(Metric, metric),
+            folder=study.folder.path, choices=texts.label_tokens or None,
+            progress=lambda done, total, unit=unit: tell(f"{unit}: {done} of {total} swaps"),  # type: ignore[misc]
+        )  # fmt: skip
+    table = study.folder.needed("swap", "swap")
+    study.folder.write("shifts", _shifts(study, table, batches))
+    return table
+
+
+def _swaps(study: Study, unit: Unit, layers: str | None, one_way: bool) -> list[Swap]:
+    if unit != "expert":
+        pairs = layer_pairs(study.model, unit, ordered=one_way)
+        return [*pairs, *control_swaps(pairs)]
+    indices = [layer.index for layer in moe_layers(study.model)]
+    named = [str(indices[0]), str(indices[-1])] if layers is None else [part.strip() for part in layers.split(",")]
+    if len(named) != 2 or not all(part.isdecimal() for part in named):
+        raise LamellaError(
+            f"layers={layers!r} names no two layers; write two indices, such as {indices[0]},{indices[-1]}."
+        )
+    pairs = expert_pairs(study.model, *map(int, named))
+    back = [(second, first) for first, second in pairs] if one_way else []
+    return [*pairs, *back, *control_swaps(pairs)]
+
+
+def _shifts(study: Study, table: pd.DataFrame, batches: list[Any]) -> pd.DataFrame:
+    """Routing before and after the nearest and the farthest swap of each unit of whole layers, as it was measured."""
+    pd = optional_module("pandas", "A table of routing")
+    frames = []
+    of_layers = table[(table["unit"] != "expert") & (table["distance"] > 0)]
+    for (unit, exchange), rows in of_layers.groupby(["unit", "exchange"]):
+        for at in dict.fromkeys((rows["distance"].idxmin(), rows["distance"].idxmax())):
+            first, second = int(rows.loc[at, "first_layer"]), int(rows.loc[at, "second_layer"])
+            shift = routing_shift(study.model, batches, first, second, unit, bool(exchange))
+            named = f"{unit} {first} and {second}" if exchange else f"{unit} {second} in the place of {first}"
+            frames.append(shift.assign(swap=named))
+    return pd.concat(frames, ignore_index=True)[_SHIFTS] if frames else pd.DataFrame(columns=_SHIFTS)
+
+
+def compress_to_budgets(
+    study: Study,
+    domains: Domains,
+    budgets: Sequence[float],
+    methods: Sequence[str],
+    measures: Sequence[str],
+    *,
+    aligner: str | None = None,
+    seeds: int = 3,
+    replace: bool = False,
+    across_layers: bool = False,
+    close: int = 1,
+    capacity: int | None = None,
+    save: Path | None = None,
+    measured_on: str = "",
+    tell: Tell,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Perplexity after compression by each method to each budget, and after rerouting the tokens of closed experts.
+
+    What can be refused is refused before the model reads any text. Rows that an earlier compression measured with the
+    same settings stay in the table beside the new ones.
+
+    Args:
+        study: with an alignment.
+        domains: texts to measure on, by name.
+        budgets, methods: of ``compress``.
+        measures: what the method "similarity" goes by, a curve each.
+        aligner: that was aligned, before replacements; None takes none in the curve and one that can be folded in
+            rerouting.
+        seeds: of the method "random".
+        replace: replacements as they are, instead of merged experts.
+        across_layers: one pool over neighbouring layers.
+        close: experts of each layer whose tokens are rerouted, the most used.
+        capacity: also reroute where closed experts take so many tokens of a sequence.
+        save: new folder for the model at the first budget by the first method.
+        measured_on: what part of the texts, in words.
+        tell: how far it is.
+
+    Returns:
+        The curve of this call, and notes on what it replaced.
+    """
+    pd = optional_module("pandas", "A compression curve")
+    if save is not None:
+        refuse_existing(save)
+    for method in methods:
+        check_arguments(budgets, method, merge=not replace, aligner=None)
+    behind = _aligners(study, _rows_of(study.folder, aligner)) if replace and aligner else None
+    tables = {measure: _similarities(study.folder, measure, aligner) for measure in measures}
+    closed = _most_used(study, close)
+    if closed:  # an expert that none could replace is named now, not after the curve
+        find_routes(_rows_of(study.folder, aligner), study.model, closed)
+    given: dict[str, Any] = {"capture": study.capture, "merge": not replace, "across_layers": across_layers}
+    texts = read_domains(domains)
+    curves = []
+    for name, method, measure in _curves(cast(Sequence[Method], methods), measures):
+        curve = compression_curve(
+            study.model, tables[measure], texts, budgets, (method,), seeds=range(seeds), aligner=behind,
+            measure=measure, progress=lambda done, total, name=name: tell(f"{name}: {done} of {total}"), **given,  # type: ignore[misc]
+        )  # fmt: skip
+        curves.append(curve.assign(method=name))
+    curve = pd.concat(curves, ignore_index=True)
+    settings = {
+        "merge": not replace, "aligner": aligner, "across_layers": across_layers, "measured_on": measured_on
+    }  # fmt: skip
+    notes = _add_curve(study.folder, curve, settings)
+    if closed:
+        tell("rerouting")
+        _reroute(study, texts, closed, aligner, capacity)
+    if save is not None:
+        first = cast(Method, methods[0])
+        compress(
+            study.model, tables[measures[0]], budgets[0], method=first, measure=measures[0],
+            aligner=behind if first == "similarity" else None, **given,
+        ).save(save, study.tokenizer)  # fmt: skip
+    return curve, notes
+
+
+def _add_curve(folder: StudyFolder, curve: pd.DataFrame, settings: dict[str, Any]) -> list[str]:
+    """Writes a curve beside the rows of earlier ones with the same settings; says when others go."""
+    pd = optional_module("pandas", "A compression curve")
+    before = None if folder.is_stale("compression") else folder.table("compression")
+    noted, notes = folder.facts("compression"), []
+    rows = curve
+    if before is not None and noted == settings:
+        key = ["method", "budget", "domain", "seed"]
+        again = pd.MultiIndex.from_frame(before[key]).isin(pd.MultiIndex.from_frame(curve[key]))
+        rows = pd.concat([before[~again], curve], ignore_index=True)
+    elif before is not None:
+        then = "unknown settings" if noted is None else ", ".join(f"{name} {value}" for name, value in noted.items())
+        notes = [f"{len(before)} rows of an earlier compression ({then}) are replaced."]
+    folder.note("compression", None)  # a kill before the next note leaves rows of unknown settings
+    folder.write("compression", rows)
+    folder.note("compression", settings)
+    return notes
+
+
+def _curves(methods: Sequence[Method], measures: Sequence[str]) -> Iterator[tuple[str, Method, str]]:
+    """Name, method and measure of each curve: similarity goes by every measure, the others by none that matters."""
+    for method in methods:
+        if method != "similarity" or len(measures) == 1:
+            yield method, method, measures[0]
+        else:
+            yield from ((f"similarity ({measure})", method, measure) for measure in measures)
+
+
+def _similarities(folder: StudyFolder, measure: str, aligner: str | None) -> pd.DataFrame:
+    """The table that has the measure: the screen, its unmeasured pairs left out, or the alignment.
+
+    Raises:
+        LamellaError: neither has it.
+    """
+    screened = folder.table("screen")
+    if screened is not None and measure in screened.columns:
+        return screened.dropna(subset=[measure])
+    alignment = _rows_of(folder, aligner)
+    choose_measure(alignment, measure, aligned=False)
+    return alignment
+
+
+def _rows_of(folder: StudyFolder, aligner: str | None) -> pd.DataFrame:
+    """The alignment's rows of one aligner: the one asked for, the first that can be folded, or the first.
+
+    Raises:
+        LamellaError: nothing was aligned, or not with the kind asked for.
+    """
+    tables = by_aligner(folder.needed("alignment", "align"))
+    if aligner is not None and aligner not in tables:
+        raise LamellaError(
+            f"The alignment in {folder.path} has no aligner {aligner!r}, it has {'; '.join(tables)}. Name one of "
+            f"those, or run `lamella similarity align {folder.path} --aligner {from_label(aligner)[0]}`."
+        )
+    foldable = (name for name, rows in tables.items() if rows["aligner"].iloc[0] in _FOLDED)
+    return tables[aligner or next(foldable, next(iter(tables)))]
+
+
+def _aligners(study: Study, rows: pd.DataFrame, kind: str | None = None) -> Aligners:
+    """Trains aligners with the settings that an alignment was made with, of its kind unless another is given."""
+    name = tuple(rows[["aligner", "scored_on"]].iloc[0])
+    noted = next((one for one in study.folder.aligned() if (one["aligner"], one["scored_on"]) == name), {})
+    settings = {key: noted[key] for key in ("steps", "lr", "pull") if key in noted}
+    return partial(fit_aligners, study.capture, study.model, aligner=kind or name[0], **settings)
+
+
+def _most_used(study: Study, close: int) -> list[Name]:
+    """The experts of each layer that most tokens go to, whose work is worth most."""
+    shares = study.capture.shares
+    of_layer: dict[int, list[Name]] = {}
+    for name in sorted(shares, key=lambda name: -shares[name]):
+        of_layer.setdefault(name[0], []).append(name)
+    return [name for layer in sorted(of_layer) for name in of_layer[layer][:close]]
+
+
+def _reroute(study: Study, domains: Domains, closed: Sequence[Name], aligner: str | None, capacity: int | None) -> None:
+    """Closes experts; where no aligner that can be folded was aligned, linear ones go before the most similar as is."""
+    pd = optional_module("pandas", "A table of rerouting")
+    similarity = _rows_of(study.folder, aligner)
+    aligned = str(similarity["aligner"].iloc[0])
+    kind = aligned if aligner or aligned in _FOLDED else _FOLDED[0]
+    tables = [
+        rerouting_table(
+            study.model, similarity, closed, domains, what=what, capacity=capacity if what == "full" else None,  # type: ignore[arg-type]
+            across_layers=across, aligner=_aligners(study, similarity, kind),
+            measure="nmse" if kind == aligned else "identity_nmse",
+        ).assign(reach="any layer" if across else "own layer")
+        for what in ("dropped", "masked", *([] if capacity is None else ["full"]))
+        for across in ((False, True) if _has_neighbours(similarity, closed) else (True,))
+    ]  # fmt: skip
+    rows = pd.concat(tables, ignore_index=True)
+    study.folder.write("rerouting", rows[rows["how"] != "none"])
+
+
+def _has_neighbours(similarity: pd.DataFrame, closed: Sequence[Name]) -> bool:
+    """Whether each closed expert was aligned with one of its layer that stays: not where only some pairs were."""
+    pairs = similarity[similarity["kind"] == "pair"]
+    near = pairs[pairs["source_layer"] == pairs["target_layer"]]
+    names = zip(near["source_layer"], near["source_expert"], near["target_expert"], strict=True)
+    return set(closed) <= {(layer, source) for layer, source, target in names if (layer, target) not in closed}
