@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-# CLIP's own, which its image processors repeat; see OPENAI_CLIP_MEAN in transformers.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 def embed_images(model: Any, images: Tensor) -> Tensor:
-    """CLIP's embeddings of images, differentiable.
+    """CLIP's embeddings of images, differentiable (its image processor is not).
 
     Args:
         model: a CLIPModel.
@@ -26,15 +23,15 @@ def embed_images(model: Any, images: Tensor) -> Tensor:
         ``(N, D)`` of length 1, float32 or wider.
     """
     size = model.config.vision_config.image_size
-    weight = model.visual_projection.weight
     scaled = functional.interpolate(
-        images.to(weight), size=(size, size), mode="bicubic", align_corners=False, antialias=True
+        images.to(model.visual_projection.weight),
+        size=(size, size),
+        mode="bicubic",
+        align_corners=False,
+        antialias=True,
     ).clamp(0, 1)
-    mean, std = (
-        torch.tensor(values, device=weight.device, dtype=weight.dtype)[:, None, None] for values in (_MEAN, _STD)
-    )
-    pooled = model.vision_model(pixel_values=(scaled - mean) / std).pooler_output
-    return _unit_length(model.visual_projection(pooled))
+    mean, std = (scaled.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return _unit_length(model.get_image_features(pixel_values=(scaled - mean) / std))
 
 
 def embed_texts(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -50,8 +47,7 @@ def embed_texts(model: Any, input_ids: Tensor, attention_mask: Tensor | None = N
     """
     device = model.text_projection.weight.device
     mask = None if attention_mask is None else attention_mask.to(device)
-    pooled = model.text_model(input_ids=input_ids.to(device), attention_mask=mask).pooler_output
-    return _unit_length(model.text_projection(pooled))
+    return _unit_length(model.get_text_features(input_ids=input_ids.to(device), attention_mask=mask))
 
 
 def text_alignment(images: Tensor, texts: Tensor) -> Tensor:
@@ -64,6 +60,6 @@ def image_alignment(images: Tensor, concept: Tensor) -> Tensor:
     return functional.cosine_similarity(images[:, None], concept[None], dim=-1).mean(dim=1)
 
 
-def _unit_length(embeddings: Tensor) -> Tensor:
-    wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-    return functional.normalize(wide, dim=-1)
+def _unit_length(features: Any) -> Tensor:
+    embeddings: Tensor = features.pooler_output
+    return functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)

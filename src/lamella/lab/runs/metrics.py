@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,30 +21,22 @@ def accuracy(predictions: Array, labels: Array) -> float:
 
 def macro_f1(predictions: Array, labels: Array) -> float:
     """Unweighted mean of the F1 of every class that occurs in the labels or the predictions; both arrays (N,)."""
-    scores = []
-    for value in np.union1d(predictions, labels):
-        hits = np.sum((predictions == value) & (labels == value))
-        scores.append(2.0 * hits / (np.sum(predictions == value) + np.sum(labels == value)))
-    return float(np.mean(scores))
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro"))
 
 
 def matthews(predictions: Array, labels: Array) -> float:
     """Matthews correlation of any number of classes (Gorodkin 2004); 0 if one side is constant; both arrays (N,)."""
-    values = np.union1d(predictions, labels)
-    predicted = (predictions[:, None] == values).astype(np.float64)
-    actual = (labels[:, None] == values).astype(np.float64)
-    predicted -= predicted.mean(0)
-    actual -= actual.mean(0)
-    spread = math.sqrt(float(np.sum(predicted**2)) * float(np.sum(actual**2)))
-    return float(np.sum(predicted * actual)) / spread if spread > 0.0 else 0.0
+    from sklearn.metrics import matthews_corrcoef
+
+    return 0.0 if _constant(predictions, labels) else float(matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: Array, labels: Array) -> float:
     """Linear correlation; 0 where one side is constant; both arrays (N,)."""
-    x = predictions.astype(np.float64) - predictions.astype(np.float64).mean()
-    y = labels.astype(np.float64) - labels.astype(np.float64).mean()
-    spread = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / spread if spread > 0.0 else 0.0
+    x, y = predictions.astype(np.float64), labels.astype(np.float64)
+    return 0.0 if _constant(x, y) else float(np.corrcoef(x, y)[0, 1])
 
 
 def spearman(predictions: Array, labels: Array) -> float:
@@ -53,6 +44,10 @@ def spearman(predictions: Array, labels: Array) -> float:
     from scipy.stats import rankdata
 
     return pearson(rankdata(predictions), rankdata(labels))
+
+
+def _constant(predictions: Array, labels: Array) -> bool:
+    return bool(np.all(predictions == predictions[0]) or np.all(labels == labels[0]))
 
 
 def mean_squared_error(predictions: Array, labels: Array) -> float:

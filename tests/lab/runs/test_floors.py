@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.lab.runs.linear_floor import linear_floor, majority_floor
+from lamella.lab.runs.floors import linear_floor, majority_floor
 
 TEXTS = ["who is she", "who are they", "where is it", "where are we"] * 5
 LABELS = [0, 0, 1, 1] * 5
