@@ -20,8 +20,9 @@ from lamella.errors import LamellaError
 from lamella.tuners.mole.composing import Lora, read_given
 from lamella.tuners.mole.config import Adapters, MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
-from lamella.tuners.mole.model import listen, make_units, place_loras
+from lamella.tuners.mole.model import make_units, place_loras
 from lamella.tuners.mole.preparing import Prepared, read_sources, refuse_too_few, refuse_too_large
+from lamella.tuners.tracking import track
 
 _ADAPTER = "default"
 # What a composition in a pipeline reads of a MoleConfig.
@@ -138,7 +139,7 @@ def _place(model: nn.Module, prepared: Prepared, config: MoleConfig) -> Componen
         layers[name] = place_loras(layer, name, _ADAPTER, config, prepared, units, ())
         layers[name].train(model.training)
         model.set_submodule(name, layers[name])
-    listen(model)
+    track(model)
     distinct = tuple(dict.fromkeys(units.values()))
     for unit in distinct:
         for parameter in unit.router.parameters():

@@ -2,8 +2,8 @@
 
 from lamella.routing.attachment import attach, refuse_reentrant_collection
 from lamella.routing.balance import CollectedLoss, RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
-from lamella.routing.context import Frame, RoutedCall, collect_losses, current_frame, in_frame, prompt
-from lamella.routing.decision import Decision, Override, Projection, SharedDecision, mixing_weights
+from lamella.routing.context import Frame, RoutedCall, RouterKey, collect_losses, current_frame, in_frame, prompt
+from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision, mixing_weights
 from lamella.routing.pooling import count_votes, pool_mean, pool_mode
 from lamella.routing.prompt import Prompt, Readable
 from lamella.routing.router import CosineRouter, LinearRouter, ProjectedCosineRouter, Router, Routing, make_router
@@ -18,6 +18,7 @@ from lamella.routing.tracking import (
 )
 
 __all__ = [
+    "CachedDecision",
     "CallListener",
     "CallTracker",
     "CollectedLoss",
@@ -32,6 +33,7 @@ __all__ = [
     "Readable",
     "RoutedCall",
     "Router",
+    "RouterKey",
     "RouterLoss",
     "Routing",
     "SharedDecision",

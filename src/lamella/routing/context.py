@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
-from lamella.routing.decision import Decision, Override, Projection, SharedDecision
+from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
 from lamella.routing.prompt import Prompt, Readable, find_readable, prompt_of
 
 Observer = Callable[..., None]
-Place = tuple[str, str]  # an adapter, and the router's name in the model
+RouterKey = tuple[str, str]  # an adapter, and the router's name in the model
 
 
 @dataclass(eq=False)
@@ -61,9 +61,9 @@ class RoutedCall:
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
         prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
         label_start: the first position of the decoder's input that labels say is not given, ``(batch,)``.
-        cache: the cache of transformers that the forward was given.
+        cache: of the sequences that the forward continues or begins, as it was given.
         past: tokens it held when the forward began.
-        cached: the decisions that it brought, and those taken since.
+        cached: the decisions for those sequences that it brought, and those taken since.
         overrides: what holds in place of the routers, by adapter.
         decisions: those that blocks of different stacks share.
         balances: losses that all routers of an adapter have in common, by adapter.
@@ -79,9 +79,9 @@ class RoutedCall:
     label_start: Tensor | None = None
     cache: Any = None
     past: int = 0
-    cached: dict[Place, Any] = field(default_factory=dict)
+    cached: dict[RouterKey, CachedDecision] = field(default_factory=dict)
     overrides: dict[str, Override] = field(default_factory=dict)
-    decisions: dict[Place, SharedDecision] = field(default_factory=dict)
+    decisions: dict[RouterKey, SharedDecision] = field(default_factory=dict)
     balances: dict[str, JointBalance] = field(default_factory=dict)
 
     @property
@@ -135,8 +135,8 @@ class Frame:
     recomputing: bool = False
     given: Tensor | None = None
     projections: dict[tuple[nn.Module, str], Projection] = field(default_factory=dict)
-    decisions: dict[Place, Decision] = field(default_factory=dict)
-    alone: tuple[Place, int] | None = None
+    decisions: dict[RouterKey, Decision] = field(default_factory=dict)
+    alone: tuple[RouterKey, int] | None = None
 
     def again(self, **changes: Any) -> "Frame":
         """The same stack for a block that runs once more, with nothing computed for siblings yet."""

@@ -1,5 +1,6 @@
 """Decisions that several layers share: their weights, what may be said in their place, and how they are recomputed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -87,6 +88,23 @@ class Decision:
     rows: torch.Size
     without: Tensor | None = None
     uniform: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CachedDecision:
+    """A decision for whole sequences, to hold as long as they go on.
+
+    Attributes:
+        tensors: what was decided, each ``(batch, ...)``.
+        complete: whether all that the decision is meant to read was there; if not, the sequences may not be continued.
+    """
+
+    tensors: tuple[Tensor, ...]
+    complete: bool
+
+    def by(self, choose: Callable[[Tensor], Tensor]) -> "CachedDecision":
+        """The decision for a batch made of these sequences in another way."""
+        return CachedDecision(tuple(choose(tensor) for tensor in self.tensors), self.complete)
 
 
 class SharedDecision:

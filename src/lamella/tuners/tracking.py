@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lamella.routing import track_calls
+from lamella.tuners.cache import DecisionsInCache
 
 # Tasks whose answer is about the whole input; nothing in it is to be predicted from what stands before.
 _ABOUT_ALL = frozenset({"ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"})
@@ -17,4 +18,6 @@ def track(model: nn.Module) -> None:
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     loss_type = getattr(model, "loss_type", None) or ""
     shifts_labels = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not is_encoder_decoder
-    track_calls(model, stacks, shifts_labels=shifts_labels, whole_input=loss_type in _ABOUT_ALL)
+    tracker = track_calls(model, stacks, shifts_labels=shifts_labels, whole_input=loss_type in _ABOUT_ALL)
+    if not tracker.listeners:
+        tracker.listeners.append(DecisionsInCache())

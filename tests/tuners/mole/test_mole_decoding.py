@@ -194,7 +194,7 @@ def test_decisions_go_where_the_rows_of_the_cache_go(folder: Path) -> None:
         after = model(input_ids=ids[rows, 5:], past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(after, whole[rows], rtol=1e-5, atol=1e-6)
         cache.reset()
-    assert not cache.lamella_kept
+    assert not cache.layers[-1].decisions
 
 
 def test_what_cannot_be_gone_on_with_is_refused(folder: Path) -> None:

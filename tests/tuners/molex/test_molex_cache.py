@@ -81,9 +81,8 @@ class Play:
     def __init__(self, cache: Cache, choices: dict[int, Tensor], seed: int = 0, own_first: bool = True) -> None:
         self.cache, self.own_first = cache, own_first
         self.generator = torch.Generator().manual_seed(seed)
-        self.slots = guest_slots(cache, BLOCKS)
-        for depth, indices in choices.items():
-            self.slots.decide(depth, indices, torch.rand(indices.shape, generator=self.generator))
+        guest_slots(cache, BLOCKS)
+        self.choices = choices
         batch = len(choices[0])
         self.rows = [
             {
@@ -93,7 +92,6 @@ class Play:
             }
             for row in range(batch)
         ]
-        self.weights = [{depth: self.slots.decision(depth).weights[row] for depth in choices} for row in range(batch)]
         self.tokens = 0
 
     def step(self, new: int) -> None:
@@ -117,7 +115,7 @@ class Play:
         rows = [row for row, layers in enumerate(self.rows) if (depth, guest) in layers]
         if not rows:
             return
-        view = slots.view(depth, torch.tensor(rows))
+        view = slots.view(depth, torch.tensor(rows), self.choices[depth])
         assert view.get_seq_length(guest) == self.tokens
         sizes = view.get_mask_sizes(new, guest)
         keys, values = _states(len(rows), new, self.generator)
@@ -131,14 +129,7 @@ class Play:
     def rearrange(self, rows: list[int]) -> None:
         """What a batch operation does to rows that live apart."""
         self.rows = [copy.deepcopy(self.rows[row]) for row in rows]
-        self.weights = [self.weights[row] for row in rows]
-
-    def check_decisions(self) -> None:
-        for depth in self.weights[0]:
-            decision = guest_slots(self.cache, BLOCKS).decision(depth)
-            assert torch.equal(decision.weights, torch.stack([weights[depth] for weights in self.weights]))
-            for row, layers in enumerate(self.rows):
-                assert {(depth, int(guest)) for guest in decision.indices[row]} <= set(layers)
+        self.choices = {depth: indices[rows] for depth, indices in self.choices.items()}
 
 
 def _choices(batch: int, choices: int, seed: int) -> dict[int, Tensor]:
@@ -176,7 +167,6 @@ def test_each_row_sees_what_a_cache_of_its_own_would_hold(name: str, data: st.Da
             play.cache.batch_select_indices(torch.tensor(rows))
             play.rearrange(rows)
     play.step(1)
-    play.check_decisions()
 
 
 @pytest.mark.parametrize("name", ["lazy", "dynamic", "dynamic-sliding", "dynamic-hybrid"])
@@ -196,7 +186,6 @@ def test_cropped_tokens_are_gone_from_the_slots(name: str) -> None:
                     alone.crop(-removed)
         play.tokens -= removed
     play.step(1)
-    play.check_decisions()
 
 
 def test_a_slot_made_while_a_window_records_its_past_records_too() -> None:
@@ -207,7 +196,7 @@ def test_a_slot_made_while_a_window_records_its_past_records_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["lazy", "dynamic-sliding"])
-def test_cropping_everything_leaves_the_decision_and_an_empty_slot(name: str) -> None:
+def test_cropping_everything_leaves_an_empty_slot(name: str) -> None:
     play = Play(CACHES[name](), _choices(3, 1, seed=1))
     play.step(3)
     play.cache.crop(-3)
@@ -216,16 +205,13 @@ def test_cropping_everything_leaves_the_decision_and_an_empty_slot(name: str) ->
             layers[place] = _alone(alone)
     play.tokens = 0
     play.step(2)
-    play.check_decisions()
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_reset_forgets_states_and_decisions(name: str) -> None:
+def test_reset_forgets_states(name: str) -> None:
     play = Play(CACHES[name](), _choices(3, 2, seed=5))
     play.step(4)
     play.cache.reset()
-    slots = guest_slots(play.cache, BLOCKS)
-    assert all(slots.decision(depth) is None for depth in range(BLOCKS))
     other = Play(play.cache, _choices(2 if name not in STATIC else 3, 1, seed=6))
     for _ in range(4):
         other.step(2)
@@ -279,20 +265,7 @@ def test_a_depth_without_guests_bears_every_operation(name: str) -> None:
         play.rearrange([0, 0, 1, 1])
         play.tokens -= 1
     play.step(1)
-    play.check_decisions()
     play.cache.reset()
-
-
-def test_a_sequence_is_not_continued_when_its_guests_were_chosen_too_early() -> None:
-    chosen = torch.tensor([[1], [2]])
-    play = Play(DynamicCache(), {0: chosen})
-    play.slots.decide(0, chosen, torch.ones(2, 1), complete=False)
-    play.step(3)
-    play.cache.reorder_cache(torch.tensor([1, 0]))
-    play.rearrange([1, 0])
-    play.cache = copy.deepcopy(play.cache)
-    with pytest.raises(LamellaError, match="chosen from the first 3 tokens"):
-        play.step(1)
 
 
 def test_rows_may_be_left_out_to_mean_all() -> None:
@@ -300,10 +273,10 @@ def test_rows_may_be_left_out_to_mean_all() -> None:
     slots, generator = guest_slots(cache, BLOCKS), torch.Generator().manual_seed(0)
     written = _states(3, 2, generator)
     cache.update(*written, 0)
-    keys, values = slots.view(0, None).update(*written, 2)
+    keys, values = slots.view(0, None, torch.full((3, 1), 2)).update(*written, 2)
     assert torch.equal(keys, written[0])
     assert torch.equal(values, written[1])
-    assert slots.view(0, None).get_seq_length() == 2
+    assert slots.view(0, None, torch.full((3, 1), 2)).get_seq_length() == 2
     assert cache.layers[0].keys.shape == cache.layers[BLOCKS].keys.shape
 
 
@@ -311,11 +284,11 @@ def test_rows_may_be_left_out_to_mean_all() -> None:
 def test_gradients_pass_through_the_returned_states(name: str) -> None:
     cache = CACHES[name]()
     slots, generator = guest_slots(cache, BLOCKS), torch.Generator().manual_seed(0)
-    slots.decide(0, torch.tensor([[1], [2], [1]]), torch.ones(3, 1))
+    chosen = torch.tensor([[1], [2], [1]])
     written = {}
     for guest, rows in ((1, [0, 2]), (2, [1])):
         keys, values = (states.requires_grad_() for states in _states(len(rows), 3, generator))
-        seen = slots.view(0, torch.tensor(rows)).update(keys, values, guest)
+        seen = slots.view(0, torch.tensor(rows), chosen).update(keys, values, guest)
         written[guest] = keys, values, seen
     torch.stack([(seen[0] * guest).sum() + seen[1].sum() for guest, (*_, seen) in written.items()]).sum().backward()
     for guest, (keys, values, _) in written.items():
@@ -327,10 +300,10 @@ def test_gradients_pass_through_the_returned_states(name: str) -> None:
 def test_values_may_be_of_another_precision_than_keys(name: str) -> None:
     cache = CACHES[name]()
     slots, generator = guest_slots(cache, BLOCKS), torch.Generator().manual_seed(0)
-    slots.decide(0, torch.tensor([[1], [2], [1]]), torch.ones(3, 1))
+    chosen = torch.tensor([[1], [2], [1]])
     cache.update(*_states(3, 2, generator), 0)
     keys, values = _states(2, 2, generator)
-    seen_keys, seen_values = slots.view(0, torch.tensor([0, 2])).update(keys, values.bfloat16(), 1)
+    seen_keys, seen_values = slots.view(0, torch.tensor([0, 2]), chosen).update(keys, values.bfloat16(), 1)
     assert torch.equal(seen_keys[:, :, :2], keys)
     assert torch.equal(seen_values[:, :, :2], values.bfloat16())
 
@@ -360,18 +333,15 @@ def test_an_encoder_decoder_guest_has_cross_attention_keys_of_its_own(static: bo
     cache, generator = _encoder_decoder(static), torch.Generator().manual_seed(0)
     slots, batch = guest_slots(cache, BLOCKS), 4
     chosen = _choices(batch, choices, seed=1)
-    for depth, indices in chosen.items():
-        slots.decide(depth, indices, torch.rand(indices.shape))
     rows_alone: dict[tuple[int, int, int], EncoderDecoderCache] = {}
     for step in range(4):
         new = 3 if step == 0 else 1
         for depth in range(BLOCKS):
             _attend(cache, depth, _states(batch, new, generator), _states(batch, 7, generator))
-            decision = slots.decision(depth)
-            for guest in set(decision.indices.flatten().tolist()) - {depth}:
-                rows = (decision.indices == guest).any(dim=1).nonzero().flatten()
+            for guest in set(chosen[depth].flatten().tolist()) - {depth}:
+                rows = (chosen[depth] == guest).any(dim=1).nonzero().flatten()
                 own, encoded = _states(len(rows), new, generator), _states(len(rows), 7, generator)
-                seen = _attend(slots.view(depth, rows), guest, own, encoded)
+                seen = _attend(slots.view(depth, rows, chosen[depth]), guest, own, encoded)
                 for at, row in enumerate(rows.tolist()):
                     alone = rows_alone.setdefault((depth, row, guest), _encoder_decoder(static))
                     one = slice(at, at + 1)
@@ -379,14 +349,14 @@ def test_an_encoder_decoder_guest_has_cross_attention_keys_of_its_own(static: bo
                     torch.testing.assert_close([states[one] for states in seen], expected, rtol=0, atol=0)
         order = torch.randperm(batch, generator=generator)
         cache.reorder_cache(order)
+        chosen = {depth: indices[order] for depth, indices in chosen.items()}
         rows_alone = {
             (depth, new_row, guest): copy.deepcopy(alone)
             for (depth, row, guest), alone in rows_alone.items()
             for new_row in (order == row).nonzero().flatten().tolist()
         }
     cache.reset()
-    assert slots.decision(0) is None
-    assert not slots.view(0, torch.tensor([0])).is_updated.get(1)
+    assert not slots.view(0, torch.tensor([0]), chosen[0]).is_updated.get(1)
 
 
 def test_a_cache_made_for_a_deeper_encoder_keeps_its_spare_layers_behind() -> None:
@@ -451,10 +421,9 @@ def test_tokens_that_no_guest_saw_are_noticed() -> None:
         cache.update(*_states(2, 3, generator), depth)  # the adapter is off
     for depth in range(BLOCKS):
         slots = guest_slots(cache, BLOCKS)
-        slots.decide(depth, torch.tensor([[1], [2]]), torch.ones(2, 1))
         cache.update(*_states(2, 1, generator), depth)
         with pytest.raises(LamellaError, match=r"holds 3 tokens .* seen only 0"):
-            slots.view(depth, torch.tensor([1])).update(*_states(1, 1, generator), 2)
+            slots.view(depth, torch.tensor([1]), torch.tensor([[1], [2]])).update(*_states(1, 1, generator), 2)
 
 
 def test_a_row_that_missed_a_step_is_noticed() -> None:
@@ -463,30 +432,15 @@ def test_a_row_that_missed_a_step_is_noticed() -> None:
     left_out = play.rows[1].pop((0, 2))
     play.step(1)
     play.rows[1][0, 2] = left_out
+    view = guest_slots(play.cache, BLOCKS).view(0, torch.tensor([1]), play.choices[0])
     with pytest.raises(LamellaError, match=r"holds 4 tokens .* seen only 3"):
-        guest_slots(play.cache, BLOCKS).view(0, torch.tensor([1])).update(*_states(1, 1, play.generator), 2)
-
-
-def test_guests_cannot_be_chosen_anew_once_they_have_written() -> None:
-    play = Play(DynamicCache(), {0: torch.tensor([[1], [2]])})
-    play.slots.decide(0, torch.tensor([[2], [1]]), torch.ones(2, 1))
-    play = Play(DynamicCache(), {0: torch.tensor([[1], [2]])})
-    play.step(1)
-    with pytest.raises(LamellaError, match="at block 0 have already written"):
-        play.slots.decide(0, torch.tensor([[2], [1]]), torch.ones(2, 1))
+        view.update(*_states(1, 1, play.generator), 2)
 
 
 def test_a_guest_that_was_not_chosen_has_no_place() -> None:
     slots, generator = guest_slots(DynamicCache(), BLOCKS), torch.Generator().manual_seed(0)
-    slots.decide(0, torch.tensor([[1, 0], [2, 1]]), torch.ones(2, 2))
     with pytest.raises(LamellaError, match="Block 2 runs as a guest at block 0"):
-        slots.view(0, None).update(*_states(2, 1, generator), 2)
-
-
-def test_rows_of_an_unknown_batch_are_refused() -> None:
-    slots, generator = guest_slots(DynamicCache(), BLOCKS), torch.Generator().manual_seed(0)
-    with pytest.raises(LamellaError, match="before the guests run"):
-        slots.view(0, torch.tensor([1])).update(*_states(1, 1, generator), 2)
+        slots.view(0, None, torch.tensor([[1, 0], [2, 1]])).update(*_states(2, 1, generator), 2)
 
 
 def test_a_block_beyond_the_stack_cannot_write_into_a_slot() -> None:

@@ -181,5 +181,5 @@ def test_a_cache_filled_without_the_adapter_is_refused() -> None:
     ids = ids_of(8)
     with model.disable_adapter():
         cache = model(input_ids=ids).past_key_values
-    with pytest.raises(LamellaError, match="without this adapter"):
+    with pytest.raises(LamellaError, match="without the adapter"):
         model(input_ids=ids[:, :1], past_key_values=cache)

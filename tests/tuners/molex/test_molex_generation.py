@@ -35,7 +35,7 @@ from transformers import (
 import lamella
 from lamella import LamellaError, MolexConfig
 from lamella.lab.data import load_backbone
-from lamella.tuners.molex.cache import guest_slots
+from lamella.tuners.cache import DecisionLayer
 
 BLOCKS, ROWS, PROMPT, NEW = 4, 5, 7, 6
 SHAPE = {
@@ -120,8 +120,10 @@ def say(model: PeftModel, given: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 def assert_rows_differ(cache: Any, blocks: int = BLOCKS) -> None:
-    slots = guest_slots(cache, blocks)
-    chosen = [slots.decision(depth).indices for depth in range(blocks)]
+    layers = (cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache).layers
+    (decisions,) = [layer.decisions for layer in layers if isinstance(layer, DecisionLayer)]
+    chosen = [decision.tensors[0] for decision in decisions.values()]
+    assert len(chosen) == blocks
     assert any(len(indices.unique(dim=0)) > 1 for indices in chosen), "all rows have the same guests"
     assert any(bool((indices != depth).any()) for depth, indices in enumerate(chosen)), "no row has a guest"
 
@@ -311,9 +313,9 @@ def _in_parts(model: PeftModel, *ends: int) -> Tensor:
 def test_a_sequence_goes_on_only_if_its_guests_were_chosen_from_the_whole_prompt() -> None:
     model = mixture("llama")  # prompt_tokens is 4
     torch.testing.assert_close(_in_parts(model, 5, 6, PROMPT), _in_parts(model, PROMPT))
-    with pytest.raises(LamellaError, match="chosen from the first 3 tokens"):
+    with pytest.raises(LamellaError, match="decided by the first 3 tokens"):
         _in_parts(model, 3, PROMPT)
     with lamella.prompt([3] * ROWS):
         torch.testing.assert_close(_in_parts(model, 3, PROMPT), _in_parts(model, PROMPT))
-    with lamella.prompt([6] * ROWS), pytest.raises(LamellaError, match="chosen from the first 5 tokens"):
+    with lamella.prompt([6] * ROWS), pytest.raises(LamellaError, match="decided by the first 5 tokens"):
         _in_parts(model, 5, PROMPT)

@@ -8,11 +8,9 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from lamella.backbones import Stack, find_place, locate_stacks
-from lamella.routing import find_tracker
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.block_forms import BlockUnit, hidden_width, mix_at_block, remove_mixtures
 from lamella.tuners.mole.config import MoleConfig, references_of
-from lamella.tuners.mole.keeping import DecisionKeeper
 from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, empty
 from lamella.tuners.mole.mixture import MoleMixture
 from lamella.tuners.mole.preparing import Prepared, prepare, read_sources
@@ -20,7 +18,6 @@ from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.mole.unit import Unit
 from lamella.tuners.mole.units import UnitPlan, refuse_flatten_on_decoder
 from lamella.tuners.summary import Summary
-from lamella.tuners.tracking import track
 
 
 class MoleModel(RoutedModel):
@@ -51,7 +48,6 @@ class MoleModel(RoutedModel):
             config.embedded = self._prepared.ranks if config.embed_adapters else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._prepared.factors = None  # the layers have their own copies
-        listen(model)
         for unit in set(self._units.values()):
             if isinstance(unit, BlockUnit):
                 mix_at_block(model.get_submodule(unit.name), unit)
@@ -191,15 +187,6 @@ def place_loras(
     layer.units[adapter] = unit
     layer.update_layer(adapter, loras, config.embed_adapters, router)
     return layer
-
-
-def listen(model: nn.Module) -> None:
-    """Lets the model's calls keep decisions with their caches, once."""
-    track(model)
-    tracker = find_tracker(model)
-    assert tracker is not None
-    if not any(isinstance(listener, DecisionKeeper) for listener in tracker.listeners):
-        tracker.listeners.append(DecisionKeeper())
 
 
 def _is_decoder(model: nn.Module) -> bool:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lamella.backbones import Place
 from lamella.errors import LamellaError
-from lamella.routing import Decision, Frame, Override, Readable, Routing, SharedDecision, mixing_weights
+from lamella.routing import CachedDecision, Decision, Frame, Override, Readable, Routing, SharedDecision, mixing_weights
+from lamella.tuners.cache import recall
 from lamella.tuners.mole.balancing import attach_balance
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.keeping import Kept, keep_decision, kept_decision
 from lamella.tuners.mole.reading import RankSpaceReader, Reader
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.mole.units import UnitPlan
@@ -193,19 +193,14 @@ class Unit:
             self._tell(logits, override, mask, x.shape[:-1], frame)
             return decision, logits, mask
         tokens = self.as_sequences(layer, x, frame)  # (batch, tokens, in)
-        kept = self._kept(frame)
-        if kept is not None:
-            if len(kept.logits) != len(tokens):
-                raise LamellaError(
-                    f"The cache holds decisions for {len(kept.logits)} sequences, and {self.name} is given "
-                    f"{len(tokens)}. Repeat or select them by the cache's own methods, or start from an empty cache."
-                )
-            logits = kept.logits.to(x.device)
+        cached = recall(frame.call, self.key, len(tokens)) if frame is not None and self._is_cached(frame) else None
+        if cached is not None:
+            logits = cached.tensors[0].to(x.device)
             return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
         readable = self.readable(tokens, layer, frame)
         logits = reader.by_sequence(tokens, readable.read)  # (batch, K)
-        if frame is not None and self._keeps(frame):
-            keep_decision(frame.call, self.key, Kept(logits.detach(), readable.complete))
+        if frame is not None and self._is_cached(frame):
+            frame.call.cached[self.key] = CachedDecision((logits.detach(),), readable.complete)
         real = readable.read.any(dim=1)
         uniform = None if readable.without is None else override.weights(torch.zeros_like(logits[0]), None)
         weights = override.weights(logits, self.config.top_k)
@@ -235,27 +230,9 @@ class Unit:
             return Readable(ones if mask is None else mask.view(tokens.shape[:2]).to(tokens.device), None)
         return frame.readable(tokens, self.decoder, self.config.prompt_tokens)
 
-    def _keeps(self, frame: Frame) -> bool:
+    def _is_cached(self, frame: Frame) -> bool:
         """Whether a sequence that goes on in a later call goes on with this decision."""
         return self.decoder and self.input == "own" and not frame.call.tracker.whole_input
-
-    def _kept(self, frame: Frame | None) -> Kept | None:
-        if frame is None or not self._keeps(frame):
-            return None
-        kept = kept_decision(frame.call, self.key)
-        before = frame.call.past
-        if kept is None and before > 0:
-            raise LamellaError(
-                f"The cache holds {before} tokens for which {self.name} has not decided: they were read without this "
-                "adapter or with fixed weights. Start from an empty cache, or pass use_cache=False."
-            )
-        if kept is not None and not kept.complete:
-            raise LamellaError(
-                f"{self.name} weighed its LoRAs by the first {before} tokens in the cache, and the prompt goes on "
-                "after them. Give the prompt in one forward (generate without prefill_chunk_size), say where it ends "
-                "(lamella.prompt), or pass use_cache=False."
-            )
-        return kept
 
     def fit(self, decision: Decision, layer: "MoleLinear", x: Tensor) -> Tensor:
         """The decision's weights for this module's rows."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lamella.backbones import BlockCall, Place, hidden_states_of, with_hidden_states
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.routing import (
+    CachedDecision,
     Frame,
     ProjectedCosineRouter,
     Readable,
@@ -20,6 +21,7 @@ from lamella.routing import (
     current_frame,
     make_router,
 )
+from lamella.tuners.cache import recall
 from lamella.tuners.molex.cache import GuestSlots, guest_slots
 from lamella.tuners.molex.choosing import (
     Choice,
@@ -206,20 +208,16 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         return None
 
     def _choice(self, adapter: str, h: Tensor, frame: Frame | None, slots: GuestSlots | None) -> Choice:
-        """The guests: as kept with the cache, or decided now and kept there."""
-        depth = self.mixtures[adapter].depth.index
-        kept = None if slots is None else slots.decision(depth)
-        if kept is not None:
-            return Choice(kept.indices.to(h.device), kept.weights.to(h.device))
-        if slots is not None and slots.past(depth, h.shape[1]) > 0:
-            raise LamellaError(
-                "The cache holds tokens that were read without this adapter, so no guest has seen them. Start from an "
-                "empty cache, or pass use_cache=False."
-            )
+        """The guests: as the cache has them, or decided now."""
+        key = (adapter, self.name)
+        cached = None if slots is None or frame is None else recall(frame.call, key, len(h))
+        if cached is not None:
+            indices, weights = cached.tensors
+            return Choice(indices.to(h.device), weights.to(h.device))
         with torch.autocast(h.device.type, enabled=False):
             choice = self._decide(adapter, h, frame)
-        if slots is not None:
-            slots.decide(depth, choice.indices, choice.weights.detach(), choice.complete)
+        if slots is not None and frame is not None:
+            frame.call.cached[key] = CachedDecision((choice.indices, choice.weights.detach()), choice.complete)
         if frame is not None and choice.routing is not None:
             shape = choice.routing.indices.shape[:1] if choice.routing.granularity != "token" else h.shape[:2]
             for observe in frame.observers:
@@ -319,7 +317,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
                 share = share.masked_fill(choice.without, 0)
             chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
             rows = None if bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
-            view = None if slots is None else slots.view(depth, rows)
+            view = None if slots is None else slots.view(depth, rows, choice.indices)
             settings = mixture.config.guest_dtype, mixture.config.recompute_guest
             states = run_guest(self.blocks[guest], call, rows, view, output, *settings)
             share = share[..., None].to(own.dtype)  # (batch, tokens or 1, 1)

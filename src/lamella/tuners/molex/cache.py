@@ -4,8 +4,8 @@ A guest that runs at depth t attends to what it saw at depth t before, and its k
 in its own place has computed. So a cache of T blocks gets T more layers: slot T + t holds the guests of depth t. It
 holds the whole batch, each row written by the guest chosen for that row; with k guests per row (top-k) their heads lie
 side by side. A slot is a layer of the same kind as slot t, so the masks that the model makes fit it, and it lies among
-the cache's own layers, so whatever is done to the cache (beam search, crop, reset, copying) is done to the slot and to
-the decision that the slot carries.
+the cache's own layers, so whatever is done to the cache (beam search, crop, reset, copying) is done to the slot. Which
+guests were chosen, ``lamella.tuners.cache`` keeps beside them.
 """
 
 import copy
@@ -26,26 +26,7 @@ from transformers.cache_utils import (
 )
 
 from lamella.errors import LamellaError
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """The guests chosen at one depth.
-
-    Attributes:
-        indices: block indices, (B, k) int64.
-        weights: how much each guest counts, (B, k).
-        complete: whether all that the decision is meant to read was there; if not, the sequence may not be continued.
-    """
-
-    indices: Tensor
-    weights: Tensor
-    complete: bool = True
-
-    def rows(self, rows: Tensor) -> "Decision":
-        """The decision of a batch made of these rows."""
-        rows = rows.to(self.indices.device)
-        return Decision(self.indices[rows], self.weights[rows], self.complete)
+from lamella.tuners.cache import DecisionLayer
 
 
 def guest_slots(cache: Cache, num_blocks: int) -> "GuestSlots":
@@ -73,32 +54,7 @@ class GuestSlots:
     layers: list[Any]
     cross: list[Any] | None
 
-    def decision(self, depth: int) -> Decision | None:
-        """The guests chosen at this depth for the sequences in the cache, or None if none are yet."""
-        decision: Decision | None = self.layers[self.num_blocks + depth].decision
-        return decision
-
-    def decide(self, depth: int, indices: Tensor, weights: Tensor, complete: bool = True) -> None:
-        """Keeps the guests chosen at this depth with the cache.
-
-        Args:
-            depth: the block at whose side the guests run.
-            indices: (B, k) int64, the index of each guest in the stack; a block chosen at its own depth writes nothing.
-            weights: (B, k), how much each guest counts.
-            complete: whether all that the decision is meant to read was there.
-
-        Raises:
-            LamellaError: the guests chosen before have already written here.
-        """
-        slot = self.layers[self.num_blocks + depth]
-        if slot.lengths is not None:
-            raise LamellaError(
-                f"The guests at block {depth} have already written to this cache, so they cannot be chosen anew: a "
-                "decision holds for the whole sequence. Start another sequence from an empty cache, or reset this one."
-            )
-        slot.decision = Decision(indices, weights, complete)
-
-    def view(self, depth: int, rows: Tensor | None) -> Any:
+    def view(self, depth: int, rows: Tensor | None, guests: Tensor) -> Any:
         """What a guest at this depth is given as ``past_key_values``.
 
         It reads and writes slot T + depth only, and there only the given rows; the states it returns are those rows'.
@@ -108,13 +64,13 @@ class GuestSlots:
         Args:
             depth: the block at whose side the guest runs.
             rows: (R,) int64 indices into the batch, each at most once; None for all rows.
+            guests: (B, k) int64, the blocks chosen at this depth for all rows of the batch.
         """
         at = self.num_blocks + depth
-        decision = self.decision(depth)
-        own = GuestView(self, depth, self.layers[at], rows, decision)
+        own = GuestView(self, depth, self.layers[at], rows, guests)
         if self.cross is None:
             return own
-        return EncoderDecoderView(own, CrossView(self, depth, self.cross[at], rows, decision))
+        return EncoderDecoderView(own, CrossView(self, depth, self.cross[at], rows, guests))
 
     def past(self, depth: int, new: int) -> int:
         """Tokens seen before this call, which brings ``new``, read off a block whose place in the call is known."""
@@ -126,11 +82,9 @@ class GuestSlots:
 class GuestView(Cache):
     """The part of one slot that belongs to some rows, as the cache of the guest that runs on them."""
 
-    def __init__(
-        self, slots: GuestSlots, depth: int, slot: "GuestLayer", rows: Tensor | None, decision: Decision | None
-    ) -> None:
+    def __init__(self, slots: GuestSlots, depth: int, slot: "GuestLayer", rows: Tensor | None, guests: Tensor) -> None:
         super().__init__(layers=_Parts(self, slots.num_blocks))
-        self.slots, self.depth, self.slot, self.decision = slots, depth, slot, decision
+        self.slots, self.depth, self.slot, self.guests = slots, depth, slot, guests
         self.rows = None if rows is None else rows.cpu()
 
     def update(
@@ -138,14 +92,8 @@ class GuestView(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Appends (R, H, new, D) keys and values; returns all that these rows hold, as slot t does for its own."""
         if self.slot.lengths is None:
-            self.slot.open(*self._shape(key_states), key_states, value_states)
+            self.slot.open(len(self.guests), self.guests.shape[1], key_states, value_states)
         past = self.past(key_states.shape[-2])
-        if past > 0 and self.decision is not None and not self.decision.complete:
-            raise LamellaError(
-                f"The guests at block {self.depth} were chosen from the first {past} tokens in the cache, and the "
-                "prompt goes on after them. Give the prompt in one forward (generate without prefill_chunk_size), say "
-                "where it ends (lamella.prompt), or pass use_cache=False."
-            )
         # The guests of one slot need not be on one device.
         here, there = key_states.device, self.slot.keys.device
         states = self.slot.write(*self.places(layer_idx), past, key_states.to(there), value_states.to(there))
@@ -164,26 +112,15 @@ class GuestView(Cache):
         assert self.slot.lengths is not None
         batch, choices = self.slot.lengths.shape
         rows = torch.arange(batch) if self.rows is None else self.rows
-        if choices == 1 or self.decision is None:
+        if choices == 1:
             return rows, torch.zeros_like(rows)
-        chosen = self.decision.indices.cpu()[rows] == guest
+        chosen = self.guests.cpu()[rows] == guest
         if not bool(chosen.any(dim=1).all()):
             raise LamellaError(
                 f"Block {guest} runs as a guest at block {self.depth} for rows of the batch that have not chosen it, "
                 "so it has no place in the cache there. Generate with use_cache=False."
             )
         return rows, chosen.int().argmax(dim=1)
-
-    def _shape(self, keys: Tensor) -> tuple[int, int]:
-        """Rows of the batch and guests per row."""
-        if self.decision is not None:
-            return self.decision.indices.shape[0], self.decision.indices.shape[1]
-        if self.rows is not None:
-            raise LamellaError(
-                f"A guest at block {self.depth} writes rows of a batch whose size is not known: keep the decision with "
-                "the cache (GuestSlots.decide) before the guests run."
-            )
-        return keys.shape[0], 1
 
 
 class CrossView(GuestView):
@@ -237,14 +174,13 @@ class _Parts(Sequence[Any]):
 
 
 class GuestLayer(CacheLayerMixin):
-    """What a slot adds to the kind of layer it is: rows written apart from each other, and a decision.
+    """What a slot adds to the kind of layer it is: rows written apart from each other.
 
     ``keys`` and ``values`` are (B, k·H, S, D). ``lengths`` (B, k) counts the tokens each place holds; it is None before
     the first write. While the guests of one call write one after another, a place either holds this call's tokens
     or still ends ``held`` states from the left.
     """
 
-    decision: Decision | None = None
     lengths: Tensor | None = None
     held: int = 0
 
@@ -331,9 +267,9 @@ class GuestLayer(CacheLayerMixin):
         self.lengths = (self.lengths - (before - left)).clamp(min=0) if left else None
 
     def reset(self) -> None:
-        """Forgets the sequence and with it the decision."""
+        """Forgets the sequences."""
         super().reset()
-        self.lengths = self.decision = None
+        self.lengths = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Puts the rows in the order of the beams."""
@@ -345,9 +281,6 @@ class GuestLayer(CacheLayerMixin):
         super().batch_repeat_interleave(repeats)
         if self.lengths is not None:
             self.lengths = self.lengths.repeat_interleave(repeats, dim=0)
-        if self.decision is not None:
-            rows = torch.arange(len(self.decision.indices)).repeat_interleave(repeats)
-            self.decision = self.decision.rows(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows."""
@@ -356,7 +289,6 @@ class GuestLayer(CacheLayerMixin):
 
     def _choose_rows(self, rows: Tensor) -> None:
         self.lengths = None if self.lengths is None else self.lengths[rows.cpu()]
-        self.decision = None if self.decision is None else self.decision.rows(rows)
 
 
 class GuestDynamicLayer(GuestLayer, DynamicLayer):
@@ -397,7 +329,8 @@ def _extended(cache: Cache, num_blocks: int) -> list[Any]:
         return layers
     while cache.layer_class_to_replicate is not None and len(layers) < num_blocks:
         layers.append(cache.layer_class_to_replicate())
-    if len(layers) < num_blocks or any(layer.is_initialized for layer in layers[num_blocks:]):
+    spare = [layer for layer in layers[num_blocks:] if not isinstance(layer, DecisionLayer)]
+    if len(layers) < num_blocks or any(layer.is_initialized for layer in spare):
         raise LamellaError(
             f"This cache has {len(layers)} layers and the model {num_blocks} blocks: it belongs to another model. "
             "Start from an empty cache, or pass use_cache=False."
@@ -418,8 +351,8 @@ def _refuse_other_kinds(cache: Cache) -> None:
             f"MoLEx keeps its guests' keys and values in the model's cache, and cannot in an offloaded {name}. Use "
             "cache_implementation='dynamic' (or 'static'), or generate with use_cache=False."
         )
-    others = {type(layer).__name__ for layer in cache.layers} - {kind.__name__ for kind in _KINDS}
-    others -= {kind.__name__ for kind in _KINDS.values()}
+    known = {*_KINDS, *_KINDS.values(), DecisionLayer}
+    others = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if others:
         raise LamellaError(
             f"MoLEx keeps its guests' keys and values in the model's cache, and does not know how to in the layers "
