@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
+BENCH ?=
+MODEL ?= tiny-moe
 
-.PHONY: demo test lint types imports check bench clean
+.PHONY: demo test lint types imports check bench models clean
 
 demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
@@ -25,6 +27,10 @@ check: lint types imports test
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# A small mixture of experts: make models MODEL="switch-trec layers=4"
+models: .venv/installed
+	$(BIN)/python -m models $(MODEL)
 
 clean:
 	rm -rf .venv runs

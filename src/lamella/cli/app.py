@@ -14,7 +14,6 @@ import typer
 from typer.core import TyperCommand
 
 from lamella.cli.allocate import allocate
-from lamella.cli.build import build
 from lamella.cli.compare import compare
 from lamella.cli.compose import compose
 from lamella.cli.demo import demo
@@ -44,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compose, compare, evaluate, trace, export, doctor, allocate, evidence, build):
+for command in (demo, train, compose, compare, evaluate, trace, export, doctor, allocate, evidence):
     app.command(cls=_Command)(command)
 app.add_typer(similarity, name="similarity")
 for step in similarity.registered_commands:

@@ -179,7 +179,7 @@ def test_a_demo_asset_has_the_same_published_name_by_name_and_by_cache_folder(mo
 
 def test_the_model_kept_in_the_package_is_found_by_name(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr("lamella.lab.data.models.resources.files", lambda package: tmp_path)
-    with pytest.raises(LamellaError, match="lamella build tiny-moe"):
+    with pytest.raises(LamellaError, match="python -m models tiny-moe"):
         load_backbone("tiny-moe")
     (tmp_path / "assets").mkdir()
     (tmp_path / "decoder").rename(tmp_path / "assets" / "tiny-moe")

@@ -166,7 +166,7 @@ def _locate(name: str) -> tuple[str, str]:
     if name == "smollm2":
         return str(_converted_smollm2()), f"SmolLM2-135M-Instruct (Q4_1, dequantised) from {ASSETS['smollm2'].source}"
     if name == _KEPT:
-        return str(_kept_tiny_moe()), "tiny-moe, trained by `lamella build tiny-moe` and kept in the package"
+        return str(_kept_tiny_moe()), "tiny-moe, trained by `python -m models tiny-moe` and kept in the package"
     if Path(name).is_dir():
         return name, f"local folder {Path(name).name}"
     return name, f"{name} on the Hugging Face hub"
@@ -176,8 +176,8 @@ def _kept_tiny_moe() -> Path:
     kept = Path(str(resources.files("lamella.lab") / "assets" / "tiny-moe"))
     if not (kept / "config.json").is_file():
         raise LamellaError(
-            "This installation of lamella does not hold the model tiny-moe. Make it with `lamella build tiny-moe -o "
-            "FOLDER`, and give that folder's path."
+            "This installation of lamella does not hold the model tiny-moe. Install lamella from a wheel, or make the "
+            "model in a clone with `python -m models tiny-moe -o FOLDER` and give that folder's path."
         )
     return kept
 

@@ -146,11 +146,9 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes of runs and studies inside the package; those in a folder bear its name, as in
-    `published/molex/cola`. Those in `models` are of models that `lamella build` makes, and not among them."""
+    """Names of the recipes inside the package; those in a folder bear its name, as in `published/molex/cola`."""
     with resources.as_file(resources.files("lamella.lab") / "recipes") as folder:
-        names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-        return sorted(name for name in names if not name.startswith("models/"))
+        return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from lamella.errors import LamellaError
-from lamella.lab.building.corpus import documents, prose, token_blocks
-from lamella.lab.building.fitting import Columns, Curve, fit
-from lamella.lab.building.making import Clock, Made
-from lamella.lab.building.scores import expert_shares, model_nll, perplexities, routers_balance, smallest
-from lamella.lab.building.settings import SmolExpertsSettings
-from lamella.lab.building.upcycling import last_layers, put_experts, states_before, upcycled
 from lamella.lab.data import Task, load_backbone
+from models.building import Clock, Made
+from models.corpus import documents, prose, token_blocks
+from models.fitting import Columns, Curve, fit
+from models.scores import expert_shares, model_nll, perplexities, routers_balance, smallest
+from models.settings import SmolExpertsSettings
+from models.upcycling import last_layers, put_experts, states_before, upcycled
 
 Weights: TypeAlias = list[dict[str, Tensor]]  # the MLPs' state dicts, one per layer
 _CHARACTERS = 8  # more than a token of prose has

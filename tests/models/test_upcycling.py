@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lamella.errors import LamellaError
-from lamella.lab.building.upcycling import last_layers, put_experts, states_before, upcycled
+from models.upcycling import last_layers, put_experts, states_before, upcycled
 
 IDS = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(1))
 

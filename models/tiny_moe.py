@@ -18,15 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from lamella.lab.building.corpus import documents, prose, token_blocks
-from lamella.lab.building.fitting import Columns, Curve, fit
-from lamella.lab.building.making import Clock, Made
-from lamella.lab.building.ngrams import Bigrams
-from lamella.lab.building.scores import expert_shares, model_nll, perplexities, routers_balance, smallest
-from lamella.lab.building.settings import TinyMoeSettings
-from lamella.lab.building.tokenizer import train_tokenizer
 from lamella.lab.data import Task
 from lamella.statistics import paired_interval
+from models.building import Clock, Made
+from models.corpus import documents, prose, token_blocks, train_tokenizer
+from models.fitting import Columns, Curve, fit
+from models.scores import Bigrams, expert_shares, model_nll, perplexities, routers_balance, smallest
+from models.settings import TinyMoeSettings
 
 _WATCHED = 32  # blocks of each kind, of the validation rows, on which the trainings are watched
 

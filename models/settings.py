@@ -1,4 +1,4 @@
-"""What a model that is made here is made of: a recipe in `recipes/models`, and changes to it."""
+"""What can be set in the recipe of a model; recipes/NAME.yaml has the values."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamella.lab.building.corpus import documents, prose, token_blocks
-from lamella.lab.building.scores import expert_shares, model_nll, perplexities, smallest
-from lamella.lab.building.upcycling import last_layers, states_before, upcycled
 from lamella.lab.data import load_backbone
+from models.corpus import documents, prose, token_blocks
+from models.scores import expert_shares, model_nll, perplexities, smallest
+from models.upcycling import last_layers, states_before, upcycled
 
 pytestmark = pytest.mark.real
 KINDS = ("news", "dialogue", "glosses", "technical")

@@ -1,9 +1,10 @@
-"""What a language model made here is worth on text that it was not made from, and how its routers use their experts."""
+"""How well a language model predicts text that it was not made from, beside floors, and how its routers use experts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lamella.lab.building.fitting import Columns
 from lamella.routing import balance_loss
+from models.fitting import Columns
 
 _ROWS = 16  # of a forward pass; the logits of a large vocabulary take more memory than all else
 
@@ -69,3 +70,42 @@ def _outputs(model: PreTrainedModel, columns: Columns, **wanted: bool) -> Iterat
 def _choices(logits: Tensor, top_k: int) -> Tensor:
     """How often each expert is among the top k, ``(E,)``."""
     return torch.bincount(logits.topk(top_k, dim=-1).indices.flatten(), minlength=logits.shape[-1]).double()
+
+
+@dataclass(frozen=True)
+class Bigrams:
+    """What a model has to beat: how often a token occurs, and how often it follows the one before.
+
+    Attributes:
+        single: how often each token occurs, ``(V,)``.
+        pairs: how often the second follows the first, ``(V, V)``.
+    """
+
+    single: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def of(cls, blocks: Tensor, vocabulary: int) -> Bigrams:
+        """Counted in ``blocks``, ``(B, T)``; a pair never spans two blocks."""
+        flat = blocks[:, :-1] * vocabulary + blocks[:, 1:]  # (B, T-1)
+        pairs = torch.bincount(flat.flatten(), minlength=vocabulary**2).view(vocabulary, vocabulary)
+        return cls(torch.bincount(blocks.flatten(), minlength=vocabulary).double(), pairs.double())
+
+    def unigram_nll(self, blocks: Tensor) -> Tensor:
+        """Negative log-probability of all tokens but a block's first by their frequency, each seen once more."""
+        return -self._unigram().log()[blocks[:, 1:]]  # (B, T-1)
+
+    def bigram_nll(self, blocks: Tensor) -> Tensor:
+        """The same by the token before, interpolated with the frequencies.
+
+        Witten and Bell's weights: after a token that was followed by n tokens, t of them different, the pair's own
+        frequency counts n / (n + t). No weight has to be chosen. Source: Chen & Goodman 1999, section 2.6.
+        """
+        before, after = blocks[:, :-1], blocks[:, 1:]
+        followed = self.pairs.sum(dim=1)[before]  # (B, T-1)
+        different = (self.pairs > 0).sum(dim=1)[before].clamp_min(1)
+        probability = (self.pairs[before, after] + different * self._unigram()[after]) / (followed + different)
+        return -probability.log()
+
+    def _unigram(self) -> Tensor:
+        return (self.single + 1) / (self.single + 1).sum()

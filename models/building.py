@@ -1,4 +1,4 @@
-"""A recipe carried out: what was made, what is known of it, and the folder that holds both."""
+"""What a recipe makes, and the folder that holds it."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from lamella.lab.building.muon import Muon
-from lamella.lab.building.settings import Schedule
+from models.muon import Muon
+from models.settings import Schedule
 
 Columns: TypeAlias = Mapping[str, Tensor]  # what a model's forward takes, each with one entry per row
 Curve: TypeAlias = list[dict[str, float]]

@@ -22,14 +22,14 @@ from transformers import (
 )
 
 from lamella.errors import LamellaError
-from lamella.lab.building.fitting import Columns, fit
-from lamella.lab.building.making import Clock, Made
-from lamella.lab.building.scores import smallest
-from lamella.lab.building.settings import SwitchSettings
-from lamella.lab.building.tokenizer import train_tokenizer
 from lamella.lab.data import Task, load_task
 from lamella.lab.runs.floors import MAJORITY, floor_predictions
 from lamella.routing import balance_loss
+from models.building import Clock, Made
+from models.corpus import train_tokenizer
+from models.fitting import Columns, fit
+from models.scores import smallest
+from models.settings import SwitchSettings
 
 
 def make_switch(settings: SwitchSettings, callbacks: Sequence[TrainerCallback] = ()) -> Made:

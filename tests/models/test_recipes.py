@@ -7,13 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lamella.errors import LamellaError
-from lamella.lab.building import KNOWN_MODELS, build, corpus
-from lamella.lab.building.corpus import documents, token_blocks
-from lamella.lab.building.scores import model_nll, perplexities
-from lamella.lab.building.switch import label_tokens
-from lamella.lab.building.tokenizer import train_tokenizer
 from lamella.lab.data import load_task
-from lamella.lab.runs.settings import read_recipe, recipe_names
+from models import corpus
+from models.__main__ import MODELS, RECIPES, build, main
+from models.corpus import documents, token_blocks, train_tokenizer
+from models.scores import model_nll, perplexities
+from models.switch import label_tokens
 
 SMALL = ["vocabulary=280", "block=16", "hidden=16", "heads=2", "experts=4", "expert_width=8", "shared_width=8"]
 SWITCH = ["vocabulary=300", "max_length=16", "hidden=16", "heads=2", "experts=4", "expert_width=16"]
@@ -30,18 +29,22 @@ def smollm2_experts(folder, llama, prose, *changes):
     return build("smollm2-experts", folder, [*words, *quick, *changes])
 
 
-def test_every_model_has_a_recipe_and_is_no_recipe_of_runs():
-    for name in KNOWN_MODELS:
-        assert read_recipe(f"models/{name}")
-        assert f"models/{name}" not in recipe_names()
+@pytest.fixture(scope="session")
+def tiny(prose, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return folder, tiny_moe(folder, prose)
 
 
-def test_tiny_moe_loads_and_its_figures_are_those_of_the_kept_weights(prose, tmp_path):
-    log = tiny_moe(tmp_path / "model", prose)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+def test_every_model_has_a_recipe():
+    assert {path.stem for path in RECIPES.iterdir()} == set(MODELS)
 
-    assert json.loads((tmp_path / "model" / "log.json").read_text()) == log
+
+def test_tiny_moe_loads_and_its_figures_are_those_of_the_kept_weights(tiny, prose):
+    folder, log = tiny
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    assert json.loads((folder / "log.json").read_text()) == log
     assert model.config.num_experts == 4
     assert model.config.use_cache
     assert len(log["shares"]) == 2
@@ -53,37 +56,36 @@ def test_tiny_moe_loads_and_its_figures_are_those_of_the_kept_weights(prose, tmp
     assert found["all"] == pytest.approx(log["test_perplexity"]["mixture"]["all"], rel=1e-4)
 
 
-def test_a_model_that_is_not_what_it_promises_says_so(prose, tmp_path):
-    log = tiny_moe(tmp_path / "model", prose, "schedule.lr=1e-6", "smallest_share=0.9")
-
-    assert any("the bigram floor has" in sentence for sentence in log["failed"])
-    assert any("starved" in sentence for sentence in log["failed"])
+def test_one_seed_makes_one_model(tiny, prose, tmp_path):
+    assert tiny_moe(tmp_path / "again", prose)["test_perplexity"] == tiny[1]["test_perplexity"]
 
 
-def test_one_seed_makes_one_model(prose, tmp_path):
-    figures = [tiny_moe(tmp_path / name, prose)["test_perplexity"] for name in ("one", "two")]
-
-    assert figures[0] == figures[1]
-
-
-def test_an_earlier_model_stays_unless_told(prose, tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine.txt").write_text("kept")
-    with pytest.raises(LamellaError, match="exists already"):
-        tiny_moe(tmp_path / "model", prose)
-    assert (tmp_path / "model" / "mine.txt").read_text() == "kept"
-    tiny_moe(tmp_path / "model", prose, force=True)
-    assert not (tmp_path / "model" / "mine.txt").exists()
-
-
-def test_unknown_models_and_settings_are_named(tmp_path):
-    with pytest.raises(LamellaError, match="no recipe for a model 'huge-moe'"):
-        build("huge-moe", tmp_path / "x")
-    with pytest.raises(LamellaError, match="Did you mean 'experts'"):
-        build("tiny-moe", tmp_path / "x", ["expert=3"])
+def test_a_model_that_is_not_what_it_promises_says_so_and_replaces_another_only_when_told(prose, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("kept")
+    words = [f"kinds=[{prose!r}]", *SMALL, "layers=1", "characters=10000", "held_out_characters=10000"]
+    words = ["tiny-moe", *words, "schedule.lr=1e-6", "smallest_share=0.9", "-o", str(folder)]
+    assert main(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (folder / "mine.txt").read_text() == "kept"
+    assert main([*words, "--force"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "test perplexity of dense" in said
+    assert "the bigram floor has" in said
+    assert "starved" in said
+    assert not (folder / "mine.txt").exists()
 
 
-def test_smollm2_experts_are_trained_apart_and_told_apart(llama, prose, tmp_path):
+def test_unknown_models_and_settings_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["huge-moe"])
+    assert "huge-moe" in capsys.readouterr().err
+    assert main(["tiny-moe", "expert=3", "-o", str(tmp_path / "x")]) == 2
+    assert "Did you mean 'experts'" in capsys.readouterr().err
+
+
+def test_smollm2_experts_are_trained_apart(llama, prose, tmp_path):
     log = smollm2_experts(tmp_path / "model", llama, prose)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     truth = json.loads((tmp_path / "model" / "ground_truth.json").read_text())

@@ -13,15 +13,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from lamella.errors import LamellaError
-from lamella.lab.building import corpus
-from lamella.lab.building.corpus import documents, token_blocks
-from lamella.lab.building.fitting import fit
-from lamella.lab.building.making import Made, keep, refuse_existing
-from lamella.lab.building.muon import Muon
-from lamella.lab.building.ngrams import Bigrams
-from lamella.lab.building.scores import expert_shares, model_nll, perplexities, routers_balance, smallest
-from lamella.lab.building.settings import Schedule
-from lamella.lab.building.tokenizer import END, train_tokenizer
+from models import corpus
+from models.building import Made, keep, refuse_existing
+from models.corpus import END, documents, token_blocks, train_tokenizer
+from models.fitting import fit
+from models.muon import Muon
+from models.scores import Bigrams, expert_shares, model_nll, perplexities, routers_balance, smallest
+from models.settings import Schedule
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
