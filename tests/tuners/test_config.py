@@ -1,6 +1,8 @@
 """What the configs of all methods share: old keys, defaults of the version that wrote a file, and who wrote it."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,75 @@ def test_a_config_saved_again_is_in_the_words_of_this_version(config, tmp_path):
     assert "init_weights" not in written
     again = PeftConfig.from_pretrained(folder)
     assert again.to_dict() == read.to_dict()
+
+
+SHARED = {
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "modules_to_save": ["lm_head"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layers",
+    "exclude_modules": {"k_proj", "up_proj"},
+    "init_lora_weights": False,
+    "revision": "main",
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_method_takes_the_settings_that_peft_s_methods_share(config, tmp_path):
+    given = config(**SHARED)
+    given.save_pretrained(str(tmp_path))
+    again = PeftConfig.from_pretrained(str(tmp_path))
+    assert {key: getattr(again, key) for key in SHARED} == SHARED
+    assert again == given
+
+
+WRONG_KINDS = [
+    ("init_lora_weights", "false", "True or False"),
+    ("init_lora_weights", 1, "True or False"),
+    ("router_aux_loss_coef", "1e-3", "a number of at least 0"),
+    ("router_aux_loss_coef", True, "a number of at least 0"),
+    ("router_aux_loss_coef", math.nan, "a number of at least 0"),
+    ("router_aux_loss_coef", math.inf, "a number of at least 0"),
+    ("top_k", "2", "a whole number of at least 1"),
+    ("top_k", 2.0, "a whole number of at least 1"),
+    ("layers_to_transform", "0", "a list, each entry a whole number, or a whole number, or None"),
+    ("layers_to_transform", ["0"], "a list, each entry a whole number, or a whole number, or None"),
+    ("modules_to_save", "score", "a list, each entry a string, or None"),
+    ("exclude_modules", 3, "a string, or None"),
+    ("layers_pattern", "h", "given together with layers_to_transform"),
+    ("inference_mode", "no", "True or False"),
+    ("revision", 1, "a string, or None"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG_KINDS)
+def test_a_value_of_the_wrong_kind_is_named(config, key, value, expected):
+    with pytest.raises(LamellaError, match=f"^{re.escape(f'{key}={value!r}')} must be .*{expected}"):
+        config(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (MolaConfig, {"r": "8"}),
+        (MolaConfig, {"r": True}),
+        (MolaConfig, {"use_rslora": "no"}),
+        (MolaConfig, {"lora_alpha": "16"}),
+        (MolaConfig, {"num_experts": 2.5}),
+        (MolaConfig, {"num_experts": ["2"]}),
+        (MolaConfig, {"expert_budget": "3"}),
+        (MolexConfig, {"recompute_guest": "yes"}),
+        (MolexConfig, {"seed": 1.5}),
+        (MolexConfig, {"candidates": (0, True)}),
+        (MoleConfig, {"learn_temperature": "yes"}),
+        (MoleConfig, {"embed_adapters": 1}),
+        (MoleConfig, {"adapters": ["a", "b"]}),
+        (MoleConfig, {"embedded": {"a": "b"}}),
+    ],
+)
+def test_and_so_is_one_of_a_method_s_own_settings(config, values):
+    (key,) = values
+    with pytest.raises(LamellaError, match=f"^{key}=.* must be "):
+        config(**values)

@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from packaging.version import Version
 from peft import PeftConfig
 
 from lamella.errors import LamellaError
+from lamella.tuners.kinds import fits, in_words
 from lamella.version import __version__
 
 Self = TypeVar("Self", bound="LamellaConfig")
@@ -61,10 +62,28 @@ class LamellaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lamella_version = self.lamella_version or __version__
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                setattr(self, name, set(value))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("target_modules", "exclude_modules") and isinstance(value, list | tuple):
+                setattr(self, f.name, set(value))
+            elif isinstance(value, tuple):
+                setattr(self, f.name, list(value))
+        self._check_kinds()
+        self.check(
+            "layers_pattern",
+            self.layers_pattern is None or self.layers_to_transform is not None,
+            "given together with layers_to_transform: it says which stack those mean",
+        )
+
+    def check(self, name: str, holds: bool, expected: str) -> None:
+        """Raises `LamellaError`, naming a setting and its value, unless what is expected of it holds."""
+        if not holds:
+            raise LamellaError(f"{name}={getattr(self, name)!r} must be {expected}.")
+
+    def _check_kinds(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if name != "peft_type":  # of PEFT's own enum, by its hint
+                self.check(name, fits(getattr(self, name), hint), in_words(hint))
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON knows it: sets become sorted lists, so that the same config is the same file."""
@@ -102,9 +121,10 @@ def unknown_keys(config: str, unknown: list[str], known: set[str], given: Mappin
     """An error's text: each unknown key with the nearest known one, and who wrote the config."""
     culprits = []
     for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1)
-        new = RENAMED.get(key)
-        hint = f" (it is called {new!r} now)" if new in known else f" (did you mean {near[0]!r}?)" if near else ""
+        near = difflib.get_close_matches(key, [*known, *RENAMED], n=1)
+        new = RENAMED.get(near[0], near[0]) if near else None
+        hint = f" (it is called {new!r} now)" if key in RENAMED else f" (did you mean {new!r}?)"
+        hint = hint if new in known else ""
         culprits.append(f"{key!r}{hint}")
     writer = given.get("lamella_version")
     written = f" The config was written by lamella {writer}; this is lamella {__version__}." if writer else ""

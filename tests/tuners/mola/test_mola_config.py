@@ -56,7 +56,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(values=fields())
 def test_config_to_json_to_config_is_the_identity(values: dict[str, Any], tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("config")

@@ -77,7 +77,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return {**{name: draw(every[name]) for name in sorted(chosen)}, **draw(together)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(values=configs())
 def test_config_to_json_to_config_is_the_identity(values: dict[str, Any], tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("config")
@@ -167,7 +167,7 @@ def test_which_routers_can_be_trained() -> None:
         ({"guest_dtype": "float16"}, "guest_dtype='float16'"),
         ({"target_modules": ["query"]}, r"target_modules=.*lora=LoraConfig\(target_modules"),
         ({"layers_pattern": "layers"}, "layers_pattern.*layers_to_transform"),
-        ({"lora": 8}, "peft.LoraConfig or None, not a int"),
+        ({"lora": 8}, "lora=8 must be a LoraConfig, or None"),
         ({"lora": LoraConfig(task_type="CAUSAL_LM")}, "lora sets task_type.*belong to MolexConfig"),
         ({"lora": LoraConfig(modules_to_save=["head"])}, "lora sets modules_to_save"),
         ({"lora": LoraConfig(bias="all")}, "bias='all'"),

@@ -1,10 +1,11 @@
 """The settings of MoLA."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import LamellaConfig
+from lamella.tuners.kinds import Bounds, Coefficient, Count
 from lamella.tuners.mola.allocation import SHAPES, allocate
 from lamella.tuners.registry import LamellaType
 
@@ -34,26 +35,21 @@ class MolaConfig(LamellaConfig):
         LamellaError: a value out of range or an unknown key.
     """
 
-    r: int = 8
+    r: Count = 8
     lora_alpha: float = 16
-    lora_dropout: float = 0.0
+    lora_dropout: Annotated[float, Bounds(0, below=1)] = 0.0
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     num_experts: int | list[int] | str = 4
     expert_budget: float | None = None
-    top_k: int | list[int] = 2
-    router: str = "linear"
-    router_aux_loss_coef: float = 1e-3
-    router_z_loss_coef: float = 0.0
+    top_k: Count | list[Count] = 2
+    router: Literal["linear", "cosine"] = "linear"
+    router_aux_loss_coef: Coefficient = 1e-3
+    router_z_loss_coef: Coefficient = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LamellaType.MOLA
-        if isinstance(self.num_experts, tuple):
-            self.num_experts = list(self.num_experts)
-        if isinstance(self.top_k, tuple):
-            self.top_k = list(self.top_k)
-        self._check_ranges()
         self._check_counts()
 
     @property
@@ -93,23 +89,10 @@ class MolaConfig(LamellaConfig):
             top_k.append(min(k, count))
         return experts, top_k, notes
 
-    def _check_ranges(self) -> None:
-        checks: list[tuple[str, Any, bool, str]] = [
-            ("r", self.r, isinstance(self.r, int) and self.r > 0, "a positive whole number"),
-            ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "at least 0 and below 1"),
-            ("router", self.router, self.router in ("linear", "cosine"), "'linear' or 'cosine'"),
-            ("router_aux_loss_coef", self.router_aux_loss_coef, self.router_aux_loss_coef >= 0, "0 or more"),
-            ("router_z_loss_coef", self.router_z_loss_coef, self.router_z_loss_coef >= 0, "0 or more"),
-        ]
-        for name, value, holds, expected in checks:
-            if not holds:
-                raise LamellaError(f"{name}={value!r} must be {expected}.")
-
     def _check_counts(self) -> None:
         """What can be said before the depth of the model is known."""
         top_k = self.top_k if isinstance(self.top_k, list) else [self.top_k]
-        if not top_k or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in top_k):
-            raise LamellaError(f"top_k={self.top_k!r} must be a whole number of at least 1, or a list of such numbers.")
+        self.check("top_k", bool(top_k), "one number for each block")
         if isinstance(self.num_experts, int):
             allocate(self.num_experts, 1, self.expert_budget)
             if max(top_k) > self.num_experts > 1:

@@ -5,12 +5,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from lamella.adapters import LoraSource, Reference
 from lamella.errors import LamellaError
 from lamella.files import write_whole
 from lamella.tuners.config import LamellaConfig
+from lamella.tuners.kinds import Bounds, Coefficient, Count
 from lamella.tuners.mole.router import LOWEST_TEMPERATURE
 from lamella.tuners.registry import LamellaType
 
@@ -62,27 +63,23 @@ class MoleConfig(LamellaConfig):
 
     target_modules: list[str] | set[str] | str | None = None
     adapters: dict[str, Any] = field(default_factory=dict)
-    granularity: str = "block"
-    router_input: str = "mean"
-    flatten_length: int | None = None
-    top_k: int | None = None
-    form: str = "delta"
-    temperature: float = 1.0
+    granularity: Literal["matrix", "sublayer", "block", "network"] = "block"
+    router_input: Literal["mean", "token", "flatten"] = "mean"
+    flatten_length: Count | None = None
+    top_k: Count | None = None
+    form: Literal["delta", "block-delta", "published"] = "delta"
+    temperature: Annotated[float, Bounds(LOWEST_TEMPERATURE)] = 1.0
     learn_temperature: bool = True
-    balance: str = "log"
-    router_aux_loss_coef: float = 0.5
-    prompt_tokens: int = 4
+    balance: Literal["log", "entropy", "switch", "none"] = "log"
+    router_aux_loss_coef: Coefficient = 0.5
+    prompt_tokens: Count = 4
     embed_adapters: bool = False
     embedded: dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LamellaType.MOLE
-        if isinstance(self.layers_to_transform, tuple):
-            self.layers_to_transform = list(self.layers_to_transform)
         self.adapters = {name: _as_dict(name, given) for name, given in self.adapters.items()}
-        self._check_names()
-        self._check_numbers()
         self._check_together()
 
     @property
@@ -151,40 +148,6 @@ class MoleConfig(LamellaConfig):
         }
         write_whole(path, json.dumps(written, indent=2))
 
-    def _check_names(self) -> None:
-        allowed: dict[str, tuple[Any, ...]] = {
-            "granularity": ("matrix", "sublayer", "block", "network"),
-            "router_input": ("mean", "token", "flatten"),
-            "form": ("delta", "block-delta", "published"),
-            "balance": ("log", "entropy", "switch", "none"),
-            "learn_temperature": (True, False),
-            "embed_adapters": (True, False),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise LamellaError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, values))}.")
-
-    def _check_numbers(self) -> None:
-        temperature, length, top_k = self.temperature, self.flatten_length, self.top_k
-        checks: list[tuple[str, bool, str]] = [
-            (
-                "temperature",
-                _is_number(temperature) and LOWEST_TEMPERATURE <= temperature < float("inf"),
-                f"a number of at least {LOWEST_TEMPERATURE}",
-            ),
-            (
-                "router_aux_loss_coef",
-                _is_number(self.router_aux_loss_coef) and 0 <= self.router_aux_loss_coef < float("inf"),
-                "0 or more",
-            ),
-            ("prompt_tokens", _is_whole(self.prompt_tokens) and self.prompt_tokens >= 1, "a whole number, 1 or more"),
-            ("top_k", top_k is None or (_is_whole(top_k) and top_k >= 1), "a whole number, 1 or more, or None for all"),
-            ("flatten_length", length is None or (_is_whole(length) and length >= 1), "a whole number, 1 or more"),
-        ]
-        for name, holds, expected in checks:
-            if not holds:
-                raise LamellaError(f"{name}={getattr(self, name)!r} must be {expected}.")
-
     def _check_together(self) -> None:
         if self.target_modules is not None:
             raise LamellaError(
@@ -206,8 +169,6 @@ class MoleConfig(LamellaConfig):
                 f"form={self.form!r} runs the block with every LoRA before its router can weigh them, so that "
                 f"top_k={self.top_k} would spare nothing. Use form='delta', or leave top_k out."
             )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise LamellaError("layers_pattern says which stack layers_to_transform means; give both or neither.")
 
 
 def references_of(sources: Sequence[LoraSource]) -> dict[str, dict[str, Any]]:
@@ -244,11 +205,3 @@ def _relative(reference: Reference, folder: Path) -> Reference:
     except ValueError:  # on another drive
         return reference
     return replace(reference, source=path if path.startswith("..") else f"./{path}")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import LamellaConfig, unknown_keys
+from lamella.tuners.kinds import Bounds, Coefficient, Count, Index
 from lamella.tuners.registry import LamellaType
-
-POLICIES = ("learned", "random", "fixed", "self", "uniform")
 
 # What belongs to the whole adapter, or would change the base model's own weights or number of blocks.
 _NOT_INSIDE = ("task_type", "modules_to_save", "layer_replication", "trainable_token_indices", "loftq_config")
@@ -56,38 +55,32 @@ class MolexConfig(LamellaConfig):
     """
 
     target_modules: list[str] | set[str] | str | None = None
-    alpha: float = 0.95
-    alpha_mode: str = "fixed"
-    alpha_scope: str = "shared"
-    router: str = "linear"
-    router_proj: int | None = None
-    score: str = "softmax"
-    router_scope: str = "shared"
-    top_k: int = 1
-    granularity: str = "sequence"
-    aggregate: str = "mean"
-    candidates: str | list[int] = "all"
-    router_gradient: str = "scale"
-    policy: str = "learned"
-    fixed_layer: int | None = None
-    prompt_tokens: int = 4
-    router_aux_loss_coef: float = 1e-3
+    alpha: Annotated[float, Bounds(0, most=1)] = 0.95
+    alpha_mode: Literal["fixed", "learned"] = "fixed"
+    alpha_scope: Literal["shared", "per-layer"] = "shared"
+    router: Literal["linear", "cosine"] = "linear"
+    router_proj: Count | None = None
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    router_scope: Literal["shared", "per-layer"] = "shared"
+    top_k: Count = 1
+    granularity: Literal["sequence", "batch", "token"] = "sequence"
+    aggregate: Literal["mean", "mode"] = "mean"
+    candidates: Literal["all", "later"] | list[Index] = "all"
+    router_gradient: Literal["scale", "straight-through", "none"] = "scale"
+    policy: Literal["learned", "random", "fixed", "self", "uniform"] = "learned"
+    fixed_layer: Index | None = None
+    prompt_tokens: Count = 4
+    router_aux_loss_coef: Coefficient = 1e-3
     lora: LoraConfig | None = field(default_factory=LoraConfig)
-    guest_dtype: str | None = None
+    guest_dtype: Literal["float32", "bfloat16"] | None = None
     recompute_guest: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = LamellaType.MOLEX
-        if isinstance(self.candidates, tuple):
-            self.candidates = list(self.candidates)
-        if isinstance(self.layers_to_transform, tuple):
-            self.layers_to_transform = list(self.layers_to_transform)
         if isinstance(self.lora, Mapping):
             self.lora = _lora_from(self.lora)
-        self._check_names()
-        self._check_numbers()
+        super().__post_init__()
+        self.peft_type = LamellaType.MOLEX
         self._check_together()
         self._check_lora()
 
@@ -113,61 +106,10 @@ class MolexConfig(LamellaConfig):
             and (self.router_gradient != "none" or self.router_aux_loss_coef > 0)
         )
 
-    def _check_names(self) -> None:
-        allowed: dict[str, tuple[Any, ...]] = {
-            "alpha_mode": ("fixed", "learned"),
-            "alpha_scope": ("shared", "per-layer"),
-            "router": ("linear", "cosine"),
-            "score": ("softmax", "sigmoid"),
-            "router_scope": ("shared", "per-layer"),
-            "granularity": ("sequence", "batch", "token"),
-            "aggregate": ("mean", "mode"),
-            "router_gradient": ("scale", "straight-through", "none"),
-            "policy": POLICIES,
-            "guest_dtype": (None, "float32", "bfloat16"),
-            "recompute_guest": (True, False),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise LamellaError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, values))}.")
-        if not isinstance(self.candidates, list) and self.candidates not in ("all", "later"):
-            raise LamellaError(
-                f"candidates={self.candidates!r} must be 'all', 'later' or a list of block indices such as [0, 5, 11]."
-            )
-
-    def _check_numbers(self) -> None:
-        checks: list[tuple[str, bool, str]] = [
-            ("alpha", _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number from 0 to 1"),
-            ("top_k", _is_whole(self.top_k) and self.top_k >= 1, "a whole number of at least 1"),
-            ("prompt_tokens", _is_whole(self.prompt_tokens) and self.prompt_tokens >= 1, "a whole number, 1 or more"),
-            (
-                "router_aux_loss_coef",
-                _is_number(self.router_aux_loss_coef) and self.router_aux_loss_coef >= 0,
-                "0 or more",
-            ),
-            ("seed", _is_whole(self.seed), "a whole number"),
-            (
-                "router_proj",
-                self.router_proj is None or (_is_whole(self.router_proj) and self.router_proj >= 1),
-                "a whole number of at least 1, or None",
-            ),
-            (
-                "fixed_layer",
-                self.fixed_layer is None or (_is_whole(self.fixed_layer) and self.fixed_layer >= 0),
-                "the index of a block, counted from 0, or None",
-            ),
-        ]
-        for name, holds, expected in checks:
-            if not holds:
-                raise LamellaError(f"{name}={getattr(self, name)!r} must be {expected}.")
-        if isinstance(self.candidates, list):
-            indices = self.candidates
-            if not indices or len(set(indices)) < len(indices) or not all(_is_whole(i) and i >= 0 for i in indices):
-                raise LamellaError(
-                    f"candidates={indices!r} must name at least one block, each once, by its index counted from 0."
-                )
-
     def _check_together(self) -> None:
+        if isinstance(self.candidates, list):
+            unlike = len(set(self.candidates)) == len(self.candidates) > 0
+            self.check("candidates", unlike, "at least one block, each once, by its index counted from 0")
         if self.target_modules is not None:
             raise LamellaError(
                 f"target_modules={self.target_modules!r} is no setting of MoLEx, which takes whole blocks. Name the "
@@ -187,8 +129,6 @@ class MolexConfig(LamellaConfig):
             raise LamellaError(f"fixed_layer={self.fixed_layer} has no effect with policy={self.policy!r}; drop it.")
         if self.router_proj is not None and self.router != "cosine":
             raise LamellaError(f"router_proj={self.router_proj} belongs to router='cosine', not {self.router!r}.")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise LamellaError("layers_pattern says which stack layers_to_transform means; give both or neither.")
 
     def _check_lora(self) -> None:
         if self.lora is None:
@@ -219,11 +159,3 @@ def _lora_from(values: Mapping[str, Any]) -> LoraConfig:
     if unknown:
         raise LamellaError(unknown_keys("lora", unknown, known, values))
     return LoraConfig(**values)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
