@@ -32,7 +32,9 @@ class RoutedModel(BaseTuner):
     cannot_merge: ClassVar[str]
     no_lora_mixture: ClassVar[str] = "The experts of this adapter are not LoRAs that lie side by side."
     instead_of_adapter_names: ClassVar[str] = "Call the model once for each."
-    loaded_strictly: ClassVar[tuple[str, ...]]  # what the names of the tensors start with that must all be there
+    also_loaded_strictly: ClassVar[
+        tuple[str, ...]
+    ] = ()  # prefixes beside the method's own of tensors that must be there
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
@@ -64,9 +66,12 @@ class RoutedModel(BaseTuner):
         """What each injection did, by adapter name."""
         return self.__dict__.setdefault("_summaries", {})
 
-    def summary(self, adapter_name: str | None = None) -> Summary:
-        """What the injection of an adapter did; of the first active one when no name is given."""
-        return self.summaries[adapter_name or self.active_adapters[0]]
+    def summary(self, adapter_name: str | None = None) -> Summary | None:
+        """What the injection of an adapter did, None where its method keeps no account of it.
+
+        Of the first active adapter when no name is given.
+        """
+        return self.summaries.get(adapter_name or self.active_adapters[0])
 
     def keep_summary(self, summary: Summary) -> None:
         """Keeps what an injection did, and logs it: ``add_adapter`` leaves no tuner behind to ask."""
@@ -97,7 +102,7 @@ class RoutedModel(BaseTuner):
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            for prefix in cls.loaded_strictly:
+            for prefix in (cls.prefix, *cls.also_loaded_strictly):
                 check_tensors(model, prefix, adapter_name, tensors)
         except LamellaError:
             if isinstance(model, PeftModel) and len(model.peft_config) > 1:

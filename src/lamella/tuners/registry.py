@@ -28,15 +28,20 @@ class LamellaType(str, Enum):
     MOLE = "LAMELLA_MOLE"
 
 
-def register(peft_type: LamellaType, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+def register(peft_type: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
     """Makes a method known to ``get_peft_model``, ``PeftModel.from_pretrained`` and transformers' ``load_adapter``.
+
+    Args:
+        peft_type: member of an enumeration of strings, as PEFT asks of a config's ``peft_type``.
+        config: its settings.
+        tuner: its model; where it is a `RoutedModel`, all of lamella works with it.
 
     Raises:
         RuntimeError: another package has registered the same name.
     """
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if present is not None and present.__module__ != config.__module__:
-        raise RuntimeError(f"{peft_type.value} is already registered with PEFT by {present.__module__}.")
+        raise RuntimeError(f"{str(peft_type)!r} is already registered with PEFT by {present.__module__}.")
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix

@@ -207,11 +207,12 @@ class _Run:
 
     def _costs(self) -> dict[str, Any]:
         state = TrainerState() if self.trainer is None else self.trainer.state
-        summary = getattr(getattr(self.model, "base_model", None), "summary", None)
+        tuner = getattr(self.model, "base_model", None)
+        summary = tuner.summary() if isinstance(tuner, RoutedModel) else None
         return {
             "trainable_parameters": trainable_parameters(self.model),
             **self.built.decided,
-            "summary": str(summary()) if callable(summary) else None,
+            "summary": None if summary is None else str(summary),
             "steps": state.global_step,
             "kept_step": state.best_global_step or state.global_step,
             "build_seconds": self.build_seconds,

@@ -28,7 +28,6 @@ class MolaModel(RoutedModel):
         "folder) for each expert as a LoRA. A trainer that syncs weights by merging (TRL with vLLM) needs the "
         "collapsed LoRA."
     )
-    loaded_strictly = (prefix,)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Checks the whole request before the first module is touched, injects, and connects the new layers."""

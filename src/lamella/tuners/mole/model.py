@@ -32,7 +32,6 @@ class MoleModel(RoutedModel):
     method = "MOLE"
     cannot_merge = CANNOT_MERGE
     instead_of_adapter_names = "To weigh the LoRAs differently per row, use lamella.fixed_weights(model, [{...}, ...])."
-    loaded_strictly = (prefix,)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Reads the LoRAs and checks the whole request before the first module is touched, then injects."""

@@ -37,7 +37,7 @@ class MolexModel(RoutedModel):
         "the same: lamella.collapse and lamella.export_experts are for MoLA and MOLE. Serve it with PEFT as it is, or "
         "train with policy='self', which is plain LoRA."
     )
-    loaded_strictly = (prefix, "lora_")
+    also_loaded_strictly = ("lora_",)
 
     def inject_adapter(
         self,
