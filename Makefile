@@ -11,7 +11,7 @@ demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope --durations=10
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ models: .venv/installed
 	$(BIN)/python -m models $(MODEL)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build src/*.egg-info .*_cache
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
