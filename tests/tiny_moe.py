@@ -104,6 +104,9 @@ def build(
 
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {name: partial(build, name) for name in CONFIGS}
+# one for each way in which experts are kept and chosen: fused beside a shared expert; biases, and matrices the other
+# way round; the best of groups, after a dense layer; an encoder-decoder's, with a capacity
+PATHS = ("qwen2_moe", "gpt_oss", "deepseek_v3", "switch_transformers")
 
 
 @torch.no_grad()

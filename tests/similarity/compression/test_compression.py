@@ -3,10 +3,11 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+from tests.pairwise import pairwise
 from tests.reference.similarity_compress import mixture
 from tests.similarity.compression.planted import TWINS, Counts, logits, same_state, shuffled, state, table, with_twins
 from tests.tiny import llama
-from tests.tiny_moe import FAMILIES, HIDDEN, inputs_for
+from tests.tiny_moe import FAMILIES, HIDDEN, PATHS, inputs_for
 
 from lamella.backbones.moe import moe_layers, watch_dispatch
 from lamella.errors import LamellaError
@@ -34,8 +35,7 @@ def stored(model):
     return sum({p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["qwen2_moe", "switch_transformers", "gpt_oss"])
+@pytest.mark.parametrize(("family", "method"), zip(PATHS, METHODS, strict=True))
 def test_the_whole_budget_is_the_model_bit_for_bit(family, method):
     model = FAMILIES[family]()
     same = compress(model, table(model), 1.0, method=method, capture=Counts(model))
@@ -45,8 +45,7 @@ def test_the_whole_budget_is_the_model_bit_for_bit(family, method):
     assert same.report.experts_left == same.report.experts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize(("family", "merge"), pairwise(PATHS, (True, False)))
 def test_twins_come_together_first_and_change_nothing(family, merge):
     layer = moe_layers(FAMILIES[family]())[0].index
     twins = ((layer, 0), (layer, 3))
@@ -84,8 +83,7 @@ def test_twins_in_neighbouring_layers_come_together_when_they_may():
     assert ((0, 2), (2, 1)) not in [tuple(sorted(group)) for group in beyond_report.groups]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("family", "across"), pairwise(PATHS, (False, True)))
 def test_every_layer_is_the_sum_over_what_stands_for_the_chosen(family, across):
     model = FAMILIES[family](dtype=torch.float64)
     small = compress(model, None, 0.5, method="random", across_layers=across, merge=False)
@@ -112,9 +110,7 @@ def test_every_layer_is_the_sum_over_what_stands_for_the_chosen(family, across):
         hook.remove()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("budget", [0.75, 0.5, 0.3])
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("method", "budget", "across"), pairwise(METHODS, (0.75, 0.5, 0.3), (False, True)))
 def test_the_parameters_that_are_counted_are_stored(method, budget, across):
     model = FAMILIES["qwen2_moe"]()
     report = (

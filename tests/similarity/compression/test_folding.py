@@ -2,7 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_moe import FAMILIES, HIDDEN
+from tests.pairwise import pairwise
+from tests.tiny_moe import FAMILIES, HIDDEN, PATHS
 
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
@@ -18,8 +19,7 @@ def drawn(kind, seed=0, rank=3):
     return aligner
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["linear", "low-rank", "identity"])
+@pytest.mark.parametrize(("family", "kind"), pairwise(PATHS, ("linear", "low-rank", "identity")))
 def test_the_folded_expert_is_the_expert_behind_the_aligner(family, kind):
     expert = moe_layers(FAMILIES[family](dtype=torch.float64))[-1].experts[1]
     aligner = drawn(kind)

@@ -1,13 +1,15 @@
 import contextlib
 from functools import partial
+from itertools import cycle, product
 
 import pytest
 import torch
 from peft import get_peft_model
+from tests.pairwise import pairwise
 from tests.reference.similarity_compress import mixture, over_capacity
 from tests.similarity.compression.planted import TWINS, logits, same_state, state, table, with_twins
 from tests.similarity.compression.test_compression import aligners
-from tests.tiny_moe import FAMILIES, HIDDEN, inputs_for
+from tests.tiny_moe import FAMILIES, HIDDEN, PATHS, inputs_for
 
 from lamella import MolaConfig
 from lamella.backbones.moe import moe_layers, watch_dispatch
@@ -15,6 +17,7 @@ from lamella.errors import LamellaError
 from lamella.similarity.compression import Route, drop, find_routes, next_choice, reroute
 
 FULL = [("full", 1, "arrival"), ("full", 1, "weight"), ("full", 0, "arrival"), ("full", 99, "weight")]
+STATES = [("dropped", None), ("masked", None), ("full", 0)]
 WAYS = [("dropped", None, "arrival"), ("masked", None, "arrival"), *FULL]
 
 
@@ -35,10 +38,9 @@ def outputs_of(model, layer, context, inputs):
     return seen[0], output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("what", "capacity", "first"), WAYS)
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_tokens_that_are_turned_away_get_their_route(family, what, capacity, first, padding):
+@pytest.mark.parametrize(("family", "way", "padding"), pairwise(PATHS, WAYS, ("left", "right")))
+def test_tokens_without_their_expert_get_its_route(family, way, padding):
+    what, capacity, first = way
     model = FAMILIES[family](dtype=torch.float64)
     layer, other = moe_layers(model)[0], moe_layers(model)[-1]
     routes = {(layer.index, 1): Route((other.index, 2), aligners("linear", [((0, 1), (0, 2))])[(0, 1), (0, 2)])}
@@ -60,9 +62,9 @@ def test_tokens_that_are_turned_away_get_their_route(family, what, capacity, fir
         torch.testing.assert_close(output, mixture(dispatch, work))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("what", "capacity", "first"), WAYS)
-def test_dropping_leaves_nothing_in_the_place(family, what, capacity, first):
+@pytest.mark.parametrize(("family", "way"), [*zip(cycle(PATHS), WAYS), ("switch_transformers", WAYS[2])])
+def test_dropping_leaves_nothing_in_the_place(family, way):
+    what, capacity, first = way
     model = FAMILIES[family](dtype=torch.float64)
     layer = first_layer(model)
     closed = {"what": what, "capacity": capacity, "first": first}
@@ -82,9 +84,9 @@ def test_dropping_leaves_nothing_in_the_place(family, what, capacity, first):
         torch.testing.assert_close(output, mixture(dispatch, work))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("what", "capacity", "first"), WAYS)
-def test_the_next_choice_is_the_routers_own(family, what, capacity, first):
+@pytest.mark.parametrize(("family", "way"), [*((family, FULL[0]) for family in FAMILIES), *zip(cycle(PATHS), WAYS)])
+def test_the_next_choice_is_the_routers_own(family, way):
+    what, capacity, first = way
     model = FAMILIES[family](dtype=torch.float64)
     layer = first_layer(model)
     inputs = inputs_for(model, batch=2)
@@ -101,15 +103,17 @@ def test_the_next_choice_is_the_routers_own(family, what, capacity, first):
         assert torch.equal(output, plain) == (not away)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("context", [partial(reroute), partial(drop), partial(next_choice)])
-@pytest.mark.parametrize(("what", "capacity"), [("dropped", None), ("masked", None), ("full", 0)])
-def test_leaving_restores_the_model_bit_for_bit(family, context, what, capacity):
+@pytest.mark.parametrize(
+    ("context", "way", "family"),
+    [(*case, family) for case, family in zip(product((reroute, drop, next_choice), STATES), cycle(PATHS))],
+)
+def test_leaving_restores_the_model_bit_for_bit(family, context, way):
+    what, capacity = way
     model = FAMILIES[family]()
     layer = first_layer(model)
     before, plain = state(model), logits(model)
     names = [name for name, module in model.named_modules() if "forward" in vars(module)]
-    given = ({(layer.index, 1): Route((layer.index, 0))},) if context.func is reroute else ()
+    given = ({(layer.index, 1): Route((layer.index, 0))},) if context is reroute else ()
     with contextlib.suppress(KeyboardInterrupt), context(model, [(layer.index, 1)], *given, what, capacity=capacity):
         assert not torch.equal(logits(model), plain)
         raise KeyboardInterrupt
@@ -118,9 +122,9 @@ def test_leaving_restores_the_model_bit_for_bit(family, context, what, capacity)
     assert names == [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("what", "capacity", "first"), WAYS)
-def test_a_route_to_itself_changes_nothing(family, what, capacity, first):
+@pytest.mark.parametrize(("family", "way"), zip(cycle(PATHS), WAYS))
+def test_a_route_to_itself_changes_nothing(family, way):
+    what, capacity, first = way
     model = FAMILIES[family](dtype=torch.float64)
     layers = moe_layers(model)
     names = [(layer.index, e) for layer in layers for e in range(layer.num_experts)]
@@ -205,13 +209,12 @@ def test_a_decision_does_not_depend_on_batch_mates_or_padding():
         ([(0, 0)], {"what": "full", "capacity": 1, "first": "beauty"}, "beauty"),
     ],
 )
-@pytest.mark.parametrize("context", ["reroute", "drop", "next_choice"])
-def test_bad_input_is_named(context, experts, settings, match):
+def test_bad_input_is_named(experts, settings, match):
     model = FAMILIES["mixtral"]()
     routes = {name: Route((1, 1)) for name in experts}
-    way = {"reroute": partial(reroute, routes=routes), "drop": drop, "next_choice": next_choice}[context]
-    with pytest.raises(LamellaError, match=match), way(model, experts, **settings):
-        pass
+    for context in (partial(reroute, routes=routes), drop, next_choice):
+        with pytest.raises(LamellaError, match=match), context(model, experts, **settings):
+            pass
 
 
 @pytest.mark.parametrize(("what", "capacity"), [("masked", None), ("full", 1)])

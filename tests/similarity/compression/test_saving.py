@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny_moe
+from tests.pairwise import pairwise
 from tests.similarity.compression.planted import logits, same_state, state, table
 from tests.similarity.compression.test_compression import aligners
-from tests.tiny_moe import FAMILIES
+from tests.tiny_moe import FAMILIES, PATHS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -34,8 +35,7 @@ def small(family="qwen2_moe", budget=0.5, dtype=torch.float32, **settings):
     return compress(model, table(model), budget, **settings)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("family", "across"), pairwise(PATHS, (False, True)))
 def test_what_is_loaded_is_what_was_saved(tmp_path, family, across):
     saved = small(family, across_layers=across)
     saved.save(tmp_path / "small")
@@ -48,9 +48,15 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, family, across):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ff"), [("linear", 2), ("linear", 12), ("low-rank", 2), ("low-rank", 12), ("layernorm", 12)]
+    ("kind", "ff", "across"),
+    [
+        ("linear", 2, False),
+        ("linear", 12, True),
+        ("low-rank", 2, True),
+        ("low-rank", 12, False),
+        ("layernorm", 12, True),
+    ],
 )
-@pytest.mark.parametrize("across", [False, True])
 def test_stand_ins_are_loaded(tmp_path, kind, ff, across):
     model = FAMILIES["mixtral"](dtype=torch.float64, intermediate_size=ff)
     saved = compress(model, table(model), 0.95, merge=False, aligner=partial(aligners, kind), across_layers=across)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tests.tiny_moe import CONFIGS, VOCAB, build
+from tests.tiny_moe import PATHS, VOCAB, build
 
 from lamella.similarity.activations import capture
 from lamella.similarity.alignment import align
@@ -22,8 +22,7 @@ def documents(model, count=40, length=16):
         yield {**given, "labels": ids} if model.config.is_encoder_decoder else given
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
-@pytest.mark.parametrize("aligner", ["layernorm", "linear"])
+@pytest.mark.parametrize(("name", "aligner"), zip(PATHS, ("layernorm", "linear") * 2, strict=True))
 def test_no_trained_aligner_gets_below_the_floor(name, aligner, tmp_path):
     changed = {"num_experts": 2} if name == "switch_transformers" else {}
     model = build(name, **{NAMED.get(name, "intermediate_size"): HIDDEN_UNITS}, **changed)

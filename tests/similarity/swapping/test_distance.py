@@ -100,13 +100,13 @@ def slow_p_value(rows, slope):
 def test_intervals_miss_the_true_slope_as_seldom_as_they_say(layers):
     """The effect of a swap is that of its two layers, so that swaps are not independent."""
     generator = np.random.default_rng(1)
-    missed, runs = 0, 120
+    missed, runs = 0, 60
     for _ in range(runs):
         own, noise = generator.normal(size=layers), generator.normal(size=(layers, layers))
         noise += own[:, None] + own
         found = distance_regression(frame(lambda i, j, noise=noise: noise[i, j] + 0.7 * (j - i), range(layers)))
         missed += not found["low"] <= 0.7 <= found["high"]
-    assert missed <= 0.1 * runs  # 6 are expected; more than 12 come once in a hundred times
+    assert missed <= 0.12 * runs  # 3 are expected; more than 7 come once in a hundred times
 
 
 @pytest.mark.parametrize(("layers", "least"), [(3, 2 / 6), (4, 2 / 24)])

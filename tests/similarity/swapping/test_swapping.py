@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tests import tiny
+from tests.pairwise import pairwise
 from tests.reference.similarity_swap import swapped_model
-from tests.tiny_moe import FAMILIES, build, inputs_for
+from tests.tiny_moe import FAMILIES, PATHS, build, inputs_for
 from torch import nn
 
 from lamella import MolaConfig
@@ -58,8 +59,7 @@ def switch_with_deep_decoder(**config):
     return build("switch_transformers", num_decoder_layers=6, num_sparse_decoder_layers=3, num_layers=6, **config)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "unit"), pairwise(PATHS, UNITS))
 def test_a_swap_changes_the_logits_and_leaving_restores_them_bit_for_bit(family, unit):
     model = FAMILIES[family]()
     a, b = two_of(model, unit)
@@ -72,9 +72,7 @@ def test_a_swap_changes_the_logits_and_leaving_restores_them_bit_for_bit(family,
         assert same_state(model, before)
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "unit", "exchange"), pairwise(PATHS, UNITS, (True, False)))
 def test_a_swap_is_a_model_with_the_weights_elsewhere(family, unit, exchange):
     model = FAMILIES[family]()
     a, b = two_of(model, unit)
@@ -83,8 +81,7 @@ def test_a_swap_is_a_model_with_the_weights_elsewhere(family, unit, exchange):
         assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "unit"), zip(PATHS, UNITS, strict=True))
 def test_swapping_with_itself_is_the_base(family, unit):
     model = FAMILIES[family]()
     a, _ = two_of(model, unit)
@@ -254,7 +251,7 @@ class Turned(nn.Module):
         return x @ self.weight.T
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", PATHS)
 def test_behind_the_identity_it_is_the_plain_swap(family):
     model = FAMILIES[family](dtype=torch.float64)
     a, b = two_of(model, "expert")
