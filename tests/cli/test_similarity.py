@@ -236,6 +236,28 @@ def test_one_way_swaps_go_both_orders_and_so_do_their_shifts(text, tmp_path, mon
     assert len(experts) == 2 * 4 * 4
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--unit", "head"], "unit='head' is none of expert, router"),
+        (["--metric", "bleu"], "metric='bleu' is none of nll, accuracy"),
+    ],
+)
+def test_units_and_metrics_that_are_not_there_are_refused(words, sentence, text, tmp_path, monkeypatch, capsys):
+    _, study = captured(monkeypatch, text, tmp_path)
+    assert run(monkeypatch, "swap", study, *words) == 2
+    assert sentence in said(capsys)
+
+
+def test_a_plan_counts_the_tokens_that_a_capture_reads(text, tmp_path, monkeypatch, capsys):
+    model, study = captured(monkeypatch, text, tmp_path, "--json")
+    read = json.loads(capsys.readouterr().out)["tokens"]
+    assert run(monkeypatch, "plan", model, "--text", text, "--flops", 1e9, "--json", "-o", study / "plan.json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["tokens"] == read
+    assert json.loads((study / "plan.json").read_text()) == planned
+
+
 @pytest.mark.parametrize("layers", ["0,x,2", "0", "0,1,2", "0,-1", ""])
 def test_layers_that_are_not_two_are_refused(layers, text, tmp_path, monkeypatch, capsys):
     _, study = captured(monkeypatch, text, tmp_path)

@@ -9,9 +9,8 @@ from tests import tiny_moe
 from tests.cli.test_similarity import run
 
 from lamella.cli.similarity import subject
-from lamella.similarity import steps
 from lamella.similarity.activations import capture
-from lamella.similarity.screening import MEASURES
+from lamella.similarity.screening import MEASURES, table
 from lamella.similarity.study import StudyFolder
 
 
@@ -27,17 +26,17 @@ def study(tmp_path, monkeypatch):
 def screened(monkeypatch, capsys, study, *words):
     """The measures that the table has, what was told as JSON, and what was said beside."""
     assert run(monkeypatch, "screen", study, "--json", *words) == 0
-    table, said = pd.read_parquet(study / "screen.parquet"), capsys.readouterr()
+    written, said = pd.read_parquet(study / "screen.parquet"), capsys.readouterr()
     told = json.loads(said.out)
-    assert told["pairs"] == len(table)
-    return [name for name in MEASURES if table[name].notna().any()], told["medians"], said.err
+    assert told["pairs"] == len(written)
+    return [name for name in MEASURES if written[name].notna().any()], told["medians"], said.err
 
 
 def test_all_measures_of_few_pairs_and_the_quick_ones_of_many(study, monkeypatch, capsys):
     found, medians, said = screened(monkeypatch, capsys, study)
     assert found == list(MEASURES) == list(medians)
     assert "left out" not in said
-    monkeypatch.setattr(steps, "MOST_PAIRS", 10)
+    monkeypatch.setattr(table, "MOST_PAIRS", 10)
     found, medians, said = screened(monkeypatch, capsys, study)
     assert found == ["floor", "cka_distance"]
     assert "weight_distance and coactivation left out" in " ".join(said.split())

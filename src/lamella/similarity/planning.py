@@ -1,15 +1,14 @@
-"""What a study of expert similarity will cost, told before it begins."""
+"""Roughly what a study of expert similarity will cost in time, disk and memory, told before it begins."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,15 +19,12 @@ from lamella.aligners import aligner_class, aligner_rank
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
 from lamella.files import write_whole
-from lamella.similarity.alignment.fitting import BUDGET, IDENTITY_SCALES
+from lamella.similarity.activations import Capture
+from lamella.similarity.alignment.fitting import BUDGET
 from lamella.similarity.alignment.run import STEPS
 from lamella.similarity.alignment.sources import STOP_SHARE
 from lamella.similarity.alignment.tiles import PAIRS
-from lamella.similarity.alignment.training import CHECK_EVERY
-
-if TYPE_CHECKING:
-    import pandas as pd
-
+from lamella.similarity.screening import default_measures
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _INDEX_BYTES = 24  # of a sample: its key, document and position
@@ -38,33 +34,27 @@ _LARGEST_MATCHING = 512
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study will cost. FLOPs count a multiplication with an addition as two.
+    """What a study will cost; hours are rough, for a machine is slower in small products than in large ones.
 
     Attributes:
         model: its class.
         parameters, active: of the model, and of them those that work for one token.
         layers, experts: with experts, and experts in all of them.
-        pairs_all: ordered pairs of experts, of one layer or of two.
-        pairs_across: of them, those across layers.
-        pairs: to align.
-        aligner, steps: kind, and most steps of a pair.
-        per_expert, train, held_out: samples of an expert, and what of them is trained and scored on.
-        tokens_uniform: of text, so that with probability 0.99 every expert gets its samples if each is chosen equally
-            often, by tokens that are independent; real ones are not quite, so take more.
-        tokens: the same if the rarest expert is chosen as seldom as stated or measured.
-        rarest: chance that a token chooses the rarest expert.
-        silent: experts that measured routing never chose; no text fills them, and they are left out of ``tokens``.
-        capture_bytes: of the capture, on disk and again in memory while it is taken.
-        model_bytes: of the model in float32.
-        align_bytes: of the aligners that are trained at once, with tokens, gradients and optimiser.
-        capture_flops, screen_flops, align_flops: of the steps; the screen is of all pairs, the alignment has two
-            controls for each source beside its pairs.
-        floor_flops: of the screen's floor alone.
-        flops_per_second: at which hours are stated.
-        measured: whether it was measured here, by a float32 product of matrices.
-        capture_hours, floor_hours, screen_hours, align_hours: at that speed.
-        matching_hours: of the screen's weight distances on one core here, for matching hidden units, beside its FLOPs.
+        pairs_all, pairs: ordered pairs of experts, and of them those to align.
         tiles: independent pieces of the alignment.
+        aligner, steps: kind, and most steps of a pair.
+        per_expert: samples of an expert.
+        tokens: of text that the capture reads: all that it is given, or ``tokens_needed`` where that is not known.
+        tokens_needed: so that with probability 0.99 every expert gets its samples, if the rarest is chosen as seldom
+            as given or measured, by tokens that are independent; real ones are not quite, so take more.
+        rarest: chance that a token chooses the rarest expert.
+        silent: experts that measured routing never chose; no text fills them, and ``tokens_needed`` leaves them out.
+        model_bytes: of the model in float32.
+        capture_bytes: of the capture, on disk and again in memory while it is taken.
+        align_bytes: of the aligners that are trained at once, with tokens, gradients and optimiser.
+        flops_per_second: at which hours are told.
+        measured: whether it was measured here, by a float32 product of matrices.
+        capture_hours, screen_hours, align_hours: at that speed; hidden units are matched on one core here.
     """
 
     model: str
@@ -73,32 +63,23 @@ class Plan:
     layers: int
     experts: int
     pairs_all: int
-    pairs_across: int
     pairs: int
+    tiles: int
     aligner: str
     steps: int
     per_expert: int
-    train: int
-    held_out: int
-    tokens_uniform: int
     tokens: int
+    tokens_needed: int
     rarest: float
     silent: int
-    capture_bytes: int
     model_bytes: int
+    capture_bytes: int
     align_bytes: int
-    capture_flops: int
-    floor_flops: int
-    screen_flops: int
-    align_flops: int
     flops_per_second: float
     measured: bool
     capture_hours: float
-    floor_hours: float
     screen_hours: float
     align_hours: float
-    matching_hours: float
-    tiles: int
 
     def write(self, path: Path) -> None:
         """Writes it as JSON, whole or not at all."""
@@ -106,26 +87,24 @@ class Plan:
 
     def __str__(self) -> str:
         silent = f"; {self.silent} experts were never chosen" if self.silent else ""
+        needed = (
+            f"{self.tokens_needed:,} tokens or more fill {self.per_expert} samples of each expert, the rarest chosen "
+            f"by 1 token in {1 / self.rarest:,.1f}{silent}"
+        )
+        reads = f"{self.tokens:,} tokens" if self.tokens != self.tokens_needed else "as many tokens as that"
         lines = {
             "model": f"{self.model}: {self.parameters:,} parameters, {self.active:,} for one token; "
             f"{_gigabytes(self.model_bytes)} in float32",
             "experts": f"{self.experts:,} in {self.layers} layers",
-            "pairs": f"{self.pairs_all:,} ordered, {self.pairs_across:,} across layers; {self.pairs:,} to align, in "
-            f"{self.tiles:,} tiles",
-            "text": f"{self.tokens:,} tokens for {self.per_expert} samples of each expert, the rarest chosen by 1 "
-            f"token in {1 / self.rarest:,.1f} ({self.tokens_uniform:,} tokens if all are chosen alike){silent}",
-            "capture": f"{self.capture_flops:.3g} FLOPs = 2 x active parameters x tokens; "
-            f"{_gigabytes(self.capture_bytes)} on disk and in memory",
-            "floor": f"{self.floor_flops:.3g} FLOPs = pairs x 2 m d (d - rank), {self.held_out} held-out tokens m, "
-            "and a decomposition for each target",
-            "screen": f"{self.screen_flops:.3g} FLOPs = floor + pairs x (m x expert + CKA + ff² x width of a "
-            "hidden unit)",
-            "align": f"{self.align_flops:.3g} FLOPs = pairs x steps x tokens x (aligner + 2 x expert), {self.aligner}, "
-            f"at most {self.steps} steps, {self.train} tokens; {_gigabytes(self.align_bytes)} in memory",
-            "time": f"capture {_hours(self.capture_hours)}, floor {_hours(self.floor_hours)}, screen "
-            f"{_hours(self.screen_hours)} and {_hours(self.matching_hours)} to match hidden units, align "
-            f"{_hours(self.align_hours)}, at {self.flops_per_second:.3g} FLOP/s, "
-            f"{'measured here' if self.measured else 'as stated'}",
+            "pairs": f"{self.pairs_all:,} ordered; {self.pairs:,} to align, in {self.tiles:,} tiles",
+            "text": f"{needed}; a capture reads all of the text it is given",
+            "capture": f"{_hours(self.capture_hours)} for {reads}; {_gigabytes(self.capture_bytes)} on disk and in "
+            "memory",
+            "screen": f"{_hours(self.screen_hours)} for all pairs",
+            "align": f"{_hours(self.align_hours)} with {self.aligner} aligners, at most {self.steps} steps, for each "
+            f"seed; {_gigabytes(self.align_bytes)} in memory",
+            "speed": f"{self.flops_per_second:.3g} FLOP/s, {'measured here' if self.measured else 'as given'}; "
+            "hours are rough",
         }
         return "\n".join(f"{name:<9}{line}" for name, line in lines.items())
 
@@ -134,6 +113,7 @@ def plan(
     model: nn.Module | PretrainedConfig | str | Path,
     per_expert: int = 512,
     *,
+    tokens: int | None = None,
     aligner: str = "layernorm",
     steps: int = STEPS,
     rank: int | None = None,
@@ -141,80 +121,76 @@ def plan(
     per_source: int | None = None,
     dtype: str = "float32",
     skew: float = 1.0,
-    routing: pd.DataFrame | None = None,
-    tile_pairs: int = PAIRS,
+    capture: Capture | None = None,
     flops_per_second: float | None = None,
 ) -> Plan:
-    """Counts tokens, FLOPs, bytes and hours of a study; a config is enough, no weights are read.
+    """Tokens, bytes and hours of a study; a config is enough, no weights are read.
 
     Args:
         model: a model, a config, or a name or path to find a config under.
         per_expert: samples of an expert.
+        tokens: of the text that will be captured; None for as many as fill the samples.
         aligner, steps, rank: as for `align`; ``steps`` is what every pair takes if none stops early.
         held_out: share of the samples to score on.
         per_source: targets of each source that the screen lets through; None aligns all ordered pairs.
         dtype: of the samples, "float32" or "bfloat16".
         skew: how many times as often an expert is chosen on average as the rarest one.
-        routing: `Capture.routing` of some text, to take the shares from instead.
-        tile_pairs: pairs of a tile at most, where one source has not more.
+        capture: of some text by this model, to take from it instead how often experts are chosen.
         flops_per_second: of the machines; None measures this one.
 
     Raises:
         LamellaError: no config or no experts are found, or a number cannot be.
     """
     _check(per_expert, held_out, skew, dtype, per_source, flops_per_second)
-    census = take_census(model)
-    held = round(per_expert * held_out)
-    train = per_expert - held
-    experts = census.experts
-    across = sum(a.experts * b.experts for a, b in product(census.layers, repeat=2) if a is not b)
-    pairs_all = experts * (experts - 1)
-    pairs = pairs_all if per_source is None else experts * min(per_source, experts - 1)
-    uniform = [layer.top_k / layer.experts for layer in census.layers for _ in range(layer.experts)]
-    chances = [chance / skew for chance in uniform] if routing is None else _measured(routing)
+    shape = model_shape(model)
+    pairs_all = shape.experts * (shape.experts - 1)
+    targets = shape.experts - 1 if per_source is None else min(per_source, shape.experts - 1)
+    chances = _chances(shape, skew) if capture is None else _measured_chances(capture)
     chosen = [chance for chance in chances if chance > 0]
     if not chosen:
-        raise LamellaError("The measured routing has no token that chose an expert; capture some text first.")
-    rarest = min(chosen)
-    tokens = tokens_to_fill(per_expert, rarest, experts)
-    capture_flops = 2 * tokens * census.active
-    floors, screening = _screen_flops(census, held)
-    training, align_memory = _align_costs(census, pairs + 2 * experts, aligner, rank, steps, train, held)
-    sources = max(1, tile_pairs // (pairs // experts))
+        raise LamellaError("The captured routing has no token that chose an expert; capture some text first.")
+    needed = tokens_to_fill(per_expert, min(chosen), shape.experts)
+    read = needed if tokens is None else tokens
+    held = round(per_expert * held_out)
     speed = _measure_speed() if flops_per_second is None else flops_per_second
+    ranks = [aligner_rank(layer.inputs, rank) for layer in shape.layers]
+    parameters = [
+        _aligner_parameters(aligner, layer.inputs, one) for layer, one in zip(shape.layers, ranks, strict=True)
+    ]
+    align_flops = sum(
+        layer.experts * (targets + 2) * _align_flops(layer, size, steps, per_expert - held, held)
+        for layer, size in zip(shape.layers, parameters, strict=True)
+    )  # two controls for each source beside its pairs
+    largest = max(
+        _align_bytes(layer, size, max(per_expert - held, held))
+        for layer, size in zip(shape.layers, parameters, strict=True)
+    )
     return Plan(
-        model=census.name,
-        parameters=census.parameters,
-        active=census.active,
-        layers=len(census.layers),
-        experts=experts,
+        model=shape.name,
+        parameters=shape.parameters,
+        active=shape.active,
+        layers=len(shape.layers),
+        experts=shape.experts,
         pairs_all=pairs_all,
-        pairs_across=across,
-        pairs=pairs,
+        pairs=shape.experts * targets,
+        tiles=sum(math.ceil(layer.experts / max(1, PAIRS // targets)) for layer in shape.layers),
         aligner=aligner,
         steps=steps,
         per_expert=per_expert,
-        train=train,
-        held_out=held,
-        tokens_uniform=tokens_to_fill(per_expert, min(uniform), experts),
-        tokens=tokens,
-        rarest=rarest,
+        tokens=read,
+        tokens_needed=needed,
+        rarest=min(chosen),
         silent=len(chances) - len(chosen),
-        capture_bytes=sum(x.experts * per_expert * (x.inputs * _BYTES[dtype] + _INDEX_BYTES) for x in census.layers),
-        model_bytes=4 * census.parameters,
-        align_bytes=align_memory,
-        capture_flops=capture_flops,
-        floor_flops=floors,
-        screen_flops=screening,
-        align_flops=training,
+        model_bytes=4 * shape.parameters,
+        capture_bytes=sum(
+            layer.experts * per_expert * (layer.inputs * _BYTES[dtype] + _INDEX_BYTES) for layer in shape.layers
+        ),
+        align_bytes=max(largest, BUDGET),
         flops_per_second=speed,
         measured=flops_per_second is None,
-        capture_hours=capture_flops / speed / 3600,
-        floor_hours=floors / speed / 3600,
-        screen_hours=screening / speed / 3600,
-        align_hours=training / speed / 3600,
-        matching_hours=_matching_seconds(max(x.hidden for x in census.layers)) * pairs_all / 2 / 3600,
-        tiles=sum(math.ceil(layer.experts / sources) for layer in census.layers),
+        capture_hours=2 * read * shape.active / speed / 3600,
+        screen_hours=_screen_seconds(shape, pairs_all, held, speed) / 3600,
+        align_hours=align_flops / speed / 3600,
     )
 
 
@@ -224,6 +200,99 @@ def tokens_to_fill(samples: int, chance: float, experts: int) -> int:
     """
     z = statistics.NormalDist().inv_cdf(_CERTAINTY ** (1 / experts))
     return math.ceil((z / 2 + math.sqrt(z * z / 4 + samples)) ** 2 / chance)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's experts.
+
+    Attributes:
+        experts: E.
+        top_k: experts of a token.
+        inputs, outputs: features of an expert's input and output.
+        hidden: units of an expert, ff.
+        readers: matrices from the input to the hidden units: 2 with a gate, 1 without.
+    """
+
+    experts: int
+    top_k: int
+    inputs: int
+    outputs: int
+    hidden: int
+    readers: int
+
+    @classmethod
+    def of(cls, layer: MoELayer) -> LayerShape:
+        """The shape of a layer."""
+        expert = layer.experts[0]
+        (hidden, inputs), outputs = expert.up.shape, expert.down.shape[0]
+        return cls(layer.num_experts, layer.top_k, inputs, outputs, hidden, 1 if expert.gate is None else 2)
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of an expert for one token, a multiplication with an addition counted as two."""
+        return 2 * self.hidden * (self.readers * self.inputs + self.outputs)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model in numbers.
+
+    Attributes:
+        name: its class.
+        layers: those with experts.
+        parameters: of the model.
+        active: of them, those that a token is multiplied with: without embeddings that are only looked up, and of the
+            experts only top-k.
+    """
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    parameters: int
+    active: int
+
+    @property
+    def experts(self) -> int:
+        """Experts of all layers."""
+        return sum(layer.experts for layer in self.layers)
+
+
+def model_shape(model: nn.Module | PretrainedConfig | str | Path) -> ModelShape:
+    """The shape of a model, or of what a config would build, without weights.
+
+    Raises:
+        LamellaError: there is no config under this name, or the model has no experts that lamella knows.
+    """
+    built = model if isinstance(model, nn.Module) else _build(model)
+    layers = moe_layers(built)
+    parameters = sum(parameter.numel() for parameter in built.parameters())
+    embeddings = [part.weight for part in built.modules() if isinstance(part, nn.Embedding)]
+    head = getattr(built, "get_output_embeddings", lambda: None)()
+    looked_up = sum(weight.numel() for weight in embeddings)
+    if head is not None and any(weight is head.weight for weight in embeddings):
+        looked_up -= head.weight.numel()  # looked up and multiplied with
+    idle = sum((layer.num_experts - layer.top_k) * layer.experts[0].parameters for layer in layers)
+    shapes = tuple(map(LayerShape.of, layers))
+    return ModelShape(type(built).__name__, shapes, parameters, parameters - looked_up - idle)
+
+
+def _build(config: PretrainedConfig | str | Path) -> nn.Module:
+    """The model of a config on the meta device, where tensors have shapes and no numbers."""
+    if not isinstance(config, PretrainedConfig):
+        try:
+            config = AutoConfig.from_pretrained(config)
+        except (OSError, ValueError) as error:
+            raise LamellaError(
+                f"No model config is found under {str(config)!r}: {error} Name a folder or file with a config.json, a "
+                "hub id, or give a config."
+            ) from error
+    kind = AutoModel
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = AutoModelForCausalLM
+    elif type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        kind = AutoModelForSeq2SeqLM
+    with torch.device("meta"):
+        return kind.from_config(config)
 
 
 def _check(
@@ -243,33 +312,52 @@ def _check(
         raise LamellaError(f"flops_per_second={speed}: give what the machines do in a second, such as 4e14.")
 
 
-def _measured(routing: pd.DataFrame) -> list[float]:
-    return (routing["selected"] / routing["tokens"].clip(lower=1)).tolist()
+def _chances(shape: ModelShape, skew: float) -> list[float]:
+    """That a token chooses the rarest expert of each layer."""
+    return [layer.top_k / layer.experts / skew for layer in shape.layers]
 
 
-def _screen_flops(census: Census, held_out: int) -> tuple[int, int]:
-    """Of the floors alone, and of all measures; of all ordered pairs, whichever go on to alignment."""
-    floors = total = 0
-    for target in census.layers:
-        pairs = target.experts * (census.experts - 1)
-        of_layer = target.experts * basis_flops(target) + pairs * floor_flops(target, held_out)
-        floors += of_layer
-        total += of_layer + pairs * (cka_flops(target, held_out) + weights_flops(target))
-    return floors, total
+def _measured_chances(capture: Capture) -> list[float]:
+    """That a token chose an expert, of all experts."""
+    return [
+        chance
+        for count in capture.counts.values()
+        for chance in (count["selected"].double() / count["tokens"].clamp_min(1)).tolist()
+    ]
 
 
-def _align_costs(
-    census: Census, pairs: int, aligner: str, rank: int | None, steps: int, train: int, held_out: int
-) -> tuple[int, int]:
-    """FLOPs of so many pairs, their targets spread over all experts, and the most bytes at once."""
-    kind, flops, most = aligner_class(aligner), 0.0, 0
-    for layer in census.layers:
-        chosen = aligner_rank(layer.inputs, rank)
-        share = layer.experts / census.experts
-        flops += share * pairs * align_flops(layer, aligner, chosen, steps, train, held_out)
-        parameters = sum(math.prod(shape) for shape in kind.shapes(layer.inputs, chosen).values())
-        most = max(most, align_bytes(layer, parameters, max(train, held_out)))
-    return round(flops), max(most, BUDGET)
+def _screen_seconds(shape: ModelShape, pairs: int, tokens: int, speed: float) -> float:
+    """Of the measures that a screen of so many pairs takes unasked; outputs of the target, products, matched units."""
+    matched = "weight_distance" in default_measures(pairs)
+    flops = seconds = 0.0
+    for layer in shape.layers:
+        d = layer.outputs
+        products = 4 * tokens**2 * d if tokens <= d else 6 * tokens * d**2
+        floor = 2 * tokens * d * (d - min(layer.hidden, d))
+        weights = layer.hidden**2 * (layer.readers * layer.inputs + d) if matched else 0  # of both orders together
+        of_layer = layer.experts * (shape.experts - 1)
+        flops += of_layer * (tokens * layer.forward + products + floor + weights)
+        seconds += of_layer / 2 * _matching_seconds(layer.hidden) if matched else 0.0
+    return flops / speed + seconds
+
+
+def _aligner_parameters(kind: str, inputs: int, rank: int) -> int:
+    return sum(math.prod(shape) for shape in aligner_class(kind).shapes(inputs, rank).values())
+
+
+def _align_flops(layer: LayerShape, parameters: int, steps: int, train: int, held_out: int) -> int:
+    """Of one pair: each step passes tokens through aligner and expert, forth and back; at last all are scored.
+
+    The expert's weights get no gradient, nor does what the aligner is given.
+    """
+    learn = round((1 - STOP_SHARE) * train) * steps if parameters else 0
+    scored = (train + held_out) * (2 * parameters + layer.forward)
+    return learn * (4 * parameters + 2 * layer.forward) + scored + held_out * layer.forward
+
+
+def _align_bytes(layer: LayerShape, parameters: int, tokens: int) -> int:
+    """Of one pair while it is trained, float32: tokens and what comes of them, six numbers for each parameter."""
+    return 4 * (tokens * (7 * layer.inputs + 3 * layer.outputs + 8 * layer.hidden) + 6 * parameters)
 
 
 def _measure_speed(size: int = 1024, repeats: int = 5) -> float:
@@ -283,6 +371,7 @@ def _measure_speed(size: int = 1024, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
+@functools.cache
 def _matching_seconds(hidden: int) -> float:
     """Seconds to match the hidden units of two experts here, taken as cubic beyond 512."""
     from scipy.optimize import linear_sum_assignment
@@ -300,170 +389,3 @@ def _gigabytes(count: int) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """One layer's experts.
-
-    Attributes:
-        index: of its block.
-        experts: E.
-        top_k: experts of a token.
-        inputs, outputs: features of an expert's input and output.
-        hidden: units of an expert, ff.
-        projections: matrices from the input to the hidden units: 2 with a gate, 1 without.
-    """
-
-    index: int
-    experts: int
-    top_k: int
-    inputs: int
-    outputs: int
-    hidden: int
-    projections: int
-
-    @property
-    def forward(self) -> int:
-        """FLOPs of an expert for one token."""
-        return 2 * self.hidden * (self.projections * self.inputs + self.outputs)
-
-
-@dataclass(frozen=True)
-class Census:
-    """A model in numbers.
-
-    Attributes:
-        name: class, or name given.
-        layers: those with experts.
-        parameters: of the model.
-        active: of them, those that a token is multiplied with: without embeddings that are only looked up, and of the
-            experts only top-k.
-    """
-
-    name: str
-    layers: tuple[LayerSize, ...]
-    parameters: int
-    active: int
-
-    @property
-    def experts(self) -> int:
-        """Experts of all layers."""
-        return sum(layer.experts for layer in self.layers)
-
-
-def take_census(model: nn.Module | PretrainedConfig | str | Path) -> Census:
-    """Counts a model, or what a config would build, without weights.
-
-    Raises:
-        LamellaError: there is no config under this name, or the model has no experts that lamella knows.
-    """
-    built = model if isinstance(model, nn.Module) else _build(model)
-    layers = moe_layers(built)
-    parameters = sum(parameter.numel() for parameter in built.parameters())
-    looked_up = sum(part.weight.numel() for part in built.modules() if isinstance(part, nn.Embedding))
-    head = getattr(built, "get_output_embeddings", lambda: None)()
-    if head is not None and any(
-        part.weight is head.weight for part in built.modules() if isinstance(part, nn.Embedding)
-    ):
-        looked_up -= head.weight.numel()  # looked up and multiplied with
-    idle = sum((layer.num_experts - layer.top_k) * layer.experts[0].parameters for layer in layers)
-    return Census(
-        type(built).__name__, tuple(_size(layer) for layer in layers), parameters, parameters - looked_up - idle
-    )
-
-
-def _size(layer: MoELayer) -> LayerSize:
-    expert = layer.experts[0]
-    (hidden, inputs), outputs = expert.up.shape, expert.down.shape[0]
-    projections = 1 if expert.gate is None else 2
-    return LayerSize(layer.index, layer.num_experts, layer.top_k, inputs, outputs, hidden, projections)
-
-
-def _build(config: PretrainedConfig | str | Path) -> nn.Module:
-    """The model of a config on the meta device, where tensors have shapes and no numbers."""
-    if not isinstance(config, PretrainedConfig):
-        try:
-            config = AutoConfig.from_pretrained(config)
-        except (OSError, ValueError) as error:
-            raise LamellaError(
-                f"No model config is found under {str(config)!r}: {error} Name a folder or file with a config.json, a "
-                "hub id, or give a config."
-            ) from error
-    kind = next(
-        (
-            kind
-            for kind, known in (
-                (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-                (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
-            )
-            if type(config) in known
-        ),
-        AutoModel,
-    )
-    with torch.device("meta"):
-        return kind.from_config(config)
-
-
-def basis_flops(target: LayerSize) -> int:
-    """Of one decomposition of a down-projection ``(d, ff)``: Householder QR with the whole orthogonal matrix.
-
-    Source: Golub & Van Loan, Matrix Computations, 5.2.2: 2 r² (d - r/3) for the factors, 4 (d² r - d r² + r³/3) for Q.
-    """
-    d = target.outputs
-    rank = min(target.hidden, d)
-    return round(2 * rank**2 * (d - rank / 3) + 4 * (d * d * rank - d * rank**2 + rank**3 / 3))
-
-
-def floor_flops(target: LayerSize, tokens: int) -> int:
-    """Of the floor of one ordered pair: outputs on the directions that the target does not reach."""
-    return 2 * tokens * target.outputs * (target.outputs - min(target.hidden, target.outputs))
-
-
-def cka_flops(target: LayerSize, tokens: int) -> int:
-    """Of the CKA of one ordered pair: the target's outputs, and products of the smaller kind."""
-    d = target.outputs
-    return tokens * target.forward + (4 * tokens**2 * d if tokens <= d else 6 * tokens * d**2)
-
-
-def weights_flops(target: LayerSize) -> int:
-    """Of the weight distance of one ordered pair, half of what it takes for both orders together."""
-    return target.hidden**2 * (target.projections * target.inputs + target.outputs)
-
-
-def step_flops(target: LayerSize, aligner: str, rank: int) -> int:
-    """Of one training token in one step, forward and backward.
-
-    The expert is passed through twice, its own weights get no gradient; nor does what the aligner is given.
-    """
-    h = target.inputs
-    own = {"layernorm": 4 * h * h, "linear": 4 * h * h, "low-rank": 10 * h * rank}[aligner]
-    return own + 2 * target.forward
-
-
-def align_flops(
-    target: LayerSize, aligner: str, rank: int, steps: int, train: int, held_out: int, stop: int | None = None
-) -> int:
-    """Of one pair's aligner: the choice of its start, every step, the looks at the part to stop by, and the scores.
-
-    Args:
-        target: sizes of the target.
-        aligner, rank: kind.
-        steps: taken.
-        train: samples that are not held out.
-        held_out: samples to score on, with the aligner and without.
-        stop: of the training samples, those to stop by; the share that `align` takes unless given.
-    """
-    h = target.inputs
-    scored = {"layernorm": 2 * h * h, "linear": 2 * h * h, "low-rank": 4 * h * rank, "identity": 0}[aligner]
-    stop = round(STOP_SHARE * train) if stop is None else stop
-    learn, look = train - stop, scored + target.forward
-    training = 0 if aligner == "identity" else steps * learn * step_flops(target, aligner, rank)
-    looks = 1 if aligner == "identity" else math.ceil(steps / CHECK_EVERY) + 1
-    starts = len(IDENTITY_SCALES) * learn * target.forward if aligner == "linear" else 0
-    return starts + training + looks * stop * look + (learn + held_out) * look + held_out * target.forward
-
-
-def align_bytes(target: LayerSize, parameters: int, tokens: int) -> int:
-    """Of one pair while it is trained, float32: tokens and what comes of them, six numbers for each parameter."""
-    return 4 * (tokens * (7 * target.inputs + 3 * target.outputs + 8 * target.hidden) + 6 * parameters)

@@ -21,7 +21,7 @@ from lamella.similarity.compression.grouping import Aligners, Method, choose_mea
 from lamella.similarity.compression.merging import check_arguments
 from lamella.similarity.compression.perplexity import Domains, read_domains
 from lamella.similarity.compression.saving import refuse_existing
-from lamella.similarity.screening import MEASURES, all_pairs, choose_pairs, screen
+from lamella.similarity.screening import all_pairs, choose_pairs, screen
 from lamella.similarity.screening.pairs import Name
 from lamella.similarity.study import Study, StudyFolder
 from lamella.similarity.swapping import (
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Tell = Callable[[str], None]  # how far a step is, in words
-MOST_PAIRS = 20_000  # of which hidden units are matched unasked
-QUICK_MEASURES = ("floor", "cka_distance")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FOLDED = ("linear", "low-rank")  # kinds of aligner that can be written into an expert's own matrices
 _SHIFTS = ["swap", "layer", "expert", "share_before", "share_after", "dropped_before", "dropped_after"]
@@ -79,11 +77,6 @@ def capture_texts(
     study.folder.write("histogram", norms)
     study.folder.write("plane", plane)
     return taken
-
-
-def default_measures(pairs: int) -> list[str]:
-    """The measures of a screen that are taken unasked: matching the hidden units of many pairs takes long."""
-    return list(MEASURES if pairs <= MOST_PAIRS else QUICK_MEASURES)
 
 
 def screen_pairs(study: Study, measures: Sequence[str]) -> pd.DataFrame:

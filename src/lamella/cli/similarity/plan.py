@@ -13,6 +13,10 @@ from lamella.cli.similarity.subject import Json
 
 def plan(
     model: Annotated[str, typer.Argument(help="A model's name, path or config.json; weights are not read.")],
+    text: Annotated[str | None, typer.Option(help="That will be captured: its tokens are counted.")] = None,
+    split: Annotated[str, typer.Option(help="Of the text.")] = "train",
+    documents: Annotated[int | None, typer.Option(min=1, help="Of the text, at most; all if absent.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a document, at most.")] = 256,
     per_expert: Annotated[int, typer.Option(min=2, help="Samples of each expert.")] = 512,
     aligner: Annotated[str, typer.Option(help="layernorm, linear, low-rank or identity.")] = "layernorm",
     steps: Annotated[int, typer.Option(min=1, help="Steps of an aligner, at most.")] = 200,
@@ -25,18 +29,21 @@ def plan(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file of the plan.")] = None,
     json: Json = False,
 ) -> None:
-    """Print tokens, FLOPs, memory and hours of a study before starting it.
+    """Print roughly how much text, time, disk and memory a study takes, before starting it.
 
-    Example: lamella similarity plan Qwen/Qwen1.5-MoE-A2.7B --dtype bfloat16 --per-source 16
+    Example: lamella similarity plan Qwen/Qwen1.5-MoE-A2.7B --text news --dtype bfloat16 --per-source 16
     """
     from dataclasses import asdict
 
+    from lamella.cli.similarity.subject import count_tokens
     from lamella.lab.data.models import located
     from lamella.similarity import plan as planned
 
+    path = located(model)
     found = planned(
-        located(model), per_expert, aligner=aligner, steps=steps, per_source=per_source, dtype=dtype, skew=skew,
-        flops_per_second=flops,
+        path, per_expert, tokens=None if text is None else count_tokens(path, text, split, documents, max_length),
+        aligner=aligner, steps=steps, per_source=per_source, dtype=dtype,
+        skew=skew, flops_per_second=flops,
     )  # fmt: skip
     if output is not None:
         found.write(output)

@@ -27,8 +27,8 @@ def screen(
     Example: lamella similarity screen studies/tiny
     """
     from lamella.cli.similarity.subject import open_study, telling
-    from lamella.similarity.screening import MEASURES
-    from lamella.similarity.steps import QUICK_MEASURES, default_measures, screen_pairs
+    from lamella.similarity.screening import MEASURES, QUICK_MEASURES, default_measures
+    from lamella.similarity.steps import screen_pairs
 
     opened = open_study(study)
     pairs = len(opened.capture.experts) * (len(opened.capture.experts) - 1)

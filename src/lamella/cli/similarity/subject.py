@@ -47,18 +47,34 @@ def open_study(path: Path) -> Study:
 
 def read_texts(study: Study, text: str | None, split: str, documents: int | None) -> TextBatches:
     """A text as token batches, cut as the captured one was; that text itself where none is named."""
+    from lamella.texts import text_batches
+
+    return text_batches(
+        _source(text or study.subject.text), study.tokenizer, split, study.subject.max_length,
+        study.subject.batch_size, documents, encoder_decoder=study.model.config.is_encoder_decoder,
+    )  # fmt: skip
+
+
+def count_tokens(model: str, text: str, split: str, documents: int | None, max_length: int) -> int:
+    """The real tokens that a capture of a text reads; of the model only config and tokenizer are read."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from lamella.texts import text_batches
+
+    batches = text_batches(
+        _source(text), AutoTokenizer.from_pretrained(model), split, max_length, limit=documents,
+        encoder_decoder=AutoConfig.from_pretrained(model).is_encoder_decoder,
+    )  # fmt: skip
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def _source(text: str) -> Any:
     from pathlib import Path
 
     from lamella.lab.data import load_task
-    from lamella.texts import text_batches
     from lamella.texts.files import SUFFIXES
 
-    name = text or study.subject.text
-    source: Any = Path(name) if Path(name).is_file() or name.endswith(SUFFIXES) else load_task(name)
-    return text_batches(
-        source, study.tokenizer, split, study.subject.max_length, study.subject.batch_size, documents,
-        encoder_decoder=study.model.config.is_encoder_decoder,
-    )  # fmt: skip
+    return Path(text) if Path(text).is_file() or text.endswith(SUFFIXES) else load_task(text)
 
 
 @contextmanager

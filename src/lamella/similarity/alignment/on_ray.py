@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lamella.errors import LamellaError
-from lamella.similarity.alignment.tiles import Tile
-from lamella.similarity.alignment.work import Opened, Work
+from lamella.similarity.alignment.tiles import Opened, Tile, Work
 
 RETRIES = 3  # of a tile whose worker died
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamella.aligners import EPSILON, Aligner, aligner_class
-from lamella.similarity.alignment.buffers import Buffers
+from lamella.similarity.alignment.frozen import Buffers
 
 
 class Stack:

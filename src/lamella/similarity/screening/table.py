@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamella")
 
 MEASURES = ("floor", "cka_distance", "weight_distance", "coactivation")
+QUICK_MEASURES = ("floor", "cka_distance")
+MOST_PAIRS = 20_000  # of which hidden units are matched unasked
 _ROWS = 32768  # tokens of sources held at once; the down-projection of each target is decomposed once for each group
+
+
+def default_measures(pairs: int) -> list[str]:
+    """The measures of a screen that are taken unasked: matching the hidden units of many pairs takes long."""
+    return list(MEASURES if pairs <= MOST_PAIRS else QUICK_MEASURES)
 
 
 @torch.no_grad()
