@@ -4,8 +4,9 @@ BIN := .venv/bin
 DEMO ?=
 BENCH ?=
 MODEL ?= tiny-moe
+STUDIES ?=
 
-.PHONY: demo test lint types imports check bench models clean
+.PHONY: demo test lint types imports check bench evidence models clean
 
 demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
@@ -27,6 +28,10 @@ check: lint types imports test
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# docs/evidence.md, from what is kept of the project's own studies: make evidence STUDIES="--add runs/trec-shapes"
+evidence: .venv/installed
+	$(BIN)/python -m studies $(STUDIES)
 
 # A small mixture of experts: make models MODEL="switch-trec layers=4"
 models: .venv/installed

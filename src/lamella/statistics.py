@@ -64,7 +64,8 @@ def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
 
     Args:
         scores: per-example scores by method and seed; the same examples in the same order everywhere.
-        pairs: which differences, first minus second; pairs that share no seed are left out.
+        pairs: which differences, first minus second; left out are pairs that share no seed, and those with a single
+            number on each side, of which nothing can be resampled.
 
     Raises:
         LamellaError: methods have different numbers of examples.
@@ -79,6 +80,8 @@ def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
     for seeds, own in by_seeds.items():
         names = list(dict.fromkeys(name for pair in own for name in pair))
         values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
+        if values[0].size == 1:
+            continue
         drawn = _resampled_means(values, RESAMPLES, 0)  # (methods, draws)
         for first, second in own:
             a, b = names.index(first), names.index(second)
@@ -90,7 +93,7 @@ def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
 
 
 def mean_intervals(scores: Mapping[str, BySeed]) -> dict[str, tuple[float, float]]:
-    """The 95 % bootstrap interval of each method's mean, over its seeds and examples; none without scores.
+    """The 95 % bootstrap interval of each method's mean, over its seeds and examples; none of a single number.
 
     Raises:
         LamellaError: the seeds of a method have different numbers of examples.
@@ -102,6 +105,8 @@ def mean_intervals(scores: Mapping[str, BySeed]) -> dict[str, tuple[float, float
     found: dict[str, tuple[float, float]] = {}
     for (_, seeds), names in by_seeds.items():
         values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
+        if values[0].size == 1:
+            continue
         for name, mean, drawn in zip(names, values.mean((1, 2)), _resampled_means(values, RESAMPLES, 0), strict=True):
             interval = _interval(float(mean), drawn)
             found[name] = (interval.low, interval.high)

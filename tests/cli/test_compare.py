@@ -26,7 +26,7 @@ def test_compare_leaves_table_and_report(lamella, recipe, tmp_path):  # noqa: F8
     assert [row["method"] for row in printed["results"][2:]] == ["MoLA", "LoRA", "again", "head"]
     assert len(pd.read_parquet(tmp_path / "out" / "results.parquet")) == 4 * 2 * 3
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Not told apart from LoRA" in page
+    assert "Not significantly different from LoRA" in page
     assert "floor (majority)" in page
     for heading in ("Training", "Tokens", "Redundancy"):
         assert f">{heading}</h2>" in page
@@ -52,7 +52,7 @@ def test_a_cell_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["seeds=1"], "Name the recipe"), (["trec-mola"], "lamella train"), (["shapes"], "trec-shapes")],
+    [(["seeds=1"], "Name the recipe"), (["trec-mola"], "lamella train"), (["shapes"], "demo-compose")],
 )
 def test_what_is_no_study_is_status_2(lamella, words, message):  # noqa: F811
     status, _, err = lamella("compare", *words)

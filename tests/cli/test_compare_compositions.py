@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 from tests.cli.test_commands import lamella  # noqa: F401
-from tests.lab.studies.composition.conftest import recipe  # noqa: F401
+from tests.lab.studies.conftest import recipe  # noqa: F401
 
 
 def test_compare_runs_a_study_of_composition(lamella, recipe, tmp_path):  # noqa: F811
@@ -52,7 +52,9 @@ def test_all_ways_to_compose_three_kinds_of_texts_in_miniature(lamella, tmp_path
     small += ["head.limit={train: 64, validation: 8, test: 8}", "arms.LoRAHub.method.evaluations=4"]
     texts = ["sources={amazon: amazon, tweets: tweets, editorials: editorials}", "held_out={movies: movies-neutral}"]
 
-    status, out, err = lamella("compare", "mole-domains", *texts, *small, "-o", tmp_path / "out", "--json")
+    status, out, err = lamella(
+        "compare", "studies/recipes/mole-domains.yaml", *texts, *small, "-o", tmp_path / "out", "--json"
+    )
 
     assert status == 0, err
     printed = json.loads(out)

@@ -19,7 +19,6 @@ from lamella.cli.compose import compose
 from lamella.cli.demo import demo
 from lamella.cli.doctor import doctor
 from lamella.cli.evaluate import evaluate
-from lamella.cli.evidence import evidence
 from lamella.cli.export import export
 from lamella.cli.output import console
 from lamella.cli.similarity import similarity
@@ -43,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compose, compare, evaluate, trace, export, doctor, allocate, evidence):
+for command in (demo, train, compose, compare, evaluate, trace, export, doctor, allocate):
     app.command(cls=_Command)(command)
 app.add_typer(similarity, name="similarity")
 for step in similarity.registered_commands:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from lamella.cli.compositions import run_composition, show_composition_plan
 from lamella.cli.studies import run_study, show_plan
 
 
@@ -18,6 +17,10 @@ def compare(
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; runs/RECIPE if absent.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Work on a Ray cluster in place of processes: 'auto', an address, or 'local'."),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say how many hours it will take, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -29,28 +32,18 @@ def compare(
     A study that was interrupted goes on where it stopped, and equal settings are trained once. Exit status 1 if a cell
     could not be run.
 
-    Example: lamella compare trec-shapes seeds=3 --jobs 2 -o runs/shapes
+    Example: lamella compare demo seeds=3 --jobs 2 -o runs/shapes
     """
     from lamella.cli.words import recipe_and_overrides
     from lamella.errors import LamellaError
-    from lamella.lab.studies.composition.grid import is_composition, read_composition
-    from lamella.lab.studies.grid import read_grid
-    from lamella.lab.studies.rows import StudyFolder
+    from lamella.lab.studies.recipe import read_study
 
     recipe, overrides = recipe_and_overrides(words)
     if recipe is None:
-        raise LamellaError("Name the recipe of a study: the packaged trec-shapes, or a YAML file.")
-    name = Path(recipe).stem
-    if is_composition(recipe):
-        composition, path = read_composition(recipe, overrides), output or Path("runs") / name
-        if plan:
-            show_composition_plan(composition, path, jobs, json=json)
-        else:
-            run_composition(name, composition, path, jobs, force=force, json=json)
-        return
-    grid = read_grid(recipe, overrides)
-    folder = StudyFolder(output or Path("runs") / name)
+        raise LamellaError("Name the recipe of a study: the packaged demo, or a YAML file.")
+    study, name = read_study(recipe, overrides), Path(recipe).stem
+    path = output or Path("runs") / name
     if plan:
-        show_plan(grid, folder, jobs, json=json)
+        show_plan(study, path, jobs, json=json)
     else:
-        run_study(f"lamella compare {name}", grid, folder, jobs, force=force, json=json)
+        run_study(f"lamella compare {name}", study, path, jobs, ray, force=force, json=json)

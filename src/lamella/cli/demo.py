@@ -8,11 +8,21 @@ from typing import Annotated, Literal
 
 import typer
 
-from lamella.cli.compositions import run_composition
 from lamella.cli.studies import run_study
 
-_QUICK = "run.limit={train: 320, validation: 100, test: 200}"
-_QUICK_COMPOSITION = ("rows=64", "test_rows=40", "lora.limit={train: 64, validation: 16, test: 16}")
+# recipe, title of the page, and what makes it quick
+_DEMOS = {
+    "methods": (
+        "demo",
+        "lamella demo: what a mixture of experts is worth on TREC",
+        ("run.limit={train: 320, validation: 100, test: 200}",),
+    ),
+    "compose": (
+        "demo-compose",
+        "lamella compare demo-compose",
+        ("rows=64", "test_rows=40", "lora.limit={train: 64, validation: 16, test: 16}"),
+    ),
+}
 
 
 def demo(
@@ -36,15 +46,8 @@ def demo(
 
     Example: lamella demo compose --seeds 3 -o runs/composed
     """
-    from lamella.lab.studies.composition.grid import read_composition
-    from lamella.lab.studies.grid import read_grid
-    from lamella.lab.studies.rows import StudyFolder
+    from lamella.lab.studies.recipe import read_study
 
-    jobs, changes = jobs or os.cpu_count() or 1, [f"seeds={seeds}"]
-    if what == "compose":
-        grid = read_composition("demo-compose", [*changes, *_QUICK_COMPOSITION * quick])
-        run_composition("demo-compose", grid, output or Path("runs/demo-compose"), jobs, force=force, json=json)
-        return
-    title = "lamella demo: what a mixture of experts is worth on TREC"
-    folder = StudyFolder(output or Path("runs/demo"))
-    run_study(title, read_grid("demo", [*changes, *[_QUICK] * quick]), folder, jobs, force=force, json=json)
+    name, title, small = _DEMOS[what]
+    recipe = read_study(name, [f"seeds={seeds}", *small * quick])
+    run_study(title, recipe, output or Path("runs") / name, jobs or os.cpu_count() or 1, force=force, json=json)

@@ -78,7 +78,7 @@ def _under_noise(
     output: Path | None,
     json: bool,
 ) -> None:
-    from lamella.cli.pages import robustness_report
+    from lamella.lab.pages import robustness_report
     from lamella.lab.report.report import write_report
     from lamella.lab.robustness.robustness import check_folder, robustness, strengths_of
 

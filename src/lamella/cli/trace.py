@@ -25,8 +25,8 @@ def trace(
 
     Example: lamella trace runs/minilm-trec-mola-seed0 --task trec --rows 100 -o traces/trec
     """
-    from lamella.cli.pages import trace_report
     from lamella.diagnostics.doctor import doctor
+    from lamella.lab.pages import trace_report
     from lamella.lab.report.report import write_report
     from lamella.lab.runs.evaluating import trace as traced
 

@@ -42,8 +42,8 @@ def train(
 
 def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force: bool, json: bool) -> None:
     """Train a run and show it; with ``check``, its preflight alone, exit status 1 if it found an error."""
-    from lamella.cli.pages import run_report
     from lamella.cli.progress import Bar
+    from lamella.lab.pages import run_report
     from lamella.lab.report.report import write_report
     from lamella.lab.runs.checks import preflight_of
     from lamella.lab.runs.run import train as run

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 from lamella.errors import LamellaError
 from lamella.lab.methods import Lora, Mola
 from lamella.lab.runs.settings import RunSettings, read_recipe, recipe_names, resolve
-from lamella.lab.studies.composition.grid import is_composition, read_composition
-from lamella.lab.studies.grid import cells_of, read_grid
+from lamella.lab.studies.recipe import read_study
 
 
 def test_overrides_come_last_and_may_be_dotted():
@@ -78,12 +77,10 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
 
 
 def test_every_packaged_recipe_is_valid():
-    assert {"trec-mola", "trec-lora", "trec-shapes"} <= set(recipe_names())
+    assert {"trec-mola", "trec-lora", "demo", "demo-compose"} <= set(recipe_names())
     for name in recipe_names():
-        if "methods" in read_recipe(name):
-            assert cells_of(read_grid(name))
-        elif is_composition(name):
-            assert read_composition(name).names
+        if {"methods", "sources"} & set(read_recipe(name)):
+            assert read_study(name).cells()
         else:
             assert isinstance(resolve(name), RunSettings)
 

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from lamella.errors import LamellaError
-from lamella.lab.studies.grid import cells_of, read_grid
+from lamella.lab.studies.recipe import read_study
 from lamella.tuners.mola.allocation import allocate
 
 STUDY = {
@@ -24,13 +24,13 @@ def read(tmp_path):
     def grid(*words, **changes):
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
-        return read_grid(str(path), words)
+        return read_study(str(path), words)
 
     return grid
 
 
 def test_cells_are_every_combination_seed_by_seed(read):
-    cells = cells_of(read("seeds=[3,1]", tasks=["trec", "movies"]))
+    cells = read("seeds=[3,1]", tasks=["trec", "movies"]).cells()
 
     assert len(cells) == 2 * 2 * 4
     assert [cell.seed for cell in cells] == [3] * 8 + [1] * 8
@@ -48,23 +48,23 @@ def test_cells_are_every_combination_seed_by_seed(read):
 
 def test_the_key_names_the_settings_and_not_the_method(read):
     methods = {"one": {"method": "lora"}, "two": {"method": {"name": "lora", "r": 8}}, "three": {"method": "head"}}
-    one, two, three = cells_of(read("seeds=1", methods=methods))
+    one, two, three = read("seeds=1", methods=methods).cells()
 
     assert one.key == two.key != three.key
-    again, *_ = cells_of(read("seeds=1", "run.lr=0.1", methods=methods))
+    again, *_ = read("seeds=1", "run.lr=0.1", methods=methods).cells()
     assert again.key != one.key
-    assert len({cell.key for cell in cells_of(read())}) == 8
+    assert len({cell.key for cell in read().cells()}) == 8
 
 
 def test_equal_parameters_matches_ranks_and_means(read):
     grid = read(budget="equal-parameters", match="tent")
-    lora, tent, flat, head = cells_of(grid)[:4]
+    lora, tent, flat, head = grid.cells()[:4]
 
     assert lora.settings.method.match == tent.settings.method
     assert tent.settings.method.expert_budget == flat.settings.method.expert_budget == 5
     assert sum(allocate("triangle", 12, 5.0)) == sum(allocate("rectangle", 12, 5.0)) == 60
     assert head.settings.method.name == "head"
-    assert cells_of(read())[0].settings.method.match is None
+    assert read().cells()[0].settings.method.match is None
 
 
 @pytest.mark.parametrize(
@@ -91,21 +91,9 @@ def test_equal_parameters_matches_ranks_and_means(read):
 )
 def test_what_does_not_fit_is_named(read, words, changes, message):
     with pytest.raises(LamellaError, match=message):
-        cells_of(read(*words, **changes))
+        read(*words, **changes).cells()
 
 
 def test_the_recipe_of_a_run_is_no_study():
     with pytest.raises(LamellaError, match="lamella train"):
-        read_grid("trec-mola")
-
-
-def test_the_packaged_study_compares_equals():
-    grid = read_grid("trec-shapes")
-    cells = cells_of(grid)
-
-    assert len(cells) == len({cell.key for cell in cells}) == 40
-    budgets = {cell.settings.method.expert_budget for cell in cells if cell.settings.method.name == "mola"}
-    assert budgets == {5.0}
-    matched = {cell.settings.method.match.num_experts for cell in cells if cell.settings.method.name == "lora"}
-    assert matched == {"inverted-triangle"}
-    assert grid.reference_name == "LoRA"
+        read_study("trec-mola")

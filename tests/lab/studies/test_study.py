@@ -5,26 +5,25 @@ import pandas as pd
 import pytest
 from tests.lab.tiny_studies import write_study
 
-from lamella.lab.runs.floors import FLOOR, MAJORITY
-from lamella.lab.studies import workers
-from lamella.lab.studies.grid import cells_of, read_grid
+from lamella.lab.studies import runner
+from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.planning import plan
-from lamella.lab.studies.rows import StudyFolder
+from lamella.lab.studies.recipe import read_study
+from lamella.lab.studies.runner import run_cells
 from lamella.lab.studies.study import summarise
-from lamella.lab.studies.workers import work, work_in_processes
 
 
 @pytest.fixture
 def study(bert, questions, tmp_path):
-    grid = read_grid(write_study(tmp_path / "study.yaml", bert, questions))
-    return grid, cells_of(grid), StudyFolder(tmp_path / "out")
+    grid = read_study(write_study(tmp_path / "study.yaml", bert, questions))
+    return grid, grid.cells(), StudyFolder(tmp_path / "out")
 
 
 def test_a_study_says_what_its_runs_say(study):
     grid, cells, folder = study
     started = []
     before = plan(cells, folder)
-    work(cells, folder, starting=lambda cell: started.append(cell.label))
+    run_cells(cells, folder, starting=lambda cell: started.append(cell.label))
     found = summarise(grid, cells, folder)
     after = plan(cells, folder)
 
@@ -48,38 +47,46 @@ def test_a_study_says_what_its_runs_say(study):
     assert accuracy["floor_majority"].between(0.2, 0.8).all()
     rows = found.results.set_index("method")
     assert rows.loc["LoRA", "mean"] == np.mean(accuracy.loc[accuracy["method"] == "LoRA", "value"])
-    assert rows.loc[[FLOOR, MAJORITY], ["seed 0", "seed 1", "mean", "interval"]].notna().all(axis=None)
+    assert (
+        rows.loc[["floor (linear)", "floor (majority)"], ["seed 0", "seed 1", "mean", "interval"]]
+        .notna()
+        .all(axis=None)
+    )
     assert rows.loc["LoRA", "difference"] == "reference"
     assert rows.loc["again", "difference"].startswith("+0.000 [+0.000, +0.000]")
     assert float(rows.loc["again", "p"]) == 1
-    assert "Not told apart from LoRA: " in found.summary
-    assert "Floors: TF-IDF 1.000" in found.summary
-    assert set(found.routing["stack"].str.partition(",")[0]) == {"MoLA"}
+    assert "Not significantly different from LoRA: " in found.summary
+    assert "Floors: linear 1.000" in found.summary
+    assert set(found.routed_runs) == {"MoLA"}
+    examples = pd.read_parquet(folder.path / "examples.parquet")
+    means = examples[examples["seed"] >= 0].set_index(["method", "seed"])["scores"].map(np.mean)
+    values = accuracy.set_index(["method", "seed"])["value"]
+    assert means.to_dict() == pytest.approx(values.to_dict())
     assert any("rank" in note and "MoLA" in note for note in found.notes)
 
 
 def test_finished_cells_are_taken_as_they_are(study, monkeypatch):
     _, cells, folder = study
-    work(cells[:2], folder)
+    run_cells(cells[:2], folder)
     (folder.path / "rows" / f"{cells[0].key}.json").unlink()  # killed between the end of a run and its row
 
     def untouched(*args, **kwargs):
         raise AssertionError("a finished cell was trained again")
 
-    monkeypatch.setattr("lamella.lab.studies.rows.train", untouched)
-    work(cells[:2], folder)
+    monkeypatch.setattr("lamella.lab.studies.folder.train", untouched)
+    run_cells(cells[:2], folder)
     assert folder.finished(cells[0].key)
     folder.begin(cells[:2], force=True)
     with pytest.raises(AssertionError, match="trained again"):
-        work(cells[:2], folder)
+        run_cells(cells[:2], folder)
 
 
 def test_a_cell_that_fails_is_said_and_the_others_run(bert, questions, tmp_path):
     recipe = write_study(tmp_path / "study.yaml", bert, questions)
-    grid = read_grid(recipe, ["methods.head.router_lr=1", "seeds=1"])
-    cells, folder = cells_of(grid), StudyFolder(tmp_path / "out")
+    grid = read_study(recipe, ["methods.head.router_lr=1", "seeds=1"])
+    cells, folder = grid.cells(), StudyFolder(tmp_path / "out")
 
-    work(cells, folder)
+    run_cells(cells, folder)
     found = summarise(grid, cells, folder)
 
     assert [label.partition(" ")[0] for label in found.not_run] == ["head"]
@@ -98,7 +105,7 @@ def test_a_claimed_cell_is_left_to_its_owner(study):
         assert mine
         with folder.claim(cells[0].key) as other:
             assert not other
-        assert not workers._take(cells[0], folder, (), lambda cell: None)
+        assert not runner._take(cells[0], folder, (), lambda cell: None)
     with folder.claim(cells[0].key) as mine:
         assert mine
 
@@ -106,9 +113,9 @@ def test_a_claimed_cell_is_left_to_its_owner(study):
 def test_processes_give_the_table_of_one(study, tmp_path):
     grid, cells, folder = study
     seen = []
-    work_in_processes(cells, folder, 2, lambda cell: seen.append(cell.key))
+    run_cells(cells, folder, 2, finished=lambda cell: seen.append(cell.key))
     alone = StudyFolder(tmp_path / "alone")
-    work(cells, alone)
+    run_cells(cells, alone)
 
     first, second = summarise(grid, cells, folder), summarise(grid, cells, alone)
 

@@ -3,31 +3,32 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from tests.lab.tiny_studies import write_study
 
-from lamella.lab.studies.grid import cells_of, read_grid
-from lamella.lab.studies.rows import StudyFolder
+from lamella.lab.studies.folder import StudyFolder
+from lamella.lab.studies.recipe import read_study
+from lamella.lab.studies.runner import work, work_in_processes
 from lamella.lab.studies.study import summarise
-from lamella.lab.studies.workers import work, work_in_processes
 
-MEASURED = ["train_seconds", "seconds_per_step", "peak_memory_bytes"]
+MEASURED = ["build_seconds", "train_seconds", "seconds_per_step", "peak_memory_bytes"]
 
 
 @pytest.fixture(scope="module")
 def fresh():
     """Processes that have imported everything and done nothing: a kill then falls into the work, not into imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lamella.lab.studies.workers"])
+    context.set_forkserver_preload(["lamella.lab.studies.runner"])
     return context
 
 
 @pytest.fixture
 def study(bert, questions, tmp_path):
-    grid = read_grid(write_study(tmp_path / "study.yaml", bert, questions, max_steps=16, evaluate_every=4))
-    return grid, cells_of(grid)
+    grid = read_study(write_study(tmp_path / "study.yaml", bert, questions, max_steps=16, evaluate_every=4))
+    return grid, grid.cells()
 
 
 def table(grid, cells, folder):
@@ -75,7 +76,8 @@ def test_ten_kills_at_random_moments_change_nothing(study, fresh, tmp_path):
 def test_workers_end_with_the_process_that_started_them(study, fresh, tmp_path):
     _, cells = study
     long = [cell.settings.model_copy(update={"max_steps": 100_000, "evaluate_every": 100_000}) for cell in cells]
-    endless = [type(cell)(cell.backbone, cell.task, cell.method, one) for cell, one in zip(cells, long, strict=True)]
+    endless = [replace(cell, settings=one) for cell, one in zip(cells, long, strict=True)]
+    endless = list({cell.key: cell for cell in endless}.values())
     folder = StudyFolder(tmp_path / "out")
     process = fresh.Process(target=work_in_processes, args=(endless, folder, 2))
     process.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,6 +24,9 @@ Modules = dict[str, Factors]
 
 class Composition(Method):
     """Settings of a method over trained LoRAs. The LoRAs stay as they are, and so does the backbone's task head."""
+
+    # how one of the LoRAs is left out afterwards: its routers share its weight out, or the rest is put together anew
+    masked_by: ClassVar[Literal["routers", "rebuilding"] | None] = None
 
     adapters: dict[str, str] = Field(
         min_length=1, description="by any name: a PEFT folder, a run, a LoRA file or a hub id"

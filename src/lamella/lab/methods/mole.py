@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @method("mole")
 class Mole(Composition):
     """Trained LoRAs weighed by routers that read their outputs; the keys are those of `lamella.MoleConfig`."""
+
+    masked_by: ClassVar[Literal["routers"]] = "routers"
 
     name: Literal["mole"] = "mole"
     granularity: Literal["matrix", "sublayer", "block", "network"] = "block"

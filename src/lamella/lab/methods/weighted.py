@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lamella.lab.methods.base import Built, method
 from lamella.lab.methods.compositions import Composition, as_lora, weighted_sum
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 @method("uniform")
 class Uniform(Composition):
     """The mean of the LoRAs' deltas: normalised linear arithmetic (MOLE, eq. 2). Nothing is trained."""
+
+    masked_by: ClassVar[Literal["rebuilding"]] = "rebuilding"
 
     name: Literal["uniform"] = "uniform"
 

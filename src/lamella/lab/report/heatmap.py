@@ -1,12 +1,22 @@
 """The layer × expert heat-map: the weight that each expert gets against an even share, with each layer's entropy."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lamella.errors import LamellaError
 from lamella.lab.report.formatting import number_text
+from lamella.lab.report.sections import draw, section
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from lamella.lab.report.report import Report
+
 
 COLUMNS = ("stack", "layer", "module", "expert", "num_experts", "share", "mean_weight", "entropy", "tokens")
 # Upper ends of the colour bands of the use relative to an even share; symmetric on a log scale about 1.
@@ -150,3 +160,9 @@ def _sentences_of(frame: pd.DataFrame) -> tuple[str, ...]:
 def _place(row: pd.Series) -> str:
     times = f"{row['relative']:.2f} times an even share"
     return f"layer {row['layer']}, {row['module']}, expert {row['expert']} ({times})"
+
+
+@section("Routing", 20)
+def routing_section(report: Report) -> Markup:
+    """Which experts the routers chose."""
+    return draw("routing", None if report.routing is None else routing_view(report.routing), BANDS)

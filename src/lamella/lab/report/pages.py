@@ -1,8 +1,11 @@
 """How templates become pages."""
 
+import functools
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
+@functools.cache
 def page_environment() -> Environment:
     """Autoescaping holds for every template, and no value is ever marked as safe; `tojson` escapes for a script."""
     pages = Environment(

@@ -1,15 +1,24 @@
 """A grid of pictures inside the page, a row per prompt and a column per way to draw it."""
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lamella.errors import LamellaError
+from lamella.lab.report.sections import draw, section
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from lamella.lab.report.report import Report
+
 
 Picture = npt.NDArray[np.uint8]
 
@@ -71,3 +80,9 @@ def _source(picture: Any) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@section("Pictures", 10, pictures=True)
+def pictures_section(report: Report) -> Markup | None:
+    """What was drawn from which prompts."""
+    return None if report.pictures is None else draw("pictures", picture_view(report.pictures))

@@ -1,11 +1,20 @@
 """Redundancy per layer: how far apart the experts of a layer are, raw and normalised, as two charts."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lamella.lab.report.curves import Chart, line_chart, require_columns
 from lamella.lab.report.formatting import number_text
+from lamella.lab.report.sections import draw, section
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from lamella.lab.report.report import Report
 
 
 @dataclass(frozen=True)
@@ -56,3 +65,10 @@ def _sentence(frame: pd.DataFrame) -> str:
 
 def _place(key: tuple[str, int]) -> str:
     return f"{key[0]} layer {key[1]}"
+
+
+@section("Redundancy", 70, absent="redundancy per layer")
+def redundancy_section(report: Report) -> Markup | None:
+    """How far apart the experts of each layer are."""
+    view = None if report.redundancy is None else redundancy_view(report.redundancy)
+    return None if view is None else draw("redundancy", view)

@@ -1,4 +1,6 @@
-"""A run as one HTML page: verdict, results, cost, routing and what else was recorded, findings, settings, notes."""
+"""A run as one HTML page: verdict, results, cost, the registered sections, findings, settings, notes."""
+
+from __future__ import annotations
 
 import base64
 import hashlib
@@ -8,27 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment
 
 from lamella.errors import LamellaError
 from lamella.files import write_whole
 from lamella.lab.report.dots import dot_plots
 from lamella.lab.report.findings import Finding, findings_words, worst_first
-from lamella.lab.report.heatmap import BANDS, routing_view
 from lamella.lab.report.pages import page_environment
-from lamella.lab.report.pictures import PictureGrid, picture_view
-from lamella.lab.report.redundancy import redundancy_view
-from lamella.lab.report.robustness import robustness_view
+from lamella.lab.report.pictures import PictureGrid
+from lamella.lab.report.sections import Section, sections_of
 from lamella.lab.report.tables import Table, frame_table, settings_sections
 from lamella.lab.report.tokens import TokenText
-from lamella.lab.report.tokenview import token_view
-from lamella.lab.report.training import training_charts
-
-_ABSENT = {
-    "training": "entropy over training",
-    "texts": "texts coloured token by token",
-    "redundancy": "redundancy per layer",
-}
 
 _FIRST = ("method", "task", "metric", "mean", "interval", "difference", "p")
 
@@ -59,6 +50,7 @@ class Report:
         pictures: what was drawn from which prompts.
         findings: what the doctor found.
         findings_checked: whether the doctor looked, so that no finding means a healthy run.
+        about: the study, run or trace itself, for sections that read it.
     """
 
     title: str
@@ -77,6 +69,7 @@ class Report:
     pictures: PictureGrid | None = None
     findings: Sequence[Finding] = ()
     findings_checked: bool = False
+    about: object = None
 
 
 def render(report: Report) -> str:
@@ -85,31 +78,20 @@ def render(report: Report) -> str:
     Raises:
         LamellaError: a table lacks a column it must have, or weights do not fit their tokens.
     """
-    pages = page_environment()
-    parts = {
-        "pictures": None if report.pictures is None else picture_view(report.pictures),
-        "routing": None if report.routing is None else routing_view(report.routing),
-        "training": () if report.entropy is None else training_charts(report.entropy),
-        "texts": token_view(report.texts),
-        "redundancy": None if report.redundancy is None else redundancy_view(report.redundancy),
-        "choices": [frame_table(frame, caption, missing="none") for caption, frame in report.choices.items()],
-        "robustness": (
-            None if report.robustness is None else robustness_view(report.robustness, report.robustness_differences)
-        ),
-    }
-    return pages.get_template("report.html.j2").render(
+    sections, absent = sections_of(report)
+    template = page_environment().get_template("report.html.j2")
+    return template.render(
         report=report,
         results=_results_table(report.results),
         plots=dot_plots(report.results),
         cost=frame_table(report.cost, "What each method needs, a row per method", missing="not measured"),
-        bands=BANDS,
         found=worst_first(report.findings),
         findings_words=findings_words(report.findings, report.findings_checked),
-        sections=settings_sections(report.settings),
-        contents=_contents(report, parts),
-        absent=[words for name, words in _ABSENT.items() if not parts[name]],
-        policy=_policy(pages, bool(parts["texts"]), bool(parts["pictures"])),
-        **parts,
+        settings=settings_sections(report.settings),
+        sections=sections,
+        contents=_contents(report, sections),
+        absent=absent,
+        policy=_policy(sections),
     )
 
 
@@ -122,25 +104,28 @@ def _results_table(results: pd.DataFrame) -> Table:
     return frame_table(ordered.drop(columns=alike), f"Scores{words}, a row per method", missing="not run")
 
 
-def _contents(report: Report, parts: Mapping[str, Any]) -> list[str]:
-    """The headings of the sections below the verdict, in the page's order."""
-    shown = [name for name in ("choices", "robustness", "training", "texts", "redundancy") if parts[name]]
-    middle = ["Tokens" if name == "texts" else name.capitalize() for name in shown]
-    pictures = ["Pictures"] * bool(parts["pictures"])
-    return ["Results", *pictures, "Cost", "Routing", *middle, "Findings", "Settings", *["Notes"] * bool(report.notes)]
+def _contents(report: Report, sections: Sequence[Section]) -> list[tuple[str, str]]:
+    """Headings below the verdict with what links point at, in the page's order."""
+    fixed = ["Findings", "Settings", *["Notes"] * bool(report.notes)]
+    ends = [[(name.lower(), name) for name in names] for names in (["Results", "Cost"], fixed)]
+    return [*ends[0], *((one.anchor, one.title) for one in sections), *ends[1]]
 
 
-def _policy(pages: Environment, with_script: bool, with_pictures: bool) -> str:
-    """The content security policy: nothing is loaded, and only the script with this very text runs.
+def _policy(sections: Sequence[Section]) -> str:
+    """The content security policy: nothing is loaded, and only the sections' scripts with their very text run.
 
     Pictures are in the page itself, so that a source of another kind stays forbidden.
     """
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
-    policy += "; img-src data:" if with_pictures else ""
-    if not with_script:
+    if any(one.registered.pictures for one in sections):
+        policy += "; img-src data:"
+    scripts = [one.registered.script for one in sections if one.registered.script is not None]
+    if not scripts:
         return policy
-    digest = hashlib.sha256(pages.get_template("tokens.js").render().encode()).digest()
-    return f"{policy}; script-src 'sha256-{base64.b64encode(digest).decode()}'"
+    texts = [page_environment().get_template(name).render() for name in scripts]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"{policy}; script-src {allowed}"
 
 
 def write_report(report: Report, path: Path) -> Path:

@@ -1,11 +1,20 @@
 """Scores over the strength of noise: a chart per kind of noise and metric, and the differences as a table."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lamella.lab.report.curves import Chart, line_chart, require_columns
+from lamella.lab.report.sections import draw, section
 from lamella.lab.report.tables import Table, frame_table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from lamella.lab.report.report import Report
 
 
 @dataclass(frozen=True)
@@ -52,3 +61,12 @@ def _table(differences: pd.DataFrame) -> Table:
         interval=list(zip(differences["low"], differences["high"], strict=True)), p=differences["p"]
     )
     return frame_table(shown, "Difference from the first method, with its 95 % paired interval", missing="not compared")
+
+
+@section("Robustness", 40)
+def robustness_section(report: Report) -> Markup | None:
+    """Scores under noise."""
+    if report.robustness is None:
+        return None
+    view = robustness_view(report.robustness, report.robustness_differences)
+    return None if view is None else draw("robustness", view)

@@ -1,15 +1,24 @@
 """What the page's script needs to colour texts, small enough for one page: layers, shares, sparse weights."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from jinja2.utils import htmlsafe_json_dumps
 
 from lamella.errors import LamellaError
+from lamella.lab.report.sections import draw, section
 from lamella.lab.report.tokens import TokenLayer, TokenText
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from lamella.lab.report.report import Report
+
 
 MOST_TOKENS = 10_000  # on the page: more take a browser seconds to lay out
 MOST_BYTES = 3_500_000  # of tokens and weights on the page
@@ -136,3 +145,10 @@ def _words(leads: npt.NDArray[np.int64]) -> str:
         return f"{first}; {len(idle)} of {len(leads)} experts lead none."
     names = ", ".join(map(str, idle[:-1])) + (" and " if len(idle) > 1 else "") + str(idle[-1])
     return f"{first}; expert{'s' if len(idle) > 1 else ''} {names} lead{'s' if len(idle) == 1 else ''} none."
+
+
+@section("Tokens", 60, absent="texts coloured token by token", script="tokens.js")
+def tokens_section(report: Report) -> Markup | None:
+    """Texts coloured by the experts that their tokens go to."""
+    view = token_view(report.texts)
+    return None if view is None else draw("tokens", view)

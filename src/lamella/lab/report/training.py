@@ -1,8 +1,19 @@
 """Entropy over training: a chart of the routers' entropy and, where they were logged, of balance and dead experts."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import pandas as pd
 
 from lamella.lab.report.curves import Chart, line_chart, require_columns
+from lamella.lab.report.sections import draw, section
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from lamella.lab.report.report import Report
+
 
 # column, title, values the axis must hold
 _CHARTS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
@@ -28,3 +39,10 @@ def training_charts(entropy: pd.DataFrame) -> tuple[Chart, ...]:
         if column in entropy.columns
     )
     return tuple(chart for chart in charts if chart)
+
+
+@section("Training", 50, absent="entropy over training")
+def training_section(report: Report) -> Markup | None:
+    """How the routers' entropy went."""
+    charts = () if report.entropy is None else training_charts(report.entropy)
+    return draw("training", charts) if charts else None

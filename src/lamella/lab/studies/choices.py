@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -13,10 +13,15 @@ import torch
 from lamella.errors import LamellaError
 from lamella.lab.runs.floors import texts_of
 from lamella.lab.runs.scoring import length_batches
+from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trained import Trained, load_trained
 from lamella.lab.studies.complexity import complexity, depth_correlations
 from lamella.lab.studies.layer_maps import layer_map, map_differences, thirds
 from lamella.tracing import record_routing
+
+if TYPE_CHECKING:
+    from lamella.lab.studies.cells import Cell
+    from lamella.lab.studies.study import Study
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,29 @@ def block_choices(run: Path, split: str = "test") -> BlockChoices:
         classes=_classes(trained, split),
         measures=_measures(trained, split, rows["length"]),
     )
+
+
+def study_choices(study: Study) -> dict[str, pd.DataFrame]:
+    """`choice_tables` of a study's first backbone and task: the first run of each policy that decides for texts."""
+    runs: dict[str, Cell] = {}
+    for cell in study.cells:
+        here = (cell.backbone, cell.task) == (study.cells[0].backbone, study.cells[0].task)
+        if here and cell.method not in runs and _decides_for_texts(cell) and study.folder.finished(cell.key):
+            runs[cell.method] = cell
+    if not runs:
+        return {}
+    control = next((name for name, cell in runs.items() if _policy(cell) == "random"), None)
+    return choice_tables({name: block_choices(study.folder.run(cell.key)) for name, cell in runs.items()}, control)
+
+
+def _decides_for_texts(cell: Cell) -> bool:
+    whole = getattr(cell.settings.method, "granularity", None) == "sequence"
+    return whole and _policy(cell) in ("learned", "random") and "test" in task_of(cell.settings).splits
+
+
+def _policy(cell: Cell) -> str | None:
+    """Who chooses the guests of a MoLEx."""
+    return getattr(cell.settings.method, "policy", None)
 
 
 def choice_correlations(policies: dict[str, BlockChoices]) -> pd.DataFrame | None:

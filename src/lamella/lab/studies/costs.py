@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from lamella.tuners.routed import routed_layers
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lamella.lab.studies.grid import Cell, Grid
-    from lamella.lab.studies.rows import StudyFolder
+    from lamella.lab.studies.cells import Cell
+    from lamella.lab.studies.study import Study
 
 _ROUNDS = 5
 _LATENCY_ROWS = (1, 32)
@@ -64,15 +64,14 @@ def method_costs(
     return pd.DataFrame(rows)
 
 
-def study_costs(
-    grid: Grid, cells: Sequence[Cell], folder: StudyFolder, starting: Callable[[str], object] = lambda _: None
-) -> pd.DataFrame:
+def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None) -> pd.DataFrame:
     """`method_costs` of a study's finished methods on each backbone, measured once and kept in ``costs.parquet``.
 
+    A method is measured with the settings of its first finished cell. One that needs what other cells made is not
+    measured.
+
     Args:
-        grid: the study.
-        cells: its cells; a method is measured with the settings of its first finished one.
-        folder: where they lie.
+        study: whose cells lie in its folder.
         starting: told the name of each method before it is measured.
 
     Returns:
@@ -80,19 +79,22 @@ def study_costs(
     """
     import pandas as pd
 
-    path = folder.path / "costs.parquet"
+    cells, folder = [cell for cell in study.cells if cell.questions is None], study.folder
+    if not cells:
+        return pd.DataFrame(columns=["method", "backbone"])
+    reference, path = study.recipe.reference_name, folder.path / "costs.parquet"
     known = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["method", "backbone", "key"])
     frames = []
-    for backbone in grid.backbones:
+    for backbone in dict.fromkeys(cell.backbone for cell in cells):
         firsts: dict[str, Cell] = {}
         for cell in cells:
             if cell.backbone == backbone and folder.finished(cell.key):
                 firsts.setdefault(cell.method, cell)
         keys = [cell.key for cell in firsts.values()]
         own = known[(known["backbone"] == backbone) & known["key"].isin(keys)]
-        if grid.reference_name in firsts and set(own["method"]) != set(firsts):
+        if reference in firsts and set(own["method"]) != set(firsts):
             settings = {name: cell.settings for name, cell in firsts.items()}
-            own = method_costs(settings, grid.reference_name, starting)
+            own = method_costs(settings, reference, starting)
             own.insert(1, "backbone", backbone)
             own["key"] = keys
         frames.append(own)

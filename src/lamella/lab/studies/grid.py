@@ -1,21 +1,34 @@
-"""What a study trains: a recipe of backbones, tasks, seeds and methods becomes cells, each with its own settings."""
+"""Studies of methods side by side: backbones, tasks, seeds and methods become cells, each with its settings."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import pandas as pd
 from pydantic import Field
 
 from lamella.errors import LamellaError
 from lamella.lab.methods import Lora, Method, Mola
-from lamella.lab.runs.settings import RunSettings, override, read_recipe
-from lamella.lab.schema import Settings, unknown_key
+from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
+from lamella.lab.runs.metrics import METRICS, metric_for
+from lamella.lab.runs.scoring import selection
+from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.tasks import task_of
+from lamella.lab.schema import unknown_key
+from lamella.lab.studies.cells import Cell
+from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
+from lamella.lab.studies.results import COSTS, Floats, examples_frame, place_of, results_frame
 from lamella.tuners.mola.allocation import SHAPES
+
+if TYPE_CHECKING:
+    from lamella.lab.data import Task
+    from lamella.lab.studies.folder import StudyFolder
+    from lamella.lab.studies.results import Results
 
 # what decides how many tokens a run trains on
 _COMPUTE = (
@@ -29,111 +42,95 @@ _COMPUTE = (
 )
 
 
-class Grid(Settings):
-    """A study as its recipe says it."""
+class Grid(StudyRecipe):
+    """Every method on every backbone and task with every seed."""
 
     backbones: list[str] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
-    seeds: list[int] | int = Field(3, description="a list, or how many: 0, 1, ...")
     methods: dict[str, dict[str, Any]] = Field(
         min_length=1, description="by the name that tables show: 'method', and any setting of a run that is its own"
     )
-    run: dict[str, Any] = Field(default_factory=dict, description="settings of every run")
     budget: Literal["equal-parameters", "equal-compute", "none"] = "none"
     match: str | None = Field(None, description="equal-parameters: the method whose size the others get")
-    reference: str | None = Field(None, description="the method that the others are compared with; the first if absent")
 
     @property
-    def seed_list(self) -> list[int]:
-        """The seeds, one by one."""
-        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+    def names(self) -> list[str]:
+        return list(self.methods)
 
     @property
-    def reference_name(self) -> str:
-        """The method that the others are compared with."""
-        return self.reference or next(iter(self.methods))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a study: a backbone, a task, a method by its name in the recipe, and a seed."""
-
-    backbone: str
-    task: str
-    method: str
-    settings: RunSettings
+    def shown(self) -> list[str]:
+        return self.names
 
     @property
-    def seed(self) -> int:
-        """The seed, which also orders the training rows: the same for every method."""
-        return self.settings.seed
+    def tables(self) -> list[TableOf]:
+        several = len(self.backbones) > 1
+        return [
+            TableOf(backbone, task, None, f"{task}, {backbone}" if several else task)
+            for backbone, task in product(self.backbones, self.tasks)
+        ]
 
-    @property
-    def key(self) -> str:
-        """Names the settings, whatever the method is called: 16 hexadecimal digits of their SHA-256."""
-        text = json.dumps(self.settings.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def check(self) -> None:
+        for key in ("match", "reference"):
+            if (name := getattr(self, key)) is not None:
+                check_name(name, self.methods, f"method for '{key}'")
+        known = [key for key in RunSettings.model_fields if key not in ("model", "task", "seed")]
+        places = {"run.": self.run, **{f"methods.{name}.": own for name, own in self.methods.items()}}
+        for place, values in places.items():
+            if unknown := [key for key in values if key not in known]:
+                raise LamellaError(unknown_key(unknown[0], known, place))
+        if "method" in self.run:
+            raise LamellaError("run.method would give every method of the study the same one. Set it under 'methods'.")
+        if lacking := [name for name, own in self.methods.items() if "method" not in own]:
+            raise LamellaError(
+                f"methods.{lacking[0]} does not say which method it is. Add a line 'method: lora', for example."
+            )
+        if (self.budget == "equal-parameters") != (self.match is not None):
+            raise LamellaError("'budget: equal-parameters' and 'match' belong together: match names whose size counts.")
+        if self.budget != "none":
+            _check_compute(self)
 
-    @property
-    def label(self) -> str:
-        """For people."""
-        return f"{self.method} on {self.task} with {self.backbone}, seed {self.seed}"
+    def cells(self) -> list[Cell]:
+        methods = _budgeted(self)
+        return [
+            Cell(backbone, task, name, _settings(self, name, backbone, task, seed, methods[name]))
+            for seed, backbone, task, name in product(self.seed_list, self.backbones, self.tasks, methods)
+        ]
 
+    def measured(self, cells: Sequence[Cell], folder: StudyFolder) -> Measured:
+        rows, examples, notes = [], [], []
+        for name in self.tasks:
+            here = [cell for cell in cells if cell.task == name]
+            task = task_of(here[0].settings)
+            floors = Floors.of(task)
+            notes += [note for note in task.notes if note not in notes]
+            for backbone in self.backbones:
+                examples += floors.examples(backbone, name)
+            for cell in here:
+                row = folder.row(cell.key)
+                rows += _rows(cell, task, floors, row)
+                if row is not None and "test" in row["metrics"]:
+                    metric = row["metrics"]["metric"]
+                    scores = example_scores(metric, folder.run(cell.key))
+                    examples.append(
+                        place_of(cell)
+                        | {"split": "test", "metric": metric}
+                        | {"scores": [row["metrics"]["test"][metric]] if scores is None else scores}
+                    )
+        return Measured(
+            {
+                "results": results_frame(rows, folder.path.name),
+                "examples": examples_frame(examples, folder.path.name),
+            },
+            notes,
+        )
 
-def read_grid(recipe: str, overrides: Iterable[str] = ()) -> Grid:
-    """The study of a recipe, a file or a packaged one, with ``key=value`` changes.
-
-    Raises:
-        LamellaError: there is no such recipe, it is no study, or a key or value does not fit.
-    """
-    tree = read_recipe(recipe)
-    if "methods" not in tree and "model" in tree:
-        raise LamellaError(f"The recipe '{recipe}' is one run. Give it to `lamella train`; a study has 'methods'.")
-    override(tree, overrides)
-    grid = Grid.parse(tree)
-    _check(grid)
-    return grid
-
-
-def cells_of(grid: Grid) -> list[Cell]:
-    """Every cell, seed by seed, so that an early look already compares.
-
-    Raises:
-        LamellaError: settings of a method do not fit, or do not fit the budget.
-    """
-    methods = _budgeted(grid)
-    return [
-        Cell(backbone, task, name, _settings(grid, name, backbone, task, seed, methods[name]))
-        for seed, backbone, task, name in product(grid.seed_list, grid.backbones, grid.tasks, methods)
-    ]
+    def notes(self, cells: Sequence[Cell], folder: StudyFolder, results: Sequence[Results]) -> list[str]:
+        return [line for own in results for line in _budget_notes(self, own, cells, folder)]
 
 
 def _settings(grid: Grid, name: str, backbone: str, task: str, seed: int, method: Method) -> RunSettings:
     own = {key: value for key, value in grid.methods[name].items() if key != "method"}
-    # one thread: a study's speed comes from --jobs, and its scores do not depend on how many cores there are
-    values = {"threads": 1} | grid.run | own
-    return RunSettings.parse(values | {"model": backbone, "task": task, "seed": seed, "method": method})
-
-
-def _check(grid: Grid) -> None:
-    if not grid.seed_list or len(set(grid.seed_list)) < len(grid.seed_list):
-        raise LamellaError(f"seeds={grid.seeds} must name at least one seed, and each of them once.")
-    for key in ("match", "reference"):
-        name = getattr(grid, key)
-        if name is not None and name not in grid.methods:
-            raise LamellaError(unknown_key(name, grid.methods, "").replace("setting", f"method for '{key}'", 1))
-    known = [key for key in RunSettings.model_fields if key not in ("model", "task", "seed")]
-    for place, values in {"run.": grid.run, **{f"methods.{name}.": own for name, own in grid.methods.items()}}.items():
-        if unknown := [key for key in values if key not in known]:
-            raise LamellaError(unknown_key(unknown[0], known, place))
-    if "method" in grid.run:
-        raise LamellaError("run.method would give every method of the study the same one. Set it under 'methods'.")
-    if lacking := [name for name, own in grid.methods.items() if "method" not in own]:
-        raise LamellaError(f"methods.{lacking[0]} says not which method it is. Add a line 'method: lora', for example.")
-    if (grid.budget == "equal-parameters") != (grid.match is not None):
-        raise LamellaError("'budget: equal-parameters' and 'match' belong together: match names whose size counts.")
-    if grid.budget != "none":
-        _check_compute(grid)
+    return method_settings(grid.run | own | {"model": backbone, "task": task, "seed": seed, "method": method})
 
 
 def _check_compute(grid: Grid) -> None:
@@ -182,9 +179,99 @@ def _with_rank(method: Method, matched: Method) -> Method:
     return method
 
 
-def settings_by_method(cells: Iterable[Cell]) -> Mapping[str, dict[str, Any]]:
-    """What each method's runs were given, without what differs between the cells of a method."""
-    seen: dict[str, dict[str, Any]] = {}
+# metrics that are the mean of a column of predictions.parquet: what a bootstrap over examples can resample
+_COLUMNS = {"accuracy": "correct", "mean_squared_error": "squared_error"}
+
+
+def example_scores(metric: str, run: Path) -> Floats | None:
+    """Scores of a run's test examples (examples,); None where the metric is not their mean."""
+    column = _COLUMNS.get(metric)
+    if column is None:
+        return None
+    frame = pd.read_parquet(run / "predictions.parquet", columns=["split", column])
+    return frame.loc[frame["split"] == "test", column].to_numpy(np.float64)
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What needs no language model: scores by split, metric and floor; and whether each test row is right, by floor."""
+
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
+    correct: Mapping[str, Floats]
+
+    @classmethod
+    def of(cls, task: Task) -> Floors:
+        """A linear model of word counts, and the commonest label of the training rows."""
+        scores: dict[str, dict[str, dict[str, float]]] = {}
+        correct: dict[str, Floats] = {}
+        regression = task.kind == "regression"
+        metrics = sorted({task.metric, *(["mean_squared_error"] if regression else ["accuracy", "macro_f1"])})
+        for floor, predictions in floor_predictions(task).items():
+            word = {FLOOR: "linear", MAJORITY: "majority"}[floor]
+            for split, guessed in predictions.items():
+                labels = np.asarray(task.splits[split]["label"])
+                for metric in metrics:
+                    by_floor = scores.setdefault(split, {}).setdefault(metric, {})
+                    by_floor[f"floor_{word}"] = metric_for(metric).function(guessed, labels)
+                if split == "test" and task.metric == "accuracy":
+                    correct[f"floor ({word})"] = (guessed == labels).astype(np.float64)
+        return cls(scores, correct)
+
+    def examples(self, backbone: str, task: str) -> list[dict[str, Any]]:
+        """Rows of the table of example scores; a floor is the same for every seed and has none."""
+        place = {"backbone": backbone, "task": task, "seed": -1, "split": "test", "metric": "accuracy"}
+        return [place | {"method": floor, "scores": correct} for floor, correct in self.correct.items()]
+
+
+def _rows(cell: Cell, task: Task, floors: Floors, row: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """A row per split and metric of a cell; one without a value where it was not run."""
+    place = place_of(cell) | {"key": cell.key}
+    main = selection(task)
+    if row is None:
+        better = {"metric": main.name, "greater_is_better": main.greater_is_better}
+        return [place | {"split": "test", "status": "not run", **better}]
+    metrics = row["metrics"]
+    costs = {name: metrics.get(name) for name in COSTS}
+    costs |= {f"alpha_{when}": float(np.mean(list(own.values()))) for when, own in metrics.get("alpha", {}).items()}
+    costs["entropy"] = (metrics.get("routing") or {}).get("entropy")
+    return [
+        {
+            **place,
+            "split": split,
+            "metric": metric,
+            "value": value,
+            "greater_is_better": metric in METRICS and METRICS[metric].greater_is_better,
+            "status": "done",
+            **floors.scores.get(split, {}).get(metric, {}),
+            **costs,
+        }
+        for split in ("validation", "test")
+        if split in metrics
+        for metric, value in metrics[split].items()
+    ]
+
+
+def _budget_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: StudyFolder) -> list[str]:
+    measured: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        seen.setdefault(cell.method, cell.settings.model_dump(mode="json", exclude={"seed", "model", "task"}))
-    return seen
+        here = (cell.backbone, cell.task) == (results.backbone, results.task)
+        if here and cell.method not in measured and (row := folder.row(cell.key)) is not None:
+            measured[cell.method] = row["metrics"]
+    counts = ", ".join(f"{name} {one['trainable_parameters']:,}" for name, one in measured.items())
+    tokens = ", ".join(f"{name} {one['tokens']:,}" for name, one in measured.items())
+    lines = []
+    if grid.budget == "equal-parameters" and counts:
+        lines.append(
+            f"Trainable parameters on {results.backbone}, task head included: {counts}. LoRA's rank and the experts "
+            f"of MoLA's shapes were chosen to equal {grid.match}; other methods have the size that they have."
+        )
+    if grid.budget != "none" and tokens:
+        lines.append(f"Training tokens on {results.task} with {results.backbone}: {tokens}.")
+    for name, one in measured.items():
+        if "matched_method" in one:
+            whose = grid.match or one["matched_method"]
+            lines.append(
+                f"{name}: rank {one['rank']} was chosen, so that its {one['trainable_parameters']:,} trainable "
+                f"parameters come nearest to the {one['matched_parameters']:,} of {whose}."
+            )
+    return lines

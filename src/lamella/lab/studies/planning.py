@@ -9,10 +9,9 @@ from statistics import median
 from typing import Any
 
 from lamella.lab.data import load_backbone
-from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
-from lamella.lab.studies.grid import Cell
-from lamella.lab.studies.rows import StudyFolder
+from lamella.lab.studies.cells import Asked, Cell, Job, jobs_of
+from lamella.lab.studies.folder import StudyFolder
 
 # a guess only until a cell has finished: what one CPU core does with matrices of a small transformer
 _FLOPS = 3e10
@@ -38,37 +37,55 @@ class Plan:
 
 
 def plan(cells: Sequence[Cell], folder: StudyFolder, jobs: int = 1) -> Plan:
-    """Hours for the cells without a row, from finished cells of the same method, else of any, else from tokens."""
-    distinct = list({cell.key: cell for cell in cells}.values())
-    rows = {cell.key: folder.row(cell.key) for cell in distinct}
-    left = [cell for cell in distinct if rows[cell.key] is None]
-    timed = [(cell, row["seconds"]) for cell in distinct if (row := rows[cell.key]) is not None]
-    guesses: dict[tuple[str, str], float] = {}
+    """Hours for what has no row yet, from finished jobs of the same method, else of any, else from tokens."""
+    work = jobs_of(cells)
+    rows = {job.key: folder.row(job.key) for job in work}
+    timed = [(job, row["seconds"]) for job in work if (row := rows[job.key]) is not None]
+    guesses: dict[tuple[Any, ...], float] = {}
     seconds, guessed = 0.0, 0
-    for cell in left:
-        known = _known(cell, timed)
+    for job in work:
+        if rows[job.key] is not None:
+            continue
+        known = _known(job, timed)
         if known is None:
-            guessed += 1
-            place = (cell.backbone, cell.task)
-            if place not in guesses:
-                guesses[place] = _guess(cell.settings)
-            known = guesses[place]
+            guessed += isinstance(job, Cell)
+            kind = _kind(job)
+            if kind not in guesses:
+                guesses[kind] = _guess(job) if isinstance(job, Cell) else _guess_answers(job)
+            known = guesses[kind]
         seconds += known
     basis = f"with {jobs} process(es), "
     basis += f"{guessed} of them guessed from their tokens" if guessed else "by the time that finished cells took"
-    return Plan(len(cells), len(distinct), len(distinct) - len(left), seconds / jobs / 3600, basis)
+    last = {cell.key: rows[cell.last] for cell in cells}
+    done = sum(row is not None for row in last.values())
+    return Plan(len(cells), len(last), done, seconds / jobs / 3600, basis)
 
 
-def _known(cell: Cell, timed: Iterable[tuple[Cell, float]]) -> float | None:
-    same = [(other, taken) for other, taken in timed if (other.backbone, other.task) == (cell.backbone, cell.task)]
-    own = [taken for other, taken in same if other.method == cell.method]
+def _known(job: Job, timed: Iterable[tuple[Job, float]]) -> float | None:
+    same = [(other, taken) for other, taken in timed if _kind(other) == _kind(job)]
+    own = [taken for other, taken in same if _cell(other).method == _cell(job).method]
     return median(own or [taken for _, taken in same]) if same else None
 
 
-def _guess(settings: RunSettings) -> float:
+def _kind(job: Job) -> tuple[Any, ...]:
+    """What alike jobs have in common."""
+    cell = _cell(job)
+    if isinstance(job, Asked):
+        return (cell.backbone, "masked" if job.masked else "answers")
+    return (cell.backbone, cell.task)
+
+
+def _cell(job: Job) -> Cell:
+    assert isinstance(job, Cell | Asked)
+    return job.cell if isinstance(job, Asked) else job
+
+
+def _guess(cell: Cell) -> float:
     """Forward and backward through a frozen backbone cost about 6 operations for each of its weights and each token."""
+    settings = cell.settings
     task = task_of(settings)
-    model = load_backbone(settings.model, task).model
+    # the plain backbone has the size of those with a head, which may not be made yet
+    model = load_backbone(cell.backbone, task).model
     rows = {name: _tokens(split, settings.max_length) for name, split in task.splits.items()}
     steps = settings.max_steps
     rows_read = (settings.epochs or 1.0) * len(task.splits["train"])
@@ -79,10 +96,14 @@ def _guess(settings: RunSettings) -> float:
     return float(_weights(model) * (6 * training + 2 * scoring) / _FLOPS)
 
 
-def guess_scoring(settings: RunSettings, splits: Iterable[Iterable[Mapping[str, Any]]]) -> float:
-    """Seconds to score these rows with a run's backbone: a guess, 2 operations for each weight and token."""
-    tokens = sum(_tokens(split, settings.max_length) for split in splits)
-    return float(_weights(load_backbone(settings.model).model) * 2 * tokens / _FLOPS)
+def _guess_answers(job: Job) -> float:
+    """2 operations for each weight and token; once for each LoRA that is left out."""
+    cell = _cell(job)
+    assert cell.questions is not None  # else there is nothing to answer
+    splits = [task.splits["test"] for task in cell.questions.loaded().values()]
+    tokens = sum(_tokens(split, cell.settings.max_length) for split in splits)
+    times = len(getattr(cell.settings.method, "adapters", ())) if getattr(job, "masked", False) else 1
+    return float(times * _weights(load_backbone(cell.backbone).model) * 2 * tokens / _FLOPS)
 
 
 def _weights(model: Any) -> int:

@@ -1,1 +1,0 @@
-"""What is kept of finished studies, and the page written from it."""

@@ -1,0 +1,166 @@
+"""What runs and studies say in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from lamella.diagnostics.doctor import Diagnosis, doctor
+from lamella.lab.report.report import Report
+from lamella.lab.report.tokens import token_texts
+from lamella.lab.robustness.robustness import Robustness
+from lamella.lab.runs.callbacks import entropy_over_training
+from lamella.lab.runs.evaluating import Traced, trace
+from lamella.lab.runs.run import RunResult
+from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.trained import load_trained
+from lamella.lab.studies.choices import study_choices
+from lamella.lab.studies.study import Study
+
+_MEASURED = (
+    "Step time ratio, kept MB and latency were measured when the study was done, on the CPU with one thread and in "
+    "interleaved rounds on the first rows of the task."
+)
+_SHOWN = 8  # rows of a study's page that are coloured token by token
+
+
+def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
+    """The page of a study, whose runs the doctor has examined; of its first routed run some texts token by token."""
+    routed = study.routed_runs
+    traced = trace(first, split="validation", rows=_SHOWN, shown=_SHOWN) if (first := _first(routed)) else None
+    return Report(
+        title=title,
+        summary=study.summary,
+        results=study.results,
+        cost=_shown_cost(study.cost.merge(costs, how="left")),
+        routing=_over_methods({method: pd.read_parquet(run / "trace.parquet") for method, run in routed.items()}),
+        entropy=_entropy(routed),
+        texts=()
+        if traced is None or traced.tokens.empty
+        else token_texts(traced.tokens, traced.texts, traced.num_experts),
+        redundancy=_redundancy(routed),
+        choices=study_choices(study),
+        settings=study.settings,
+        notes=[*study.notes, *[_MEASURED] * (len(costs) > 0)],
+        findings=study.findings,
+        findings_checked=True,
+        about=study,
+    )
+
+
+def _first(runs: Mapping[str, Path]) -> Path | None:
+    return next(iter(runs.values()), None)
+
+
+def _redundancy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
+    found = {method: load_trained(run).redundancy() for method, run in runs.items()}
+    return _over_methods({method: frame for method, frame in found.items() if frame is not None})
+
+
+def _over_methods(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
+    """One frame of all methods', which the name of the stack tells."""
+    named = [frame.assign(stack=method + ", " + frame["stack"].astype(str)) for method, frame in frames.items()]
+    return pd.concat(named, ignore_index=True) if named else None
+
+
+def _entropy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
+    histories = {method: run / "routing.parquet" for method, run in runs.items()}
+    curves = [
+        entropy_over_training(pd.read_parquet(history)).assign(run=method)
+        for method, history in histories.items()
+        if history.is_file()  # a run shorter than its logging interval has none
+    ]
+    return pd.concat(curves, ignore_index=True) if curves else None
+
+
+def run_report(result: RunResult, settings: RunSettings) -> Report:
+    """The page of a single run, examined by the doctor."""
+    metrics = result.metrics
+    scores = {split: metrics[split] for split in ("validation", "test") if split in metrics}
+    name, main = metrics["method"], metrics["metric"]
+    score = ", ".join(f"{values[main]:.3f} on {split}" for split, values in scores.items())
+    routing, history = (result.folder.path / name for name in ("trace.parquet", "routing.parquet"))
+    rows = [{"method": name, "task": metrics["task"], "split": split, **values} for split, values in scores.items()]
+    before = [
+        {"method": f"{name}, before training", "task": metrics["task"], "split": split, **values}
+        for split, values in metrics.get("before", {}).items()
+    ]
+    cost = {
+        "method": name,
+        "trainable parameters": metrics["trainable_parameters"],
+        "seconds per step": metrics["seconds_per_step"],
+        "training seconds": metrics["train_seconds"],
+        "peak memory MB": metrics["peak_memory_bytes"] / 1e6,
+        "tokens": metrics["tokens"],
+    }
+    return Report(
+        title=f"{metrics['model']} on {metrics['task']} with {name}",
+        summary=f"{metrics['model']} with {name} reaches {main} {score} after {metrics['steps']} steps.",
+        results=pd.DataFrame([*before, *rows]),
+        cost=pd.DataFrame([cost]),
+        routing=pd.read_parquet(routing) if routing.is_file() else None,
+        entropy=entropy_over_training(pd.read_parquet(history)).assign(run=name) if history.is_file() else None,
+        settings=settings.model_dump(mode="json"),
+        notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
+        redundancy=load_trained(result.folder.path).redundancy() if metrics["routing"] else None,
+        findings=doctor(result.folder.path).findings,
+        findings_checked=True,
+        about=result,
+    )
+
+
+def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
+    """The page of a model's routing on a task."""
+    found, routing = traced.evaluation, traced.summary
+    name = traced.trained.place.label
+    row = {"method": name, "task": found.task, "split": found.split, **found.metrics}
+    return Report(
+        title=f"Routing of {name} on {found.task}",
+        summary=(
+            f"On {found.rows:,} {found.split} rows of {found.task} it reaches {found.metric} "
+            f"{found.metrics[found.metric]:.3f}. Its routers' mean entropy is {routing['entropy']:.2f} nats, their "
+            f"balance {routing['balance']:.2f} (1 is even), and {routing['dead_experts']:.0f} expert(s) are nearly "
+            "unused."
+        ),
+        results=pd.DataFrame([row]),
+        cost=pd.DataFrame([{"method": name, "trainable parameters": traced.trained.size}]),
+        routing=traced.frame,
+        settings={} if (own := traced.trained.place.settings) is None else own.model_dump(mode="json"),
+        notes=found.notes,
+        texts=token_texts(traced.tokens, traced.texts, traced.num_experts),
+        redundancy=traced.trained.redundancy(),
+        findings=diagnosis.findings,
+        findings_checked=True,
+        about=traced,
+    )
+
+
+def _shown_cost(cost: pd.DataFrame) -> pd.DataFrame:
+    """Without the task's and backbone's names where there is only one; step time is one over the reference's."""
+    constant = [name for name in ("task", "backbone") if cost[name].nunique() == 1]
+    return (
+        cost.drop(columns=constant).dropna(axis="columns", how="all").rename(columns={"step time": "step time ratio"})
+    )
+
+
+def robustness_report(found: Robustness) -> Report:
+    """The page of models under noise."""
+    kind = found.noise
+    results = found.means.rename(columns=lambda strength: f"{kind.symbol} {strength:g}").reset_index()
+    return Report(
+        title=f"{found.task} under {kind.title}",
+        summary=found.summary,
+        results=results,
+        cost=pd.DataFrame([{"method": name, "trainable parameters": size} for name, size in found.sizes.items()]),
+        routing=None,
+        settings={
+            "noise": {"kind": kind.name, "protocol": kind.protocol, "seeds": found.seeds},
+            "rows": {"task": found.task, "split": found.split, "count": found.rows, "metric": found.metric},
+        },
+        notes=found.notes,
+        robustness=found.frame,
+        robustness_differences=found.differences,
+        about=found,
+    )

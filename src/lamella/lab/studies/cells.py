@@ -1,0 +1,161 @@
+"""What a study is made of: cells, which name what they need by key, and what their models are asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lamella.lab.studies.answers import Questions, answers, masked_answers
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from lamella.lab.runs.settings import RunSettings
+    from lamella.lab.studies.folder import StudyFolder
+
+# what stands in a cell's settings in place of a path, before the key of the cell that makes what lies there
+LORA, BASE = "lora:", "head:"
+
+
+class Job(Protocol):
+    """One piece of work: done once however often it is planned, and only after what it needs."""
+
+    @property
+    def key(self) -> str:
+        """Names the work and all that it rests on, wherever that lies."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """Keys of the jobs that must be done before."""
+
+    def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+        """Do it; what its row says besides the time it took."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        backbone: as tables name it.
+        task: as tables name it.
+        method: by its name in the recipe.
+        settings: of the run; ``lora:KEY`` and ``head:KEY`` stand for what other cells make.
+        questions: what its model answers when it is trained; None where the run's own scores are all that counts.
+        masked: whether its model answers without each of its LoRAs too.
+        makes_base: whether its model becomes a backbone that other cells train on.
+        compared_with: keys of the cells whose LoRAs its answers are compared with at once, by source.
+    """
+
+    backbone: str
+    task: str
+    method: str
+    settings: RunSettings
+    questions: Questions | None = None
+    masked: bool = False
+    makes_base: bool = False
+    compared_with: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """The seed, which also orders the training rows: the same for every method."""
+        return self.settings.seed
+
+    @cached_property
+    def key(self) -> str:
+        """Names the settings, whatever the method is called: 16 hexadecimal digits of their SHA-256."""
+        return key_of(self.settings, self.questions)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.method} on {self.task} with {self.backbone}, seed {self.seed}"
+
+    @cached_property
+    def needs(self) -> Sequence[str]:
+        """Keys of the cells whose LoRAs and backbones it is made from."""
+        return [text.partition(":")[2] for text in _texts(_needing(self.settings)) if text.startswith((LORA, BASE))]
+
+    @property
+    def last(self) -> str:
+        """The key of the job after which the cell has all that tables need."""
+        return self.key if self.questions is None else Asked(self).key
+
+    def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+        """Train to the end, from the last checkpoint where there is one, and examine what came out."""
+        return folder.train(self, callbacks)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the model of a cell answers; with ``masked``, without each of its LoRAs in turn."""
+
+    cell: Cell
+    masked: bool = False
+
+    @property
+    def key(self) -> str:
+        """The cell's key and what is asked."""
+        return f"{self.cell.key}-{'masked' if self.masked else 'answers'}"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"answers of {self.cell.label}{', a LoRA left out' * self.masked}"
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """The cell, and the LoRAs that its answers are compared with."""
+        return [self.cell.key, *(() if self.masked else self.cell.compared_with.values())]
+
+    def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+        """Let the trained model answer every test."""
+        settings, run = folder.placed(self.cell.settings), folder.run(self.cell.key)
+        assert self.cell.questions is not None  # else there is nothing to ask
+        if self.masked:
+            folder.write_table(folder.masked(self.cell.key), masked_answers(settings, run, self.cell.questions))
+        else:
+            loras = {source: str(folder.run(key)) for source, key in self.cell.compared_with.items()}
+            folder.write_table(folder.answers(self.cell.key), answers(settings, run, self.cell.questions, loras))
+        return {}
+
+
+def jobs_of(cells: Iterable[Cell]) -> list[Job]:
+    """All the work of these cells, each once, in an order in which it can be done."""
+    jobs: dict[str, Job] = {}
+    for cell in cells:
+        jobs.setdefault(cell.key, cell)
+        if cell.questions is not None:
+            jobs.setdefault(Asked(cell).key, Asked(cell))
+        if cell.masked:
+            jobs.setdefault(Asked(cell, masked=True).key, Asked(cell, masked=True))
+    return list(jobs.values())
+
+
+def key_of(settings: RunSettings, questions: Questions | None) -> str:
+    """Names a run by its settings, and by what its model is asked."""
+    run: Any = settings.model_dump(mode="json")
+    identity = run if questions is None else {"run": run, "tests": questions.tasks, "test_rows": questions.rows}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _needing(settings: RunSettings) -> Any:
+    return [settings.model, getattr(settings.method, "adapters", {})]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)

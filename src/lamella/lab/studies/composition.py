@@ -1,0 +1,216 @@
+"""Studies of composition: a head, a LoRA per source and one for all, then every way to put the LoRAs together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from lamella.errors import LamellaError
+from lamella.lab.methods import Composition
+from lamella.lab.studies.answers import Answers, Questions, TestRows
+from lamella.lab.studies.cells import BASE, LORA, Cell
+from lamella.lab.studies.composed import KL, MIXTURE, measured
+from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
+
+if TYPE_CHECKING:
+    from lamella.lab.studies.folder import StudyFolder
+    from lamella.lab.studies.results import Results
+
+HEAD, JOINT = "no LoRA", "joint LoRA"
+METRIC = {"classes": "accuracy", "options": "accuracy", "tokens": "loss"}
+
+
+class CompositionStudy(StudyRecipe):
+    """LoRAs trained apart, put together in many ways, and asked what each of them still knows.
+
+    Where classes are asked for, a head is trained once per seed, with the backbone frozen, on the training rows of all
+    sources, and is frozen from then on: all LoRAs and all arms share it, and differ in their deltas alone. A language
+    model, which is asked for options or tokens, needs no head.
+    """
+
+    backbone: str
+    answers: Answers = Field(
+        "classes",
+        description="what tests ask for: the class of a text, the likeliest of a task's answers, or a text's tokens, "
+        "scored by their loss",
+    )
+    sources: dict[str, str] = Field(min_length=2, description="the task that each LoRA learns, by a name for it")
+    held_out: dict[str, str] = Field(description="tasks that no LoRA learns, by a name for them")
+    lora: dict[str, Any] = Field(
+        description="settings of LoRA, and of the runs that train the sources' and the joint one"
+    )
+    head: dict[str, Any] = Field(default_factory=dict, description="settings of the run that trains the head")
+    arms: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="by the name that tables show: 'method', 'sources' if it composes not all, and settings of its run",
+    )
+    masked: list[str] = Field(
+        default_factory=list, description="arms that answer again without each of their LoRAs in turn: mole, uniform"
+    )
+    fitted_on: str | None = Field(
+        None, description="the held-out task whose training rows arms are fitted on; else the sources' validation rows"
+    )
+    rows: int = Field(256, gt=0, description="that arms are fitted on, unseen by LoRAs")
+    test_rows: TestRows = Field(None, description="of each source and held-out task, or by their names; all if absent")
+
+    @property
+    def metric(self) -> str:
+        """What tests are scored by."""
+        return METRIC[self.answers]
+
+    @property
+    def union(self) -> str:
+        """The task of all sources together."""
+        return f"mix:{'+'.join(self.sources.values())}"
+
+    @property
+    def fitting(self) -> str:
+        """The task that arms are fitted on."""
+        return f"held:{self.union}" if self.fitted_on is None else self.held_out[self.fitted_on]
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.arms, *map(alone, self.sources), JOINT, HEAD]
+
+    @property
+    def shown(self) -> list[str]:
+        return [self.reference_name, JOINT, HEAD]
+
+    @property
+    def tests(self) -> dict[str, str]:
+        """The tasks that everything is scored on."""
+        return {**self.sources, **self.held_out}
+
+    @property
+    def questions(self) -> Questions:
+        """What every model is asked."""
+        return Questions(self.tests, self.test_rows, self.answers)
+
+    @property
+    def tables(self) -> list[TableOf]:
+        """The mixture, every held-out test and every source; then what is kept on the mixture, as a KL."""
+        return [
+            *(TableOf(self.backbone, test, self.metric, test) for test in (MIXTURE, *self.held_out)),
+            *(TableOf(self.backbone, test, self.metric, test, part=True) for test in self.sources),
+            TableOf(self.backbone, MIXTURE, KL, f"{MIXTURE}, what is kept"),
+        ]
+
+    def check(self) -> None:
+        check_name(self.reference_name, self.arms, "arm for 'reference'")
+        if self.fitted_on is not None:
+            check_name(self.fitted_on, self.held_out, "held-out task for 'fitted_on'")
+        if isinstance(self.test_rows, dict) and self.test_rows.keys() != self.tests.keys():
+            raise LamellaError(f"test_rows by name must name every source and held-out task: {', '.join(self.tests)}.")
+        if lacking := [name for name, own in self.arms.items() if not isinstance(own.get("method"), str | dict)]:
+            raise LamellaError(
+                f"arms.{lacking[0]} does not say which method it is. Add a line 'method: uniform', for example."
+            )
+        self._check_settings()
+        if len({*self.names, *self.tests}) < len(self.names) + len(self.sources) + len(self.held_out):
+            raise LamellaError(
+                "Arms, sources and held-out tasks need different names, other than those of the LoRAs alone."
+            )
+        self._check_masked()
+
+    def _check_settings(self) -> None:
+        places = {"run.": self.run, "lora.": self.lora, "head.": self.head}
+        places |= {f"arms.{name}.": own for name, own in self.arms.items()}
+        for place, own in places.items():
+            if given := [key for key in ("model", "task", "seed") if key in own]:
+                raise LamellaError(
+                    f"{place}{given[0]} follows from the study's backbone, sources and seeds. Leave it out."
+                )
+        for name, own in self.arms.items():
+            chosen = own.get("sources", list(self.sources))
+            if not isinstance(chosen, list) or not chosen:
+                raise LamellaError(
+                    f"arms.{name}.sources={chosen} must be a list of the study's sources, for example [a]."
+                )
+            for source in chosen:
+                check_name(str(source), self.sources, "source")
+
+    def _check_masked(self) -> None:
+        for name in self.masked:
+            check_name(name, self.arms, "arm for 'masked'")
+        for cell in self.cells() if self.masked else ():
+            method = cell.settings.method
+            if cell.masked and not (isinstance(method, Composition) and method.masked_by and len(method.adapters) > 1):
+                raise LamellaError(
+                    f"masked names the arm {cell.method}, but LoRAs can be left out only of an arm of mole or uniform "
+                    "with at least two of them."
+                )
+
+    def cells(self) -> list[Cell]:
+        return [cell for seed in self.seed_list for cell in self._of_seed(seed)]
+
+    def _of_seed(self, seed: int) -> list[Cell]:
+        """The head, a LoRA per source and the joint one, then the arms."""
+        classes = self.answers == "classes"
+        head = self._cell(HEAD, self.union, seed, self.backbone, {"method": "head" if classes else "bare", **self.head})
+        model = f"{BASE}{head.key}" if classes else self.backbone
+        lora = {**self.lora, "method": {"name": "lora-only", **self.lora.get("method", {})}}
+        loras = {name: self._cell(alone(name), task, seed, model, lora) for name, task in self.sources.items()}
+        joint = self._cell(JOINT, self.union, seed, model, lora)
+        adapters = {name: f"{LORA}{cell.key}" for name, cell in loras.items()}
+        arms = [self._arm(name, seed, model, adapters) for name in self.arms]
+        cells = [head, *loras.values(), joint, *arms]
+        if not self.questions.compares:
+            return cells
+        keys = {name: cell.key for name, cell in loras.items()}
+        return [replace(cell, compared_with=keys) for cell in cells]
+
+    def _arm(self, name: str, seed: int, model: str, adapters: Mapping[str, str]) -> Cell:
+        own = dict(self.arms[name])
+        chosen, method = own.pop("sources", self.sources), own.pop("method")
+        method = {"name": method} if isinstance(method, str) else method
+        composed = {**method, "adapters": {source: adapters[source] for source in chosen}}
+        return self._cell(name, self.fitting, seed, model, {"limit": {"train": self.rows}, **own, "method": composed})
+
+    def _cell(self, name: str, task: str, seed: int, model: str, own: Mapping[str, Any]) -> Cell:
+        settings = method_settings({**self.run, **own, "model": model, "task": task, "seed": seed})
+        makes_base = name == HEAD and self.answers == "classes"
+        return Cell(self.backbone, task, name, settings, self.questions, name in self.masked, makes_base)
+
+    def measured(self, cells: Sequence[Cell], folder: StudyFolder) -> Measured:
+        loras = {alone(source): source for source in self.sources}
+        union = self.union if self.answers == "classes" else None
+        return measured(self.questions, self.metric, loras, union, cells, folder)
+
+    def notes(self, cells: Sequence[Cell], folder: StudyFolder, results: Sequence[Results]) -> list[str]:
+        head = (
+            "The task head is trained once per seed on the training rows of all sources, the backbone frozen, and is "
+            f"frozen in every LoRA and arm; '{HEAD}' is that model."
+        )
+        compared = "mean KL(LoRA || arm) in nats, 0 for the same."
+        if self.answers == "tokens":
+            head = (
+                f"'{HEAD}' is the backbone as it is. Loss is in nats per token: the mean over texts of a text's mean."
+            )
+            compared = f"over the whole vocabulary at every token; {compared}"
+        if self.answers == "options":
+            head = (
+                f"'{HEAD}' is the backbone as it is. A question is answered by the likeliest of its task's answers, "
+                "by the sum of the log-probabilities of an answer's tokens, without the end token. The floors are "
+                "chance and the commonest answer of the tested rows."
+            )
+        fitted = (
+            f"{self.rows} validation rows of the sources, which no LoRA was trained on"
+            if self.fitted_on is None
+            else f"{self.rows} examples of {self.fitted_on}, the same for every seed; no LoRA was trained on that task"
+        )
+        return [
+            f"{head} Arms are fitted on {fitted}.",
+            f"'{JOINT}' is one LoRA trained on all sources' training rows: an upper reference, not a composition.",
+            "The mixture is the test rows of all sources. 'kl from own LoRA' compares, on every source's test rows, "
+            f"the probabilities of an arm with those of that source's LoRA alone: {compared}",
+            "The tables are of the mixture and of what no LoRA was trained on; each source's own test is in "
+            "results.parquet.",
+        ]
+
+
+def alone(source: str) -> str:
+    """What tables call a source's LoRA by itself."""
+    return f"{source} LoRA"

@@ -1,0 +1,154 @@
+"""What the recipes of all studies have in common, and how one is read."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from pydantic import Field
+
+from lamella.errors import LamellaError
+from lamella.lab.methods import read_saved
+from lamella.lab.runs.settings import RunSettings, override, read_recipe
+from lamella.lab.schema import Settings, unknown_key
+
+if TYPE_CHECKING:
+    from lamella.lab.studies.cells import Cell
+    from lamella.lab.studies.folder import StudyFolder
+    from lamella.lab.studies.results import Results
+
+
+@dataclass(frozen=True)
+class TableOf:
+    """Which rows one table of a study is about; ``parts`` of a study are united in a table of its own.
+
+    Attributes:
+        metric: None where it is the main one of the task's runs.
+        title: what the table calls the task.
+    """
+
+    backbone: str
+    task: str
+    metric: str | None
+    title: str
+    part: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A study's tables, by the names of their files: results, examples and what else it has; and notes on them."""
+
+    tables: Mapping[str, pd.DataFrame]
+    notes: Sequence[str] = ()
+
+
+class StudyRecipe(Settings):
+    """A study as its recipe says it."""
+
+    seeds: list[int] | int = Field(3, description="a list, or how many: 0, 1, ...")
+    run: dict[str, Any] = Field(default_factory=dict, description="settings of every run")
+    reference: str | None = Field(None, description="the method that the others are compared with; the first if absent")
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds, one by one."""
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+
+    @property
+    def reference_name(self) -> str:
+        """The method that the others are compared with."""
+        return self.reference or self.names[0]
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every method, in the order of the tables."""
+
+    @property
+    @abstractmethod
+    def shown(self) -> list[str]:
+        """The methods whose means a summary gives."""
+
+    @property
+    @abstractmethod
+    def tables(self) -> list[TableOf]:
+        """The tables that the study is shown in."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a LamellaError where keys do not fit each other."""
+
+    @abstractmethod
+    def cells(self) -> list[Cell]:
+        """Every cell, seed by seed, so that an early look already compares.
+
+        Raises:
+            LamellaError: settings do not fit.
+        """
+
+    @abstractmethod
+    def measured(self, cells: Sequence[Cell], folder: StudyFolder) -> Measured:
+        """What the finished cells measured.
+
+        Raises:
+            LamellaError: a task cannot be loaded.
+        """
+
+    @abstractmethod
+    def notes(self, cells: Sequence[Cell], folder: StudyFolder, results: Sequence[Results]) -> list[str]:
+        """How the numbers were made, and what was made equal."""
+
+
+def read_study(recipe: str, overrides: Iterable[str] = ()) -> StudyRecipe:
+    """The study of a recipe, a file or a packaged one, with ``key=value`` changes; or of the folder of a study.
+
+    Raises:
+        LamellaError: there is no such recipe, it is not a study, or a key or value does not fit.
+    """
+    written = Path(recipe) / "study.yaml"
+    tree = read_saved(read_recipe(str(written))) if written.is_file() else read_recipe(recipe)
+    override(tree, overrides)
+    return study_of(tree, recipe)
+
+
+def study_of(tree: Mapping[str, Any], recipe: str = "study.yaml") -> StudyRecipe:
+    """The study that a recipe says: of composition where it has ``sources``, of methods side by side with ``methods``.
+
+    Raises:
+        LamellaError: as `read_study`.
+    """
+    from lamella.lab.studies.composition import CompositionStudy
+    from lamella.lab.studies.grid import Grid
+
+    if not {"methods", "sources"} & set(tree) and "model" in tree:
+        raise LamellaError(f"The recipe '{recipe}' is one run. Give it to `lamella train`; a study has 'methods'.")
+    study: StudyRecipe = (CompositionStudy if "sources" in tree else Grid).parse(tree)
+    if not study.seed_list or len(set(study.seed_list)) < len(study.seed_list):
+        raise LamellaError(f"seeds={study.seeds} must name at least one seed, and each of them once.")
+    study.check()
+    return study
+
+
+def method_settings(values: Mapping[str, Any]) -> RunSettings:
+    """Settings of a cell; one thread, since a study's speed comes from --jobs, and scores must not depend on cores."""
+    return RunSettings.parse({"threads": 1, **values})
+
+
+def check_name(name: str, known: Iterable[str], kind: str) -> None:
+    """Raise a LamellaError with the nearest known name where ``name`` is not among them."""
+    known = list(known)
+    if name not in known:
+        raise LamellaError(unknown_key(name, known).replace("setting", kind, 1))
+
+
+def settings_by_method(cells: Iterable[Cell]) -> Mapping[str, dict[str, Any]]:
+    """What each method's runs were given, without what differs between the cells of a method."""
+    seen: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        if cell.method not in seen:
+            seen[cell.method] = cell.settings.model_dump(mode="json", exclude={"seed", "model", "task"})
+    return seen

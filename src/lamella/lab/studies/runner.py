@@ -1,0 +1,178 @@
+"""Who does the work of a study: this process, processes beside it, or the workers of a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+
+from transformers import TrainerCallback
+
+from lamella.cluster import Cluster, connected
+from lamella.errors import LamellaError
+from lamella.lab.quiet import quiet_libraries
+from lamella.lab.studies.cells import Cell, Job, jobs_of
+from lamella.lab.studies.folder import StudyFolder
+
+_POLL_SECONDS = 0.5
+Told = Callable[[Job], None]
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    folder: StudyFolder,
+    jobs: int = 1,
+    ray: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    starting: Told = lambda job: None,
+    finished: Told = lambda job: None,
+) -> None:
+    """Do all that these cells are made of and that has no row yet; whoever needs what failed fails too, and says so.
+
+    Args:
+        cells: of the study.
+        folder: where they lie.
+        jobs: processes, each with one thread; with one, this process works.
+        ray: address of a Ray cluster whose workers see the folder under the same path, "auto" for the one on this
+            machine, or "local"; in place of processes.
+        callbacks: of the Trainer, where this process works.
+        starting: told each job before it is begun, where this process works.
+        finished: told each job that was done.
+
+    Raises:
+        LamellaError: a process of several died, or no cluster answers.
+    """
+    work_list = jobs_of(cells)
+    if ray is not None:
+        work_on_ray(work_list, folder, ray, finished)
+    elif jobs > 1:
+        work_in_processes(work_list, folder, min(jobs, len(work_list)), finished)
+    else:
+        work(work_list, folder, callbacks, starting, finished)
+
+
+def work(
+    jobs: Sequence[Job],
+    folder: StudyFolder,
+    callbacks: Sequence[TrainerCallback] = (),
+    starting: Told = lambda job: None,
+    finished: Told = lambda job: None,
+) -> None:
+    """Do every job, until each has its row or has failed; what others are doing is waited for."""
+    labels = {job.key: job.label for job in jobs}
+    left = list(jobs)
+    while left := [job for job in left if not _settled(job, folder)]:
+        taken = False
+        for job in left:
+            if _ready(job, folder, labels) and _take(job, folder, callbacks, starting):
+                taken = True
+                if folder.finished(job.key):
+                    finished(job)
+        if not taken and any(not _settled(job, folder) for job in left):
+            time.sleep(_POLL_SECONDS)
+
+
+def _settled(job: Job, folder: StudyFolder) -> bool:
+    return folder.finished(job.key) or folder.failure(job.key) is not None
+
+
+def _ready(job: Job, folder: StudyFolder, labels: dict[str, str]) -> bool:
+    """Whether everything is there that a job needs; a job that needs what failed fails."""
+    if failed := [key for key in job.needs if folder.failure(key) is not None]:
+        folder.fail(job, f"It needs {labels.get(failed[0], failed[0])}, which could not be run.")
+    return all(folder.finished(key) for key in job.needs)
+
+
+def _take(job: Job, folder: StudyFolder, callbacks: Sequence[TrainerCallback], starting: Told) -> bool:
+    with folder.claim(job.key) as claimed:
+        # another process may have finished it since the list was made
+        if not claimed or _settled(job, folder):
+            return False
+        starting(job)
+        try:
+            folder.carry_out(job, callbacks)
+        except LamellaError as error:
+            folder.fail(job, str(error))
+        return True
+
+
+def work_in_processes(jobs: Sequence[Job], folder: StudyFolder, count: int, finished: Told = lambda job: None) -> None:
+    """`work` in ``count`` fresh processes; they end when this one does, however it ends.
+
+    Raises:
+        LamellaError: a process died of something other than a `LamellaError`.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each process has one core
+    context = multiprocessing.get_context("spawn")  # a forked torch keeps locks and threads that no longer exist
+    processes: list[BaseProcess] = [context.Process(target=_worker, args=(list(jobs), folder)) for _ in range(count)]
+    waiting = {job.key: job for job in jobs if not folder.finished(job.key)}
+    for process in processes:
+        process.start()
+    try:
+        while waiting and any(process.is_alive() for process in processes):
+            time.sleep(_POLL_SECONDS)
+            for key in [key for key in waiting if folder.finished(key)]:
+                finished(waiting.pop(key))
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()
+    if bad := [process.exitcode for process in processes if process.exitcode]:
+        raise LamellaError(
+            f"{len(bad)} of {count} processes ended with status {bad[0]} before the study was done (a negative "
+            "one is a signal, -9 often a lack of memory). Finished cells are kept: run it again, with fewer --jobs."
+        )
+
+
+def _worker(jobs: list[Job], folder: StudyFolder) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    quiet_libraries()  # several processes share one terminal
+    work(jobs, folder)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def work_on_ray(jobs: Sequence[Job], folder: StudyFolder, address: str, finished: Told = lambda job: None) -> None:
+    """Do every job on a Ray cluster, each when what it needs is there; a job whose worker dies is given to another.
+
+    A cell takes one CPU, and one GPU where the cluster has any.
+
+    Raises:
+        LamellaError: Ray is not installed, no cluster answers, workers die again and again or write elsewhere.
+    """
+    labels = {job.key: job.label for job in jobs}
+    with connected(address) as ray:
+        cluster: Cluster[Job] = Cluster(ray, _on_worker, gpus=int("GPU" in ray.cluster_resources()))
+        left = list(jobs)
+        while True:
+            left = [job for job in left if not _settled(job, folder)]
+            ready = [job for job in left if _ready(job, folder, labels)]
+            left = [job for job in left if job not in ready]
+            for job in ready:
+                cluster.submit(job, job, StudyFolder(folder.path.resolve()))
+            if not cluster.waiting:
+                if not any(not _settled(job, folder) for job in left):
+                    return
+                continue  # what is left needs what failed, or others are doing it
+            done = cluster.next()
+            if not _settled(done, folder):
+                raise LamellaError(
+                    f"A worker finished {done.label}, but its row is not in {folder.path}. Workers must see the "
+                    "study's folder under the same path: use a shared file system."
+                )
+            if folder.finished(done.key):
+                finished(done)
+
+
+def _on_worker(job: Job, folder: StudyFolder) -> None:
+    quiet_libraries()
+    work([job], folder)

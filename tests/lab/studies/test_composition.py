@@ -1,0 +1,190 @@
+"""The runs of a study of composition: what rests on what, and that nothing but the deltas differs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.lab.studies.conftest import cell_of, run
+
+from lamella.errors import LamellaError
+from lamella.lab.studies.cells import jobs_of
+from lamella.lab.studies.composition import HEAD, JOINT
+from lamella.lab.studies.folder import StudyFolder
+from lamella.lab.studies.planning import plan
+from lamella.lab.studies.recipe import read_study
+from lamella.lab.studies.runner import run_cells
+
+
+def tensors(folder, cell):
+    return load_file(folder.run(cell.key) / "adapter" / "adapter_model.safetensors")
+
+
+def test_every_cell_is_run_and_is_an_ordinary_run(ran):
+    _, cells, folder = ran
+
+    assert len(cells) == 18
+    for cell in cells:
+        assert folder.failure(cell.key) is None
+        metrics = json.loads((folder.run(cell.key) / "metrics.json").read_text())
+        assert metrics["saved_equals_loaded"]["equal"]
+        assert metrics["seed"] == cell.seed
+        examined = cell.method in ("MOLE", "a LoRA", "b LoRA", JOINT, HEAD)
+        assert ("diagnosis" in folder.row(cell.key)) == examined
+    for cell in (cell for cell in cells if cell.method in ("uniform", "only a", "only b")):
+        metrics = folder.row(cell.key)["metrics"]
+        assert (metrics["trainable_parameters"], metrics["steps"], metrics["train_seconds"]) == (0, 0, 0)
+        assert metrics["build_seconds"] > 0
+        assert not (folder.run(cell.key) / "checkpoints").exists()
+
+
+def test_all_of_a_seed_share_one_trained_head_and_train_none(ran):
+    _, cells, folder = ran
+    for seed in (0, 1):
+        head, *others = (cell for cell in cells if cell.seed == seed)
+        base = load_file(folder.base(head.key) / "model.safetensors")
+        trained = tensors(folder, head)
+        assert torch.equal(base["classifier.weight"], trained["base_model.model.classifier.weight"])
+        for cell in others:
+            assert cell.settings.model == f"head:{head.key}"
+            assert Path(folder.placed(cell.settings).model).name == head.key
+            assert not [name for name in tensors(folder, cell) if ".classifier." in name and "xlora" not in name]
+
+
+def test_loras_learn_their_own_rows_and_the_joint_one_all_of_them(ran):
+    study, cells, _ = ran
+    tasks = {cell.method: cell.settings.task for cell in cells}
+
+    assert [cell.method for cell in cells][:4] == [HEAD, "a LoRA", "b LoRA", JOINT]
+    assert {name: tasks[f"{name} LoRA"] for name in study.sources} == study.sources
+    assert tasks[JOINT] == tasks[HEAD] == study.union
+    arms = [cell for cell in cells if cell.method in study.arms]
+    assert {cell.settings.task for cell in arms} == {f"held:{study.union}"}
+    assert all(cell.settings.limit == {"train": 12} for cell in arms)
+
+
+def test_cells_need_what_they_are_made_from(ran):
+    _, cells, _ = ran
+    head, a, b = (cell_of(cells, name) for name in (HEAD, "a LoRA", "b LoRA"))
+
+    assert list(head.needs) == []
+    assert list(a.needs) == [head.key]
+    assert list(cell_of(cells, "MOLE").needs) == [head.key, a.key, b.key]
+    assert list(cell_of(cells, "only b").needs) == [head.key, b.key]
+    jobs = jobs_of(cells)
+    place = {job.key: at for at, job in enumerate(jobs)}
+    assert all(place[need] < place[job.key] for job in jobs for need in job.needs)
+    assert len(jobs) == 18 + 18 + 4
+
+
+def test_an_arm_composes_the_sources_that_it_names(ran):
+    _, cells, folder = ran
+    lora, uniform, only = (cell_of(cells, name) for name in ("b LoRA", "uniform", "only b"))
+
+    placed = {name: folder.placed(cell.settings).method.adapters for name, cell in (("u", uniform), ("b", only))}
+    assert set(placed["u"]) == {"a", "b"}
+    assert placed["b"] == {"b": placed["u"]["b"]} == {"b": str(folder.run(lora.key))}
+    assert only.settings.task == uniform.settings.task
+    own, found = (pd.read_parquet(folder.answers(cell.key)) for cell in (lora, only))
+    for left, right in zip(own["log_probs"], found["log_probs"], strict=True):
+        assert right == pytest.approx(left, abs=1e-5)
+
+
+def test_masked_arms_answer_without_each_of_their_loras(ran):
+    _, cells, folder = ran
+    complete, only = (pd.read_parquet(folder.answers(cell_of(cells, name).key)) for name in ("MOLE", "only b"))
+
+    for name in ("MOLE", "uniform"):
+        masked = pd.read_parquet(folder.masked(cell_of(cells, name).key))
+        sizes = list(masked.groupby("dropped", sort=False).size().items())
+        assert sizes == [("a", len(complete)), ("b", len(complete))]
+        # of two LoRAs the other one is left, with all the weight
+        without_a = masked[masked["dropped"] == "a"]
+        for left, right in zip(only["log_probs"], without_a["log_probs"], strict=True):
+            assert right == pytest.approx(left, abs=1e-5)
+    assert not folder.masked(cell_of(cells, "X-LoRA").key).exists()
+
+
+def test_keys_say_what_a_cell_rests_on_and_not_where_it_lies(ran, recipe):
+    _, cells, _ = ran
+    changed = read_study(recipe, ["lora.lr=1e-3"]).cells()
+
+    assert [cell.key for cell in read_study(recipe).cells()] == [cell.key for cell in cells]
+    same = {cell.method for cell, other in zip(cells, changed, strict=True) if cell.key == other.key}
+    assert same == {HEAD}
+    assert len({cell.key for cell in cells}) == 18
+
+
+def test_what_is_done_is_not_done_again(ran, tmp_path, monkeypatch):
+    _, cells, folder = ran
+    copy = StudyFolder(tmp_path / "copy")
+    shutil.copytree(folder.path, copy.path)
+    arm = cell_of(cells, "uniform", 1)
+    (copy.path / "rows" / f"{arm.key}.json").unlink()  # killed between the end of a run and its row
+    (copy.path / "rows" / f"{arm.key}-answers.json").unlink()
+    copy.answers(arm.key).unlink()
+
+    def untouched(*args, **kwargs):
+        raise AssertionError("a finished cell was run again")
+
+    monkeypatch.setattr("lamella.lab.studies.folder.train", untouched)
+    run_cells(cells, copy)
+
+    assert copy.finished(arm.key)
+    assert copy.answers(arm.key).read_bytes() == folder.answers(arm.key).read_bytes()
+    assert plan(cells, copy).hours == 0
+
+
+def test_what_needs_a_failed_cell_fails_and_says_so(recipe, tmp_path):
+    _, cells, folder = run(recipe, tmp_path, "seeds=[0]", "lora.router_lr=1")
+
+    assert "no trainable router" in folder.failure(cell_of(cells, "a LoRA").key)
+    said = folder.failure(cell_of(cells, "uniform").key)
+    assert said.startswith("It needs a LoRA on ")
+    assert said.endswith(", which could not be run.")
+    assert all(folder.failure(cell.last) is not None for cell in cells if cell.method != HEAD)
+    assert folder.finished(cell_of(cells, HEAD).last)
+
+
+def test_two_processes_give_the_answers_of_one(ran, tmp_path):
+    _, cells, folder = ran
+    first = [cell for cell in cells if cell.seed == 0]
+    other = StudyFolder(tmp_path)
+    run_cells(first, other, jobs=2)
+
+    for cell in first:
+        assert other.answers(cell.key).read_bytes() == folder.answers(cell.key).read_bytes()
+
+
+def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
+    hours = []
+    for rows in (1, 10):
+        cells = read_study(recipe, [f"test_rows={rows}"]).cells()
+        found = plan(cells, StudyFolder(tmp_path))
+        assert (found.cells, found.done) == (18, 0)
+        hours.append(found.hours)
+    assert 0 < hours[0] < hours[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("reference=nobody", "nobody"),
+        ("arms.uniform.method=null", "does not say which method"),
+        ("lora.task=trec", "lora.task follows"),
+        ("seeds=[0,0]", "each of them once"),
+        ("held_out={MOLE: x}", "different names"),
+        ("sauces={}", "sources"),
+        ("arms.uniform.sources=[d]", "There is no source 'd'"),
+        ("arms.uniform.sources=[]", "must be a list of the study's sources"),
+        ("masked=[nobody]", "arm for 'masked' 'nobody'"),
+        ("masked=[X-LoRA]", "masked names the arm X-LoRA"),
+        ("masked=[only b]", "masked names the arm only b"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(recipe, change, message):
+    with pytest.raises(LamellaError, match=message):
+        read_study(recipe, [change])

@@ -1,0 +1,3 @@
+from tests.lab.conftest import bert, questions
+
+__all__ = ["bert", "questions"]

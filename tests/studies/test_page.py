@@ -1,0 +1,13 @@
+from studies.__main__ import PAGE
+from studies.keep import ROWS, load_study, study_names
+from studies.page import evidence_page
+from studies.similarity import kept_similarity
+
+
+def test_the_page_is_what_the_kept_rows_say():
+    page = evidence_page([load_study(name) for name in study_names()], kept_similarity())
+    assert PAGE.read_text(encoding="utf-8") == page, "run `make evidence`"
+
+
+def test_nothing_is_kept_that_no_recipe_plans():
+    assert {path.name.partition(".")[0] for path in ROWS.glob("*")} <= set(study_names())
