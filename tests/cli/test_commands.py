@@ -4,32 +4,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from tests.cli.conftest import FAST
 
 from lamella import cli
 
-FAST = ["batch_size=8", "max_steps=4", "max_length=32", "log_every=2", "evaluate_every=2", "threads=1"]
 MOLA = ["method.name=mola", "method.r=2", "method.num_experts=2"]
 
 
-@pytest.fixture
-def lamella(monkeypatch, capsys):
-    """Run the command in this process; gives its exit status, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["lamella", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
-
-
-def test_train_prints_one_json_object_and_leaves_a_report(lamella, bert, questions, run_folder):
-    status, out, _ = lamella("train", "--model", bert, "--task", questions, *MOLA, *FAST, "-o", run_folder, "--json")
+def test_a_run_is_json_for_programs_and_is_kept_until_told_otherwise(lamella, bert, questions, run_folder):
+    words = ["train", "--model", bert, "--task", questions, *MOLA, *FAST, "-o", run_folder]
+    status, out, _ = lamella(*words, "--json")
 
     assert status == 0
     printed = json.loads(out)
@@ -42,10 +28,10 @@ def test_train_prints_one_json_object_and_leaves_a_report(lamella, bert, questio
     assert "The doctor has not examined" not in page
     assert "Redundancy" in page
 
-
-def test_train_tells_people_the_score_and_the_allocation(lamella, bert, questions, run_folder):
-    status, out, err = lamella("train", "--model", bert, "--task", questions, *MOLA, *FAST, "-o", run_folder)
-
+    status, _, err = lamella(*words)
+    assert status == 2
+    assert "--force" in err
+    status, out, err = lamella(*words, "--force")
     assert status == 0
     assert "accuracy" in err
     assert "experts per block" in err
@@ -81,16 +67,6 @@ def test_what_cannot_be_used_is_a_paragraph_and_status_2(lamella, words, message
     assert message in " ".join(err.split())
     assert "Traceback" not in err
     assert out == ""
-
-
-def test_a_finished_run_is_kept(lamella, bert, questions, run_folder):
-    words = ["train", "--model", bert, "--task", questions, "method=head", *FAST, "-o", run_folder]
-    assert lamella(*words)[0] == 0
-
-    status, _, err = lamella(*words)
-    assert status == 2
-    assert "--force" in err
-    assert lamella(*words, "--force")[0] == 0
 
 
 def test_allocate_prints_the_list_and_the_sum(lamella):
@@ -131,10 +107,21 @@ def test_an_unexpected_error_is_status_1(lamella, monkeypatch):
         cli.main()  # the interpreter prints the traceback and exits with 1
 
 
-def test_a_run_that_was_really_killed_goes_on(bert, questions, run_folder):
+def test_an_interruption_is_a_sentence_and_status_130(lamella, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lamella.lab.runs.settings.resolve", interrupted)
+    status, out, err = lamella("train")
+    assert (status, out) == (130, "")
+    assert err.startswith("Interrupted.")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_that_was_really_killed_goes_on(lamella, bert, questions, run_folder):
     """SIGKILL between two steps: the strongest interruption there is."""
-    words = ["--model", bert, "--task", questions, *MOLA, *FAST, "max_steps=400", "evaluate_every=5", "-o", run_folder]
-    command = [sys.executable, "-m", "lamella", "train", *map(str, words), "--json"]
+    words = ["--model", bert, "--task", questions, *MOLA, *FAST, "max_steps=120", "evaluate_every=5", "-o", run_folder]
+    command = [sys.executable, "-m", "lamella", "train", *map(str, words)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(run_folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
@@ -146,36 +133,8 @@ def test_a_run_that_was_really_killed_goes_on(bert, questions, run_folder):
     assert not (run_folder / "metrics.json").exists()
     assert not (run_folder / "adapter").exists()
 
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 400
+    status, out, err = lamella("train", *words, "--json")
+    assert status == 0, err
+    assert json.loads(out)["steps"] == 120
     assert "resuming from checkpoint-" in (run_folder / "log.txt").read_text()
     assert not (run_folder / "checkpoints").exists()
-
-
-@pytest.mark.real
-def test_the_quick_demo(tmp_path):
-    """From the command to the report, on the real model and questions."""
-    command = [
-        sys.executable,
-        "-m",
-        "lamella",
-        "demo",
-        "--quick",
-        "-o",
-        str(tmp_path / "demo"),
-        "--json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
-    assert printed["results"][0]["method"].startswith("floor")
-    counts = [row["trainable parameters"] for row in printed["cost"]]
-    assert abs(counts[0] - counts[1]) < 0.02 * counts[0]
-    assert not [finding for finding in printed["findings"] if finding["severity"] == "error"]
-    runs = list((tmp_path / "demo" / "runs").iterdir())
-    assert len(runs) == 6
-    assert all(json.loads((run / "metrics.json").read_text())["saved_equals_loaded"]["equal"] for run in runs)
-    assert "<html" in Path(printed["report"]).read_text()

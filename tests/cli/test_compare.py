@@ -2,7 +2,6 @@ import json
 
 import pandas as pd
 import pytest
-from tests.cli.test_commands import lamella  # noqa: F401
 from tests.lab.tiny_studies import write_study
 
 
@@ -11,7 +10,7 @@ def recipe(bert, questions, tmp_path):
     return write_study(tmp_path / "study.yaml", bert, questions, max_steps=2)
 
 
-def test_compare_leaves_table_and_report(lamella, recipe, tmp_path):  # noqa: F811
+def test_compare_leaves_table_and_report(lamella, recipe, tmp_path):
     words = ["compare", recipe, "seeds=1", "-o", tmp_path / "out"]
 
     status, out, _ = lamella(*words, "--plan", "--json")
@@ -42,7 +41,7 @@ def test_compare_leaves_table_and_report(lamella, recipe, tmp_path):  # noqa: F8
     assert "measuring" not in err
 
 
-def test_a_cell_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa: F811
+def test_a_cell_that_was_not_run_is_status_1(lamella, recipe, tmp_path):
     status, _, err = lamella("compare", recipe, "seeds=1", "methods.head.router_lr=1", "-o", tmp_path / "out")
 
     assert status == 1
@@ -54,7 +53,7 @@ def test_a_cell_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa
     ("words", "message"),
     [(["seeds=1"], "Name the recipe"), (["trec-mola"], "lamella train"), (["shapes"], "demo-compose")],
 )
-def test_what_is_no_study_is_status_2(lamella, words, message):  # noqa: F811
+def test_what_is_no_study_is_status_2(lamella, words, message):
     status, _, err = lamella("compare", *words)
 
     assert status == 2

@@ -2,7 +2,6 @@ import json
 
 import pandas as pd
 import pytest
-from tests.cli.test_commands import lamella  # noqa: F401
 from tests.lab.studies.conftest import recipe  # noqa: F401
 
 
@@ -47,7 +46,7 @@ def test_an_arm_that_was_not_run_is_status_1(lamella, recipe, tmp_path):  # noqa
 
 
 @pytest.mark.real
-def test_all_ways_to_compose_three_kinds_of_texts_in_miniature(lamella, tmp_path):  # noqa: F811
+def test_all_ways_to_compose_three_kinds_of_texts_in_miniature(lamella, tmp_path):
     small = ["seeds=1", "rows=24", "test_rows=8", "run.max_length=24", "lora.limit={train: 32, validation: 8, test: 8}"]
     small += ["head.limit={train: 64, validation: 8, test: 8}", "arms.LoRAHub.method.evaluations=4"]
     texts = ["sources={amazon: amazon, tweets: tweets, editorials: editorials}", "held_out={movies: movies-neutral}"]

@@ -1,39 +1,30 @@
 import json
-import subprocess
-import sys
 
 import pytest
-from tests.cli.test_commands import FAST, lamella  # noqa: F401
-from tests.lab.tiny_runs import tiny_settings
-
-from lamella.lab.runs.run import train
+from tests.cli.conftest import FAST
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
-def runs(request, tmp_path_factory):
-    """Two runs of LoRA on one base, the base, and their task."""
-    base = request.getfixturevalue(request.param)
-    task = request.getfixturevalue({"bert": "questions", "llama": "prose"}[request.param])
-    folder = tmp_path_factory.mktemp("runs")
-    for seed, name in enumerate(("first", "second")):
-        train(tiny_settings(base, task, {"name": "lora", "r": 2}, seed=seed), folder / name)
-    return folder, base, task
-
-
-def test_compose_trains_routers_and_leaves_a_run(lamella, runs, run_folder):  # noqa: F811
-    folder, base, task = runs
-    words = ["compose", "--adapters", f"one={folder / 'first'}", folder / "second" / "adapter", "--task", task, *FAST]
+def test_compose_trains_routers_and_leaves_a_run(lamella, bert, lora_runs, questions, run_folder):
+    words = [
+        "compose",
+        "--adapters",
+        f"one={lora_runs / 'first'}",
+        lora_runs / "second" / "adapter",
+        "--task",
+        questions,
+        *FAST,
+    ]
 
     status, out, err = lamella(*words, "method.granularity=network", "-o", run_folder, "--json")
 
     assert status == 0, err
     printed = json.loads(out)
-    assert (printed["method"], printed["model"]) == ("mole", base)
+    assert (printed["method"], printed["model"]) == ("mole", bert)
     assert printed["saved_equals_loaded"]["equal"]
     assert "MOLE of 2 LoRAs" in printed["summary"]
     assert (run_folder / "report.html").is_file()
     assert "granularity: network" in (run_folder / "run.yaml").read_text()
-    assert str(folder) not in (run_folder / "adapter" / "README.md").read_text()
+    assert str(lora_runs) not in (run_folder / "adapter" / "README.md").read_text()
     config = json.loads((run_folder / "adapter" / "adapter_config.json").read_text())
     assert list(config["adapters"]) == ["one", "second"]
     status, out, _ = lamella("evaluate", run_folder, "--json")
@@ -42,9 +33,18 @@ def test_compose_trains_routers_and_leaves_a_run(lamella, runs, run_folder):  # 
     assert lamella("doctor", run_folder)[0] == 0
 
 
-def test_compose_check_trains_nothing(lamella, runs, run_folder):  # noqa: F811
-    folder, _, task = runs
-    words = ["compose", "--adapters", folder / "first", folder / "second", "--task", task, *FAST, "-o", run_folder]
+def test_compose_check_trains_nothing(lamella, lora_runs, questions, run_folder):
+    words = [
+        "compose",
+        "--adapters",
+        lora_runs / "first",
+        lora_runs / "second",
+        "--task",
+        questions,
+        *FAST,
+        "-o",
+        run_folder,
+    ]
 
     status, out, _ = lamella(*words, "--check", "--json")
 
@@ -63,37 +63,19 @@ def test_compose_check_trains_nothing(lamella, runs, run_folder):  # noqa: F811
         (["--adapters", "{}/first", "{}/second", "method.topk=1"], "method.topk"),
     ],
 )
-def test_what_cannot_be_composed_is_status_2(lamella, runs, run_folder, words, message):  # noqa: F811
-    folder, _, task = runs
+def test_what_cannot_be_composed_is_status_2(lamella, lora_runs, questions, run_folder, words, message):
 
-    status, out, err = lamella("compose", *(word.format(folder) for word in words), "--task", task, "-o", run_folder)
+    status, out, err = lamella(
+        "compose", *(word.format(lora_runs) for word in words), "--task", questions, "-o", run_folder
+    )
 
     assert (status, out) == (2, "")
     assert message in " ".join(err.split())
     assert not run_folder.exists()
 
 
-def test_help_has_an_example(lamella):  # noqa: F811
+def test_help_has_an_example(lamella):
     status, out, _ = lamella("compose", "--help")
 
     assert status == 0
     assert "Example: lamella compose --adapters" in " ".join(out.split())
-
-
-@pytest.mark.real
-def test_smollm2_composes_loras_of_two_kinds_of_prose(tmp_path):
-    few = ["max_steps=2", "batch_size=2", "eval_batch_size=2", "max_length=32", "evaluate_every=100", "keep=last"]
-    few += ["limit={train: 8, validation: 2, test: 2}", "--model", "smollm2", "--json"]
-
-    def run(*words):
-        done = subprocess.run([sys.executable, "-m", "lamella", *map(str, words)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    for task in ("news", "dialogue"):
-        run("train", "method=lora", "--task", task, *few, "-o", tmp_path / task)
-    found = run("compose", "--adapters", tmp_path / "news", tmp_path / "dialogue", "--task", "news", *few,
-                "-o", tmp_path / "both")  # fmt: skip
-
-    assert found["saved_equals_loaded"]["equal"]
-    assert found["test"]["perplexity"] < 1000

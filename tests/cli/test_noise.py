@@ -4,20 +4,11 @@ import json
 
 import pandas as pd
 import pytest
-from tests.cli.test_commands import lamella
-from tests.lab.tiny_runs import tiny_settings
-
-from lamella.lab.runs.run import train
-
-__all__ = ["lamella"]
-MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
 
 
-@pytest.fixture(scope="module")
-def runs(bert, questions, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("noise")
-    return [train(tiny_settings(bert, questions, arm), folder / name).folder.path
-            for name, arm in (("one", MOLA), ("two", "lora"))]  # fmt: skip
+@pytest.fixture
+def runs(mola_run, lora_runs):
+    return mola_run, lora_runs / "first"
 
 
 def test_scores_table_and_page_of_two_runs(lamella, runs, tmp_path):
