@@ -2,9 +2,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from tests.reference.similarity_swap import ratio_draws
 
 from lamella.errors import LamellaError
-from lamella.statistics import RESAMPLES, contrast, holm, mean_intervals, paired_interval, perplexity
+from lamella.statistics import RESAMPLES, contrast, holm, mean_intervals, paired_interval, perplexity, ratio_interval
 
 
 def test_equal_scores_have_an_interval_of_zero():
@@ -157,3 +159,32 @@ def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
 def test_perplexity_of_nothing_is_refused():
     with pytest.raises(LamellaError, match="at least one predicted token"):
         perplexity(0.0, 0)
+
+
+def test_a_ratio_is_that_of_drawing_texts_and_dividing():
+    generator = np.random.default_rng(0)
+    weights = generator.integers(1, 40, 30).astype(float)
+    difference = weights * generator.normal(0.1, 0.3, 30)
+    found = ratio_interval(difference, weights, resamples=20_000)
+    assert found.difference == pytest.approx(difference.sum() / weights.sum())
+    draws = ratio_draws(torch.from_numpy(difference), torch.from_numpy(weights), 20_000, seed=1)
+    low, high = np.quantile(draws.numpy(), [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.005)
+    assert found.high == pytest.approx(high, abs=0.005)
+    below = 2 * (draws <= 0).double().mean().item()
+    assert found.p_value == pytest.approx(below, abs=0.02)
+
+
+def test_a_ratio_with_equal_weights_is_the_paired_interval():
+    difference = np.random.default_rng(1).normal(0.1, 0.3, 25)
+    found = ratio_interval(difference, np.ones(25), resamples=20_000, level=0.9)
+    expected = paired_interval(difference, np.zeros(25), resamples=20_000, level=0.9, seed=5)
+    assert found.difference == pytest.approx(expected.difference)
+    assert found.low == pytest.approx(expected.low, abs=0.005)
+    assert found.high == pytest.approx(expected.high, abs=0.005)
+
+
+def test_texts_without_predicted_tokens_do_not_break_the_interval():
+    found = ratio_interval(np.array([0.0, 0.0, 2.0]), np.array([0.0, 0.0, 4.0]), resamples=200)
+    assert (found.difference, found.low, found.high) == (0.5, 0.5, 0.5)
+    assert found.resamples < 200  # draws of empty texts alone

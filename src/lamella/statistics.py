@@ -140,6 +140,27 @@ def paired_interval(
     return _interval(float(difference.mean()), _resampled_means(difference[None], resamples, seed)[0], level)
 
 
+def ratio_interval(
+    difference: Floats, weights: Floats, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Interval of sum(difference) / sum(weights), drawing texts with replacement, numerator and denominator together.
+
+    A mean per token whose texts, not tokens, are independent. Where all texts weigh the same it is `paired_interval`.
+
+    Args:
+        difference: the text's sum under one model less that under the other, ``(texts,)``.
+        weights: its tokens, ``(texts,)``, not all 0.
+        level: coverage of the percentile interval.
+        resamples: bootstrap draws; those that drew no token at all do not count.
+        seed: of the draws.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, §13.3; ratio estimator as in §10.3 there.
+    """
+    sums, tokens = _resampled_means(np.stack([difference, weights])[:, None], resamples, seed)  # (draws,), (draws,)
+    counted = tokens > 0
+    return _interval(float(difference.sum() / weights.sum()), sums[counted] / tokens[counted], level)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number, in the order given: the chance of any false alarm among them is held.
 

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.similarity.reliability import NAMES, control_table, reliability, truth_auc
+from lamella.similarity.pairs import NAMES
+from lamella.similarity.reliability import control_table, reliability, truth_auc
 
 EXPERTS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 KINDS = {(0, 0): "news", (0, 1): "news", (0, 2): "law", (0, 3): "law", (1, 0): "news"}

@@ -1,8 +1,15 @@
 """Where things are in a model: its stacks of blocks, the blocks' linear modules, and how a block is called."""
 
 from lamella.backbones.block_calls import BlockCall, hidden_states_of, with_hidden_states
-from lamella.backbones.blocks import BlockFamily, Place, Stack, find_place, locate_stacks, siblings_with_same_input
-from lamella.backbones.kinds import kind_of_block
+from lamella.backbones.blocks import (
+    BlockFamily,
+    Place,
+    Stack,
+    find_place,
+    kind_of_block,
+    locate_stacks,
+    siblings_with_same_input,
+)
 
 __all__ = [
     "BlockCall",

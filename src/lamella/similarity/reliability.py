@@ -12,11 +12,11 @@ from lamella.errors import LamellaError
 from lamella.similarity.alignment import beyond_controls, seed_ceiling
 from lamella.similarity.alignment.controls import mean_of_known, rank_agreement
 from lamella.similarity.alignment.table import by_aligner
+from lamella.similarity.pairs import NAMES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NAMES = ["source_layer", "source_expert", "target_layer", "target_expert"]
 # Unexplained share of an expert by itself from which its aligners count as untrained, and what helps.
 NOT_REGAINED = 0.9
 REMEDY = "Align with more --steps, or capture more with --per-expert, before reading anything into the numbers."

@@ -21,8 +21,8 @@ from lamella.similarity.compression.grouping import Aligners, Method, choose_mea
 from lamella.similarity.compression.merging import check_arguments
 from lamella.similarity.compression.perplexity import Domains, read_domains
 from lamella.similarity.compression.saving import refuse_existing
+from lamella.similarity.pairs import Name
 from lamella.similarity.screening import all_pairs, choose_pairs, screen
-from lamella.similarity.screening.pairs import Name
 from lamella.similarity.study import Study, StudyFolder
 from lamella.similarity.swapping import (
     Metric,

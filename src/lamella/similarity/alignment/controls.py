@@ -12,8 +12,7 @@ import torch
 from lamella.backbones.moe import Expert
 from lamella.errors import LamellaError
 from lamella.similarity.alignment.frozen import with_matrices
-from lamella.similarity.alignment.sources import Name
-from lamella.similarity.alignment.table import NAMES
+from lamella.similarity.pairs import NAMES, Name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +70,7 @@ def seed_ceiling(frame: pd.DataFrame) -> dict[str, float]:
         raise LamellaError(
             "A seed ceiling needs the pairs of one aligner with two seeds or more; align again with seed=1."
         )
-    seeds = pairs.pivot_table(index=list(NAMES), columns="seed", values="nmse").dropna()  # a row per pair
+    seeds = pairs.pivot_table(index=NAMES, columns="seed", values="nmse").dropna()  # a row per pair
     if seeds.eq(seeds.iloc[:, 0], axis=0).all(axis=None):
         return {"overall": float("nan"), "within": float("nan"), "seeds": float(len(seeds.columns))}
     ranked = [rank_agreement(seeds[seed], seeds.drop(columns=seed).mean(axis=1)) for seed in seeds.columns]
@@ -90,7 +89,7 @@ def rank_agreement(one: pd.Series, other: pd.Series) -> tuple[float, float]:
     import pandas as pd
 
     both = pd.concat({"one": one, "other": other}, axis=1, join="inner").dropna()
-    within = [_rank_correlation(of_source) for _, of_source in both.groupby(level=list(NAMES[:2]))]
+    within = [_rank_correlation(of_source) for _, of_source in both.groupby(level=NAMES[:2])]
     return _rank_correlation(both), mean_of_known(within)
 
 

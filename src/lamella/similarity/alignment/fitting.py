@@ -14,9 +14,10 @@ from lamella.backbones.moe import Expert
 from lamella.errors import LamellaError
 from lamella.similarity.alignment.frozen import FrozenExpert
 from lamella.similarity.alignment.pull import Pull
-from lamella.similarity.alignment.sources import Name, Source
+from lamella.similarity.alignment.sources import Source
 from lamella.similarity.alignment.stack import start_stack
 from lamella.similarity.alignment.training import Batch, Trained, stack_tokens, train
+from lamella.similarity.pairs import Name
 
 # A linear aligner starts as that multiple of the identity which errs least on the training tokens. The identity
 # itself is right for like experts and much worse than a random start for unlike ones, where it saturates the target.

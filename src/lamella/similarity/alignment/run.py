@@ -16,9 +16,10 @@ from lamella.errors import LamellaError
 from lamella.similarity.alignment.controls import random_expert
 from lamella.similarity.alignment.fitting import Fitted, Job, Settings, fit
 from lamella.similarity.alignment.pull import Pull
-from lamella.similarity.alignment.sources import Name, Source, read_source
+from lamella.similarity.alignment.sources import Source, read_source
 from lamella.similarity.alignment.stack import unstack
 from lamella.similarity.alignment.table import RANDOM, rows_of, table_of
+from lamella.similarity.pairs import Name, Pair, all_pairs, check_pairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamella")
 
-Pair = tuple[Name, Name]  # source, target
 STEPS, LR = 200, 3e-3
 
 
@@ -175,7 +175,9 @@ def _plan(
     for one in (capture, score_on):
         if one is not None:
             one.check(model)
-    chosen = _pairs(capture, pairs)
+    chosen = all_pairs(capture.experts) if pairs is None else check_pairs(pairs, capture.experts)
+    if not chosen:
+        raise LamellaError("There is no pair to align; name at least one, or None for all.")
     layers = {layer.index: layer for layer in moe_layers(model)}
     experts = {name: layers[name[0]].experts[name[1]] for name in sorted({name for pair in chosen for name in pair})}
     _check_shapes(chosen, experts)
@@ -190,21 +192,6 @@ def _plan(
     if not sources:
         raise LamellaError(f"No expert can be aligned: {'; '.join(notes)}. Capture more text, or of more documents.")
     return _Plan(capture, experts, sources, chosen, notes)
-
-
-def _pairs(capture: Capture, pairs: Iterable[Pair] | None) -> list[Pair]:
-    known = sorted(capture.experts)
-    if pairs is None:
-        return [(source, target) for source in known for target in known if source != target]
-    chosen = sorted(set(pairs))
-    if unknown := next((name for pair in chosen for name in pair if name not in set(known)), None):
-        raise LamellaError(
-            f"Expert {unknown[1]} of layer {unknown[0]} is in a pair to align but not in the capture, which has "
-            f"{len(known)} experts of the layers {sorted({layer for layer, _ in known})}. Name a captured expert."
-        )
-    if not chosen:
-        raise LamellaError("There is no pair to align; name at least one, or None for all.")
-    return chosen
 
 
 def _check_shapes(pairs: Sequence[Pair], experts: dict[Name, Expert]) -> None:

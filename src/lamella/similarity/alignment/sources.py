@@ -13,11 +13,10 @@ from torch import Tensor
 from lamella.backbones.moe import Expert
 from lamella.errors import LamellaError
 from lamella.similarity.activations.keys import hashed
+from lamella.similarity.pairs import Name
 
 if TYPE_CHECKING:
     from lamella.similarity.activations import Capture
-
-Name = tuple[int, int]  # layer, expert
 
 MINIMUM = 32  # samples under which an expert is no source
 STOP_SHARE = 0.2  # of the training documents, for early stopping

@@ -14,7 +14,7 @@ from lamella.similarity.activations import Capture
 from lamella.similarity.alignment.on_ray import compute_on_ray
 from lamella.similarity.alignment.run import align as align_pairs
 from lamella.similarity.alignment.tiles import PAIRS, Load, Work, cut
-from lamella.similarity.screening.pairs import NAMES, Pair, all_pairs, check_pairs
+from lamella.similarity.pairs import NAMES, Pair, all_pairs, check_pairs
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,14 +11,13 @@ from torch import Tensor
 from lamella.errors import optional_module
 from lamella.files import whole
 from lamella.similarity.alignment.fitting import Fitted, Settings
-from lamella.similarity.alignment.sources import Name
+from lamella.similarity.pairs import NAMES, Name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _ELSEWHERE = ", scored on "
 RANDOM: Name = (-1, -1)  # the target of a source's random control
-NAMES = ("source_layer", "source_expert", "target_layer", "target_expert")
 COLUMNS = (
     *NAMES, "kind", "aligner", "seed", "samples", "held_out", "steps", "parameters", "samples_per_parameter", "mse",
     "nmse", "cosine", "train_nmse", "identity_nmse", "mean_nmse", "source_variance",

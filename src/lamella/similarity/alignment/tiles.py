@@ -21,7 +21,7 @@ from lamella.errors import LamellaError
 from lamella.similarity.activations import Capture, Manifest
 from lamella.similarity.alignment.sources import read_source
 from lamella.similarity.alignment.table import table_of, write_alignment
-from lamella.similarity.screening.pairs import Name, Pair
+from lamella.similarity.pairs import Name, Pair
 
 PAIRS = 1024  # of a tile, where one source has not more
 

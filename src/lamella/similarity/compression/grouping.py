@@ -15,7 +15,7 @@ from lamella.backbones.moe import MoELayer
 from lamella.errors import LamellaError
 from lamella.similarity.compression.pool import stand_in_parameters
 from lamella.similarity.matching import weight_distance
-from lamella.similarity.screening.pairs import NAMES, Name, Pair
+from lamella.similarity.pairs import NAMES, Name, Pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,7 +176,7 @@ def directed(table: pd.DataFrame, keys: Sequence[Name], measure: str) -> Distanc
         kinds = ", ".join(sorted(pairs["aligner"].unique()))
         raise LamellaError(f"The table holds errors of several aligners ({kinds}); keep the rows of one.")
     _check_rows(pairs, keys, measure)
-    means = pairs.groupby(list(NAMES), as_index=False)[measure].mean()
+    means = pairs.groupby(NAMES, as_index=False)[measure].mean()
     at = {key: index for index, key in enumerate(keys)}
     sources, targets = (
         [at[key] for key in zip(means[f"{side}_layer"], means[f"{side}_expert"], strict=True)] for side in _SIDES
@@ -199,7 +199,7 @@ def _check_rows(pairs: pd.DataFrame, keys: Sequence[Name], measure: str) -> None
             )
     nan = pairs[pairs[measure].isna()]
     if len(nan):
-        layer, expert, to_layer, to_expert = nan[list(NAMES)].iloc[0]
+        layer, expert, to_layer, to_expert = nan[NAMES].iloc[0]
         raise LamellaError(
             f"The {measure} of expert {expert} of layer {layer} by expert {to_expert} of layer {to_layer} is NaN, and "
             f"{len(nan) - 1} more rows are; leave such rows out of the table, or measure them with more samples."

@@ -27,7 +27,7 @@ from lamella.similarity.compression.grouping import (
 from lamella.similarity.compression.pool import PooledExperts, StoredExpert, expert_parameters, stand_in
 from lamella.similarity.compression.rerouting import native_layers
 from lamella.similarity.matching import average
-from lamella.similarity.screening.pairs import Name
+from lamella.similarity.pairs import Name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,9 +15,9 @@ from lamella.errors import LamellaError, optional_module
 from lamella.similarity.compression.grouping import METHODS, Aligners, Method
 from lamella.similarity.compression.merging import compress_each
 from lamella.similarity.compression.rerouting import First, What, drop, find_routes, next_choice, reroute
-from lamella.similarity.screening.pairs import Name
-from lamella.similarity.swapping.intervals import ratio_interval
+from lamella.similarity.pairs import Name
 from lamella.similarity.swapping.scores import Batch, TextScores, text_scores
+from lamella.statistics import ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,7 @@ from lamella.backbones.moe import Dispatch, Expert, MoELayer, moe_layers, watch_
 from lamella.errors import LamellaError
 from lamella.similarity.compression.grouping import Aligners, choose_measure, directed, train_aligners
 from lamella.similarity.compression.pool import fold
-from lamella.similarity.screening.pairs import Name
+from lamella.similarity.pairs import Name
 
 if TYPE_CHECKING:
     import pandas as pd

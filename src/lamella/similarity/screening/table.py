@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lamella.backbones.moe import Expert, MoELayer, moe_layers
 from lamella.errors import LamellaError, optional_module
 from lamella.similarity.matching import weight_distance
+from lamella.similarity.pairs import NAMES, Name, Pair, all_pairs, check_pairs
 from lamella.similarity.screening.measures import (
     centred,
     floor_energy,
     linear_cka,
     unreachable_directions,
 )
-from lamella.similarity.screening.pairs import NAMES, Name, Pair, all_pairs, check_pairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +81,7 @@ def screen(
     capture.check(model)
     layers = {layer.index: layer for layer in moe_layers(model)}
     ordered = all_pairs(capture.experts) if pairs is None else check_pairs(pairs, capture.experts)
-    frame = pd.DataFrame([(*source, *target) for source, target in ordered], columns=list(NAMES), dtype="int64")
+    frame = pd.DataFrame([(*source, *target) for source, target in ordered], columns=NAMES, dtype="int64")
     columns = {name: [float("nan")] * len(ordered) for name in MEASURES}
     place = {pair: row for row, pair in enumerate(ordered)}
     tokens = _measure_outputs(capture, layers, place, columns, measures, held_out)

@@ -13,9 +13,9 @@ from torch import nn
 from lamella.errors import LamellaError, optional_module
 from lamella.files import whole
 from lamella.similarity.swapping.exchange import Aligner, randomised, swap
-from lamella.similarity.swapping.intervals import ratio_interval
 from lamella.similarity.swapping.scores import Batch, Metric, TextScores, text_scores
 from lamella.similarity.swapping.units import RANDOM, Named, Swap, Unit
+from lamella.statistics import ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,6 +1,5 @@
 """What a model scores on each text by itself, whatever the texts beside it."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
+from lamella.statistics import perplexity
 
 Metric = Literal["nll", "accuracy"]
 Batch = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class TextScores:
     @property
     def perplexity(self) -> float:
         """exp of nats per token; infinite where that is beyond a float."""
-        return math.exp(self.value) if self.value < 700.0 else math.inf
+        return perplexity(float(self.sums.sum()), int(self.weights.sum()))
 
 
 def text_scores(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Name = tuple[int, int]  # layer, expert
 Pair = tuple[Name, Name]  # source, target
-NAMES = ("source_layer", "source_expert", "target_layer", "target_expert")
+NAMES = ["source_layer", "source_expert", "target_layer", "target_expert"]  # columns of tables of pairs
 
 
 def all_pairs(experts: Sequence[Name]) -> list[Pair]:
@@ -58,5 +58,5 @@ def choose_pairs(screened: pd.DataFrame, per_source: int) -> list[Pair]:
         kind="stable",
     )
     chosen = promising.groupby(["source_layer", "source_expert"], sort=False).head(per_source)
-    rows = chosen[list(NAMES)].itertuples(index=False, name=None)
+    rows = chosen[NAMES].itertuples(index=False, name=None)
     return sorted(((int(a), int(b)), (int(c), int(d))) for a, b, c, d in rows)
