@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny_pipelines as tiny
+from tests.diffusion.conftest import Loras
 from torch import nn
 
 from lamella import LamellaError, MoleConfig, compose_pipeline, load_pipeline
@@ -23,11 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def loras(tmp_path: Path) -> dict[str, Path]:
-    pipe = tiny.stable_diffusion()
-    return {
-        name: tiny.write_lora(pipe, tmp_path / "loras" / name, at, 2 + at) for at, name in enumerate(("cat", "dog"))
-    }
+def loras(loras_of: Loras, tmp_path: Path) -> dict[str, Path]:
+    files = loras_of(tiny.stable_diffusion)
+    return {name: shutil.copytree(path, tmp_path / "loras" / name) for name, path in files.items()}
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def refused(said: str, *args: Any, **kwargs: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_bad_requests_are_refused_and_change_nothing(loras: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_requests_are_refused_and_change_nothing(loras: dict[str, Path], loras_of: Loras, tmp_path: Path) -> None:
     pipe = tiny.stable_diffusion()
     plain = tiny.run(pipe, PROMPTS)
     refused("is no diffusers pipeline", nn.Linear(2, 2), loras)
@@ -136,10 +135,9 @@ def test_bad_requests_are_refused_and_change_nothing(loras: dict[str, Path], tmp
     refused("embed_adapters=True means nothing", pipe, loras, MoleConfig(embed_adapters=True))
     refused("exclude_modules=.* means nothing", pipe, loras, MoleConfig(exclude_modules=["to_q"]))
     refused("top_k=3 is more than the 2 LoRAs", pipe, loras, MoleConfig(top_k=3))
-    xl = tiny.sdxl()
-    of_xl = {name: tiny.write_lora(xl, tmp_path / name, at) for at, name in enumerate(("a", "b"))}
+    of_xl = {f"xl {name}": path for name, path in loras_of(tiny.sdxl).items()}
     refused("text_encoder_2, which the pipeline does not have", pipe, {**loras, **of_xl})
-    unet_of_xl = tiny.write_lora(xl, tmp_path / "u", 0, parts=("unet",))
+    unet_of_xl = tiny.write_lora(tiny.sdxl(), tmp_path / "u", 0, parts=("unet",))
     refused("does not", pipe, {**loras, "u": unet_of_xl})
     assert torch.equal(tiny.run(pipe, PROMPTS), plain)
     assert all(p.requires_grad for p in pipe.unet.parameters())

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
-from lamella.adapters import LoraSource
-from lamella.diffusion.components import FactorsByModule, factors_by_component, models_of
-from lamella.diffusion.composition import Component, PipelineComposition
+from lamella.adapters import LoraSource, map_to
+from lamella.adapters.source import MODEL, Factors
+from lamella.diffusion.composition import Component, PipelineComposition, read_routers
 from lamella.diffusion.layers import PipelineConv, PipelineLinear, Pointwise, SampleUnit
-from lamella.diffusion.saving import read_routers
 from lamella.diffusion.units import plan_units_of
 from lamella.errors import LamellaError
 from lamella.tuners.mole.composing import Lora, read_given
@@ -25,6 +24,9 @@ from lamella.tuners.mole.preparing import Prepared, read_sources, refuse_too_few
 from lamella.tuners.tracking import track
 
 _ADAPTER = "default"
+_DENOISERS = ("unet", "transformer")
+_COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
+FactorsByModule = dict[str, dict[str, Factors]]
 # What a composition in a pipeline reads of a MoleConfig.
 _READ = (
     "granularity",
@@ -96,8 +98,8 @@ def _inject(pipe: Any, sources: Sequence[LoraSource], config: MoleConfig) -> Pip
     refuse_too_few(names)
     refuse_too_large(config.top_k, names)
     _refuse_unread_settings(config)
-    models = models_of(pipe)
-    found = factors_by_component(models, sources)
+    models = _models_of(pipe)
+    found = _factors_by_component(models, sources)
     prepared = {component: _prepare(models[component], names, factors, config) for component, factors in found.items()}
     components = {component: _place(models[component], own, config) for component, own in prepared.items()}
     skipped = [(f"{source.name}: {name}", reason) for source in sources for name, reason in source.skipped]
@@ -113,6 +115,59 @@ def _refuse_unread_settings(config: MoleConfig) -> None:
                 f"{field.name}={getattr(config, field.name)!r} means nothing in a pipeline; leave it at "
                 f"{getattr(plain, field.name)!r}. What counts there: {', '.join(_READ)}."
             )
+
+
+def _models_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's denoiser and text encoders, by their names in it.
+
+    Raises:
+        LamellaError: no pipeline, one without a denoiser, or one that carries adapters already.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise LamellaError(
+            f"{type(pipe).__name__} is no diffusers pipeline. For a transformers model use lamella.compose; pipelines "
+            "come with `pip install 'lamella[diffusion]'`."
+        )
+    models = {name: components[name] for name in _COMPONENTS if isinstance(components.get(name), nn.Module)}
+    if not any(name in models for name in _DENOISERS):
+        raise LamellaError(f"{type(pipe).__name__} has neither of {' and '.join(_DENOISERS)} to compose LoRAs on.")
+    for name, model in models.items():
+        layer = next((own for own in model.modules() if isinstance(own, BaseTunerLayer)), None)
+        if layer is not None:
+            raise LamellaError(
+                f"The pipeline's {name} carries adapters already ({', '.join(layer.active_adapters)}). Take them out "
+                "first: pipe.unload_lora_weights(), or unload() of the composition."
+            )
+    return models
+
+
+def _factors_by_component(models: Mapping[str, nn.Module], sources: Sequence[LoraSource]) -> dict[str, FactorsByModule]:
+    """Each component's factors by module, in the model's order, and LoRA; without components that no LoRA adapts.
+
+    A file that names no component is for the denoiser. What base a LoRA names is not compared: a pipeline does not know
+    its own name, and LoRAs are used on fine-tuned bases of the same family. Names and shapes of modules must fit.
+
+    Raises:
+        LamellaError: a component that the pipeline lacks, or modules that a component lacks or of other shapes.
+    """
+    denoiser = next(name for name in _DENOISERS if name in models)
+    found: dict[str, FactorsByModule] = {}
+    for source in sources:
+        for component in source.components:
+            ours = denoiser if component == MODEL else component
+            if ours not in models:
+                raise LamellaError(
+                    f"{source.described} adapts {component}, which the pipeline does not have: it has "
+                    f"{', '.join(models)}. Compose it on a pipeline of the kind that it was trained for."
+                )
+            for module, factors in map_to(models[ours], source, component).modules.items():
+                found.setdefault(ours, {}).setdefault(module, {})[source.name] = factors
+    return {
+        component: {name: found[component][name] for name, _ in model.named_modules() if name in found[component]}
+        for component, model in models.items()
+        if component in found
+    }
 
 
 def _prepare(model: nn.Module, names: tuple[str, ...], factors: FactorsByModule, config: MoleConfig) -> Prepared:

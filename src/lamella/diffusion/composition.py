@@ -1,4 +1,4 @@
-"""A pipeline with LoRAs composed in it: its weights by hand, what trains, its file, and the way back."""
+"""A pipeline with LoRAs composed in it: weights given from outside, what trains, its file, and the way back."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lamella.diffusion.saving import write_routers
 from lamella.errors import LamellaError
+from lamella.files import whole
 from lamella.routing import untrack_calls
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
 from lamella.tuners.mole.model import numbered
 from lamella.tuners.mole.overrides import Weights, fixed_weights, masked_experts
 from lamella.tuners.mole.unit import Unit
+
+ROUTERS = "routers.safetensors"
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +110,8 @@ class PipelineComposition:
             The folder.
         """
         folder = Path(folder)
-        write_routers(folder, {name: parameter.detach() for name, parameter in self._named().items()})
+        with whole(folder / ROUTERS) as unfinished:
+            save_file({name: own.detach().contiguous() for name, own in self._named().items()}, unfinished)
         self.config.save_pretrained(str(folder))  # last: a folder without it is no composition
         return folder
 
@@ -173,3 +179,19 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
         "save_pretrained would write a composed pipeline under names that no pipeline has. Write the composition with "
         "composition.save(folder), or call composition.unload() first to save the pipeline without it."
     )
+
+
+def read_routers(folder: Path) -> dict[str, Tensor]:
+    """The routers' tensors of a saved composition, for `PipelineComposition.fill`.
+
+    Raises:
+        LamellaError: the folder is no saved composition, or its file is damaged.
+    """
+    for name in (CONFIG, ROUTERS):
+        if not (folder / name).is_file():
+            raise LamellaError(f"{folder} has no {name}, so it is no saved composition of a pipeline.")
+    try:
+        with safe_open(folder / ROUTERS, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LamellaError(f"{folder / ROUTERS} is no safetensors file or is cut short ({error}).") from error

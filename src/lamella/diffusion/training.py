@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lamella.diffusion import PipelineComposition
+from lamella.diffusion.composition import PipelineComposition
 from lamella.errors import LamellaError
 from lamella.routing import collect_losses
 
