@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lamella.adapters import located, published_name
-from lamella.diagnostics.running import clone
+from lamella.diagnostics.running import clone, transformer
 from lamella.diagnostics.weights import examine_numbers, examine_targets
 from lamella.errors import LamellaError
 from lamella.findings import Examination
@@ -222,15 +222,21 @@ def examine_fit(files: AdapterFiles, base: nn.Module, examination: Examination) 
 
 
 def load_adapter(folder: Path, files: AdapterFiles, base: nn.Module, examination: Examination) -> PeftModel | None:
-    """Loads the folder as a user would, and compares every tensor of the model with the file's, bit by bit."""
+    """Loads the folder as a user would, and compares it; None where it cannot be loaded."""
     assert files.config is not None
-    assert files.tensors is not None
     try:
         trainable = not files.config.is_prompt_learning
         model: PeftModel = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except ValueError as error:
         _report_misfit(f"it cannot be loaded: {error}", folder.name, examination)
         return None
+    examine_loaded_tensors(model, files, examination)
+    return model
+
+
+def examine_loaded_tensors(model: PeftModel, files: AdapterFiles, examination: Examination) -> None:
+    """Compares every tensor of a loaded model with the file's, bit by bit."""
+    assert files.tensors is not None
     loaded = get_peft_model_state_dict(model)
     # PEFT widens half precision when it loads, which loses nothing
     unequal = [
@@ -246,8 +252,8 @@ def load_adapter(folder: Path, files: AdapterFiles, base: nn.Module, examination
             "the model in use is not the model that was saved",
             "load it with lamella and PEFT of the versions in adapter_config.json, and report this",
         )
-    examination.saw(f"loaded on {type(base).__name__}: {len(files.tensors)} tensors compared bit by bit with the file")
-    return model
+    base = type(transformer(model)).__name__
+    examination.saw(f"loaded on {base}: {len(files.tensors)} tensors compared bit by bit with the file")
 
 
 def _class(config: PeftConfig) -> Any:

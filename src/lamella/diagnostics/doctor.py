@@ -8,11 +8,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
-from lamella.diagnostics.adapter_folder import CONFIG, examine_files, examine_fit, examine_name, load_adapter, load_base
+from lamella.diagnostics.adapter_folder import (
+    CONFIG,
+    examine_files,
+    examine_fit,
+    examine_loaded_tensors,
+    examine_name,
+    load_adapter,
+    load_base,
+)
 from lamella.diagnostics.equivalence import examine_roundtrip
-from lamella.diagnostics.running import clone, random_batch
+from lamella.diagnostics.running import base_of, clone, random_batch
 from lamella.diagnostics.training_step import examine_effects, examine_method
 from lamella.diagnostics.usage import examine_usage
 from lamella.diagnostics.weights import describe_skipped, examine_numbers, examine_targets, tensors_of
@@ -129,22 +138,45 @@ def examine_adapter(
     default: str | None,
     batches: list[dict[str, Any]] | None,
     examination: Examination,
+    loaded: PeftModel | None = None,
 ) -> nn.Module | None:
-    """Files, base, fit, load, then the loaded model; None where the way ended before that."""
+    """Files, base, fit, load, then the loaded model.
+
+    Args:
+        folder: of the adapter.
+        base: as `doctor` was given it.
+        default: name of the base where none is given.
+        batches: as `doctor` was given them.
+        examination: takes the findings.
+        loaded: the folder's model where it has been loaded already; it is made trainable.
+
+    Returns:
+        The model; None where it could not be loaded or is not worth it.
+    """
     files = examine_files(folder, examination)
     if files.config is None or files.tensors is None or any(f.code == "not-finite" for f in examination.findings):
         examination.saw("base, load and training step: not examined, the files have to be mended first")
         return None
+    if loaded is not None:
+        bare = base_of(clone(loaded, on_meta=True))
+        examine_name(files.config, bare, examination)
+        if examine_fit(files, bare, examination):
+            examine_loaded_tensors(loaded, files, examination)
+            if not files.config.is_prompt_learning:
+                loaded.active_peft_config.inference_mode = False
+                loaded.set_adapter(loaded.active_adapter)
+        _examine_loaded(loaded, batches, examination)
+        return loaded
     name = base if base is not None else default or files.config.base_model_name_or_path
     if isinstance(name, nn.Module):
         if getattr(name, "peft_config", None):
             raise LamellaError("The base that was given has an adapter already. Give the bare model, or its path.")
-        bare: nn.Module = clone(name)
+        bare = clone(name)
     elif name:
-        loaded = _load_base(files.config, files.tensors, name, given=base is not None, examination=examination)
-        if loaded is None:
+        found = _load_base(files.config, files.tensors, name, given=base is not None, examination=examination)
+        if found is None:
             return None
-        bare = loaded
+        bare = found
     else:
         raise LamellaError(f"{folder / CONFIG} names no base model. Give it as base (--base).")
     examine_name(files.config, bare, examination)

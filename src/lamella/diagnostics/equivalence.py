@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lamella.diagnostics.running import (
+    base_of,
     clone,
     device_of,
     longest_input,
@@ -58,10 +59,7 @@ def _saved_and_loaded(model: PeftModel | PreTrainedModel, folder: Path) -> nn.Mo
         return whole
     adapter = model.active_adapter
     copied.save_pretrained(str(folder), selected_adapters=[adapter])
-    base = copied.get_base_model() if model.active_peft_config.is_prompt_learning else copied.unload()
-    if hasattr(base, "peft_config"):
-        del base.peft_config  # PEFT would take it for another adapter
-    return PeftModel.from_pretrained(base, str(folder if adapter == "default" else folder / adapter))
+    return PeftModel.from_pretrained(base_of(copied), str(folder if adapter == "default" else folder / adapter))
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 # A prime number of tokens: k choices of each can never fall evenly on N experts unless k is N, so that the balance loss
@@ -73,6 +74,14 @@ def clone(model: M, *, on_meta: bool = False) -> M:
     if on_meta:
         shared |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     return copy.deepcopy(model, shared)
+
+
+def base_of(model: PeftModel) -> nn.Module:
+    """Takes the adapters out of a model, or of a clone of it, and gives the base."""
+    base: nn.Module = model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config  # PEFT would take it for another adapter
+    return base
 
 
 def transformer(model: nn.Module) -> Any:

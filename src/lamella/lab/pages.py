@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from lamella.diagnostics.doctor import Diagnosis, doctor
+from lamella.findings import Diagnosis
 from lamella.lab.report.report import Report
 from lamella.lab.report.tokens import token_texts
 from lamella.lab.robustness.robustness import Robustness
 from lamella.lab.runs.callbacks import entropy_over_training
+from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.evaluating import Traced, trace
 from lamella.lab.runs.run import RunResult
 from lamella.lab.runs.settings import RunSettings
-from lamella.lab.runs.trained import load_trained
+from lamella.lab.runs.trained import redundancy_of
 from lamella.lab.studies.choices import study_choices
 from lamella.lab.studies.study import Study
 
@@ -55,7 +56,7 @@ def _first(runs: Mapping[str, Path]) -> Path | None:
 
 
 def _redundancy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
-    found = {method: load_trained(run).redundancy() for method, run in runs.items()}
+    found = {method: redundancy_of(run) for method, run in runs.items()}
     return _over_methods({method: frame for method, frame in found.items() if frame is not None})
 
 
@@ -104,8 +105,8 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         entropy=entropy_over_training(pd.read_parquet(history)).assign(run=name) if history.is_file() else None,
         settings=settings.model_dump(mode="json"),
         notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
-        redundancy=load_trained(result.folder.path).redundancy() if metrics["routing"] else None,
-        findings=doctor(result.folder.path).findings,
+        redundancy=redundancy_of(result.folder.path),
+        findings=diagnose(result).findings,
         findings_checked=True,
         about=result,
     )

@@ -8,11 +8,13 @@ import typer
 import yaml
 from safetensors.torch import load_file, save_file
 from tests.lab.tiny_runs import tiny_settings
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from lamella import LamellaError
 from lamella.cli.doctor import doctor as command
 from lamella.diagnostics.doctor import doctor
+from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.run import train
 
 MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
@@ -36,6 +38,16 @@ def codes(diagnosis):
     return [finding.code for finding in diagnosis.findings]
 
 
+def assert_healthy(result, monkeypatch):
+    """Loaded anew, and on the model that was loaded when it was saved, without loading another."""
+    diagnosis = doctor(result.folder.path)
+    assert diagnosis.ok, str(diagnosis)
+    assert "predicted again" in str(diagnosis)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded again"))
+    assert diagnose(result) == diagnosis
+
+
 def spread(run):
     """A trace whose routers use all their experts, so that six steps of training need not have achieved that."""
     frame = pd.read_parquet(run / "trace.parquet")
@@ -56,22 +68,16 @@ def test_a_healthy_run_has_no_finding(run):
 
 
 @pytest.mark.parametrize("method", ["head", "lora", "prompt-tuning", "full"])
-def test_runs_without_routers_have_no_finding(bert, questions, run_folder, method):
-    train(tiny_settings(bert, questions, method), run_folder)
+def test_runs_without_routers_have_no_finding(bert, questions, run_folder, method, monkeypatch):
+    result = train(tiny_settings(bert, questions, method), run_folder)
 
-    diagnosis = doctor(run_folder)
-
-    assert diagnosis.ok, str(diagnosis)
-    assert "predicted again" in str(diagnosis)
+    assert_healthy(result, monkeypatch)
 
 
-def test_a_decoder_run_has_no_finding(llama, prose, run_folder):
-    train(tiny_settings(llama, prose, {**MOLA, "num_experts": 2}), run_folder)
+def test_a_decoder_run_has_no_finding(llama, prose, run_folder, monkeypatch):
+    result = train(tiny_settings(llama, prose, {**MOLA, "num_experts": 2}), run_folder)
 
-    diagnosis = doctor(run_folder)
-
-    assert diagnosis.ok, str(diagnosis)
-    assert "predicted again" in str(diagnosis)
+    assert_healthy(result, monkeypatch)
 
 
 def test_an_adapter_that_is_not_the_run_s(run):

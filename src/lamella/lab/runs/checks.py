@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
 
 from lamella.diagnostics.adapter_folder import CONFIG
 from lamella.diagnostics.doctor import examine_adapter, say_without_batches
@@ -18,12 +21,15 @@ from lamella.diagnostics.running import preserve_state
 from lamella.diagnostics.usage import judge_usage
 from lamella.diagnostics.weights import examine_numbers, tensors_of
 from lamella.errors import LamellaError
-from lamella.findings import Examination
+from lamella.findings import Diagnosis, Examination
 from lamella.lab.data import encode, load_backbone
+from lamella.lab.data.models import is_decoder
 from lamella.lab.runs.folder import RunFolder
+from lamella.lab.runs.run import RunResult
 from lamella.lab.runs.scoring import score
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.runs.tasks import task_of
+from lamella.lab.runs.trained import find_trained
 from lamella.lab.runs.trainer import total_steps
 from lamella.tracing import routers_of
 
@@ -35,10 +41,28 @@ _DIFFERENCE = 1e-3  # in nats or units of the label: far above rounding, far bel
 _ALIKE = 0.9  # part of the rows; a token between two experts may go the other way in another batch
 
 
+def diagnose(run: RunResult) -> Diagnosis:
+    """`lamella.doctor` of a run that was just trained, on its model as it was loaded to check what was saved."""
+    examination = Examination()
+    examine_run(run.folder.path, None, None, examination, loaded=run.model)
+    return examination.diagnosis()
+
+
 def examine_run(
-    path: Path, base: nn.Module | str | None, batches: list[dict[str, Any]] | None, examination: Examination
+    path: Path,
+    base: nn.Module | str | None,
+    batches: list[dict[str, Any]] | None,
+    examination: Examination,
+    loaded: PreTrainedModel | PeftModel | None = None,
 ) -> None:
     """Examines the run's adapter or model as its own folder, then its record and its trace.
+
+    Args:
+        path: of the run.
+        base: as `lamella.doctor` was given it.
+        batches: as `lamella.doctor` was given them.
+        examination: takes the findings.
+        loaded: the folder's model where it has been loaded already.
 
     Raises:
         LamellaError: the run has no result yet.
@@ -47,9 +71,10 @@ def examine_run(
     examination.saw(f"run: {settings.model} on {settings.task} with {settings.method.name}, seed {settings.seed}")
     model: nn.Module | None
     if (path / "adapter" / CONFIG).is_file():
-        model = examine_adapter(path / "adapter", base, settings.model, batches, examination)
+        adapted = loaded if isinstance(loaded, PeftModel) else None
+        model = examine_adapter(path / "adapter", base, settings.model, batches, examination, adapted)
     elif (path / "model").is_dir():
-        model = load_backbone(str(path / "model")).model
+        model = loaded if loaded is not None else load_backbone(str(path / "model")).model
         examine_numbers(tensors_of(model), "model", examination)
     else:
         raise LamellaError(f"{path} holds a run without a result. Let `lamella train` finish it first.")
@@ -81,12 +106,15 @@ def _examine_predictions(folder: Path, model: nn.Module, settings: RunSettings, 
         return "the run's predictions: not examined, the run kept none"
     kept = pd.read_parquet(path)
     task = task_of(settings)
-    backbone = load_backbone(settings.model, task)
+    split = "validation" if "validation" in task.splits else "test"
     encoded = encode(
-        task, backbone.tokenizer, max_length=settings.max_length, packing=settings.packing, decoder=backbone.decoder
+        replace(task, splits={split: task.splits[split]}),
+        AutoTokenizer.from_pretrained(find_trained(folder).folder),
+        max_length=settings.max_length,
+        packing=settings.packing,
+        decoder=is_decoder(model.config),
     )
-    split = "validation" if encoded.validation is not None else "test"
-    rows: Any = encoded.validation if encoded.validation is not None else encoded.test
+    rows: Any = getattr(encoded, split)
     rows = rows.select(_first(rows))
     with preserve_state(model):
         columns = score(model, task, rows, encoded.collator, settings.eval_batch_size).columns

@@ -24,6 +24,7 @@ _OURS = (
     "metrics.json",
     "predictions.parquet",
     "trace.parquet",
+    "redundancy.parquet",
     "routing.parquet",
     "report.html",
     "adapter",

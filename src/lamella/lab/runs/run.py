@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
 from lamella.diagnostics.preflight import FirstStep, peak_memory, reset_peak_memory
 from lamella.errors import LamellaError
@@ -32,6 +33,7 @@ from lamella.lab.runs.trainer import RunTrainer
 from lamella.tracing import record_routing
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.optimization import is_routed
+from lamella.tuners.redundancy import lora_experts, redundancy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,10 +43,14 @@ logger = logging.getLogger("lamella")
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, and what `metrics.json` in it says."""
+    """A finished run: its folder, what `metrics.json` in it says, and its model as it loads from the folder.
+
+    The model is None in the processes that did not write.
+    """
 
     folder: RunFolder
     metrics: dict[str, Any]
+    model: PreTrainedModel | PeftModel | None = None
 
 
 def train(
@@ -157,10 +163,9 @@ class _Run:
             "routing": routing,
             "notes": [*self.task.notes, *self.encoded.notes],
         }
-        if self.process.is_main_process:
-            self._write(after, metrics)
+        loaded = self._write(after, metrics) if self.process.is_main_process else None
         self.process.wait_for_everyone()
-        return RunResult(self.place, self.place.metrics())
+        return RunResult(self.place, self.place.metrics(), loaded)
 
     def _fit(self, trainer: RunTrainer) -> None:
         with self.process.main_process_first():  # the first one also removes what a kill left half-written
@@ -223,7 +228,8 @@ class _Run:
             "processes": self.process.num_processes,
         }
 
-    def _write(self, scores: dict[str, Scores], metrics: dict[str, Any]) -> None:
+    def _write(self, scores: dict[str, Scores], metrics: dict[str, Any]) -> PreTrainedModel | PeftModel:
+        """Write the run's files; returns the model as it loads from them."""
         frames = [pd.DataFrame({"split": name, **one.columns}) for name, one in scores.items()]
         if frames:
             with whole(self.place.path / "predictions.parquet") as path:
@@ -232,10 +238,14 @@ class _Run:
         save_trained(self.model, self.settings.method, self.backbone, self.place, card)
         batch = self.encoded.collator([self.rows[i] for i in range(min(4, len(self.rows)))])
         method = self.settings.method
-        equal = check_saved(self.model, method, self.place, self.settings.model, self.task, batch)
+        equal, loaded = check_saved(self.model, method, self.place, self.settings.model, self.task, batch)
+        if lora_experts(loaded):
+            with whole(self.place.path / "redundancy.parquet") as path:
+                redundancy(loaded).to_parquet(path)
         self.place.write_json("metrics.json", metrics | {"saved_equals_loaded": equal})
         self.place.remove_checkpoints()
         logger.info("finished")
+        return loaded
 
     def _log_start(self) -> None:
         trained = trainable_parameters(self.model)

@@ -67,11 +67,11 @@ def check_saved(
     backbone: str,
     task: Task,
     batch: Mapping[str, torch.Tensor],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], PreTrainedModel | PeftModel]:
     """Load the saved run onto a fresh backbone and compare its logits on one batch with those of ``model``.
 
     Returns:
-        ``equal`` (bit for bit) and ``largest_difference`` of the logits.
+        ``equal`` (bit for bit) and ``largest_difference`` of the logits; and the model that was loaded.
 
     Raises:
         LamellaError: they differ by more than rounding.
@@ -92,7 +92,7 @@ def check_saved(
             f"The saved {path.name} does not give the outputs of the model it was saved from (largest difference "
             f"{difference:.3g}). Something that was trained is not in the file: name it in modules_to_save."
         )
-    return {"equal": bool(torch.equal(ours, theirs)), "largest_difference": difference}
+    return {"equal": bool(torch.equal(ours, theirs)), "largest_difference": difference}, loaded
 
 
 def _name(model: PreTrainedModel | PeftModel) -> str:

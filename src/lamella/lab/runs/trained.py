@@ -105,6 +105,16 @@ class Trained:
         return rows, encoded
 
 
+def redundancy_of(run: Path) -> pd.DataFrame | None:
+    """`lamella.redundancy` of a finished run's LoRA experts, as it was kept; None where it has none."""
+    import pandas as pd
+
+    if (kept := run / "redundancy.parquet").is_file():
+        return pd.read_parquet(kept)
+    # the first edition kept none
+    return load_trained(run).redundancy() if (run / "trace.parquet").is_file() else None
+
+
 def find_trained(path: Path) -> Place:
     """The adapter or model in a run's folder, or the adapter that the folder is.
 

@@ -16,12 +16,12 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
-from lamella.diagnostics.doctor import doctor
 from lamella.files import whole, write_whole
 from lamella.lab.data import load_backbone
 from lamella.lab.methods import read_saved
+from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.folder import RunFolder
-from lamella.lab.runs.run import train
+from lamella.lab.runs.run import RunResult, train
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.cells import BASE, LORA, Asked, Cell, Job, jobs_of, key_of
@@ -110,13 +110,14 @@ class StudyFolder:
         """Run a cell, from its last checkpoint where there is one, and let the doctor examine it."""
         run, settings = RunFolder(self.run(cell.key)), self.placed(cell.settings)
         # killed between the end of the run and its row, there is nothing left to train
-        metrics = run.metrics() if run.finished else train(settings, run.path, callbacks=callbacks).metrics
+        trained = RunResult(run, run.metrics()) if run.finished else train(settings, run.path, callbacks=callbacks)
+        metrics = trained.metrics
         if cell.makes_base:
             self._keep_base(cell)
         row = {"settings": settings.model_dump(mode="json"), "metrics": metrics}
         # what was not trained has nothing to examine, and what does not resume cannot be loaded as doctors do
         if metrics["steps"] and settings.method.resumes:
-            row["diagnosis"] = doctor(run.path).as_dict()
+            row["diagnosis"] = diagnose(trained).as_dict()
         return row
 
     def fail(self, job: Job, reason: str) -> None:
