@@ -76,15 +76,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, help="folder; runs/NAME if absent")
     parser.add_argument("--force", action="store_true", help="replace what lies in that folder")
     given = parser.parse_args(words)
-    folder, bar = given.output or Path("runs") / given.name, Bar()
+    folder = given.output or Path("runs") / given.name
     quiet_libraries()
     try:
-        log = build(given.name, folder, given.changes, force=given.force, callbacks=[bar])
+        with Bar() as bar:
+            log = build(given.name, folder, given.changes, force=given.force, callbacks=[bar])
     except LamellaError as error:
         print(error, file=sys.stderr)
         return 2
-    finally:
-        bar.close()
     _show(log, folder)
     return 1 if log["failed"] else 0
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.studies import run_study, show_plan
+from lamella.cli.train import recipe_and_overrides
 
 
 def compare(
@@ -34,7 +35,6 @@ def compare(
 
     Example: lamella compare demo seeds=3 --jobs 2 -o runs/shapes
     """
-    from lamella.cli.words import recipe_and_overrides
     from lamella.errors import LamellaError
     from lamella.lab.studies.recipe import read_study
 

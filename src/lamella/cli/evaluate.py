@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lamella.cli.output import console, print_json
-
-if TYPE_CHECKING:
-    from lamella.lab.robustness.robustness import Robustness
+from lamella.cli.output import console, print_json, show_noise, show_scores
 
 
 def evaluate(
@@ -47,36 +44,30 @@ def evaluate(
     from lamella.lab.runs.evaluating import evaluate as evaluated
 
     if noise is not None:
-        _under_noise(paths, noise, sigma, seeds, task, split, base, output, json)
+        drawn = {} if seeds is None else {"seeds": seeds}
+        _under_noise(paths, noise, sigma, output, json, task=task, split=split, base=base, **drawn)
         return
     if len(paths) > 1 or sigma is not None or seeds is not None:
         raise LamellaError(
             "Several runs, --sigma and --seeds belong to an evaluation under noise. Name the noise with --noise "
             "embedding, tokens or pgd, or evaluate one run without them."
         )
-    found = evaluated(paths[0], task, split, base)
+    scored = evaluated(paths[0], task, split, base)
     if output is not None:
-        found.save_examples(output)
+        scored.save_examples(output)
     if json:
-        print_json(found.as_dict())
-        return
-    typer.echo(f"{found.task}, {found.rows:,} {found.split} rows")
-    for name, value in found.metrics.items():
-        typer.echo(f"{name:<12} {value:.4f}{'  (the metric of the task)' if name == found.metric else ''}")
-    for note in found.notes:
-        typer.echo(f"note: {note}")
+        print_json(scored.as_dict())
+    else:
+        show_scores(scored)
 
 
 def _under_noise(
     paths: list[Path],
     noise: str,
     sigma: str | None,
-    seeds: int | None,
-    task: str | None,
-    split: str,
-    base: str | None,
     output: Path | None,
     json: bool,
+    **what: Any,
 ) -> None:
     from lamella.lab.pages import robustness_report
     from lamella.lab.report.report import write_report
@@ -84,36 +75,14 @@ def _under_noise(
 
     if output is not None:
         check_folder(output)
-    given = {} if seeds is None else {"seeds": seeds}
     strengths = None if sigma is None else strengths_of(sigma)
     with console.status("reading") as status:
-        found = robustness(paths, noise, strengths, **given, task=task, split=split, base=base, starting=status.update)
+        measured = robustness(paths, noise, strengths, **what, starting=status.update)
     if output is not None:
-        write_report(robustness_report(found), output / "report.html")
-        found.save(output)
+        page = write_report(robustness_report(measured), output / "report.html")
+        measured.save(output)
+        console.print(f"Report: {page}", highlight=False)
     if json:
-        print_json(found.as_dict())
-        return
-    _show(found)
-    if output is not None:
-        typer.echo(f"Report: {output / 'report.html'}")
-
-
-def _show(found: Robustness) -> None:
-    """A row per strength and method with its mean and how it differs from the first, and the answer in words."""
-    from rich.table import Table
-
-    table = Table(title=f"{found.task} under {found.noise.title}, mean of {found.seeds} seed(s)", title_justify="left")
-    for column in (found.noise.symbol, "method", found.metric, "difference", "95 % interval"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    differences = {(one.method, one.strength): one for one in found.differences.itertuples()}
-    for strength, means in found.means.items():
-        for method, value in means.items():
-            one = differences.get((method, strength))
-            words = ("", "") if one is None else (f"{one.difference:+.3f}", f"{one.low:+.3f} to {one.high:+.3f}")
-            table.add_row(f"{strength:g}", method, f"{value:.3f}", *words)
-        table.add_section()
-    console.print(table)
-    typer.echo(found.summary)
-    for note in found.notes:
-        typer.echo(f"note: {note}")
+        print_json(measured.as_dict())
+    else:
+        show_noise(measured)

@@ -16,6 +16,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lamella.lab.robustness.robustness import Robustness
+    from lamella.lab.runs.evaluating import Evaluation
+
 # people read standard error while a program reads standard output
 console = Console(stderr=True)
 
@@ -44,13 +47,13 @@ def show_results(results: pd.DataFrame, cost: pd.DataFrame, summary: str) -> Non
         table.add_column(column, justify="right", no_wrap=True)
     costs = {row["method"]: row for row in cost.to_dict("records")}
     for row in results.to_dict("records"):
-        own = {} if several else costs.get(row["method"], {})
+        cost_of = {} if several else costs.get(row["method"], {})
         table.add_row(
             row["method"],
             *[row["task"]] * several,
             *(_cell(row.get(column)) for column in ("mean", "interval", "difference", "p")),
-            _count(own.get("trainable parameters")),
-            _times(own.get("step time")),
+            _count(cost_of.get("trainable parameters")),
+            _times(cost_of.get("step time")),
         )
     console.print(table)
     console.print(summary, highlight=False)
@@ -90,9 +93,37 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
         console.print(metrics["summary"], highlight=False)
     console.print(
         f"{metrics['trainable_parameters']:,} trainable parameters, {metrics['seconds_per_step']:.2f} s per step, "
-        f"{metrics['steps']} steps. Kept in {folder}",
+        f"{metrics['steps']} steps. The run is in {folder}",
         highlight=False,
     )
+
+
+def show_scores(scored: Evaluation) -> None:
+    """The scores of a model on a split of a task."""
+    print(f"{scored.task}, {scored.rows:,} {scored.split} rows")
+    for name, value in scored.metrics.items():
+        print(f"{name:<12} {value:.4f}{'  (the metric of the task)' if name == scored.metric else ''}")
+    for note in scored.notes:
+        print(f"note: {note}")
+
+
+def show_noise(measured: Robustness) -> None:
+    """A row per strength and method with its mean and how it differs from the first, and the answer in words."""
+    title = f"{measured.task} under {measured.noise.title}, mean of {measured.seeds} seed(s)"
+    table = Table(title=title, title_justify="left")
+    for column in (measured.noise.symbol, "method", measured.metric, "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    differences = {(one.method, one.strength): one for one in measured.differences.itertuples()}
+    for strength, means in measured.means.items():
+        for method, value in means.items():
+            one = differences.get((method, strength))
+            words = ("", "") if one is None else (f"{one.difference:+.3f}", f"{one.low:+.3f} to {one.high:+.3f}")
+            table.add_row(f"{strength:g}", method, f"{value:.3f}", *words)
+        table.add_section()
+    console.print(table)
+    print(measured.summary)
+    for note in measured.notes:
+        print(f"note: {note}")
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import Self
 
 from lamella.cli.output import console
 
@@ -19,7 +20,8 @@ class Bar(TrainerCallback):
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._began = self._said = 0.0
+        self._began = self._said = 0.0  # time.monotonic
+        self._first = 0
         self._loss = ""
 
     def on_train_begin(
@@ -73,7 +75,10 @@ class Bar(TrainerCallback):
         if logs and "loss" in logs:
             self._loss = f", loss {logs['loss']:.3f}"
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Take the bar away, however the training ended."""
         if self._progress is not None:
             self._progress.stop()

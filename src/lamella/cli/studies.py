@@ -73,8 +73,5 @@ def _run(cells: Sequence[Cell], folder: StudyFolder, jobs: int, ray: str | None)
         console.print(f"{job.label}: done. {plan(cells, folder, jobs)}", highlight=False)
 
     console.print(str(plan(cells, folder, jobs)), highlight=False)
-    bar = Bar()
-    try:
+    with Bar() as bar:
         run_cells(cells, folder, jobs, ray, [bar], starting, finished)
-    finally:
-        bar.close()

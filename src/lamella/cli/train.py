@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +33,6 @@ def train(
 
     Example: lamella train trec-mola lr=1e-3 method.num_experts=2-2-4-4 -o runs/narrow
     """
-    from lamella.cli.words import recipe_and_overrides
     from lamella.lab.runs.settings import resolve
 
     recipe, overrides = recipe_and_overrides(words or [])
@@ -55,13 +55,24 @@ def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force:
         else:
             typer.echo(str(found))
         raise typer.Exit(0 if found.ok else 1)
-    bar = Bar()
-    try:
+    with Bar() as bar:
         result = run(settings, output or Path("runs") / settings.label, force=force, callbacks=[bar])
-    finally:
-        bar.close()
     write_report(run_report(result, settings), result.folder.path / "report.html")
     if json:
         print_json({"folder": str(result.folder.path), **result.metrics})
     else:
         show_run(result.metrics, result.folder.path)
+
+
+def recipe_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The one word without ``=``, if any, and the others.
+
+    Raises:
+        LamellaError: more than one word has no ``=``.
+    """
+    from lamella.errors import LamellaError
+
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        raise LamellaError(f"One recipe at a time: {' and '.join(recipes)} were given. Write settings as key=value.")
+    return (recipes[0] if recipes else None), [word for word in words if "=" in word]
