@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 Splits = dict[str, list[Row]]
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _key(row: Row, columns: Sequence[str]) -> str:
     # options in another order are the same question
     cells = [sorted(row[column]) if column == "choices" else row[column] for column in columns]
-    return json.dumps(cells, ensure_ascii=False)
+    return _encode(cells)
 
 
 def _question(kind: TaskKind, row: Row) -> tuple[str, ...]:
@@ -114,11 +117,12 @@ def without_overlap(kind: TaskKind, splits: Splits) -> tuple[Splits, list[str]]:
         if name not in splits or not splits[name]:
             continue
         columns = _leaking(kind, splits[name][0])
-        clean[name] = [row for row in splits[name] if _key(row, columns) not in seen]
+        keys = [_key(row, columns) for row in splits[name]]
+        clean[name] = [row for row, key in zip(splits[name], keys, strict=True) if key not in seen]
         if dropped := len(splits[name]) - len(clean[name]):
             against = "the test split" if name == "validation" else "an evaluation split"
             notes.append(f"{dropped:,} {name} rows dropped because they also occur in {against}")
-        seen.update(_key(row, columns) for row in clean[name])
+        seen.update(keys)
     return clean, notes
 
 
