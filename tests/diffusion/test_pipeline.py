@@ -175,17 +175,17 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(case: Case) -> None
 
 
 def test_a_block_has_one_router_that_reads_what_its_self_attention_is_given(sd: Case) -> None:
-    units = {unit.name: unit for unit in sd.composed().components["unet"].units}
+    units = {unit.name: unit for unit in sd.composed().components["unet"].groups}
     stack = "down_blocks.1.attentions.0.transformer_blocks"
     block = units[f"{stack}.0"]
-    assert [reader.name.removeprefix(f"{stack}.0.") for reader in block.readers] == [
+    assert [reader.name.removeprefix(f"{stack}.0.") for reader in block.inputs] == [
         "attn1.to_q", "attn1.to_k", "attn1.to_v",
     ]  # fmt: skip
     assert len(block.members) == 3 + 1 + 3 + 1 + 2
     assert "down_blocks.1.attentions.0.proj_in" in units
-    sublayers = {unit.name: unit for unit in sd.composed(MoleConfig(granularity="sublayer")).components["unet"].units}
-    assert [r.name.rpartition("0.")[2] for r in sublayers[f"{stack}.0.attn2"].readers] == ["attn2.to_q"]
-    assert [r.name for r in sublayers[f"{stack}.0.mlp"].readers] == [f"{stack}.0.ff.net.0.proj"]
+    sublayers = {unit.name: unit for unit in sd.composed(MoleConfig(granularity="sublayer")).components["unet"].groups}
+    assert [r.name.rpartition("0.")[2] for r in sublayers[f"{stack}.0.attn2"].inputs] == ["attn2.to_q"]
+    assert [r.name for r in sublayers[f"{stack}.0.mlp"].inputs] == [f"{stack}.0.ff.net.0.proj"]
 
 
 def test_one_router_for_the_network_serves_every_block(sd: Case) -> None:
@@ -205,7 +205,7 @@ def test_1x1_convolutions_are_composed_as_linear_maps_of_their_channels(sd: Case
     assert isinstance(conv, nn.Conv2d)
     x = torch.randn(2, 16, 3, 5)
     loras = layer.loras("default")
-    weights = layer.units["default"].weigh(layer, x.movedim(1, -1), None)[0]
+    weights = layer.groups["default"].mixing_weights(layer, x.movedim(1, -1), None)[0]
     assert weights.shape == (2, 3)
     expected = []
     for row, own in zip(x, weights, strict=True):
@@ -277,7 +277,7 @@ def test_only_the_best_lora_of_each_sample_is_used(sd: Case) -> None:
         tiny.run(composition.pipe, PROMPTS, num_inference_steps=1)
         assert {own.max().item() for decisions in seen.values() for own in decisions} == {1.0}
         assert all(torch.equal(own.sum(dim=-1), torch.ones(len(own))) for one in seen.values() for own in one)
-    for unit in (unit for own in composition.components.values() for unit in own.units):
+    for unit in (unit for own in composition.components.values() for unit in own.groups):
         unit.router.e.data.zero_()
         unit.router.bias.data.copy_(torch.tensor([0.0, 1.0, 0.0]))
     assert_close(tiny.run(composition.pipe, PROMPTS), sd.by_diffusers({"dog": 1.0}))
@@ -286,7 +286,7 @@ def test_only_the_best_lora_of_each_sample_is_used(sd: Case) -> None:
 def test_routers_are_in_the_mode_of_their_model(sd: Case) -> None:
     """A pipeline generates in evaluation mode, where routers pay nothing."""
     composition = sd.composed()
-    routers = [unit.leader for own in composition.components.values() for unit in own.units]
+    routers = [unit.owner for own in composition.components.values() for unit in own.groups]
     assert not any(leader.training for leader in routers)
     composition.train()
     assert all(leader.training for leader in routers)

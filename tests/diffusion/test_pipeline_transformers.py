@@ -122,9 +122,9 @@ def test_routers_off_zero_run_and_get_gradients_in_every_granularity(
 def test_a_block_reads_its_normed_input_and_the_time_embedding_decides_for_itself(tmp_path: Path) -> None:
     make, _, _ = CASES["flux"]
     composition = compose_pipeline(as_pipeline(make()), written("flux", tmp_path))
-    units = {unit.name: unit for unit in composition.components["transformer"].units}
+    units = {unit.name: unit for unit in composition.components["transformer"].groups}
     block = "single_transformer_blocks.0"
-    assert {r.name.removeprefix(f"{block}.") for r in units[block].readers} == {
+    assert {r.name.removeprefix(f"{block}.") for r in units[block].inputs} == {
         "proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v",
     }  # fmt: skip
     assert [m.name for m in units[f"{block}.norm.linear"].members] == [f"{block}.norm.linear"]

@@ -13,14 +13,14 @@ from torch import nn
 from lamella.adapters import LoraSource, map_to
 from lamella.adapters.source import MODEL, Factors
 from lamella.diffusion.composition import Component, PipelineComposition, read_routers
-from lamella.diffusion.layers import PipelineConv, PipelineLinear, Pointwise, SampleUnit
-from lamella.diffusion.units import plan_units_of
+from lamella.diffusion.groups import plan_groups_of
+from lamella.diffusion.layers import PipelineConv, PipelineLinear, Pointwise, SampleGroup
 from lamella.errors import LamellaError
 from lamella.tuners.mole.composing import Lora, read_given
 from lamella.tuners.mole.config import Adapters, MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
-from lamella.tuners.mole.model import make_units, place_loras
-from lamella.tuners.mole.preparing import Prepared, read_sources, refuse_too_few, refuse_too_large
+from lamella.tuners.mole.model import Composition
+from lamella.tuners.mole.plan import Plan, read_sources, refuse_too_few, refuse_too_large
 from lamella.tuners.tracking import track
 
 _ADAPTER = "default"
@@ -63,8 +63,8 @@ def compose_pipeline(
     if config.adapters:
         raise LamellaError(f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty.")
     sources = read_given(adapters)
-    config.hold_sources(sources)  # notes where they lie
-    config.take_sources()
+    config.adapters = {source.name: source for source in sources}
+    config.adapters = {name: reference.to_dict() for name, reference in config.references.items()}
     return _inject(pipe, sources, config)
 
 
@@ -100,8 +100,8 @@ def _inject(pipe: Any, sources: Sequence[LoraSource], config: MoleConfig) -> Pip
     _refuse_unread_settings(config)
     models = _models_of(pipe)
     found = _factors_by_component(models, sources)
-    prepared = {component: _prepare(models[component], names, factors, config) for component, factors in found.items()}
-    components = {component: _place(models[component], own, config) for component, own in prepared.items()}
+    plans = {component: _plan(models[component], names, factors, config) for component, factors in found.items()}
+    components = {component: _place(models[component], own, config) for component, own in plans.items()}
     skipped = [(f"{source.name}: {name}", reason) for source in sources for name, reason in source.skipped]
     return PipelineComposition(pipe, config, names, components, skipped)
 
@@ -170,34 +170,35 @@ def _factors_by_component(models: Mapping[str, nn.Module], sources: Sequence[Lor
     }
 
 
-def _prepare(model: nn.Module, names: tuple[str, ...], factors: FactorsByModule, config: MoleConfig) -> Prepared:
+def _plan(model: nn.Module, names: tuple[str, ...], factors: FactorsByModule, config: MoleConfig) -> Plan:
     ranks = {module: [len(own[name].A) if name in own else 0 for name in names] for module, own in factors.items()}
     widths = {name: int(_get_in_out_features(model.get_submodule(name))[1]) for name in ranks}
-    units = plan_units_of(model, list(ranks), config.granularity)
-    return Prepared(
-        names=names, ranks=ranks, widths=widths, factors=factors, units=units, excluded=set(), skipped=[], notes=[]
+    groups = plan_groups_of(model, list(ranks), config.granularity)
+    return Plan(
+        names=names, ranks=ranks, widths=widths, factors=factors, groups=groups, excluded=set(), skipped=[], notes=[]
     )
 
 
-def _place(model: nn.Module, prepared: Prepared, config: MoleConfig) -> Component:
+def _place(model: nn.Module, plan: Plan, config: MoleConfig) -> Component:
     """Puts the layers in place, in the model's order; only routers want a gradient afterwards."""
     trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     model.requires_grad_(False)
-    units = make_units(prepared, lambda plan: SampleUnit(plan, _ADAPTER, config, prepared.names, decoder=False))
+    made = Composition(
+        plan, _ADAPTER, config, (), lambda one: SampleGroup(one, _ADAPTER, config, plan.names, decoder=False)
+    )
     layers: dict[str, MoleLinear] = {}
-    for name in prepared.ranks:
+    for name in plan.ranks:
         module = model.get_submodule(name)
         if isinstance(module, nn.Conv2d):
             layer: PipelineLinear = PipelineConv(Pointwise(module), name, None)
         else:
             layer = PipelineLinear(module, name, None)
-        layers[name] = place_loras(layer, name, _ADAPTER, config, prepared, units, ())
+        layers[name] = made.place(layer, name)
         layers[name].train(model.training)
         model.set_submodule(name, layers[name])
     track(model)
-    distinct = tuple(dict.fromkeys(units.values()))
-    for unit in distinct:
-        for parameter in unit.router.parameters():
+    for group in made.distinct:
+        for parameter in group.router.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
-    return Component(model, layers, distinct, trained)
+    return Component(model, layers, tuple(made.distinct), trained)

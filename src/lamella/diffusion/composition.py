@@ -14,10 +14,10 @@ from lamella.errors import LamellaError
 from lamella.files import whole
 from lamella.routing import untrack_calls
 from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import MoleLinear
 from lamella.tuners.mole.model import numbered
 from lamella.tuners.mole.overrides import Weights, fixed_weights, masked_experts
-from lamella.tuners.mole.unit import Unit
 
 ROUTERS = "routers.safetensors"
 CONFIG = "adapter_config.json"
@@ -30,13 +30,13 @@ class Component:
     Attributes:
         model: with the routers inside.
         layers: its composed modules by name.
-        units: what decides.
+        groups: what decides.
         trained: the parameters that wanted a gradient before.
     """
 
     model: nn.Module
     layers: dict[str, MoleLinear]
-    units: tuple[Unit, ...]
+    groups: tuple[Group, ...]
     trained: tuple[nn.Parameter, ...]
 
 
@@ -73,9 +73,11 @@ class PipelineComposition:
                 target.save_pretrained = _refuse_to_save
 
     def routers(self) -> dict[str, nn.Module]:
-        """The routers by component and unit."""
+        """The routers by component and group."""
         return {
-            f"{component}.{unit.name}": unit.router for component, own in self.components.items() for unit in own.units
+            f"{component}.{group.name}": group.router
+            for component, own in self.components.items()
+            for group in own.groups
         }
 
     def parameters(self) -> list[nn.Parameter]:
@@ -136,10 +138,10 @@ class PipelineComposition:
     def _named(self) -> dict[str, nn.Parameter]:
         """The routers' parameters by component, the module that holds the router, and name."""
         return {
-            f"{component}.{unit.leader.name}.{name}": parameter
+            f"{component}.{group.owner.name}.{name}": parameter
             for component, own in self.components.items()
-            for unit in own.units
-            for name, parameter in unit.router.named_parameters()
+            for group in own.groups
+            for name, parameter in group.router.named_parameters()
         }
 
     def unload(self) -> None:
@@ -162,11 +164,11 @@ class PipelineComposition:
         count = sum(parameter.numel() for parameter in self.parameters())
         lines = [f"MOLE of {len(self.names)} LoRAs: {count:,} trainable parameters", f"  {numbered(self.names)}"]
         for name, own in self.components.items():
-            alone = [unit.name for unit in own.units if not unit.place.stack]
-            lines.append(f"  {name}: {len(own.layers)} modules, {len(own.units)} routers")
+            alone = [group.name for group in own.groups if not group.place.stack]
+            lines.append(f"  {name}: {len(own.layers)} modules, {len(own.groups)} routers")
             if alone:
                 lines.append(f"    outside its blocks: {', '.join(alone)}")
-            blind = [unit.name for unit in own.units if not unit.readers]
+            blind = [group.name for group in own.groups if not group.inputs]
             if blind:
                 lines.append(f"    {len(blind)} routers read nothing, first {blind[0]}")
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]

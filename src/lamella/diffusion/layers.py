@@ -5,27 +5,27 @@ from torch import Tensor, nn
 
 from lamella.errors import LamellaError
 from lamella.routing import Frame, Readable
+from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.layer import MoleLinear
-from lamella.tuners.mole.unit import Unit
 
 
-class SampleUnit(Unit):
-    """A unit of a model that makes images: each row of a batch is a sample, whatever its shape, and decides for itself.
+class SampleGroup(Group):
+    """A group of a model that makes images: each row of a batch is a sample of any shape and decides for itself.
 
     All of a sample is read, padding of a prompt apart where a mask tells it: nothing in it is said before the rest.
     """
 
-    def as_sequences(self, layer: MoleLinear, x: Tensor, frame: Frame | None) -> Tensor:
+    def as_sequences(self, layer: Member, x: Tensor, frame: Frame | None) -> Tensor:
         """``(batch, tokens, in)`` of an image's or a prompt's tokens, or of one vector per sample."""
         return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
 
-    def readable(self, tokens: Tensor, layer: MoleLinear, frame: Frame | None) -> Readable:
+    def readable(self, tokens: Tensor, layer: Member, frame: Frame | None) -> Readable:
         mask = None if frame is None else frame.mask
         if mask is not None and mask.shape == tokens.shape[:2]:
             return Readable(mask.to(tokens.device), None)
         return Readable(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), None)
 
-    def repeated(self, weights: Tensor, layer: MoleLinear, x: Tensor) -> Tensor:
+    def repeated(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
         """Classifier-free guidance runs all samples twice, one whole batch after the other."""
         if len(x) not in (len(weights), 2 * len(weights)):
             raise LamellaError(

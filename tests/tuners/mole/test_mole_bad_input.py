@@ -101,7 +101,7 @@ def test_flatten_on_a_decoder(folder: Path) -> None:
         ({"flatten_length": 5}, "needs flatten_length"),
         ({"router_input": "flatten", "flatten_length": 0}, "flatten_length=0"),
         ({"layers_pattern": "layer"}, "layers_pattern='layer' must be given together with layers_to_transform"),
-        ({"balance_ceof": 1}, "did you mean 'router_aux_loss_coef'"),
+        ({"router_aux_los_coef": 1}, "did you mean 'router_aux_loss_coef'"),
         ({"adapters": {"a": 3}}, r"adapters\['a'\]=3 must be"),
         ({"adapters": {"a": {"path": "x"}}}, r"adapters\['a'\]="),
     ],

@@ -179,7 +179,7 @@ def test_error_falls_with_k(tmp_path: Path) -> None:
     errors = []
     for top_k in (1, 2, 4, 6, 8):
         for layer in trained.layers_of(model).values():
-            layer.units["default"].config.top_k = top_k
+            layer.groups["default"].config.top_k = top_k
         errors.append(float((trained.run(model, given) - everything).norm() / effect))
     assert all(more > fewer for more, fewer in itertools.pairwise(errors)), errors
     assert errors[-1] == 0

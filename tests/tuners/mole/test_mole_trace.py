@@ -27,16 +27,16 @@ def test_each_unit_has_the_mean_weights_that_its_modules_were_given(kind: str, r
 
     def watch(layer, x, weights, frame) -> None:
         mask = frame.token_mask(x, of_encoder=layer.reads_encoder)
-        unit = layer.units["default"]
-        if layer is unit.leader:
+        unit = layer.groups["default"]
+        if layer is unit.owner:
             rows = weights.flatten(0, -2)
             seen[unit.name] = rows if mask is None or not unit.by_token else rows[mask]
 
     for layer in trained.layers_of(model).values():
-        layer.units["default"].watchers[:] = [watch]
+        layer.groups["default"].watchers[:] = [watch]
     with record_routing(model) as trace:
         trained.run(model, given)
-    names = {layer.units["default"].place: layer.units["default"].name for layer in trained.layers_of(model).values()}
+    names = {layer.groups["default"].place: layer.groups["default"].name for layer in trained.layers_of(model).values()}
     frame = trace.frame
     assert len(frame) == 3 * len(names)
     for place, name in names.items():

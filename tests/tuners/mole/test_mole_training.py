@@ -47,7 +47,7 @@ def test_every_router_gets_a_gradient_and_nothing_else_does(
     found = step(model, tiny.batch(model.get_base_model()))
     assert found
     assert all("mole_router" in name for name in found)
-    units = {layer.units["default"] for layer in trained.layers_of(model).values()}
+    units = {layer.groups["default"] for layer in trained.layers_of(model).values()}
     biases = [gradient for name, gradient in found.items() if name.endswith(".bias")]
     assert len(biases) == len(units)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
@@ -215,7 +215,7 @@ def test_the_plain_trainer_trains_routers_and_leaves_all_else_bit_equal(
     assert changed
     assert all("mole_router" in name for name in changed)
     assert any("mole_loras" in name for name in before)
-    units = {layer.units["default"].name for layer in trained.layers_of(model).values()}
+    units = {layer.groups["default"].name for layer in trained.layers_of(model).values()}
     assert len({name.split(".lamella_mole_router")[0] for name in changed}) == len(units)
     given = tiny.inputs(model.get_base_model())
     model.eval()

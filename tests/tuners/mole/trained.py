@@ -107,7 +107,7 @@ def layers_of(model: nn.Module) -> dict[str, MoleLinear]:
 
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The routers by the name of their unit."""
-    units = {layer.units["default"] for layer in layers_of(model).values()}
+    units = {layer.groups["default"] for layer in layers_of(model).values()}
     return {unit.name: unit.router for unit in units}
 
 

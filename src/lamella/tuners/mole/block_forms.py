@@ -5,7 +5,7 @@ which adds the input that every block passes on a second time. F is the block al
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +15,25 @@ from lamella.backbones import BlockCall, hidden_states_of, with_hidden_states
 from lamella.errors import LamellaError
 from lamella.routing import Frame, current_frame, in_frame
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.reading import OutputReader
-from lamella.tuners.mole.unit import Unit
-from lamella.tuners.mole.units import UnitPlan
-
-if TYPE_CHECKING:
-    from lamella.tuners.mole.layer import MoleLinear
+from lamella.tuners.mole.group import Group, Member
+from lamella.tuners.mole.plan import GroupPlan
+from lamella.tuners.mole.router import BlockOutputs
 
 
-class BlockUnit(Unit):
-    """A unit whose decision is for the outputs of its block; inside, one LoRA runs at a time, or none.
+class BlockGroup(Group):
+    """A group whose decision is for the outputs of its block; inside, one LoRA runs at a time, or none.
 
     Attributes:
         features: of those outputs.
     """
 
     def __init__(
-        self, plan: UnitPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool, features: int
+        self, plan: GroupPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool, features: int
     ) -> None:
         super().__init__(plan, adapter, config, names, decoder)
         self.features = features
 
-    def weigh(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
+    def mixing_weights(self, layer: Member, x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
         """All weight on the LoRA that runs alone; None where the block runs by itself."""
         alone = None if frame is None else frame.alone
         if alone is None or alone[0] != self.key:
@@ -70,10 +67,10 @@ class BlockUnit(Unit):
         override = self.override(frame)
         if override.fixed is not None:
             fixed = override.fixed_weights(x.device)
-            self.tell_fixed(fixed, x, frame)
-            return fixed if fixed.dim() == 1 else self.repeated(fixed, self.leader, x)
-        decision = self.decide(self.leader, x, OutputReader(self.router, each), frame, override)
-        return self.fit(decision, self.leader, x)
+            self.show_fixed(fixed, x, frame)
+            return fixed if fixed.dim() == 1 else self.repeated(fixed, self.owner, x)
+        decision = self.decide(self.owner, x, BlockOutputs(self.router, each), frame, override)
+        return self.fit(decision, self.owner, x)
 
     def _refuse_cache(self, call: BlockCall, frame: Frame) -> None:
         if call.cache is None:
@@ -86,28 +83,26 @@ class BlockUnit(Unit):
 
 
 class BlockMixture:
-    """The hook by which a unit mixes at its block."""
+    """The hook by which a group mixes at its block."""
 
-    def __init__(self, unit: BlockUnit) -> None:
-        self.unit = unit
+    def __init__(self, group: BlockGroup) -> None:
+        self.group = group
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What the block returns instead."""
-        leader, adapter = self.unit.leader, self.unit.adapter
-        runs = not leader.disable_adapters and adapter in leader.active_adapters and adapter in leader.units
-        return self.unit.mix(block, args, kwargs, output) if runs else output
+        return self.group.mix(block, args, kwargs, output) if self.group.owner.runs(self.group) else output
 
 
-def mix_at_block(block: nn.Module, unit: BlockUnit) -> None:
-    """Lets a unit mix at its block."""
-    block.register_forward_hook(BlockMixture(unit), with_kwargs=True)
+def mix_at_block(block: nn.Module, group: BlockGroup) -> None:
+    """Lets a group mix at its block."""
+    block.register_forward_hook(BlockMixture(group), with_kwargs=True)
 
 
 def remove_mixtures(model: nn.Module, adapter: str | None = None) -> None:
     """Takes the hooks of one adapter, or of all, off a model's blocks."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, BlockMixture) and adapter in (None, hook.unit.adapter):
+            if isinstance(hook, BlockMixture) and adapter in (None, hook.group.adapter):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
 

@@ -12,7 +12,7 @@ from torch import nn
 from lamella.adapters import LoraSource, Reference, by_name, read_lora
 from lamella.errors import LamellaError
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.preparing import refuse_too_few
+from lamella.tuners.mole.plan import refuse_too_few
 
 Lora = str | Path | Reference | LoraSource
 
@@ -46,7 +46,7 @@ def compose(
         )
     sources = read_given(adapters)
     refuse_too_few([source.name for source in sources])
-    config.hold_sources(sources)
+    config.adapters = {source.name: source for source in sources}
     model: Any = get_peft_model(base, config, adapter_name)
     assert isinstance(model, PeftModel)
     return model

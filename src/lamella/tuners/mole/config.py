@@ -1,8 +1,9 @@
 """The settings of MOLE."""
 
+import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -24,7 +25,7 @@ _REFERENCE = tuple(f.name for f in fields(Reference))
 class MoleConfig(LamellaConfig):
     """Mixture of LoRA experts: K LoRAs that are trained already, weighed by routers that read them (arXiv 2404.13628).
 
-    ``y = W0 x + sum_i G_i s_i B_i A_i x`` in every linear module that a LoRA adapts, with one G for each unit.
+    ``y = W0 x + sum_i G_i s_i B_i A_i x`` in every linear module that a LoRA adapts, with one G for each group.
 
     A router has ``K * K * D`` parameters and a few: for each of K logits one for each output of each of the K LoRAs, D
     in the matrices that it reads (a block: query, key and value where adapted), times the positions for "flatten". At
@@ -33,8 +34,9 @@ class MoleConfig(LamellaConfig):
     many parameters all routers have.
 
     Args:
-        adapters: the LoRAs by name, in the order of the routers' logits: paths, hub ids or references
-            (``{source, revision, subfolder, sha256}``). ``lamella.compose`` fills it in.
+        adapters: the LoRAs by name, in the order of the routers' logits: paths, hub ids, references
+            (``{source, revision, subfolder, sha256}``), or LoRAs that were read, of which the injection leaves the
+            references. ``lamella.compose`` fills it in.
         granularity: what has a router of its own: each "matrix", each "sublayer" (attention, MLP), each "block", or
             the "network" (each stack of blocks: encoder, decoder).
         router_input: what of the LoRAs' outputs a router reads: their "mean" over a sequence's real tokens, those of
@@ -79,23 +81,25 @@ class MoleConfig(LamellaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LamellaType.MOLE
-        self.adapters = {name: _as_dict(name, given) for name, given in self.adapters.items()}
+        self.adapters = {
+            name: given if isinstance(given, LoraSource) else _as_dict(name, given)
+            for name, given in self.adapters.items()
+        }
         self._check_together()
 
     @property
     def references(self) -> dict[str, Reference]:
         """Where the LoRAs lie."""
-        return {name: Reference(**written) for name, written in self.adapters.items()}
+        return {
+            name: _absolute_reference(given.reference) if isinstance(given, LoraSource) else Reference(**given)
+            for name, given in self.adapters.items()
+        }
 
-    def hold_sources(self, sources: Sequence[LoraSource]) -> None:
-        """Keeps LoRAs that were read already for the injection that comes next."""
-        self.adapters = references_of(sources)
-        self._sources = list(sources)
-
-    def take_sources(self) -> list[LoraSource] | None:
-        """Those LoRAs, once."""
-        sources: list[LoraSource] | None = self.__dict__.pop("_sources", None)
-        return sources
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; of LoRAs that were read, where they lie."""
+        written = copy.copy(self)
+        written.adapters = {name: reference.to_dict() for name, reference in self.references.items()}
+        return super(MoleConfig, written).to_dict()
 
     @classmethod
     def from_pretrained(
@@ -171,23 +175,22 @@ class MoleConfig(LamellaConfig):
             )
 
 
-def references_of(sources: Sequence[LoraSource]) -> dict[str, dict[str, Any]]:
-    """Where LoRAs that were read lie, as a config writes it: paths by their full names, wherever it is saved."""
-    return {source.name: _as_dict(source.name, source.reference) for source in sources}
-
-
 def _as_dict(name: str, given: Any) -> dict[str, Any]:
     """What says where a LoRA lies, as a config writes it."""
     if isinstance(given, str | Path):
         return Reference(_absolute(str(given))).to_dict()
     if isinstance(given, Reference):
-        return replace(given, source=_absolute(given.source)).to_dict()
+        return _absolute_reference(given).to_dict()
     if not isinstance(given, Mapping) or "source" not in given or set(given) - set(_REFERENCE):
         raise LamellaError(
             f"adapters[{name!r}]={given!r} must be a path, a hub id, or a dictionary with the keys "
             f"{', '.join(_REFERENCE)}."
         )
     return Reference(**{**given, "source": _absolute(given["source"])}).to_dict()
+
+
+def _absolute_reference(reference: Reference) -> Reference:
+    return replace(reference, source=_absolute(reference.source))
 
 
 def _absolute(source: str) -> str:

@@ -12,8 +12,8 @@ from lamella.backbones import Place
 from lamella.errors import CannotMergeError
 from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
+from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.router import MoleRouter
-from lamella.tuners.mole.unit import Unit
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 
 CANNOT_MERGE = (
@@ -36,16 +36,16 @@ class FrozenFactors(nn.Module):
         self.register_buffer("B", loras.B, persistent=saved)
 
 
-class MoleLinear(nn.Module, BaseTunerLayer):
-    """``y = W0 x + sum_i G_i s_i B_i A_i x``, with the weights G of the unit that the module belongs to.
+class MoleLinear(Member, BaseTunerLayer):
+    """``y = W0 x + sum_i G_i s_i B_i A_i x``, with the weights G of the group that the module belongs to.
 
     Tensors per adapter: ``lamella_mole_loras.A (R, in)`` and ``.B (out, R)``, frozen; and, at the module that holds its
-    unit's router, ``lamella_mole_router.e (K, K, D)``, ``.bias (K,)`` and ``.log_temperature ()``.
+    group's router, ``lamella_mole_router.e (K, K, D)``, ``.bias (K,)`` and ``.log_temperature ()``.
     PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lamella_mole_router", "lamella_mole_loras")
-    other_param_names: tuple[str, ...] = ("units",)
+    other_param_names: tuple[str, ...] = ("groups",)
 
     # What BaseTunerLayer, which is untyped, brings along.
     active_adapters: list[str]
@@ -69,7 +69,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         self.place = place
         self.lamella_mole_router = nn.ModuleDict()
         self.lamella_mole_loras = nn.ModuleDict()
-        self.units: dict[str, Unit] = {}
+        self.groups: dict[str, Group] = {}
         self.merged_adapters: list[str] = []
         in_features, out_features = _get_in_out_features(self.get_base_layer())
         assert in_features is not None  # LoRAs are only mapped to linear modules
@@ -94,33 +94,35 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         assert isinstance(factors, FrozenFactors)
         return FrozenLoras(factors.A, factors.B, factors.ranks)
 
+    def runs(self, group: Group) -> bool:
+        """Whether the group's adapter is on here."""
+        return not self.disable_adapters and group.adapter in self.active_adapters and group.adapter in self.groups
+
     def routed_layer(self, adapter: str) -> RoutedLayer | None:
-        """The router of the unit that this module leads, for `lamella.tuners.routed.RoutedModule`."""
+        """The router that this module owns, for `lamella.tuners.routed.RoutedModule`."""
         if adapter not in self.lamella_mole_router:
             return None
-        unit = self.units[adapter]
-        config, count = unit.config, len(unit.names)
-        loss = None
-        if config.balance != "none" and config.router_aux_loss_coef > 0:
-            name = f"log balance of {adapter}" if config.balance == "log" else unit.name  # log: one loss for all units
-            settings = f"router_aux_loss_coef={config.router_aux_loss_coef:g}"
-            loss = AttachedLoss(name, settings, may_be_zero=config.balance == "entropy")
-        return RoutedLayer(
-            self, unit.name, unit.place, adapter, unit.router, count, count, expert_names=unit.names, loss=loss
-        )
+        group = self.groups[adapter]
+        balance, names, loss = group.balance, group.names, None
+        if balance.counts:
+            name = f"log balance of {adapter}" if balance.kind == "log" else group.name  # log: one loss of all routers
+            settings = f"router_aux_loss_coef={balance.coefficient:g}"
+            loss = AttachedLoss(name, settings, may_be_zero=balance.kind == "entropy")
+        place, count = group.place, len(names)
+        return RoutedLayer(self, group.name, place, adapter, group.router, count, count, expert_names=names, loss=loss)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""
         frame, y = current_frame(), None
         for adapter in [] if self.disable_adapters else self.active_adapters:
-            if adapter not in self.units:
+            if adapter not in self.groups:
                 continue
-            unit = self.units[adapter]
-            weights, h = unit.weigh(self, x, frame)
+            group = self.groups[adapter]
+            weights, h = group.mixing_weights(self, x, frame)
             if weights is None:
                 continue
             loras = self.loras(adapter)
-            if h is None and unit.leaves_out(weights):
+            if h is None and group.leaves_out(weights):
                 weights, loras = leave_out_unused(weights, loras)
             base = self.base_layer if y is None and not args and not kwargs else self._rest(y, args, kwargs)
             plain = self._plain() if base is self.base_layer else None
@@ -156,7 +158,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
 def empty(ranks: Sequence[int], layer: MoleLinear) -> FrozenLoras:
     """Room for LoRAs that the adapter's file is to fill.
 
-    It is filled with what is no number, so that LoRAs that were never read cannot pass for LoRAs that do nothing.
+    It is filled with NaN, so that LoRAs that were never read cannot pass for LoRAs that do nothing.
     """
     total = sum(ranks)
     A = torch.full((total, layer.in_features), torch.nan)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.kernels.frozen import group_rows, weigh
 from lamella.routing import Frame
+from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import MoleLinear
-from lamella.tuners.mole.unit import Unit
 from lamella.tuners.routed import See
 
 
 class MoleMixture:
-    """The LoRAs of one adapter, weighed by its units.
+    """The LoRAs of one adapter, weighed by its groups.
 
     Raises:
         LamellaError: outputs of blocks are mixed.
@@ -26,11 +26,11 @@ class MoleMixture:
         self.layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, MoleLinear) and adapter in module.units
+            if isinstance(module, MoleLinear) and adapter in module.groups
         }
         self.names = {id(layer): name for name, layer in self.layers.items()}
-        self.units: set[Unit] = {layer.units[adapter] for layer in self.layers.values()}
-        form = next(iter(self.units)).config.form
+        self.groups: set[Group] = {layer.groups[adapter] for layer in self.layers.values()}
+        form = next(iter(self.groups)).config.form
         if form != "delta":
             raise LamellaError(
                 f"form={form!r} mixes the outputs of whole blocks, each run with one LoRA, and no plain LoRA does the "
@@ -51,7 +51,7 @@ class MoleMixture:
 
     @contextmanager
     def watched(self, see: See) -> Iterator[None]:
-        """Inputs and weights as the units give them out."""
+        """Inputs and weights as the groups give them out."""
 
         def watch(layer: MoleLinear, x: Tensor, weights: Tensor, frame: Frame | None) -> None:
             loras = layer.loras(self.adapter)
@@ -61,10 +61,10 @@ class MoleMixture:
             mask = None if frame is None else frame.token_mask(x, of_encoder=layer.reads_encoder)
             see(self.names[id(layer)], *((h, u) if mask is None else (h[mask], u[mask])))
 
-        for unit in self.units:
-            unit.watchers.append(watch)
+        for group in self.groups:
+            group.watchers.append(watch)
         try:
             yield
         finally:
-            for unit in self.units:
-                unit.watchers.remove(watch)
+            for group in self.groups:
+                group.watchers.remove(watch)

@@ -1,6 +1,5 @@
-"""MOLE as a PEFT tuner: puts LoRAs that are trained already on a model, with one router for each unit."""
+"""MOLE as a PEFT tuner: puts LoRAs that are trained already on a model, with one router for each group."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,14 +8,13 @@ from torch import Tensor, nn
 
 from lamella.backbones import Stack, find_place, locate_stacks
 from lamella.tuners.model import RoutedModel
-from lamella.tuners.mole.block_forms import BlockUnit, hidden_width, mix_at_block, remove_mixtures
-from lamella.tuners.mole.config import MoleConfig, references_of
+from lamella.tuners.mole.block_forms import BlockGroup, hidden_width, mix_at_block, remove_mixtures
+from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, empty
 from lamella.tuners.mole.mixture import MoleMixture
-from lamella.tuners.mole.preparing import Prepared, prepare, read_sources
+from lamella.tuners.mole.plan import GroupPlan, Plan, make_plan, read_sources, refuse_flatten_on_decoder
 from lamella.tuners.mole.router import MoleRouter
-from lamella.tuners.mole.unit import Unit
-from lamella.tuners.mole.units import UnitPlan, refuse_flatten_on_decoder
 from lamella.tuners.summary import Summary
 
 
@@ -36,21 +34,21 @@ class MoleModel(RoutedModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Reads the LoRAs and checks the whole request before the first module is touched, then injects."""
         config: MoleConfig = self.peft_config[adapter_name]
-        self._stacks = locate_stacks(model)
-        sources = config.take_sources()
-        if sources is None and config.embedded is None:
-            sources = read_sources(config)
-        self._prepared = prepare(model, config, sources, self._stacks)
-        self._units = make_units(self._prepared, self._unit_maker(model, adapter_name, config))
+        stacks = locate_stacks(model)
+        sources = read_sources(config) if config.embedded is None else None
+        plan = make_plan(model, config, sources, stacks)
+        make = self._group_maker(model, plan, adapter_name, config, stacks)
+        self._composition = Composition(plan, adapter_name, config, stacks, make)
         if sources is not None:
-            config.adapters = references_of(sources)
-            config.embedded = self._prepared.ranks if config.embed_adapters else None
+            config.adapters = {source.name: source for source in sources}  # the references are those of what was read
+            config.adapters = {name: reference.to_dict() for name, reference in config.references.items()}
+            config.embedded = plan.ranks if config.embed_adapters else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._prepared.factors = None  # the layers have their own copies
-        for unit in set(self._units.values()):
-            if isinstance(unit, BlockUnit):
-                mix_at_block(model.get_submodule(unit.name), unit)
-        self.keep_summary(self._summarise(model, adapter_name))
+        plan.factors = None  # the layers have their own copies
+        for group in self._composition.distinct:
+            if isinstance(group, BlockGroup):
+                mix_at_block(model.get_submodule(group.name), group)
+        self.keep_summary(self._composition.summary())
 
     def lora_mixture(self, adapter_name: str) -> MoleMixture:
         return MoleMixture(self.model, adapter_name)
@@ -60,7 +58,7 @@ class MoleModel(RoutedModel):
 
     def _check_target_module_exists(self, peft_config: MoleConfig, key: str) -> bool | _ExcludedModule:
         # What is left out is told from what was never meant, or PEFT warns that nothing was excluded.
-        return _ExcludedModule() if key in self._prepared.excluded else key in self._prepared.ranks
+        return _ExcludedModule() if key in self._composition.plan.excluded else key in self._composition.plan.ranks
 
     def _create_and_replace(
         self,
@@ -72,49 +70,27 @@ class MoleModel(RoutedModel):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = place_loras(target, current_key, adapter_name, peft_config, self._prepared, self._units, self._stacks)
+        layer = self._composition.place(target, current_key)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _unit_maker(self, model: nn.Module, adapter: str, config: MoleConfig) -> Callable[[UnitPlan], Unit]:
-        decoders = {stack.name for stack in self._stacks if stack.role == "decoder" or _is_decoder(model)}
+    def _group_maker(
+        self, model: nn.Module, plan: Plan, adapter: str, config: MoleConfig, stacks: Sequence[Stack]
+    ) -> Callable[[GroupPlan], Group]:
+        decoders = {stack.name for stack in stacks if stack.role == "decoder" or _is_decoder(model)}
 
-        def make(plan: UnitPlan) -> Unit:
-            decoder = plan.place.stack in decoders
-            if config.router_input == "flatten" and plan.input == "own" and decoder:
-                refuse_flatten_on_decoder(plan.place.stack)
-            if config.form == "delta" or plan.input == "row":
-                return Unit(plan, adapter, config, self._prepared.names, decoder)
-            return BlockUnit(plan, adapter, config, self._prepared.names, decoder, hidden_width(model))
+        def make(one: GroupPlan) -> Group:
+            decoder = one.place.stack in decoders
+            if config.router_input == "flatten" and one.input == "own" and decoder:
+                refuse_flatten_on_decoder(one.place.stack)
+            if config.form == "delta" or one.input == "row":
+                return Group(one, adapter, config, plan.names, decoder)
+            return BlockGroup(one, adapter, config, plan.names, decoder, hidden_width(model))
 
         return make
-
-    def _summarise(self, model: nn.Module, adapter: str) -> Summary:
-        config: MoleConfig = self.peft_config[adapter]
-        prepared = self._prepared
-        modules = {stack.name: [0] * stack.depth for stack in self._stacks}
-        for name in prepared.ranks:
-            place = find_place(name, self._stacks)
-            if place is not None:
-                modules[place.stack][place.layer] += 1
-        by_block = {name: [len(prepared.names) if count else 0 for count in counts] for name, counts in modules.items()}
-        used = {name: [min(count, config.top_k or count) for count in counts] for name, counts in by_block.items()}
-        trainable = sum(p.numel() for unit in set(self._units.values()) for p in unit.router.parameters())
-        return Summary(
-            method=f"MOLE of {len(prepared.names)} LoRAs",
-            adapter=adapter,
-            stacks=tuple(self._stacks),
-            experts=by_block,
-            top_k=used,
-            modules=modules,
-            skipped=tuple(prepared.skipped),
-            notes=(numbered(prepared.names), *prepared.notes, *_settings(config, prepared.units, trainable)),
-            trainable=trainable,
-            unit="token" if config.router_input == "token" else "sequence",
-        )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -131,61 +107,89 @@ class MoleModel(RoutedModel):
         return {name: tensor.clone() if f".{cls.prefix}" in name else tensor for name, tensor in tensors.items()}
 
 
-def make_units(prepared: Prepared, make: Callable[[UnitPlan], Unit]) -> dict[str, Unit]:
-    """The units of a composition by the names of their members; a block's routers share its balance loss."""
-    in_block = Counter((plan.place.stack, plan.place.layer) for plan in prepared.units)
-    units: dict[str, Unit] = {}
-    for plan in prepared.units:
-        unit = make(plan)
-        unit.balance_share = 1 / in_block[plan.place.stack, plan.place.layer] if plan.place.stack else 1
-        units |= dict.fromkeys(plan.members, unit)
-    return units
+class Composition:
+    """A planned composition as it is put on a model, module by module.
 
-
-def place_loras(
-    target: nn.Module,
-    name: str,
-    adapter: str,
-    config: MoleConfig,
-    prepared: Prepared,
-    units: dict[str, Unit],
-    stacks: Sequence[Stack],
-) -> MoleLinear:
-    """Gives one module its LoRAs, and its unit's router where it is the one to hold it.
-
-    Needs nothing of PEFT's models: whoever walks over a model's modules in their order can put the layer in its place.
+    It needs nothing of PEFT's models: whoever walks over a model's modules in their order can put the layers in place.
 
     Args:
-        target: a linear module, or one that carries LoRAs of another adapter already.
-        name: its dotted name.
-        adapter: the adapter's name.
+        plan: what is composed where.
+        adapter: its name.
         config: its settings.
-        prepared: the composition.
-        units: by the names of their members.
         stacks: the model's stacks of blocks.
-
-    Returns:
-        The layer to put in the module's place; the module itself where it is one already.
+        make: makes a group from its plan.
     """
-    layer = target if isinstance(target, MoleLinear) else MoleLinear(target, name, find_place(name, stacks))
-    unit = units[name]
-    plan = next(plan for plan in prepared.units if name in plan.members)
-    loras = prepared.loras(name) if prepared.factors is not None else empty(prepared.ranks[name], layer)
-    router = None
-    unit.members.append(layer)
-    if name in plan.reads:
-        unit.readers.append(layer)
-    if name == (plan.reads or plan.members)[0]:
-        widths = sum(prepared.widths[read] for read in plan.reads)
-        if isinstance(unit, BlockUnit):
-            widths = unit.features
-        positions = None if unit.by_token else config.flatten_length
-        router = MoleRouter(len(prepared.names), widths, config.temperature, config.learn_temperature, positions)
+
+    def __init__(
+        self,
+        plan: Plan,
+        adapter: str,
+        config: MoleConfig,
+        stacks: Sequence[Stack],
+        make: Callable[[GroupPlan], Group],
+    ) -> None:
+        self.plan, self.adapter, self.config, self.stacks = plan, adapter, config, stacks
+        self.distinct = [make(one) for one in plan.groups]
+        self._of_module = {
+            name: (one, group) for one, group in zip(plan.groups, self.distinct, strict=True) for name in one.members
+        }
+
+    def place(self, target: nn.Module, name: str) -> MoleLinear:
+        """Gives one module its LoRAs, and its group's router where it is the owner.
+
+        Args:
+            target: a linear module, or one that carries LoRAs of another adapter already.
+            name: its dotted name.
+
+        Returns:
+            The layer to put in the module's place; the module itself where it is one already.
+        """
+        layer = target if isinstance(target, MoleLinear) else MoleLinear(target, name, find_place(name, self.stacks))
+        one, group = self._of_module[name]
+        group.members.append(layer)
+        if name in one.reads:
+            group.inputs.append(layer)
+        has_factors = self.plan.factors is not None
+        loras = self.plan.loras(name) if has_factors else empty(self.plan.ranks[name], layer)
+        router = self._router(one, group) if name == (one.reads or one.members)[0] else None
+        layer.groups[self.adapter] = group
+        layer.update_layer(self.adapter, loras, self.config.embed_adapters, router)
+        return layer
+
+    def _router(self, one: GroupPlan, group: Group) -> MoleRouter:
+        config, count = self.config, len(self.plan.names)
+        widths = sum(self.plan.widths[read] for read in one.reads)
+        if isinstance(group, BlockGroup):
+            widths = group.features
+        positions = None if group.by_token else config.flatten_length
+        router = MoleRouter(count, widths, config.temperature, config.learn_temperature, positions)
         if not config.init_lora_weights:
             router.randomise()
-    layer.units[adapter] = unit
-    layer.update_layer(adapter, loras, config.embed_adapters, router)
-    return layer
+        return router
+
+    def summary(self) -> Summary:
+        """What was put on the model."""
+        plan, config = self.plan, self.config
+        modules = {stack.name: [0] * stack.depth for stack in self.stacks}
+        for name in plan.ranks:
+            place = find_place(name, self.stacks)
+            if place is not None:
+                modules[place.stack][place.layer] += 1
+        by_block = {name: [len(plan.names) if count else 0 for count in counts] for name, counts in modules.items()}
+        used = {name: [min(count, config.top_k or count) for count in counts] for name, counts in by_block.items()}
+        trainable = sum(p.numel() for group in self.distinct for p in group.router.parameters())
+        return Summary(
+            method=f"MOLE of {len(plan.names)} LoRAs",
+            adapter=self.adapter,
+            stacks=tuple(self.stacks),
+            experts=by_block,
+            top_k=used,
+            modules=modules,
+            skipped=tuple(plan.skipped),
+            notes=(numbered(plan.names), *plan.notes, *_settings(config, plan.groups, trainable)),
+            trainable=trainable,
+            unit="token" if config.router_input == "token" else "sequence",
+        )
 
 
 def _is_decoder(model: nn.Module) -> bool:
@@ -198,9 +202,9 @@ def numbered(names: Sequence[str]) -> str:
     return f"LoRAs by number: {', '.join(f'{number} {name}' for number, name in enumerate(names))}"
 
 
-def _settings(config: MoleConfig, units: Sequence[UnitPlan], parameters: int) -> Iterator[str]:
+def _settings(config: MoleConfig, groups: Sequence[GroupPlan], parameters: int) -> Iterator[str]:
     tau = f"temperature {config.temperature:g}{', learned' if config.learn_temperature else ''}"
-    yield f"{len(units)} routers, one for each {config.granularity}, reading by {config.router_input}, {tau}"
+    yield f"{len(groups)} routers, one for each {config.granularity}, reading by {config.router_input}, {tau}"
     yield f"routers: {parameters:,} parameters"
     if config.top_k is not None:
         yield f"of {len(config.adapters)} LoRAs the {config.top_k} with the largest weights are used"
@@ -208,9 +212,9 @@ def _settings(config: MoleConfig, units: Sequence[UnitPlan], parameters: int) ->
         "no balance loss" if config.balance == "none" else f"balance {config.balance} x {config.router_aux_loss_coef:g}"
     )
     yield f"{loss}; LoRAs {'embedded in the file' if config.embed_adapters else 'saved as references'}"
-    blind = [unit.name for unit in units if not unit.reads]
+    blind = [group.name for group in groups if not group.reads]
     if blind:
         yield f"{len(blind)} routers read nothing, since no LoRA adapts what is given their input, first {blind[0]}"
-    outside = [unit.name for unit in units if unit.input == "row"]
+    outside = [group.name for group in groups if group.input == "row"]
     if outside:
         yield f"outside the blocks, each row decides for itself: {', '.join(outside)}"

@@ -92,11 +92,11 @@ def _refuse_unknown(given: Mapping[str, float] | Sequence[str], names: Sequence[
 def _active(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     """The active adapter and its LoRAs."""
     active = {
-        adapter: layer.units[adapter].names
+        adapter: layer.groups[adapter].names
         for layer in model.modules()
         if isinstance(layer, MoleLinear)
         for adapter in layer.active_adapters
-        if adapter in layer.units
+        if adapter in layer.groups
     }
     if len(active) != 1:
         way = "activate one with set_adapter" if active else "compose LoRAs with lamella.compose first"

@@ -1,10 +1,17 @@
-"""One unit's router: from what the LoRAs put out to their weights."""
+"""A group's router, and what it reads: from what the LoRAs put out to their logits.
+
+Where a sum of deltas is composed, the outputs are read in rank space; where blocks are, as they are.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.kernels import FrozenLoras, read_outputs, read_positions
+from lamella.kernels import FrozenLoras, project, read_outputs, read_positions
+from lamella.routing import pool_mean
 
 # Below it the softmax is a hard choice, and a learned temperature gets no more gradient.
 LOWEST_TEMPERATURE = 0.01
@@ -14,7 +21,7 @@ class MoleRouter(nn.Module):
     """``G = softmax(eps / tau)`` with ``eps = e . E + b`` (MOLE eq. 10-11), E the LoRAs' outputs, normalised together.
 
     ``e`` has shape ``(K, K, D)``: for each logit and LoRA, what it takes from that LoRA's outputs in the matrices that
-    the unit reads, D features in all; ``(K, L, K, D)`` where L positions are read. There is none where the unit reads
+    the group reads, D features in all; ``(K, L, K, D)`` where L positions are read. There is none where the group reads
     nothing, so that ``bias (K,)`` alone decides. ``log_temperature ()`` is learned as the factor to the initial one.
     """
 
@@ -102,3 +109,65 @@ class MoleRouter(nn.Module):
         """Shown by ``print(module)``."""
         reads = 0 if self.e is None else self.e.shape[-1]
         return f"num_loras={self.num_loras}, reads={reads}, positions={self.positions}"
+
+
+class RouterInputs(Protocol):
+    """What a router reads of the LoRAs: logits from what they put out for some tokens."""
+
+    def by_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Each row's logits, ``(*rows, K)`` for ``x (*rows, in)``; and ``A x`` of each matrix that is read."""
+
+    def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
+        """Each sequence's, ``(batch, K)``, from ``tokens (batch, tokens, in)`` where ``read (batch, tokens)`` is."""
+
+
+class RankSpaceInputs:
+    """The outputs ``B_i A_i x`` of some matrices that are given the same x, read without computing them."""
+
+    def __init__(self, router: MoleRouter, loras: list[FrozenLoras]) -> None:
+        self.router = router
+        self.loras = loras
+
+    def by_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As promised; ``A x`` of all matrices comes from one GEMM."""
+        if not self.loras:
+            return self.router([], [], x.shape[:-1], x.device), []
+        flat = x.reshape(-1, x.shape[-1]).to(self.loras[0].A.dtype)  # (N, in)
+        products = project(flat, [one.A.to(x.device) for one in self.loras])
+        h = [product.view(*x.shape[:-1], -1) for product in products]  # (*rows, R_m)
+        return self.router(h, self.loras, x.shape[:-1], x.device), h
+
+    def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
+        """As promised; the mean of the outputs is the output of the mean, so that one row a sequence is read."""
+        wide = _only(tokens, read)
+        if self.router.positions is None:
+            pooled = pool_mean(wide, read)  # (batch, in)
+            h = [pooled @ one.A.to(pooled).t() for one in self.loras]
+        else:
+            h = [self.router.lay_out(wide @ one.A.to(wide).t(), read) for one in self.loras]
+        return self.router(h, self.loras, tokens.shape[:1], tokens.device)
+
+
+class BlockOutputs:
+    """What a whole block puts out with each of the LoRAs."""
+
+    def __init__(self, router: MoleRouter, outputs: Sequence[Tensor]) -> None:
+        self.router = router
+        self.outputs = outputs  # K of (batch, tokens, features)
+
+    def by_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As promised, of the outputs at x's places; no matrix is read."""
+        return self.router.from_outputs(torch.stack(list(self.outputs), dim=-2)), []
+
+    def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
+        """As promised."""
+        wide = [_only(output, read) for output in self.outputs]
+        if self.router.positions is None:
+            return self.router.from_outputs(torch.stack([pool_mean(output, read) for output in wide], dim=-2))
+        laid = [self.router.lay_out(output, read) for output in wide]  # K of (batch, positions, features)
+        return self.router.from_outputs(torch.stack(laid, dim=-2))
+
+
+def _only(values: Tensor, read: Tensor) -> Tensor:
+    """In float32 or wider, zeros where nothing is read: not multiplied, since padding need not be finite."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~read[..., None], 0)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lamella.backbones import Place, Stack, find_place, locate_stacks
-from lamella.tuners.mole.units import UnitPlan, plan_units, sublayer_of
+from lamella.tuners.mole.plan import GroupPlan, plan_groups, share_balance, sublayer_of
 
 # A transformer block, in a UNet and in a diffusion transformer, is an entry of a list that begins with its attention.
 _BLOCK = re.compile(r"(?P<stack>.+)\.(?P<at>\d+)\.(?P<attention>attn1?)\.to_q")
@@ -18,8 +18,8 @@ _BESIDE_ATTENTION = "proj_mlp"
 _ADAPTIVE_NORM = "norm"
 
 
-def plan_units_of(model: nn.Module, adapted: Sequence[str], granularity: str) -> list[UnitPlan]:
-    """Groups the adapted modules of one component into units that each decide for a whole sample.
+def plan_groups_of(model: nn.Module, adapted: Sequence[str], granularity: str) -> list[GroupPlan]:
+    """Groups the adapted modules of one component into groups that each decide for a whole sample.
 
     A block's router reads what its self-attention is given. What lies outside the blocks, and what is given the time
     embedding, decides by itself.
@@ -31,10 +31,10 @@ def plan_units_of(model: nn.Module, adapted: Sequence[str], granularity: str) ->
     """
     linear = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
     if isinstance(model, PreTrainedModel):
-        units = plan_units(adapted, linear, locate_stacks(model), granularity, by_token=False)
-        for unit in units:
-            unit.input = "own"  # outside the blocks, too, a row is a sample
-        return units
+        groups = plan_groups(adapted, linear, locate_stacks(model), granularity, by_token=False)
+        for group in groups:
+            group.input = "own"  # outside the blocks, too, a row is a sample
+        return groups
     stacks, attention = _locate(linear)
     return _plan(adapted, stacks, attention, granularity)
 
@@ -53,19 +53,19 @@ def _locate(linear: Sequence[str]) -> tuple[list[Stack], dict[tuple[str, int], s
 
 def _plan(
     adapted: Sequence[str], stacks: Sequence[Stack], attention: dict[tuple[str, int], str], granularity: str
-) -> list[UnitPlan]:
-    units: dict[Place, UnitPlan] = {}
+) -> list[GroupPlan]:
+    groups: dict[Place, GroupPlan] = {}
     for name in adapted:
-        place = _place_of_unit(name, stacks, granularity)
-        unit = units.setdefault(place, UnitPlan(place, "own"))
-        unit.members.append(name)
+        place = _place_of_group(name, stacks, granularity)
+        group = groups.setdefault(place, GroupPlan(place, "own"))
+        group.members.append(name)
         inside = find_place(name, stacks)
         if inside is None or place == inside or not place.stack or _reads(inside, place, stacks[0], attention):
-            unit.reads.append(name)
-    return list(units.values())
+            group.reads.append(name)
+    return share_balance(groups.values())
 
 
-def _place_of_unit(name: str, stacks: Sequence[Stack], granularity: str) -> Place:
+def _place_of_group(name: str, stacks: Sequence[Stack], granularity: str) -> Place:
     place = find_place(name, stacks)
     if place is None:
         return Place("", 0, name)
@@ -76,13 +76,13 @@ def _place_of_unit(name: str, stacks: Sequence[Stack], granularity: str) -> Plac
     return Place(place.stack, place.layer, "block" if granularity == "block" else sublayer_of(place.module))
 
 
-def _reads(inside: Place, unit: Place, first: Stack, attention: dict[tuple[str, int], str]) -> bool:
-    """Whether a module in a block is given its unit's own input."""
+def _reads(inside: Place, group: Place, first: Stack, attention: dict[tuple[str, int], str]) -> bool:
+    """Whether a module in a block is given its group's own input."""
     own = attention[inside.stack, inside.layer]
     at_entry = [f"{own}.{name}" for name in _QUERY_KEY_VALUE] + [_BESIDE_ATTENTION]
-    if unit.module == "network":
+    if group.module == "network":
         return (inside.stack, inside.layer) == (first.name, 0) and inside.module in at_entry
-    if unit.module in ("block", own):
+    if group.module in ("block", own):
         return inside.module in at_entry
     # A further attention reads the image in its queries alone, and an MLP in its first matrix.
-    return inside.module in (f"{unit.module}.to_q", "ff.net.0.proj", _BESIDE_ATTENTION)
+    return inside.module in (f"{group.module}.to_q", "ff.net.0.proj", _BESIDE_ATTENTION)

@@ -1,51 +1,85 @@
-"""What decides: one unit of one adapter, its router and the modules that its weights are for."""
+"""What decides: a group of modules of one adapter that share a router's decision.
+
+A module asks its group for the LoRAs' weights. The first module of the group that runs is where the decision is taken,
+from the outputs of those LoRAs whose input is the group's; the others find it in the frame, or in the cache.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella.backbones import Place
 from lamella.errors import LamellaError
-from lamella.routing import CachedDecision, Decision, Frame, Override, Readable, Routing, SharedDecision, mixing_weights
+from lamella.kernels import FrozenLoras
+from lamella.routing import (
+    CachedDecision,
+    Decision,
+    Frame,
+    Override,
+    Projection,
+    Readable,
+    Routing,
+    SharedDecision,
+    mixing_weights,
+)
 from lamella.tuners.cache import recall
-from lamella.tuners.mole.balancing import attach_balance
+from lamella.tuners.mole.balancing import RouterBalance
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.reading import RankSpaceReader, Reader
-from lamella.tuners.mole.router import MoleRouter
-from lamella.tuners.mole.units import UnitPlan
-
-if TYPE_CHECKING:
-    from lamella.tuners.mole.layer import MoleLinear
+from lamella.tuners.mole.plan import GroupPlan
+from lamella.tuners.mole.router import MoleRouter, RankSpaceInputs, RouterInputs
 
 
-class Unit:
+class Member(nn.Module):
+    """A module that asks its group for weights."""
+
+    name: str
+    lamella_mole_router: nn.ModuleDict
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether its input is the encoder's states."""
+        raise NotImplementedError
+
+    def loras(self, adapter: str) -> FrozenLoras:
+        """The LoRAs of an adapter, scaling inside B."""
+        raise NotImplementedError
+
+    def runs(self, group: "Group") -> bool:
+        """Whether the group's adapter is on here."""
+        raise NotImplementedError
+
+
+class Group:
     """The modules of one adapter that share a decision.
 
     Attributes:
         place: where it lies, and its name there, for who watches.
         name: its dotted name in the model.
+        key: the adapter's name and its own.
         names: the K LoRAs, in the order of the logits.
         members: the modules that its weights are for, in the model's order.
-        readers: those whose LoRAs' outputs the router reads.
-        balance_share: what its own loss counts: one over the routers of its block.
+        inputs: those whose LoRAs' outputs the router reads.
+        balance: what its router pays.
         watchers: who wants to see what each member is given and its weights.
     """
 
-    def __init__(self, plan: UnitPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool) -> None:
+    def __init__(self, plan: GroupPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool) -> None:
         self.place: Place = plan.place
-        self.key = (adapter, plan.name)
         self.name = plan.name
         self.input = plan.input
         self.adapter = adapter
+        self.key = (adapter, plan.name)
         self.config = config
         self.names = tuple(names)
         self.decoder = decoder
-        self.members: list[MoleLinear] = []
-        self.readers: list[MoleLinear] = []
-        self.balance_share = 1.0
+        self.members: list[Member] = []
+        self.inputs: list[Member] = []
+        self.balance = RouterBalance(
+            adapter, plan.name, config.balance, config.router_aux_loss_coef, plan.balance_share
+        )
         self.watchers: list[Callable[..., None]] = []
 
     @property
@@ -54,18 +88,18 @@ class Unit:
         return self.config.router_input == "token" or self.input == "row"
 
     @property
-    def leader(self) -> "MoleLinear":
+    def owner(self) -> Member:
         """The module that holds the router."""
-        return (self.readers or self.members)[0]
+        return (self.inputs or self.members)[0]
 
     @property
     def router(self) -> MoleRouter:
         """The router, which may be on another device than the members."""
-        router = self.leader.lamella_mole_router[self.adapter]
+        router = self.owner.lamella_mole_router[self.adapter]
         assert isinstance(router, MoleRouter)
         return router
 
-    def weigh(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
+    def mixing_weights(self, layer: Member, x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
         """The LoRAs' weights for a module's input.
 
         Args:
@@ -80,11 +114,11 @@ class Unit:
         override = self.override(frame)
         if override.fixed is not None:
             fixed = override.fixed_weights(x.device)
-            if layer is self.leader:
-                self.tell_fixed(fixed, x, frame)
+            if layer is self.owner:
+                self.show_fixed(fixed, x, frame)
             weights, h = fixed if fixed.dim() == 1 else self.repeated(fixed, layer, x), None
         else:
-            weights, h = self._decided(layer, x, frame, override)
+            weights, h = self._routed(layer, x, frame, override)
         for watch in self.watchers:
             watch(layer, x, weights, frame)
         return weights, h
@@ -94,44 +128,40 @@ class Unit:
         top_k = self.config.top_k
         return top_k is not None and weights.dim() == 2 and len(weights) * top_k < len(self.names)
 
-    def _decided(
-        self, layer: "MoleLinear", x: Tensor, frame: Frame | None, override: Override
-    ) -> tuple[Tensor, Tensor | None]:
-        """By the routers."""
-        decision = self._find(layer, frame)
-        if decision is None:
-            self._refuse_too_early(layer)
-            self._refuse_other_rows(layer, x, frame)
-            reader = RankSpaceReader(self.router, self.readers, self.adapter)
-            decision = self.decide(layer, x, reader, frame, override)
-        shared = None if frame is None else frame.projections.pop((layer, self.adapter), None)
-        return self.fit(decision, layer, x), shared.down if shared is not None and shared.x is x else None
-
     def override(self, frame: Frame | None) -> Override:
         """What holds in this call in place of the router."""
         said = None if frame is None else frame.call.overrides.get(self.adapter)
         return said or Override(self.adapter)
 
-    def _find(self, layer: "MoleLinear", frame: Frame | None) -> Decision | None:
-        """The decision already taken in this call; none where the module that took it is called again."""
-        if frame is None:
-            return None
+    def _routed(
+        self, layer: Member, x: Tensor, frame: Frame | None, override: Override
+    ) -> tuple[Tensor, Tensor | None]:
+        decision = None if frame is None else self._taken_before(layer, frame)
+        if decision is None:
+            self._refuse_too_early(layer)
+            self._refuse_other_rows(layer, x, frame)
+            inputs = RankSpaceInputs(self.router, [member.loras(self.adapter) for member in self.inputs])
+            decision = self.decide(layer, x, inputs, frame, override)
+        shared = None if frame is None else frame.projections.pop((layer, self.adapter), None)
+        return self.fit(decision, layer, x), shared.down if shared is not None and shared.x is x else None
+
+    def _taken_before(self, layer: Member, frame: Frame) -> Decision | None:
+        """The decision already taken in this call; None where the module that took it is called again."""
         decision = frame.decisions.get(self.key)
-        if decision is None and self.place.module == "network":
-            shared = frame.call.decisions.get(self.key)
-            # A recomputed block takes its own decision anew, and only its own.
-            if shared is not None and layer is not shared.decision.taken_at:
-                return shared.seen(frame.recomputing)
+        shared = frame.call.decisions.get(self.key) if decision is None else None
+        # A recomputed block takes its own decision anew, and only its own.
+        if shared is not None and layer is not shared.decision.taken_at:
+            return shared.seen(frame.recomputing)
         return None if decision is None or decision.taken_at is layer else decision
 
-    def _refuse_too_early(self, layer: "MoleLinear") -> None:
-        if self.readers and layer not in self.readers:
+    def _refuse_too_early(self, layer: Member) -> None:
+        if self.inputs and layer not in self.inputs:
             raise LamellaError(
                 f"{layer.name} runs before any module that {self.name} reads to weigh its LoRAs, or outside a forward "
                 "of its model. Call the model itself; if it does run in that order, use granularity='matrix'."
             )
 
-    def _refuse_other_rows(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> None:
+    def _refuse_other_rows(self, layer: Member, x: Tensor, frame: Frame | None) -> None:
         before = None if frame is None else frame.decisions.get(self.key)
         if before is not None and before.rows != x.shape[:-1] and len(self.members) > 1:
             raise LamellaError(
@@ -141,38 +171,38 @@ class Unit:
             )
 
     def decide(
-        self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, override: Override
+        self, layer: Member, x: Tensor, inputs: RouterInputs, frame: Frame | None, override: Override
     ) -> Decision:
         """Takes the decision, with its balance loss attached and its observers told.
 
         Args:
             layer: the module at whose call it is taken.
-            x: the unit's input, ``(*rows, in)``.
-            reader: of the LoRAs' outputs for it.
+            x: the group's input, ``(*rows, in)``.
+            inputs: the LoRAs' outputs for it.
             frame: the running stack's.
             override: what holds in place of the router.
         """
         with torch.autocast(x.device.type, enabled=False):
-            decision, logits, real = self._taken(layer, x, reader, frame, override)
-        if frame is not None:
-            decision = replace(decision, weights=attach_balance(self, decision.weights, logits, real, frame))
-            if self.place.module == "network":
-                decision = self._shared(decision, frame)
-            frame.decisions[self.key] = decision
-        elif (
-            layer.training
-            and logits.requires_grad
-            and self.config.balance != "none"
-            and self.config.router_aux_loss_coef
-        ):
-            raise LamellaError(
-                f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss are "
-                "unknown to its balance loss. Call the model itself, checkpoint with gradient_checkpointing_enable(), "
-                "or set balance='none'."
-            )
+            take = self._decide_by_token if self.by_token else self._decide_by_sequence
+            decision, logits, real = take(layer, x, inputs, frame, override)
+        pays = self.owner.training and self.balance.counts
+        if frame is None:
+            if pays and logits.requires_grad:
+                raise LamellaError(
+                    f"{self.name} trains outside a forward of its model, where padding and the scale of the task loss "
+                    "are unknown to its balance loss. Call the model itself, checkpoint with "
+                    "gradient_checkpointing_enable(), or set balance='none'."
+                )
+            return decision
+        if pays:
+            trains = any(parameter.requires_grad for parameter in self.router.parameters())
+            decision = replace(decision, weights=self.balance.attach(decision.weights, logits, real, trains, frame))
+        if self.place.module == "network":
+            decision = self._share(decision, frame)
+        frame.decisions[self.key] = decision
         return decision
 
-    def _shared(self, decision: Decision, frame: Frame) -> Decision:
+    def _share(self, decision: Decision, frame: Frame) -> Decision:
         """Leaves a decision for the other blocks of the call; returns it for the block at hand."""
         before = frame.call.decisions.get(self.key)
         if frame.recomputing and before is not None:
@@ -180,35 +210,37 @@ class Unit:
         frame.call.decisions[self.key] = SharedDecision(decision)
         return decision
 
-    def _taken(
-        self, layer: "MoleLinear", x: Tensor, reader: Reader, frame: Frame | None, override: Override
+    def _decide_by_token(
+        self, layer: Member, x: Tensor, inputs: RouterInputs, frame: Frame | None, override: Override
     ) -> tuple[Decision, Tensor, Tensor | None]:
         """The decision, the logits it comes from, and which rows of those are real, ``(rows,)``."""
-        if self.by_token:
-            logits, projections = reader.by_token(x)
-            if frame is not None:
-                frame.projections.update({(other, self.adapter): one for other, one in projections.items()})
-            mask = None if frame is None else frame.token_mask(x, of_encoder=self.input == "encoder")
-            decision = Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1])
-            self._tell(logits, override, mask, x.shape[:-1], frame)
-            return decision, logits, mask
+        logits, projections = inputs.by_token(x)
+        if frame is not None:
+            for member, h in zip(self.inputs, projections, strict=False):  # a block's outputs bring none
+                frame.projections[member, self.adapter] = Projection(x, h)
+        mask = None if frame is None else frame.token_mask(x, of_encoder=self.input == "encoder")
+        self._show(logits, override, mask, x.shape[:-1], frame)
+        return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, mask
+
+    def _decide_by_sequence(
+        self, layer: Member, x: Tensor, inputs: RouterInputs, frame: Frame | None, override: Override
+    ) -> tuple[Decision, Tensor, Tensor | None]:
         tokens = self.as_sequences(layer, x, frame)  # (batch, tokens, in)
         cached = recall(frame.call, self.key, len(tokens)) if frame is not None and self._is_cached(frame) else None
         if cached is not None:
             logits = cached.tensors[0].to(x.device)
             return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
         readable = self.readable(tokens, layer, frame)
-        logits = reader.by_sequence(tokens, readable.read)  # (batch, K)
+        logits = inputs.by_sequence(tokens, readable.read)  # (batch, K)
         if frame is not None and self._is_cached(frame):
             frame.call.cached[self.key] = CachedDecision((logits.detach(),), readable.complete)
         real = readable.read.any(dim=1)
+        self._show(logits, override, real, x.shape[:1], frame)
         uniform = None if readable.without is None else override.weights(torch.zeros_like(logits[0]), None)
         weights = override.weights(logits, self.config.top_k)
-        decision = Decision(weights, layer, x.shape[:-1], readable.without, uniform)
-        self._tell(logits, override, real, x.shape[:1], frame)
-        return decision, logits, real
+        return Decision(weights, layer, x.shape[:-1], readable.without, uniform), logits, real
 
-    def as_sequences(self, layer: "MoleLinear", x: Tensor, frame: Frame | None) -> Tensor:
+    def as_sequences(self, layer: Member, x: Tensor, frame: Frame | None) -> Tensor:
         """An input as ``(batch, tokens, in)``."""
         if x.dim() > 2:
             return x.flatten(1, -2)
@@ -220,7 +252,7 @@ class Unit:
             "and a router weighs its LoRAs for whole sequences. Use router_input='token' with granularity='matrix'."
         )
 
-    def readable(self, tokens: Tensor, layer: "MoleLinear", frame: Frame | None) -> Readable:
+    def readable(self, tokens: Tensor, layer: Member, frame: Frame | None) -> Readable:
         """What a decision for whole sequences may read."""
         if frame is None:
             return Readable(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), None)
@@ -234,7 +266,7 @@ class Unit:
         """Whether a sequence that goes on in a later call goes on with this decision."""
         return self.decoder and self.input == "own" and not frame.call.tracker.whole_input
 
-    def fit(self, decision: Decision, layer: "MoleLinear", x: Tensor) -> Tensor:
+    def fit(self, decision: Decision, layer: Member, x: Tensor) -> Tensor:
         """The decision's weights for this module's rows."""
         weights = decision.weights.to(x.device)
         if self.by_token:
@@ -255,7 +287,7 @@ class Unit:
         by_token = torch.where(without[..., None], uniform, weights[:, None])  # (batch, tokens, K)
         return by_token.view(*x.shape[:-1], -1)
 
-    def repeated(self, weights: Tensor, layer: "MoleLinear", x: Tensor) -> Tensor:
+    def repeated(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
         """Weights per sequence for rows of which several, one after another, belong to each."""
         if len(x) % len(weights):
             raise LamellaError(
@@ -264,7 +296,7 @@ class Unit:
             )
         return weights if len(x) == len(weights) else weights.repeat_interleave(len(x) // len(weights), dim=0)
 
-    def _tell(
+    def _show(
         self, logits: Tensor, override: Override, real: Tensor | None, shape: torch.Size, frame: Frame | None
     ) -> None:
         """Shows the decision to who watches."""
@@ -276,16 +308,16 @@ class Unit:
         used = len(self.names) if override.allowed is None else int(override.allowed.sum())
         if top_k is not None:
             used = min(used, max(top_k, int((given > 0).sum(dim=-1).max())))  # more where some tie
-        granularity: Any = "token" if self.by_token else "sequence"
+        granularity: Literal["token", "sequence"] = "token" if self.by_token else "sequence"
         routing = Routing(rows, weights[:, :used], indices[:, :used], granularity)
         for observe in frame.observers:
             observe(self, self.adapter, routing, real, shape)
 
-    def tell_fixed(self, fixed: Tensor, x: Tensor, frame: Frame | None) -> None:
-        """Shows weights stated by hand as the decision for every sequence."""
+    def show_fixed(self, fixed: Tensor, x: Tensor, frame: Frame | None) -> None:
+        """Shows fixed weights as the decision for every sequence."""
         if frame is None or not frame.observers:
             return
-        rows = fixed.expand(len(x), -1) if fixed.dim() == 1 else self.repeated(fixed, self.leader, x)
+        rows = fixed.expand(len(x), -1) if fixed.dim() == 1 else self.repeated(fixed, self.owner, x)
         weights, indices = rows.sort(dim=-1, descending=True, stable=True)
         logits = rows.clamp_min(torch.finfo(rows.dtype).tiny).log()  # all may be 0
         routing = Routing(logits, weights, indices, "sequence")

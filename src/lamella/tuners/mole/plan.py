@@ -1,24 +1,55 @@
 """Everything about a composition that can be known, and refused, before the first module is touched."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _get_in_out_features, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.adapters import Factors, LoraSource, check_base, map_to, read_lora
-from lamella.backbones import Stack
+from lamella.adapters import Factors, LoraSource, Reference, check_base, map_to, read_lora
+from lamella.backbones import Place, Stack, find_place, siblings_with_same_input
+from lamella.backbones.blocks import CROSS_ATTENTION
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, concatenate
 from lamella.tuners.mole.config import MoleConfig
-from lamella.tuners.mole.units import UnitPlan, plan_units
+
+_ATTENTION = ("attention", "attn")
 
 
 @dataclass
-class Prepared:
+class GroupPlan:
+    """The modules that share one decision.
+
+    Attributes:
+        place: the group's stack, block, and name inside it: "network", "block", a sub-layer's or a matrix's name.
+        input: what a row of its input is: a token of its "own" stack, a token of the "encoder", or a "row" of which
+            nothing is known, outside the blocks.
+        members: the adapted modules that its weights are for, in the model's order.
+        reads: those of them that are given the group's own input; their LoRAs' outputs are what the router reads.
+        balance_share: what its router's loss counts: one over the routers of its block.
+    """
+
+    place: Place
+    input: str
+    members: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    balance_share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The group's dotted name in the model."""
+        if self.place.module.startswith("network"):
+            return f"{self.place.stack}.{self.place.module}"
+        inside = "" if self.place.module == "block" else f".{self.place.module}"
+        return f"{self.place.stack}.{self.place.layer}{inside}" if self.place.stack else self.place.module
+
+
+@dataclass
+class Plan:
     """A composition that fits a model.
 
     Attributes:
@@ -26,7 +57,7 @@ class Prepared:
         ranks: each LoRA's rank in each adapted module, 0 where it has none, by module name in the model's order.
         widths: the modules' outputs.
         factors: the LoRAs by module and LoRA; None where the adapter's own file is to bring them.
-        units: what decides.
+        groups: what decides.
         excluded: modules that the config leaves out.
         skipped: what of the LoRAs is left out, and why.
         notes: what else a user should know.
@@ -36,7 +67,7 @@ class Prepared:
     ranks: dict[str, list[int]]
     widths: dict[str, int]
     factors: dict[str, dict[str, Factors]] | None
-    units: list[UnitPlan]
+    groups: list[GroupPlan]
     excluded: set[str]
     skipped: list[tuple[str, str]]
     notes: list[str]
@@ -50,13 +81,16 @@ class Prepared:
 
 
 def read_sources(config: MoleConfig) -> list[LoraSource]:
-    """Reads a config's LoRAs where they lie.
+    """A config's LoRAs, read where they lie unless they have been.
 
     Raises:
         LamellaError: there are fewer than two, or one cannot be read or has changed.
     """
     refuse_too_few(list(config.adapters))
-    return [read_lora(reference, name=name) for name, reference in config.references.items()]
+    return [
+        replace(given, name=name) if isinstance(given, LoraSource) else read_lora(Reference(**given), name=name)
+        for name, given in config.adapters.items()
+    ]
 
 
 def refuse_too_few(names: Sequence[str]) -> None:
@@ -77,12 +111,12 @@ def refuse_too_large(top_k: int | None, names: Sequence[str]) -> None:
         )
 
 
-def prepare(
+def make_plan(
     model: nn.Module,
     config: MoleConfig,
     sources: Sequence[LoraSource] | None,
     stacks: Sequence[Stack],
-) -> Prepared:
+) -> Plan:
     """Fits a composition to a model.
 
     Args:
@@ -117,8 +151,8 @@ def prepare(
             "LoRAs adapt."
         )
     by_token = config.router_input == "token" and config.form == "delta"  # a block's output has its own tokens alone
-    units = plan_units(list(ranks), linear, stacks, config.granularity, by_token)
-    return Prepared(names, ranks, {name: widths[name] for name in ranks}, factors, units, excluded, skipped, notes)
+    groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token)
+    return Plan(names, ranks, {name: widths[name] for name in ranks}, factors, groups, excluded, skipped, notes)
 
 
 def _factors(
@@ -185,3 +219,104 @@ def _embedded_ranks(config: MoleConfig, linear: Sequence[str]) -> dict[str, list
             f"{missing[0]}; load it on the base named in its adapter_config.json."
         )
     return {name: config.embedded[name] for name in linear if name in config.embedded}
+
+
+def plan_groups(
+    adapted: Sequence[str], linear: Sequence[str], stacks: Sequence[Stack], granularity: str, by_token: bool
+) -> list[GroupPlan]:
+    """Puts the adapted modules into groups.
+
+    A group's input is what the first linear module in it is given, adapted or not; the modules named as its siblings
+    (query, key and value; gate and up) are given the same. Modules outside the blocks decide by themselves for each row
+    of their input, so that they may lie anywhere.
+
+    Args:
+        adapted: names of the modules that any LoRA adapts, in the model's order.
+        linear: names of all linear modules, in the model's order.
+        stacks: the model's stacks of blocks.
+        granularity: "matrix", "sublayer", "block" or "network".
+        by_token: whether each token decides for itself, so that what is given the encoder's states needs a group of its
+            own: its tokens are others.
+
+    Returns:
+        The groups in the order of their first members.
+    """
+    groups: dict[tuple[str, int, str], GroupPlan] = {}
+    entries = {name: key for name, key in _entries(linear, stacks, granularity, by_token).items() if name in adapted}
+    for name in adapted:
+        place, input_ = _group_of(name, stacks, granularity, by_token)
+        key = _key(place)
+        group = groups.setdefault(key, GroupPlan(place, input_))
+        group.members.append(name)
+        if granularity == "matrix" or input_ == "row" or entries.get(name) == key:
+            group.reads.append(name)
+    return share_balance(groups.values())
+
+
+def share_balance(plans: Iterable[GroupPlan]) -> list[GroupPlan]:
+    """The same plans, with the balance loss of each block shared by its routers."""
+    plans = list(plans)
+    in_block = Counter((plan.place.stack, plan.place.layer) for plan in plans)
+    for plan in plans:
+        plan.balance_share = 1 / in_block[plan.place.stack, plan.place.layer] if plan.place.stack else 1.0
+    return plans
+
+
+def _key(place: Place) -> tuple[str, int, str]:
+    return place.stack, place.layer, place.module
+
+
+def _group_of(name: str, stacks: Sequence[Stack], granularity: str, by_token: bool) -> tuple[Place, str]:
+    """A module's group, and what the group's input is."""
+    place = find_place(name, stacks)
+    if place is None:
+        return Place("", 0, name), "row"
+    if granularity == "matrix":
+        return place, "encoder" if place.reads_encoder else "own"
+    own = "encoder" if by_token and place.reads_encoder else "own"
+    of_encoder = " of the encoder's states" if own == "encoder" else ""
+    if granularity == "network":
+        return Place(place.stack, 0, f"network{of_encoder}"), own
+    inside = "block" if granularity == "block" else sublayer_of(place.module)
+    return Place(place.stack, place.layer, f"{inside}{of_encoder}"), own
+
+
+def sublayer_of(module: str) -> str:
+    """The sub-layer of a block that a module belongs to: its attention, by name, or else the "mlp"."""
+    parts = module.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part in CROSS_ATTENTION or any(word in part.lower() for word in _ATTENTION):
+            return ".".join(parts[: index + 1])
+    return "mlp"
+
+
+def _entries(
+    linear: Sequence[str], stacks: Sequence[Stack], granularity: str, by_token: bool
+) -> dict[str, tuple[str, int, str]]:
+    """The modules that are given the input of their group, each with the group."""
+    entries: dict[str, tuple[str, int, str]] = {}
+    begun: set[tuple[str, int, str]] = set()
+    for name in linear:
+        place = find_place(name, stacks)
+        if place is None:
+            continue
+        group, _ = _group_of(name, stacks, granularity, by_token)
+        key = _key(group)
+        if key in begun:
+            continue
+        begun.add(key)
+        root = name.removesuffix(place.module)
+        entries |= {
+            root + sibling: key
+            for sibling in siblings_with_same_input(place)
+            if root + sibling in linear and _key(_group_of(root + sibling, stacks, granularity, by_token)[0]) == key
+        }
+    return entries
+
+
+def refuse_flatten_on_decoder(stack: str) -> None:
+    """Raises: a flattened sequence is read to its end."""
+    raise LamellaError(
+        f"router_input='flatten' reads a sequence to its end, and {stack} is a decoder, which would see what it has yet"
+        " to say. Use router_input='mean' (which reads the prompt) or 'token'."
+    )
