@@ -189,7 +189,7 @@ def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypat
     assert "48 documents of hash" in settings["linear", "text.txt (all)"]["score_on"]
     assert run(monkeypatch, "report", study) == 0
     page = (study / "report.html").read_text(encoding="utf-8")
-    assert f"Unexplained share, aligner {elsewhere}" in page
+    assert f"Normalised error, aligner {elsewhere}" in page
     assert f"The errors of the aligner {elsewhere} are on that text" in page
     assert "linear.same_layer" in page
     # other settings: all seeds of the old ones go

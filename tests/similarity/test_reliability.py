@@ -96,14 +96,14 @@ def test_it_counts_what_is_beyond_and_what_is_below_the_floor():
 def test_the_auc_of_a_measure_that_knows_the_kinds_is_one_and_of_a_blind_one_a_half():
     perfect = truth_auc(alignment(by_kind), KINDS)
     assert (perfect["auc"], perfect["low"], perfect["high"]) == (1.0, 1.0, 1.0)
-    assert perfect["experts"] == 4  # the one alone in its layer has no stand-in there
+    assert perfect["experts"] == 4  # the one alone in its layer has no replacement there
     blind = truth_auc(alignment(lambda s, t: 0.5), KINDS)
     assert blind["auc"] == 0.5
     assert truth_auc(alignment(lambda s, t: 1 - by_kind(s, t)), KINDS)["auc"] == 0.0
 
 
 def test_the_auc_is_the_chance_counted_by_hand():
-    values = {(0, 1): 0.3, (0, 2): 0.2, (0, 3): 0.3}  # stand-ins of expert (0, 0): own kind first
+    values = {(0, 1): 0.3, (0, 2): 0.2, (0, 3): 0.3}  # replacements of expert (0, 0): own kind first
     rng = np.random.default_rng(0)
     found = alignment(lambda s, t: values.get(t, 0.0) if s == (0, 0) else rng.uniform(), seeds=(0,))
     found = found[(found["source_layer"] == 0) & (found["source_expert"] == 0)]

@@ -1,4 +1,4 @@
-"""Which experts of a mixture, in which layers, can stand in for which, what a swap costs, and what can be merged.
+"""Which experts of a mixture, in which layers, can replace which, what a swap costs, and what can be merged.
 
 Each step reads what the one before it left on disk: `capture`, then `screen`, `align`, `swap`, `compress`.
 """

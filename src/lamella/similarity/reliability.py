@@ -17,7 +17,7 @@ from lamella.similarity.pairs import NAMES
 if TYPE_CHECKING:
     import pandas as pd
 
-# Unexplained share of an expert by itself from which its aligners count as untrained, and what helps.
+# Normalised error of an expert by itself from which its aligners count as untrained, and what helps.
 NOT_REGAINED = 0.9
 REMEDY = "Align with more --steps, or capture more with --per-expert, before reading anything into the numbers."
 _SOURCE = NAMES[:2]
@@ -26,7 +26,7 @@ _MEASURES = ("floor", "cka_distance", "weight_distance")
 
 
 def control_table(alignment: pd.DataFrame) -> pd.DataFrame:
-    """The unexplained share of pairs beside that of every control, of one aligner.
+    """The normalised error of pairs beside that of every control, of one aligner.
 
     Columns ``control, rows, median, low, high``; nine tenths of the rows lie between ``low`` and ``high``. The row of
     both directions is of the size of nmse(s, t) - nmse(t, s): how far a pair says something else in reverse.
@@ -68,11 +68,11 @@ def reliability(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -
     """Facts about an alignment of one aligner, by what they are.
 
     ``beyond``: share of pairs better than the mean, no aligner and a random expert. ``raw and variance``, ``share and
-    variance``: rank correlation of the raw error and of the unexplained share with the replaced expert's variance.
+    variance``: rank correlation of the raw error and of the normalised error with the replaced expert's variance.
     ``samples per parameter``: of an aligner, median. With two seeds or more that differ, ``ceiling`` and ``ceiling
-    within``: how one seed ranks pairs as the mean of the others does, over all and within an expert's stand-ins. With a
-    screen, for each measure that ranks anything how it ranks an expert's stand-ins as those same means do (one seed
-    alone: as that seed does), and ``below the floor``: rows whose error is below it.
+    within``: how one seed ranks pairs as the mean of the others does, over all and within an expert's replacements.
+    With a screen, for each measure that ranks anything how it ranks an expert's replacements as those same means do
+    (one seed alone: as that seed does), and ``below the floor``: rows whose error is below it.
     """
     pairs = alignment[alignment["kind"] == "pair"]
     found = {
@@ -135,9 +135,9 @@ def truth_auc(
 ) -> dict[str, float]:
     """How well a measure tells experts of one kind from others, where kinds are known.
 
-    For each expert that is replaced: the chance that a stand-in of its own kind and layer is nearer than one of another
-    kind (area under the curve; 0.5 is a guess), ties counting half. Then the mean over experts, with a
-    95 % interval by drawing experts with replacement.
+    For each expert that is replaced: the chance that one of its own kind and layer is nearer than one of another kind
+    (area under the curve; 0.5 is a guess), ties counting half. Then the mean over experts, with a 95 % interval by
+    drawing experts with replacement.
 
     Args:
         table: an alignment of one aligner, whose seeds are averaged, or a screen.
@@ -150,7 +150,7 @@ def truth_auc(
         ``auc``, ``low``, ``high``, ``experts``: how many counted.
 
     Raises:
-        LamellaError: no expert has stand-ins of its own kind and of another.
+        LamellaError: no expert has replacements of its own kind and of another.
     """
     pairs = table[table["kind"] == "pair"] if "kind" in table.columns else table
     pairs = pairs.dropna(subset=[measure]).groupby(NAMES, as_index=False)[measure].mean()
@@ -173,7 +173,7 @@ def _known(facts: Mapping[str, float]) -> dict[str, float]:
 
 
 def _screen_ranks(pairs: pd.DataFrame, measured: pd.Series) -> float:
-    """How a measure ranks an expert's stand-ins as the seeds less one do, mean over the seed left out.
+    """How a measure ranks an expert's replacements as the seeds less one do, mean over the seed left out.
 
     The seed ceiling compares one seed with the same means, so that measure and ceiling meet the same noise.
     """

@@ -17,7 +17,7 @@ from lamella.similarity.activations.norms import distributions
 from lamella.similarity.alignment import fit_aligners, sweep
 from lamella.similarity.alignment.table import by_aligner, from_label
 from lamella.similarity.compression import compress, compression_curve, find_routes, rerouting_table
-from lamella.similarity.compression.grouping import Aligners, Method, choose_measure
+from lamella.similarity.compression.grouping import Aligners, Method, Settings, choose_measure
 from lamella.similarity.compression.merging import check_arguments
 from lamella.similarity.compression.perplexity import Domains, read_domains
 from lamella.similarity.compression.saving import refuse_existing
@@ -277,7 +277,7 @@ def compress_to_budgets(
     if save is not None:
         refuse_existing(save)
     for method in methods:
-        check_arguments(budgets, method, merge=not replace, aligner=None)
+        check_arguments(budgets, Settings(cast(Method, method), merge=not replace))
     behind = _aligners(study, _rows_of(study.folder, aligner)) if replace and aligner else None
     tables = {measure: _similarities(study.folder, measure, aligner) for measure in measures}
     closed = _most_used(study, close)

@@ -52,19 +52,12 @@ class Counts:
     """What compression reads of a capture: how the routers shared out the tokens."""
 
     def __init__(self, model, seed=0):
-        import pandas as pd
-
         generator = torch.Generator().manual_seed(seed)
-        rows = [
-            (layer.index, e, float(torch.rand(1, generator=generator)))
+        self.shares = {
+            (layer.index, e): float(torch.rand(1, generator=generator))
             for layer in moe_layers(model)
             for e in range(layer.num_experts)
-        ]
-        self.routing = pd.DataFrame(rows, columns=["layer", "expert", "share"])
+        }
 
     def check(self, model, tokenizer=None):
         pass
-
-    @property
-    def shares(self):
-        return {(layer, e): share for layer, e, share in self.routing.itertuples(index=False, name=None)}

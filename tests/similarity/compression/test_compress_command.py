@@ -127,7 +127,7 @@ def test_a_closed_expert_that_was_compared_with_none_is_named_before_the_long_wo
     alignment = pd.read_parquet(study / "alignment.parquet")
     alignment[alignment["source_layer"] != 1].to_parquet(study / "alignment.parquet")
     assert run(monkeypatch, "compress", study) == 2
-    assert "no expert that could stand in" in " ".join(capsys.readouterr().err.split())
+    assert "no expert that could replace" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_budget_out_of_reach_is_told_with_one_that_is_in_reach(study, monkeypatch, capsys):

@@ -233,7 +233,7 @@ def test_routes_that_lead_nowhere_are_named():
         pass
     with pytest.raises(LamellaError, match="no expert 9"), reroute(model, [(0, 0)], {(0, 0): Route((0, 9))}):
         pass
-    with pytest.raises(LamellaError, match="no expert that could stand in for expert 1 of layer 0"):
+    with pytest.raises(LamellaError, match="no expert that could replace expert 1 of layer 0"):
         find_routes(table(model), model, [(0, e) for e in (1, 0, 2, 3)], across_layers=False)
 
 

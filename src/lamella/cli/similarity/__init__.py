@@ -11,7 +11,7 @@ from lamella.cli.similarity.screen import screen
 from lamella.cli.similarity.swap import swap
 
 similarity = typer.Typer(
-    help="Which experts of a mixture can stand in for which, what a swap costs, what can be merged.",
+    help="Which experts of a mixture can replace which, what a swap costs, what can be merged.",
     no_args_is_help=True,
 )
 for command in (plan, capture, screen, align, swap, compress, report):

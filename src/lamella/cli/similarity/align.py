@@ -20,11 +20,11 @@ def align(
     steps: Annotated[int, typer.Option(min=1, help="Steps of an aligner, at most.")] = 200,
     lr: Annotated[float, typer.Option(help="Step size of Adam.")] = 3e-3,
     per_source: Annotated[
-        int | None, typer.Option(min=1, help="Stand-ins of each expert that the screen lets through; all if absent.")
+        int | None, typer.Option(min=1, help="Replacements of each expert that the screen lets through; all if absent.")
     ] = None,
     same_layer: Annotated[bool, typer.Option("--same-layer", help="Only pairs within a layer.")] = False,
     score_on: Annotated[Path | None, typer.Option(help="Folder of another study: its text is scored on.")] = None,
-    pull: Annotated[str | None, typer.Option(help="Towards the stand-in's inputs: mmd or kl.")] = None,
+    pull: Annotated[str | None, typer.Option(help="Towards the replacement's inputs: mmd or kl.")] = None,
     ray: Annotated[str | None, typer.Option(help="auto, or the address of a Ray cluster; here if absent.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Json = False,

@@ -32,7 +32,7 @@ def compress(
     aligner: Annotated[
         str | None,
         typer.Option(
-            help="Kind of aligner before stand-ins, one that was aligned: in rerouting and, with --replace, in the "
+            help="Kind of aligner before replacements, one that was aligned: in rerouting and, with --replace, in the "
             "curve. If absent: linear or low-rank in rerouting, none in the curve."
         ),
     ] = None,
@@ -43,7 +43,7 @@ def compress(
     documents: Annotated[int, typer.Option(min=2, help="Of each text, at most.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Of random merging.")] = 3,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Stand-ins as they are, instead of merged experts.")
+        bool, typer.Option("--replace", help="Replacements as they are, instead of merged experts.")
     ] = False,
     across_layers: Annotated[bool, typer.Option("--across-layers", help="One pool over neighbouring layers.")] = False,
     close: Annotated[int, typer.Option(min=0, help="Experts of each layer to close for rerouting; 0 for none.")] = 1,

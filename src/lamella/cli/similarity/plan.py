@@ -21,7 +21,7 @@ def plan(
     aligner: Annotated[str, typer.Option(help="layernorm, linear, low-rank or identity.")] = "layernorm",
     steps: Annotated[int, typer.Option(min=1, help="Steps of an aligner, at most.")] = 200,
     per_source: Annotated[
-        int | None, typer.Option(min=1, help="Stand-ins of each expert that the screen lets through; all if absent.")
+        int | None, typer.Option(min=1, help="Replacements of each expert that the screen lets through; all if absent.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the samples: float32 or bfloat16.")] = "float32",
     skew: Annotated[float, typer.Option(min=1, help="How much more often than the rarest the mean is chosen.")] = 4.0,

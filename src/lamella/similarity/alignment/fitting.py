@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One target and the sources that it is to stand in for.
+    """One target and the sources that it is to replace.
 
     Attributes:
         target: its name; `RANDOM` for a random expert.

@@ -131,7 +131,7 @@ def fit_aligners(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is to be trained: sources with tokens, experts, and who is to stand in for whom."""
+    """What is to be trained: sources with tokens, experts, and who is to replace whom."""
 
     capture: Capture
     experts: dict[Name, Expert]
@@ -200,7 +200,7 @@ def _check_shapes(pairs: Sequence[Pair], experts: dict[Name, Expert]) -> None:
         if shapes[0] != shapes[1]:
             raise LamellaError(
                 f"Expert {target[1]} of layer {target[0]} maps {shapes[1][0]} features to {shapes[1][1]} and cannot "
-                f"stand in for expert {source[1]} of layer {source[0]}, which maps {shapes[0][0]} to {shapes[0][1]}; "
+                f"replace expert {source[1]} of layer {source[0]}, which maps {shapes[0][0]} to {shapes[0][1]}; "
                 "leave the pair out."
             )
 

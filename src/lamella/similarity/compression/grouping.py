@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from lamella.aligners import Aligner
 from lamella.backbones.moe import MoELayer
 from lamella.errors import LamellaError
-from lamella.similarity.compression.pool import stand_in_parameters
+from lamella.similarity.compression.pool import replacement_parameters
 from lamella.similarity.matching import weight_distance
 from lamella.similarity.pairs import NAMES, Name, Pair
 
@@ -29,19 +30,31 @@ Aligners = Callable[[Sequence[Pair]], Mapping[Pair, Aligner]]  # trains those of
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How ``compress`` was asked to choose; see its arguments.
+class Settings:
+    """How experts come together and what they become; see the arguments of ``compress``."""
 
-    Attributes:
-        shares: how much each expert was used; None where nobody counted.
-    """
+    method: Method = "similarity"
+    merge: bool = True
+    aligner: Aligners | None = None
+    across_layers: bool = False
+    measure: str | None = None
+    capture: Capture | None = None
+    seed: int = 0
 
-    method: Method
-    across_layers: bool
-    measure: str | None
-    aligner: Aligners | None
-    shares: Mapping[Name, float] | None
-    seed: int
+    @cached_property
+    def shares(self) -> Mapping[Name, float] | None:
+        """How much each expert was used; None where nobody counted."""
+        return None if self.capture is None else self.capture.shares
+
+    def shares_of(self, keys: Sequence[Name]) -> list[float]:
+        """How much these experts were used.
+
+        Raises:
+            LamellaError: nobody counted.
+        """
+        if self.shares is None:
+            raise LamellaError('method="usage" goes by what the routers chose; give capture=, the counts of a text.')
+        return [self.shares[key] for key in keys]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +66,7 @@ class Choice:
         sizes: numbers that each of them stores.
         steps: all of the joins, by position in ``keys``.
         distances: ``(n, n)`` from source to target, weighed by the source's share; None where usage alone decides.
-        extra: numbers that a stand-in stores beside its target; counted for those that need none, too.
+        extra: numbers that a replacement stores beside its target; counted for those that need none, too.
         measure: the column of the table that decides; None where no table does.
     """
 
@@ -75,7 +88,7 @@ class Choice:
         return [[self.keys[at] for at in _representative_first(group, self.distances)] for group in joined]
 
 
-def choose(layers: Sequence[MoELayer], keys: Sequence[Name], table: pd.DataFrame | None, setting: Setting) -> Choice:
+def choose(layers: Sequence[MoELayer], keys: Sequence[Name], table: pd.DataFrame | None, settings: Settings) -> Choice:
     """The choice of a method.
 
     Raises:
@@ -83,20 +96,20 @@ def choose(layers: Sequence[MoELayer], keys: Sequence[Name], table: pd.DataFrame
     """
     by_index = {layer.index: layer for layer in layers}
     sizes = [by_index[layer].experts[expert].parameters for layer, expert in keys]
-    if setting.method == "usage":
-        steps = list(least_into_most_used(_shares(setting, keys), [layer for layer, _ in keys]))
+    if settings.method == "usage":
+        steps = list(least_into_most_used(settings.shares_of(keys), [layer for layer, _ in keys]))
         return Choice(keys, sizes, steps, None)
-    distances, measure = _distances(layers, keys, table, setting)
-    if setting.shares is not None and setting.method != "random":
-        distances = weigh(distances, _shares(setting, keys))
-    steps = list(linkage(within_reach(cheaper_way(distances), keys, setting.across_layers)))
+    distances, measure = _distances(layers, keys, table, settings)
+    if settings.shares is not None and settings.method != "random":
+        distances = weigh(distances, settings.shares_of(keys))
+    steps = list(linkage(within_reach(cheaper_way(distances), keys, settings.across_layers)))
     extra = 0
-    if setting.aligner is not None:
+    if settings.aligner is not None:
         joined = ([keys[at] for at in _representative_first(step, distances)] for step in steps)
-        aligned = ((source, target) for target, source in joined if is_used(source, setting.shares))
+        aligned = ((source, target) for target, source in joined if is_used(source, settings.shares))
         if (pair := next(aligned, None)) is not None:  # what the first pair stores, all do
-            layer, expert = pair[1]
-            extra = stand_in_parameters(by_index[layer].experts[expert], train_aligners(setting.aligner, [pair])[pair])
+            target = by_index[pair[1][0]].experts[pair[1][1]]
+            extra = replacement_parameters(target, train_aligners(settings.aligner, [pair])[pair])
     return Choice(keys, sizes, steps, distances, extra, measure)
 
 
@@ -116,26 +129,20 @@ def train_aligners(aligner: Aligners, pairs: Sequence[Pair]) -> Mapping[Pair, Al
     return trained
 
 
-def _shares(setting: Setting, keys: Sequence[Name]) -> list[float]:
-    if setting.shares is None:
-        raise LamellaError('method="usage" goes by what the routers chose; give capture=, the counts of a text.')
-    return [setting.shares[key] for key in keys]
-
-
 def _distances(
-    layers: Sequence[MoELayer], keys: Sequence[Name], table: pd.DataFrame | None, setting: Setting
+    layers: Sequence[MoELayer], keys: Sequence[Name], table: pd.DataFrame | None, settings: Settings
 ) -> tuple[Distances, str | None]:
     """``(n, n)`` from source to target, and the table's column they are from."""
-    if setting.method == "random":
-        return random_distances(len(keys), setting.seed), None
-    if setting.method == "weight-distance":
+    if settings.method == "random":
+        return random_distances(len(keys), settings.seed), None
+    if settings.method == "weight-distance":
         if table is not None and "weight_distance" in table.columns and table["weight_distance"].notna().all():
             return directed(table, keys, "weight_distance"), "weight_distance"
-        reach = within_reach(np.zeros((len(keys), len(keys))), keys, setting.across_layers)
+        reach = within_reach(np.zeros((len(keys), len(keys))), keys, settings.across_layers)
         return weight_distances(layers, keys, reach), None
     if table is None:
         raise LamellaError('method="similarity" goes by a table of align or screen; give it as similarity.')
-    measure = choose_measure(table, setting.measure, aligned=setting.aligner is not None)
+    measure = choose_measure(table, settings.measure, aligned=settings.aligner is not None)
     return directed(table, keys, measure), measure
 
 
@@ -207,7 +214,7 @@ def _check_rows(pairs: pd.DataFrame, keys: Sequence[Name], measure: str) -> None
 
 
 def weigh(distances: Distances, shares: Sequence[float]) -> Distances:
-    """What it costs to let a target stand in for a source: the distance, by how many tokens the source gets.
+    """What it costs to let a target replace a source: the distance, by how many tokens the source gets.
 
     A source that gets none costs nothing, measured or not: without tokens nothing can be measured.
     """
@@ -222,7 +229,7 @@ def is_used(expert: Name, shares: Mapping[Name, float] | None) -> bool:
 
 
 def cheaper_way(distances: Distances) -> Distances:
-    """For each two experts the better direction: one of them will stand in for the other."""
+    """For each two experts the better direction: one of them will replace the other."""
     return np.minimum(distances, distances.T)
 
 
@@ -252,21 +259,6 @@ def weight_distances(layers: Sequence[MoELayer], keys: Sequence[Name], reach: Di
             second = by_index[keys[other][0]].experts[keys[other][1]]
             distances[one, other] = distances[other, one] = weight_distance(first, second)
     return distances
-
-
-def usage(capture: Capture, keys: Sequence[Name]) -> dict[Name, float]:
-    """How many tokens the capture's text gave to each expert, over those of its layer.
-
-    Raises:
-        LamellaError: the capture counted other experts.
-    """
-    counted = capture.shares
-    if missing := [key for key in keys if key not in counted]:
-        layer, expert = missing[0]
-        raise LamellaError(
-            f"The capture counted nothing for expert {expert} of layer {layer}; capture this model anew."
-        )
-    return {key: counted[key] for key in keys}
 
 
 Distances = npt.NDArray[np.float64]

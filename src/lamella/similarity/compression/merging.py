@@ -18,13 +18,12 @@ from lamella.similarity.compression.grouping import (
     METHODS,
     Aligners,
     Method,
-    Setting,
+    Settings,
     choose,
     is_used,
     train_aligners,
-    usage,
 )
-from lamella.similarity.compression.pool import PooledExperts, StoredExpert, expert_parameters, stand_in
+from lamella.similarity.compression.pool import PooledExperts, StoredExpert, expert_parameters, replacement
 from lamella.similarity.compression.rerouting import native_layers
 from lamella.similarity.matching import average
 from lamella.similarity.pairs import Name
@@ -106,7 +105,7 @@ def compress(
         merge: whether a group becomes the average of its experts, hidden units matched to those of the expert that
             the others are closest to; or that expert alone.
         aligner: trains the aligners of the pairs (source, target) that it is given, as
-            ``partial(fit_aligners, capture, model)`` does; with ``merge=False`` a replaced expert is its stand-in
+            ``partial(fit_aligners, capture, model)`` does; with ``merge=False`` a replaced expert is its replacement
             behind its aligner, whose storage counts. All must be of one size. An expert without tokens needs none.
         across_layers: whether experts of two neighbouring layers may share one stored expert.
         measure: column of ``similarity``; by default "identity_nmse" (without aligner), "nmse" (with), or
@@ -121,18 +120,8 @@ def compress(
 
     Sources: Li et al. 2024, arXiv 2310.01334 (M-SMoE); Chen et al. 2025, arXiv 2410.08589 (HC-SMoE).
     """
-    (compressed,) = compress_each(
-        model,
-        similarity,
-        [budget],
-        method=method,
-        merge=merge,
-        aligner=aligner,
-        across_layers=across_layers,
-        measure=measure,
-        capture=capture,
-        seed=seed,
-    )
+    settings = Settings(method, merge, aligner, across_layers, measure, capture, seed)
+    (compressed,) = compress_each(model, similarity, [budget], settings)
     return compressed
 
 
@@ -140,35 +129,27 @@ def compress_each(
     model: PreTrainedModel,
     similarity: pd.DataFrame | None,
     budgets: Sequence[float],
-    *,
-    method: Method,
-    merge: bool,
-    aligner: Aligners | None,
-    across_layers: bool,
-    measure: str | None,
-    capture: Capture | None,
-    seed: int,
+    settings: Settings,
 ) -> Iterator[Compressed]:
     """``compress`` to each budget, one after the other; what is the same for all is computed once."""
-    check_arguments(budgets, method, merge, aligner)
+    check_arguments(budgets, settings)
     layers = _whole_layers(model)
-    if capture is not None:
-        capture.check(model)
+    if settings.capture is not None:
+        settings.capture.check(model)
     keys = [(layer.index, expert) for layer in layers for expert in range(layer.num_experts)]
-    shares = None if capture is None else usage(capture, keys)
-    choice = choose(layers, keys, similarity, Setting(method, across_layers, measure, aligner, shares, seed))
+    choice = choose(layers, keys, similarity, settings)
     # all of them first: a budget out of reach is refused before the first model
     for budget, groups in [(budget, choice.groups(budget)) for budget in budgets]:
         with torch.no_grad():
-            small = _with_pools(model, layers, _store(layers, groups, merge, aligner, shares))
+            small = _with_pools(model, layers, _store(layers, groups, settings))
         report = Report(
-            method=method,
+            method=settings.method,
             budget=budget,
-            seed=seed,
-            merged=merge,
-            across_layers=across_layers,
+            seed=settings.seed,
+            merged=settings.merge,
+            across_layers=settings.across_layers,
             measure=choice.measure,
-            weighted_by_usage=shares is not None,
+            weighted_by_usage=settings.shares is not None,
             experts=len(keys),
             experts_left=len(groups),
             expert_parameters_before=expert_parameters(layers),
@@ -180,7 +161,7 @@ def compress_each(
         yield Compressed(small, report)
 
 
-def check_arguments(budgets: Sequence[float], method: str, merge: bool, aligner: Aligners | None) -> None:
+def check_arguments(budgets: Sequence[float], settings: Settings) -> None:
     """What can be refused before anything is computed.
 
     Raises:
@@ -188,9 +169,9 @@ def check_arguments(budgets: Sequence[float], method: str, merge: bool, aligner:
     """
     if wrong := [budget for budget in budgets if not 0 < budget <= 1]:
         raise LamellaError(f"budget={wrong[0]} is no share of the experts' parameters to keep; give 0 < budget <= 1.")
-    if method not in METHODS:
-        raise LamellaError(f"method={method!r} is none of {', '.join(METHODS)}.")
-    if merge and aligner is not None:
+    if settings.method not in METHODS:
+        raise LamellaError(f"method={settings.method!r} is none of {', '.join(METHODS)}.")
+    if settings.merge and settings.aligner is not None:
         raise LamellaError(
             "An aligner was trained for an expert as it is, not for an average; give merge=False with it."
         )
@@ -213,28 +194,27 @@ def _whole_layers(model: nn.Module) -> list[MoELayer]:
 def _store(
     layers: Sequence[MoELayer],
     groups: Sequence[Sequence[Name]],
-    merge: bool,
-    aligner: Aligners | None,
-    shares: Mapping[Name, float] | None,
+    settings: Settings,
 ) -> dict[Name, nn.Module]:
     """What does the work of each expert in the layers where any of them came together with another."""
+    shares = settings.shares
     by_index = {layer.index: layer for layer in layers}
     changed = {layer for group in groups if len(group) > 1 for layer, _ in group}
     places: dict[Name, nn.Module] = {}
     pairs = [(source, group[0]) for group in groups for source in group[1:] if is_used(source, shares)]
-    trained = {} if aligner is None else train_aligners(aligner, pairs)
+    trained = {} if settings.aligner is None else train_aligners(settings.aligner, pairs)
     for group in groups:
         if group[0][0] not in changed:
             continue
         experts = [by_index[layer].experts[expert] for layer, expert in group]
-        if merge:
+        if settings.merge:
             stored = StoredExpert.copy_of(average(experts, [1.0 if shares is None else shares[key] for key in group]))
         else:
             stored = StoredExpert.copy_of(experts[0])
         places[group[0]] = stored
         for source in group[1:]:
             fitted = trained.get((source, group[0]))
-            places[source] = stored if fitted is None else stand_in(stored, fitted)
+            places[source] = stored if fitted is None else replacement(stored, fitted)
     return places
 
 
@@ -266,7 +246,7 @@ class Report:
         measure: the column of the table that decided; None for a baseline.
         weighted_by_usage: whether averages, and all distances but random ones, were weighted by the routers' counts.
         experts: how many the routers choose from.
-        experts_left: how many groups they are in; each is stored once, beside the aligners of its stand-ins.
+        experts_left: how many groups they are in; each is stored once, beside the aligners of its replacements.
         expert_parameters_before, expert_parameters: numbers that the experts store, aligners included.
         parameters_before, parameters: numbers that the whole model stores.
         groups: the experts of each group as (layer, expert), first the one that stands for all.

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lamella.errors import LamellaError, optional_module
-from lamella.similarity.compression.grouping import METHODS, Aligners, Method
+from lamella.similarity.compression.grouping import METHODS, Aligners, Method, Settings
 from lamella.similarity.compression.merging import compress_each
 from lamella.similarity.compression.rerouting import First, What, drop, find_routes, next_choice, reroute
 from lamella.similarity.pairs import Name
@@ -76,18 +76,9 @@ def compression_curve(
     rows: list[dict[str, Any]] = []
     done = 0
     for method, seed in wanted:
-        for small in compress_each(
-            model,
-            similarity,
-            budgets,
-            method=method,
-            merge=merge,
-            aligner=aligner if method == "similarity" else None,
-            across_layers=across_layers,
-            measure=measure,
-            capture=capture,
-            seed=seed,
-        ):
+        behind = aligner if method == "similarity" else None
+        settings = Settings(method, merge, behind, across_layers, measure, capture, seed)
+        for small in compress_each(model, similarity, budgets, settings):
             report = small.report
             told = {"method": method, "budget": report.budget, "seed": seed, "experts_left": report.experts_left}
             after = score(small.model, domains)
@@ -190,18 +181,18 @@ def rerouting_table(
     """
     pd = optional_module("pandas", "A table of rerouting")
 
-    closing: dict[str, Any] = {"what": what, "capacity": capacity, "first": first}
+    overflow: dict[str, Any] = {"what": what, "capacity": capacity, "first": first}
     reach: dict[str, Any] = {"across_layers": across_layers}
     routes = find_routes(similarity, model, experts, measure=measure if aligner is None else None, **reach)
     ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "none": nullcontext,
-        "similar": lambda: reroute(model, experts, routes, **closing),
-        "drop": lambda: drop(model, experts, **closing),
-        "next-choice": lambda: next_choice(model, experts, **closing),
+        "similar": lambda: reroute(model, experts, routes, **overflow),
+        "drop": lambda: drop(model, experts, **overflow),
+        "next-choice": lambda: next_choice(model, experts, **overflow),
     }
     if aligner is not None:
         behind = find_routes(similarity, model, experts, aligner=aligner, measure=measure, **reach)
-        ways["similar+aligner"] = lambda: reroute(model, experts, behind, **closing)
+        ways["similar+aligner"] = lambda: reroute(model, experts, behind, **overflow)
     domains = read_domains(batches_by_domain)
     before = score(model, domains)
     told = {"what": what, "experts": json.dumps([list(name) for name in experts]), "seed": seed}

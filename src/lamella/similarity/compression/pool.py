@@ -47,7 +47,7 @@ class StoredExpert(nn.Module):
 
 
 class AlignedExpert(nn.Module):
-    """A stored expert behind an aligner: what stands in for an expert that is stored no more."""
+    """A stored expert behind an aligner: what replaces an expert that is stored no more."""
 
     aligner: Aligner
     target: StoredExpert
@@ -119,7 +119,7 @@ class PooledExperts(nn.Module):
         return output.view_as(hidden)
 
 
-def stand_in(target: StoredExpert, aligner: Aligner) -> nn.Module:
+def replacement(target: StoredExpert, aligner: Aligner) -> nn.Module:
     """What does another expert's work behind an aligner, stored in the fewest numbers.
 
     The target itself where the aligner has no parameters; a copy with the aligner folded in, which stores gate and up
@@ -137,8 +137,8 @@ def stand_in(target: StoredExpert, aligner: Aligner) -> nn.Module:
     return StoredExpert({**new, **shared}, target.activation)
 
 
-def stand_in_parameters(target: Expert, aligner: Aligner) -> int:
-    """How many numbers a stand-in stores beside its target."""
+def replacement_parameters(target: Expert, aligner: Aligner) -> int:
+    """How many numbers a replacement stores beside its target."""
     own = sum(parameter.numel() for parameter in aligner.parameters())
     return folded_parameters(target) if own and _folds(target, aligner) else own
 

@@ -52,14 +52,14 @@ def reroute(
         LamellaError: an expert without route, an expert that the model does not have, or a capacity that does not
             belong to ``what``.
     """
-    closing = Closing(experts, what, capacity, first)
-    layers = _closable(model, closing)
+    overflow = Overflow(experts, what, capacity, first)
+    layers = _layers_of(model, overflow)
     if missing := [name for name in experts if name not in routes]:
         raise LamellaError(
             f"Expert {missing[0][1]} of layer {missing[0][0]} has no route; find_routes finds one for each."
         )
     works = {name: routes[name].work(layers) for name in experts}
-    with _elsewhere(model, layers, closing, works):
+    with _elsewhere(model, layers, overflow, works):
         yield
 
 
@@ -77,13 +77,13 @@ def drop(
     "dropped" and "full": the weights of the token's other experts stay. "masked": they grow in proportion to what all
     of its weights summed to; a token whose experts are all masked gets nothing. Arguments and errors as ``reroute``.
     """
-    closing = Closing(experts, what, capacity, first)
-    layers = _closable(model, closing)
+    overflow = Overflow(experts, what, capacity, first)
+    layers = _layers_of(model, overflow)
     if what == "masked":
-        with _without(model, layers, closing):
+        with _without(model, layers, overflow):
             yield
     else:
-        with _elsewhere(model, layers, closing, dict.fromkeys(experts, torch.zeros_like)):
+        with _elsewhere(model, layers, overflow, dict.fromkeys(experts, torch.zeros_like)):
             yield
 
 
@@ -102,38 +102,38 @@ def next_choice(
     takes it all the same. Arguments and errors as ``reroute``, and an error where fewer experts are left than each
     token gets.
     """
-    closing = Closing(experts, what, capacity, first)
-    layers = _closable(model, closing)
+    overflow = Overflow(experts, what, capacity, first)
+    layers = _layers_of(model, overflow)
     with ExitStack() as stack:
         for layer in layers.values():
-            if closed := closing.of(layer.index):
+            if closed := overflow.of(layer.index):
                 if layer.num_experts - len(closed) < layer.top_k:
                     raise LamellaError(
                         f"{len(closed)} closed experts of the {layer.num_experts} of layer {layer.index} leave fewer "
                         f"than the {layer.top_k} that each token gets; close fewer."
                     )
-                stack.enter_context(layer.mask(closed) if what != "full" else _deciding_again(model, layer, closing))
+                stack.enter_context(layer.mask(closed) if what != "full" else _deciding_again(model, layer, overflow))
         yield
 
 
-def _closable(model: nn.Module, closing: Closing) -> dict[int, MoELayer]:
+def _layers_of(model: nn.Module, overflow: Overflow) -> dict[int, MoELayer]:
     """The layers by index, if they have the experts."""
     layers = native_layers(model)
-    find_experts(layers, closing.experts)
+    find_experts(layers, overflow.experts)
     return layers
 
 
 @contextmanager
 def _elsewhere(
-    model: nn.Module, layers: Mapping[int, MoELayer], closing: Closing, works: Mapping[Name, Work]
+    model: nn.Module, layers: Mapping[int, MoELayer], overflow: Overflow, works: Mapping[Name, Work]
 ) -> Iterator[None]:
-    """Inside the context, tokens that are turned away from an expert go to its work, the others to the expert."""
-    touched = [layer for index, layer in layers.items() if closing.of(index)]
+    """Inside the context, tokens that are dropped by an expert go to its work, the others to the expert."""
+    touched = [layer for index, layer in layers.items() if overflow.of(index)]
     away: dict[Name, Tensor] = {}  # of the tokens that chose the expert in this forward, in their order
 
     def note(dispatch: Dispatch) -> None:
-        turned = closing.turned_away(dispatch)
-        for expert in closing.of(dispatch.layer.index):
+        turned = overflow.dropped(dispatch)
+        for expert in overflow.of(dispatch.layer.index):
             here = chosen(dispatch, expert)
             away[dispatch.layer.index, expert] = (turned & here).any(dim=-1)[here.any(dim=-1)]
 
@@ -149,24 +149,24 @@ def _elsewhere(
         return work
 
     with ExitStack() as stack:
-        if closing.capacity is not None:
+        if overflow.capacity is not None:
             stack.enter_context(watch_dispatch(model, touched, note))
         for layer in touched:
-            closed = closing.of(layer.index)
-            own = {e: works[layer.index, e] if closing.capacity is None else shared(layer, e) for e in closed}
+            closed = overflow.of(layer.index)
+            own = {e: works[layer.index, e] if overflow.capacity is None else shared(layer, e) for e in closed}
             stack.enter_context(layer.replace(own))
         yield
 
 
 @contextmanager
-def _without(model: nn.Module, layers: Mapping[int, MoELayer], closing: Closing) -> Iterator[None]:
+def _without(model: nn.Module, layers: Mapping[int, MoELayer], overflow: Overflow) -> Iterator[None]:
     """Inside the context, closed experts give nothing and the others of a token as much more, in proportion."""
-    touched = [layer for index, layer in layers.items() if closing.of(index)]
+    touched = [layer for index, layer in layers.items() if overflow.of(index)]
     growth: dict[Name, Tensor] = {}  # of the tokens that chose an open expert, in their order, (n, 1)
 
     def note(dispatch: Dispatch) -> None:
         weights = dispatch.routing.weights  # (N, k)
-        left = weights.masked_fill(closing.turned_away(dispatch), 0)
+        left = weights.masked_fill(overflow.dropped(dispatch), 0)
         factor = torch.where(left.sum(-1) > 0, weights.sum(-1) / left.sum(-1), 0)[:, None]  # (N, 1)
         for expert in range(dispatch.layer.num_experts):
             growth[dispatch.layer.index, expert] = factor[chosen(dispatch, expert).any(dim=-1)]
@@ -176,19 +176,19 @@ def _without(model: nn.Module, layers: Mapping[int, MoELayer], closing: Closing)
 
     with watch_dispatch(model, touched, note), ExitStack() as stack:
         for layer in touched:
-            closed = closing.of(layer.index)
+            closed = overflow.of(layer.index)
             works = {e: torch.zeros_like if e in closed else grown(layer, e) for e in range(layer.num_experts)}
             stack.enter_context(layer.replace(works))
         yield
 
 
 @contextmanager
-def _deciding_again(model: nn.Module, layer: MoELayer, closing: Closing) -> Iterator[None]:
+def _deciding_again(model: nn.Module, layer: MoELayer, overflow: Overflow) -> Iterator[None]:
     """Inside the context, the layer's router decides again for tokens that find an expert full."""
     closed: dict[str, Tensor] = {}
 
     def note(dispatch: Dispatch) -> None:
-        away = closing.turned_away(dispatch)
+        away = overflow.dropped(dispatch)
         full = torch.zeros_like(dispatch.routing.logits, dtype=torch.bool)  # (N, E)
         closed["full"] = full.scatter_(1, dispatch.routing.indices, away)
 
@@ -210,7 +210,7 @@ First = Literal["arrival", "weight"]
 
 
 @dataclass(frozen=True)
-class Closing:
+class Overflow:
     """Experts, and when they are closed to a token.
 
     Attributes:
@@ -244,7 +244,7 @@ class Closing:
         """The closed experts of a layer."""
         return [expert for index, expert in self.experts if index == layer]
 
-    def turned_away(self, dispatch: Dispatch) -> Tensor:
+    def dropped(self, dispatch: Dispatch) -> Tensor:
         """Where a token finds an expert that it chose closed, ``(N, k)``; padding never does where experts are full."""
         away = torch.zeros_like(dispatch.routing.indices, dtype=torch.bool)
         for expert in self.of(dispatch.layer.index):
@@ -335,7 +335,7 @@ def find_routes(
         target = min(reach, key=reach.__getitem__, default=source)
         if reach.get(target, torch.inf) == torch.inf:
             raise LamellaError(
-                f"The table has no expert that could stand in for expert {source[1]} of layer {source[0]}; measure it "
+                f"The table has no expert that could replace expert {source[1]} of layer {source[0]}; measure it "
                 "against one that stays, or let targets lie in other layers with across_layers=True."
             )
         targets[source] = target

@@ -44,7 +44,7 @@ def distance_regression(
         be with these layers. ``depth_slope``, ``depth_low``, ``depth_high``, ``depth_spearman``, ``depth_p_value``: the
         same for the mean depth of the two layers. ``adjusted_slope``, ``adjusted_low``, ``adjusted_high``: of distance
         with mean depth held, which stays where it is when layers are relabelled, so that this interval is approximate.
-        Slopes are NaN where depth and distance cannot be told apart, intervals also where the layers are too few.
+        Slopes are NaN where depth and distance cannot be distinguished, intervals also where the layers are too few.
         ``swaps``, ``layers``, ``permutations``, ``level``.
 
     Raises:

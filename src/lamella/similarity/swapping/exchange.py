@@ -59,7 +59,7 @@ def swap(
 def randomised(model: nn.Module, a: Named, unit: Unit = "expert", seed: int = 0) -> Iterator[None]:
     """Inside the context ``a`` has random weights: each tensor is normal with its own mean and standard deviation.
 
-    What a stand-in costs that knows nothing: the upper control of a swap. Leaving restores the model bit for bit.
+    What a replacement costs that knows nothing: the upper control of a swap. Leaving restores the model bit for bit.
 
     Raises:
         LamellaError: no such layer or expert.

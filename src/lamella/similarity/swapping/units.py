@@ -112,7 +112,7 @@ def pair_tensors(model: nn.Module, first: Part, second: Part) -> list[tuple[Tens
 
 
 def fits(first: Part, second: Part) -> bool:
-    """Whether two parts are built alike, so that one can stand in the other's place."""
+    """Whether two parts are built alike, so that one can take the other's place."""
     return _difference(first, second) is None
 
 
@@ -199,7 +199,7 @@ Swap = tuple[Named, Named]
 
 
 def layer_pairs(model: nn.Module, unit: Unit, ordered: bool = False) -> list[Swap]:
-    """All pairs of mixture-of-experts layers of one stack whose units can stand in each other's place.
+    """All pairs of mixture-of-experts layers of one stack whose units can take each other's place.
 
     Layers of different stacks are left out: between an encoder's and a decoder's there is no distance in depth. Layers
     that are built differently (a block with the relative position bias, another number of experts) are left out too.

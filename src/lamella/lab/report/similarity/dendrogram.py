@@ -1,4 +1,4 @@
-"""Which experts cluster: a tree whose joints stand at the unexplained share between the groups they join."""
+"""Which experts cluster: a tree whose joints stand at the normalised error between the groups they join."""
 
 from dataclasses import dataclass
 

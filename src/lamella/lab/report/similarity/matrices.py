@@ -15,7 +15,7 @@ PAIR_COLUMNS = (
     "over_mean", "over_identity", "over_random",
 )  # fmt: skip
 MARK = "•"
-# Upper ends of the colour bands of the unexplained share; the last begins where the mean predictor is as good.
+# Upper ends of the colour bands of the normalised error; the last begins where the mean predictor is as good.
 BANDS = (
     (0.1, "below 0.1"),
     (0.3, "0.1 to 0.3"),
@@ -60,7 +60,7 @@ def legend() -> list[tuple[int, str]]:
 
 
 def pair_means(alignment: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By aligner, ordered pairs with the mean unexplained share over the seeds.
+    """By aligner, ordered pairs with the mean normalised error over the seeds.
 
     ``beyond`` says of a pair of two experts whether it is better than its controls with every seed.
 
@@ -78,19 +78,19 @@ def pair_means(alignment: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def layer_matrices(pairs: pd.DataFrame) -> tuple[Matrix, ...]:
-    """Layer by layer, of pairs of two different experts: the best stand-in of each expert, and all of them."""
+    """Layer by layer, of pairs of two different experts: the best replacement of each expert, and all of them."""
     others = pairs[pairs["kind"] == "pair"]
     if others.empty:
         return ()
     best = others.loc[others.groupby(["source_layer", "source_expert", "target_layer"])["nmse"].idxmin()]
     return (
-        _layers(best, "best stand-in", "the best stand-in of each expert, mean over the experts"),
+        _layers(best, "best replacement", "the best replacement of each expert, mean over the experts"),
         _layers(others, "all pairs", "mean over all pairs"),
     )
 
 
 def expert_matrices(pairs: pd.DataFrame) -> tuple[Matrix, ...]:
-    """Expert by expert for pairs of layers; where there are many, those with the best stand-ins."""
+    """Expert by expert for pairs of layers; where there are many, those with the best replacements."""
     panels = {(int(s), int(t)): rows for (s, t), rows in pairs.groupby(["source_layer", "target_layer"])}
     chosen = sorted(panels, key=lambda at: panels[at].loc[panels[at]["kind"] == "pair", "nmse"].min())[:_MOST_PANELS]
     return tuple(_experts(panels[at], *at) for at in sorted(chosen))
@@ -104,7 +104,7 @@ def _layers(frame: pd.DataFrame, name: str, what: str) -> Matrix:
             rows["nmse"].mean(), f"layer {source} by layer {target}: {what}", beyond == len(rows),
             f"{beyond} of {len(rows)} pairs beyond their controls",
         )  # fmt: skip
-    return _matrix(cells, name, ("layer of the expert replaced", "layer of the stand-in"))
+    return _matrix(cells, name, ("layer of the expert replaced", "layer of the replacement"))
 
 
 def _experts(frame: pd.DataFrame, source_layer: int, target_layer: int) -> Matrix:
@@ -115,7 +115,7 @@ def _experts(frame: pd.DataFrame, source_layer: int, target_layer: int) -> Matri
         )
         said = "a control" if row.kind == "self" else "beyond its controls" if row.beyond else "not beyond its controls"
         cells[row.source_expert, row.target_expert] = _cell(row.nmse, words, row.beyond, said)
-    axes = (f"expert of layer {source_layer}", f"stand-in of layer {target_layer}")
+    axes = (f"expert of layer {source_layer}", f"replacement of layer {target_layer}")
     return _matrix(cells, f"{source_layer} by {target_layer}", axes)
 
 

@@ -28,11 +28,11 @@ _MADE_BY = {
 _WORDS = {
     "beyond": "share of pairs better than the mean, no aligner and a random expert",
     "raw and variance": "rank correlation of the raw error with the replaced expert's variance",
-    "share and variance": "rank correlation of the unexplained share with it",
+    "share and variance": "rank correlation of the normalised error with it",
     "samples per parameter": "training samples per parameter of an aligner",
     "ceiling": "seed ceiling: one seed ranks pairs as the others do",
-    "ceiling within": "seed ceiling within an expert's stand-ins",
-    "floor": "the floor ranks an expert's stand-ins",
+    "ceiling within": "seed ceiling within an expert's replacements",
+    "floor": "the floor ranks an expert's replacements",
     "cka_distance": "CKA ranks them",
     "weight_distance": "matched weights rank them",
     "below the floor": "pairs whose error lies below the floor",
@@ -70,7 +70,7 @@ def _controls(alignment: pd.DataFrame, screened: pd.DataFrame | None) -> dict[st
     for name, rows in by_aligner(alignment).items():
         table = control_table(rows)
         ends = list(zip(table["low"], table["high"], strict=True))
-        tables[f"Unexplained share, aligner {name}"] = table.drop(columns=["low", "high"]).assign(
+        tables[f"Normalised error, aligner {name}"] = table.drop(columns=["low", "high"]).assign(
             **{"5 % to 95 %": ends}
         )
         facts = [(_WORDS[fact], value) for fact, value in reliability(rows, screened).items()]

@@ -45,9 +45,9 @@ def _of_aligner(aligner: str, rows: pd.DataFrame) -> list[str]:
     control = "" if np.isnan(itself) else f"; the expert itself, the control, leaves {itself:.0%}"
     closest = f"The closest pair is {_name(top)} ({top['nmse']:.0%})." if top["nmse"] < 1 else "None beats the mean."
     words = (
-        f"Of {len(best)} experts, the best stand-in behind an aligner ({aligner}) leaves a median "
+        f"Of {len(best)} experts, the best replacement behind an aligner ({aligner}) leaves a median "
         f"{best['nmse'].median():.0%} of the output variance unexplained on held-out tokens{control}. {closest} "
-        f"{within:.0%} of the best stand-ins lie in the same layer. {len(pairs):,} of "
+        f"{within:.0%} of the best replacements lie in the same layer. {len(pairs):,} of "
         f"{len(names) * (len(names) - 1):,} pairs were aligned; {pairs['beyond'].mean():.0%} of them are better than "
         "all their controls with every seed."
     )
@@ -62,7 +62,7 @@ def _of_variance(alignment: pd.DataFrame) -> str:
     known = "" if np.isnan(normalised) else f"; the normalised error by {normalised:.2f}"
     return (
         f"Raw error follows the variance of the expert that is replaced (rank correlation {raw:.2f}{known}), so "
-        "matrices show the unexplained share."
+        "matrices show the normalised error."
     )
 
 
