@@ -12,7 +12,7 @@ demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadscope --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 lint: .venv/installed
 	$(BIN)/ruff check .

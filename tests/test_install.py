@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from lamella_command import LAB
+
 ROOT = Path(__file__).parents[1]
-LAB = ("pandas", "sklearn", "datasets", "pyarrow", "jinja2", "pydantic", "typer")
 
 TRAIN = """
 import json, sys
@@ -107,11 +108,20 @@ def python(tmp_path_factory):
     venv.create(place / "venv", with_pip=False)
     interpreter = place / "venv" / "bin" / "python"
     pip("--python", interpreter, "install", "--no-deps", "--no-index", wheel)
-    (site,) = (place / "venv" / "lib").glob("python*/site-packages")
-    (distribution,) = metadata.distributions(name="lamella", path=[str(site)])
-    for needed in required(distribution, set()):
-        link(metadata.distribution(needed), site)
+    for needed in required(installed(interpreter), set()):
+        link(metadata.distribution(needed), site_of(interpreter))
     return interpreter
+
+
+def site_of(interpreter):
+    (site,) = (interpreter.parents[1] / "lib").glob("python*/site-packages")
+    return site
+
+
+def installed(interpreter):
+    """The metadata of lamella there."""
+    (distribution,) = metadata.distributions(name="lamella", path=[str(site_of(interpreter))])
+    return distribution
 
 
 def built_wheel(place):
@@ -181,6 +191,13 @@ def test_the_command_says_what_to_install(python):
     assert "pip install 'lamella[lab]'" in done.stderr
     assert "pandas" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_command_asks_for_what_the_extra_lab_brings(python):
+    lines = [Requirement(line) for line in installed(python).requires]
+    lab = {line.name for line in lines if line.marker is not None and line.marker.evaluate({"extra": "lab"})}
+    distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+    assert lab == {distributions.get(name, name) for name in LAB}
 
 
 def test_neither_benchmarks_nor_models_are_in_the_wheel(python):
