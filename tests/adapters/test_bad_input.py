@@ -63,7 +63,7 @@ def test_a_peft_folder_with_a_pickle_alone(folder: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    refused(tmp_path / "missing", "missing", "no file or folder")
+    refused(tmp_path / "missing", "missing", "not a file or folder")
     refused(tmp_path, "holds no LoRA", "adapter_config.json")
     (tmp_path / "adapter_config.json").write_text("{}")
     refused(tmp_path, "no adapter_model.safetensors")
@@ -119,7 +119,7 @@ def test_a_config_of_another_lora(folder: Path) -> None:
 
 def test_a_config_that_is_no_config(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("[1")
-    refused(folder, "adapter_config.json", "no JSON")
+    refused(folder, "adapter_config.json", "not a JSON")
 
 
 def test_other_methods_are_named(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_modules_that_the_model_lacks_are_named(folder: Path) -> None:
 def test_a_module_that_is_not_linear_is_named(folder: Path) -> None:
     model = tiny.bert()
     model.bert.encoder.layer[1].attention.self.query = nn.Embedding(16, 16)
-    with pytest.raises(LamellaError, match="is a Embedding, no linear layer"):
+    with pytest.raises(LamellaError, match="is a Embedding, not a linear layer"):
         map_to(model, read_lora(folder))

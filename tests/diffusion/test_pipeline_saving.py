@@ -108,7 +108,7 @@ def test_a_failed_load_leaves_the_pipeline_as_it_was(composition: PipelineCompos
             load_pipeline(pipe, saved)
         assert torch.equal(tiny.run(pipe, PROMPTS), plain)
     (saved / "routers.safetensors").write_bytes(b"cut")
-    with pytest.raises(LamellaError, match="is no safetensors file or is cut short"):
+    with pytest.raises(LamellaError, match="is not a safetensors file or is cut short"):
         load_pipeline(pipe, saved)
     (saved / "routers.safetensors").unlink()
     with pytest.raises(LamellaError, match=r"has no routers\.safetensors"):
@@ -125,7 +125,7 @@ def refused(said: str, *args: Any, **kwargs: Any) -> None:
 def test_bad_requests_are_refused_and_change_nothing(loras: dict[str, Path], loras_of: Loras, tmp_path: Path) -> None:
     pipe = tiny.stable_diffusion()
     plain = tiny.run(pipe, PROMPTS)
-    refused("is no diffusers pipeline", nn.Linear(2, 2), loras)
+    refused("is not a diffusers pipeline", nn.Linear(2, 2), loras)
     refused("neither of unet and transformer", SimpleNamespace(components={"text_encoder": nn.Linear(2, 2)}), loras)
     refused("at least two LoRAs", pipe, {"cat": loras["cat"]})
     refused("Two LoRAs are called 'cat'", pipe, [loras["cat"], loras["cat"]])
@@ -175,7 +175,7 @@ def test_weights_by_hand_are_checked(composition: PipelineComposition) -> None:
 
 def test_what_diffusers_would_do_to_loras_of_its_own_is_refused(composition: PipelineComposition) -> None:
     pipe = composition.pipe
-    with pytest.raises(LamellaError, match="no scale of its own"):
+    with pytest.raises(LamellaError, match="takes no scale from the pipeline"):
         tiny.run(pipe, PROMPTS, cross_attention_kwargs={"scale": 0.5})
     pipe.unet.peft_config = {"default": None}  # what diffusers looks into first
     with pytest.raises(LamellaError, match="set_adapters is for LoRAs that diffusers holds"):

@@ -66,7 +66,7 @@ def _choose(place: Path, reference: Reference) -> tuple[Path, Path | None]:
     """The weights, and PEFT's config where there is one."""
     if place.is_file():
         if place.suffix != ".safetensors":
-            raise LamellaError(f"{place} is no .safetensors file. {_READ}")
+            raise LamellaError(f"{place} is not a .safetensors file. {_READ}")
         config = place.parent / CONFIG
         return place, config if place.name == PEFT_WEIGHTS and config.is_file() else None
     if not place.is_dir():
@@ -96,7 +96,7 @@ def _fetch(reference: Reference) -> tuple[Path, Reference]:
 
     match = _HUB_ID.fullmatch(reference.source)
     if match is None:
-        raise LamellaError(f"{reference.source!r} is no file or folder here, and no hub id. {_READ}")
+        raise LamellaError(f"{reference.source!r} is not a file or folder here, and not a hub id. {_READ}")
     file = match["file"]
     lead = f"{reference.subfolder.strip('/')}/" if reference.subfolder else ""
     wanted = [file] if file else [CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS]
@@ -106,7 +106,7 @@ def _fetch(reference: Reference) -> tuple[Path, Reference]:
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise LamellaError(
-            f"{reference.source!r} is no file or folder here, and could not be fetched from the Hugging Face hub"
+            f"{reference.source!r} is not a file or folder here, and could not be fetched from the Hugging Face hub"
             f"{f' at revision {reference.revision!r}' if reference.revision else ''}: {first_line} Check the name, the "
             "revision and the network, or give a local path."
         ) from error

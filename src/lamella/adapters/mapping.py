@@ -56,7 +56,7 @@ def map_to(model: nn.Module, source: LoraSource, component: str | None = None) -
         if ours not in modules:
             unmapped.append(name)
         elif features is None:
-            unfit.append(f"{ours} is a {type(modules[ours]).__name__}, no linear layer")
+            unfit.append(f"{ours} is a {type(modules[ours]).__name__}, not a linear layer")
         elif features != (own.A.shape[1], own.B.shape[0]):
             unfit.append(
                 f"{ours} maps {features[0]} features to {features[1]}, the LoRA's {own.A.shape[1]} to {own.B.shape[0]}"

@@ -22,7 +22,7 @@ _DORA = ("lora_magnitude_vector", "dora_scale")
 
 
 def refuse_other_methods(names: Iterable[str], who: str) -> None:
-    """Refuses what is no plain LoRA, by the names of its tensors.
+    """Refuses what is not a plain LoRA, by the names of its tensors.
 
     Raises:
         LamellaError: a DoRA, or an adapter of another method.
@@ -107,7 +107,7 @@ def _kernel(module: str, own: Mapping[str, Tensor], who: str) -> tuple[int, ...]
     convolution = A.dim() == 4 and B.dim() == 4 and tuple(B.shape[2:]) == (1, 1)
     if not (linear or convolution) or not A.shape[0] or A.shape[0] != B.shape[1]:
         raise LamellaError(
-            f"{who} has {module} with A {tuple(A.shape)} and B {tuple(B.shape)}, which are no A (r, in) and B (out, r)"
-            ". The file is incomplete or damaged; save it again."
+            f"{who} has {module} with A {tuple(A.shape)} and B {tuple(B.shape)}, which are not A (r, in) and B "
+            "(out, r). The file is incomplete or damaged; save it again."
         )
     return tuple(A.shape[2:])

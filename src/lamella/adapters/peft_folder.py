@@ -28,7 +28,7 @@ def read_peft(folder: Path, tensors: Mapping[str, Tensor], who: str) -> Parsed:
     """Reads a PEFT folder's tensors with its config.
 
     Raises:
-        LamellaError: it is no plain LoRA, or its tensors do not fit its config.
+        LamellaError: it is not a plain LoRA, or its tensors do not fit its config.
     """
     config = _config(folder, who)
     refuse_other_methods(tensors, who)
@@ -81,7 +81,9 @@ def _config(folder: Path, who: str) -> LoraConfig:
         stated: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         method = str(stated.get("peft_type"))
     except (ValueError, AttributeError) as error:
-        raise LamellaError(f"{who} has an adapter_config.json that is no JSON object: {error}. Restore it.") from error
+        raise LamellaError(
+            f"{who} has an adapter_config.json that is not a JSON object: {error}. Restore it."
+        ) from error
     if method != "LORA":
         way = " Export its experts with lamella.export_experts first." if method == "LAMELLA_MOLA" else ""
         raise LamellaError(f"{who} is an adapter of the method {method}, not a LoRA. Only LoRAs can be composed.{way}")
@@ -94,7 +96,7 @@ def _config(folder: Path, who: str) -> LoraConfig:
 
 
 def _reasons(config: LoraConfig) -> Callable[[str], str | None]:
-    """Why a tensor of a PEFT file that is no factor of a linear layer is left out."""
+    """Why a tensor of a PEFT file that is not a factor of a linear layer is left out."""
     saved = set(config.modules_to_save or ())
 
     def reason(key: str) -> str | None:

@@ -28,8 +28,8 @@ def read_lora(
         name: what to call it; by its folder or file where None.
 
     Raises:
-        LamellaError: it is not there, is a pickle, has changed since, is no plain LoRA, is empty or damaged, or holds
-            tensors nobody knows; or diffusers is needed and absent.
+        LamellaError: it is not there, is a pickle, has changed since, is not a plain LoRA, is empty or damaged, or
+            holds tensors nobody knows; or diffusers is needed and absent.
     """
     if not isinstance(reference, Reference):
         reference = Reference(str(reference), revision, subfolder)
@@ -57,5 +57,5 @@ def _load(weights: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise LamellaError(
-            f"{who} cannot be read: {weights.name} is no safetensors file or is cut short ({error})."
+            f"{who} cannot be read: {weights.name} is not a safetensors file or is cut short ({error})."
         ) from error

@@ -46,7 +46,7 @@ def read_single(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who:
     if not any("lora" in name for name in tensors):
         raise LamellaError(
             f"{who} holds no tensor with 'lora' in its name{f', first {next(iter(tensors))}' if tensors else ''}: it "
-            "is empty or no LoRA."
+            "is empty or not a LoRA."
         )
     return _read_diffusers(tensors, metadata, who)
 

@@ -126,8 +126,8 @@ def _models_of(pipe: Any) -> dict[str, nn.Module]:
     components = getattr(pipe, "components", None)
     if not isinstance(components, Mapping):
         raise LamellaError(
-            f"{type(pipe).__name__} is no diffusers pipeline. For a transformers model use lamella.compose; pipelines "
-            "come with `pip install 'lamella[diffusion]'`."
+            f"{type(pipe).__name__} is not a diffusers pipeline. For a transformers model use lamella.compose; "
+            "pipelines come with `pip install 'lamella[diffusion]'`."
         )
     models = {name: components[name] for name in _COMPONENTS if isinstance(components.get(name), nn.Module)}
     if not any(name in models for name in _DENOISERS):

@@ -114,7 +114,7 @@ class PipelineComposition:
         folder = Path(folder)
         with whole(folder / ROUTERS) as unfinished:
             save_file({name: own.detach().contiguous() for name, own in self._named().items()}, unfinished)
-        self.config.save_pretrained(str(folder))  # last: a folder without it is no composition
+        self.config.save_pretrained(str(folder))  # last: a folder without it is not a composition
         return folder
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -187,13 +187,13 @@ def read_routers(folder: Path) -> dict[str, Tensor]:
     """The routers' tensors of a saved composition, for `PipelineComposition.fill`.
 
     Raises:
-        LamellaError: the folder is no saved composition, or its file is damaged.
+        LamellaError: the folder is not a saved composition, or its file is damaged.
     """
     for name in (CONFIG, ROUTERS):
         if not (folder / name).is_file():
-            raise LamellaError(f"{folder} has no {name}, so it is no saved composition of a pipeline.")
+            raise LamellaError(f"{folder} has no {name}, so it is not a saved composition of a pipeline.")
     try:
         with safe_open(folder / ROUTERS, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise LamellaError(f"{folder / ROUTERS} is no safetensors file or is cut short ({error}).") from error
+        raise LamellaError(f"{folder / ROUTERS} is not a safetensors file or is cut short ({error}).") from error

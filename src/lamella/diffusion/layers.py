@@ -41,14 +41,14 @@ class PipelineLinear(MoleLinear):
     def scale_layer(self, scale: float) -> None:
         """Diffusers calls it for a scale in the pipeline's arguments."""
         raise LamellaError(
-            f"A composition has no scale of its own (here {scale}). State all weights by hand inside "
+            f"A composition takes no scale from the pipeline (here {scale}). Give all weights inside "
             "`with composition.fixed_weights({...})`, without cross_attention_kwargs."
         )
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Diffusers calls it in ``set_adapters``."""
         raise LamellaError(
-            f"set_adapters is for LoRAs that diffusers holds (here {adapter!r}). State weights by hand inside "
+            f"set_adapters is for LoRAs that diffusers holds (here {adapter!r}). Give weights inside "
             "`with composition.fixed_weights({...})`, or call composition.unload() first."
         )
 

@@ -196,8 +196,8 @@ def message_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> lis
         if not (before.startswith(written) and after.startswith(before)):
             raise LamellaError(
                 f"The chat template of {tokenizer.name_or_path or 'this tokenizer'!r} writes earlier turns differently "
-                "once later ones follow, so what the assistant says cannot be told apart. Give prompt and completion "
-                "columns instead."
+                "once later ones follow, so what the assistant says cannot be found in them. Give prompt and "
+                "completion columns instead."
             )
         said = _up_to_end(after[len(before) :], tokenizer.eos_token)
         pieces.append((_ids(before[len(written) :], tokenizer), False))

