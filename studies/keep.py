@@ -59,8 +59,8 @@ def keep(folder: Path, into: Path = ROWS) -> str:
         raise LamellaError(f"'{name}' is not a study here. The folder of a study to keep bears its name: {known}.")
     if not (folder / "results.parquet").is_file():
         raise LamellaError(f"{folder} has no results.parquet. Finish it first: lamella compare {name} -o {folder}.")
-    written = read_saved(yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8")))
-    recipe = study_of(written)
+    written = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+    recipe = study_of(read_saved(written))
     _check_planned(name, recipe)
     tables = {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
     rows = tables["results"][tables["results"]["status"] == "done"]

@@ -12,7 +12,7 @@ class CannotMergeError(LamellaError, NotImplementedError):
     """A layer whose experts are routed per token has no single weight it could be merged into."""
 
 
-def optional_module(module: str, use: str) -> Any:
+def optional_module(module: str, use: str, extra: str = "lab") -> Any:
     """The module of that name, which only ``use`` needs.
 
     Raises:
@@ -24,4 +24,4 @@ def optional_module(module: str, use: str) -> Any:
         missing = (error.name or module).partition(".")[0]
         if missing == __package__:
             raise
-        raise LamellaError(f"{use} needs {missing}, which is not installed: pip install 'lamella[lab]'.") from error
+        raise LamellaError(f"{use} needs {missing}, which is not installed: pip install 'lamella[{extra}]'.") from error

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from lamella import __version__
 from lamella.lab.studies.grid import Grid
 from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.results import examples_frame, results_frame
@@ -64,4 +65,5 @@ def leave_study(folder: Path, grid: Grid, right: Mapping[str, float], more: Mapp
         for name in right
     ]
     pd.DataFrame(costs).to_parquet(folder / "costs.parquet", index=False)
-    (folder / "study.yaml").write_text(yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False))
+    recipe = {"lamella_version": __version__} | grid.model_dump(mode="json")
+    (folder / "study.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))

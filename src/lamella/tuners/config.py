@@ -6,16 +6,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from packaging.version import Version
 from peft import PeftConfig
 
 from lamella.errors import LamellaError
 from lamella.tuners.kinds import fits, in_words
-from lamella.version import __version__
+from lamella.version import FIRST_VERSION, __version__, defaults_of
 
 Self = TypeVar("Self", bound="LamellaConfig")
-
-FIRST_VERSION = "0.1.0"  # it wrote the files that do not name their version
 
 # Keys that have a new name: refused where they are typed, mapped where they were saved.
 RENAMED = {
@@ -99,17 +96,8 @@ class LamellaConfig(PeftConfig):
             folder: where the file lies.
         """
         renamed = {_new_name(key, values): value for key, value in values.items()}
-        return former_defaults(values) | renamed
-
-
-def former_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the version that wrote a config meant by keys that have another default by now."""
-    writer = Version(values.get("lamella_version") or FIRST_VERSION)
-    defaults: dict[str, Any] = {}
-    for last in sorted(map(Version, FORMER_DEFAULTS), reverse=True):  # the oldest that still holds is the right one
-        if writer <= last:
-            defaults |= FORMER_DEFAULTS[str(last)].get(values["peft_type"], {})
-    return defaults
+        writer = values.get("lamella_version") or FIRST_VERSION
+        return defaults_of(writer, FORMER_DEFAULTS, values["peft_type"]) | renamed
 
 
 def _new_name(key: str, given: Mapping[str, Any]) -> str:

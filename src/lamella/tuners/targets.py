@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 
 from peft import PeftConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +46,22 @@ def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack])
                 f"{name} is a {type(base).__name__}, which is no linear layer; name linear modules in target_modules, "
                 "or put it into exclude_modules."
             )
+
+
+def usual_lora_targets(model: nn.Module) -> set[str]:
+    """What PEFT's LoRA adapts in a model of this type when nothing is named.
+
+    Raises:
+        LamellaError: PEFT does not know the type.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    targets = LoraModel.target_module_mapping.get(model_type)
+    if targets is None:
+        raise LamellaError(
+            f"LoRA is given no target_modules, and PEFT knows none for model_type={model_type!r}; name the linear "
+            "modules in LoRA's target_modules, or set it to 'all-linear'."
+        )
+    return {targets} if isinstance(targets, str) else set(targets)
 
 
 def _outside_adapters(model: nn.Module) -> dict[str, nn.Module]:

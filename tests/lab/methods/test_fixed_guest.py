@@ -43,7 +43,7 @@ def test_the_method_finds_it_and_says_so(backbone, questions):
 
 
 def test_counting_it_needs_no_search(backbone, questions, monkeypatch):
-    monkeypatch.setattr("lamella.lab.methods.molex.find_fixed_layer", lambda *_: pytest.fail("it searched"))
+    monkeypatch.setattr("lamella.lab.methods.finetuning.find_fixed_layer", lambda *_: pytest.fail("it searched"))
 
     built = Lora(target_modules=["query"], match=method_from(FIXED)).build(backbone, load_task(questions))
 

@@ -10,8 +10,8 @@ from torch import nn
 from lamella.errors import LamellaError
 from lamella.lab.robustness.noisy import NOISES, _numbered, check_strengths, noise_kind, noisy_scores, task_losses
 from lamella.lab.runs.run import train
-from lamella.lab.runs.scoring import score
 from lamella.lab.runs.trained import load_trained
+from lamella.lab.scoring import score
 
 MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
 MOLEX = {"name": "molex", "r": 2, "target_modules": ["query"]}

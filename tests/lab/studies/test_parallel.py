@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lamella.lab.runs.scoring import score
 from lamella.lab.runs.trained import load_trained
+from lamella.lab.scoring import score
 from lamella.tracing import record_routing
 
 SCRIPT = """

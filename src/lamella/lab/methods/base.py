@@ -1,26 +1,45 @@
-"""What a way to fine-tune is, and the registry that recipes choose from."""
+"""What a way to fine-tune is, the registry that recipes choose from, and how settings follow from PEFT's configs."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftConfig, PeftModel, TaskType
+from pydantic import Field, create_model, model_validator
 from torch import nn
+from typing_extensions import Self
 
 from lamella.errors import LamellaError
 from lamella.lab.schema import Settings, unknown_key
-from lamella.tuners.config import RENAMED
+from lamella.tuners.config import FORMER_DEFAULTS, RENAMED
+from lamella.version import FIRST_VERSION, defaults_of
 
 if TYPE_CHECKING:
     from lamella.lab.data import Backbone, Task
 
 # transformers' names for the head that a task adds to a backbone
 _HEADS = ("classifier", "score")
+
+# Fields of a config that follow from the run: its model, its task, and that it trains.
+_OF_THE_RUN = {field.name for field in dataclasses.fields(PeftConfig)} | {"modules_to_save", "lamella_version"}
+
+_DEFAULT = "mola"
+
+# What a recipe meant by a setting that it leaves out, as `FORMER_DEFAULTS` has it of the configs.
+_FORMER_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "0.1.0": {
+        "mola": {"num_experts": "2-4-6-8"},
+        **{name: {"lora_alpha": 16, "target_modules": "all-linear"} for name in ("lora", "lora-only", "molex")},
+    }
+}
+
+Fields = dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -52,19 +71,88 @@ class Method(Settings):
         """What `save` wrote, on a fresh backbone."""
         return PeftModel.from_pretrained(backbone.model, str(folder))
 
+    def mean_experts(self) -> float | None:
+        """Mean number of experts per layer of a shape that can be scaled; None for other methods."""
+        return None
+
+    def with_mean_experts(self, mean: float, where: str) -> Method:
+        """The method with its shape scaled to so many experts per layer in the mean; itself where it has no shape.
+
+        Raises:
+            LamellaError: it was scaled to another mean already; ``where`` says what to call it.
+        """
+        return self
+
+    def with_parameters_of(self, other: Method) -> Method:
+        """The method with as many trainable parameters as another; itself where its size cannot be chosen."""
+        return self
+
+
+class Configured(Method):
+    """A method whose settings are those of a PEFT config: what is wrong with a value is found when it is given."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def config(self, **of_the_run: Any) -> PeftConfig:
+        """The config of these settings."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _config_takes_them(self) -> Self:
+        self.config()
+        return self
+
 
 _METHODS: dict[str, type[Method]] = {}
-_M = TypeVar("_M", bound=type[Method])
+_M = TypeVar("_M", bound=Method)
 
 
-def method(name: str) -> Callable[[_M], _M]:
-    """Register a `Method` under the name that recipes use."""
+def method(name: str, **fields: Any) -> Callable[[type[_M]], type[_M]]:
+    """Register a `Method` under the name that recipes use, with these settings beside those that it declares."""
 
-    def register(cls: _M) -> _M:
-        _METHODS[name] = cls
-        return cls
+    def register(cls: type[_M]) -> type[_M]:
+        made = create_model(
+            cls.__name__,
+            __base__=cls,
+            __module__=cls.__module__,
+            __doc__=cls.__doc__,
+            name=(str, name),
+            **fields,
+        )
+        _METHODS[name] = made
+        return made
 
     return register
+
+
+def settings_of(config: type[PeftConfig], *names: str, without: Collection[str] = ()) -> Fields:
+    """What a recipe may set of a config, each with the config's own type and default.
+
+    Args:
+        config: a dataclass of PEFT's or lamella's.
+        names: of the fields; all but those that follow from the run where none is given.
+        without: fields to leave out.
+    """
+    hints = get_type_hints(config, include_extras=True)
+    return {
+        field.name: (_as_json_has_it(hints[field.name]), _default(field))
+        for field in dataclasses.fields(config)
+        if (field.name in names if names else field.name not in {*_OF_THE_RUN, *without})
+    }
+
+
+def _as_json_has_it(hint: Any) -> Any:
+    """A hint without sets: recipes have lists, and a list keeps its order."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    return Union[tuple(one for one in get_args(hint) if get_origin(one) is not set)]  # noqa: UP007
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else Field(default_factory=factory)
 
 
 def method_from(value: str | Mapping[str, Any]) -> Method:
@@ -74,25 +162,46 @@ def method_from(value: str | Mapping[str, Any]) -> Method:
         LamellaError: an unknown method, or a key that this method does not have.
     """
     values = {"name": value} if isinstance(value, str) else dict(value)
-    name = values.setdefault("name", "mola")
+    name = values.setdefault("name", _DEFAULT)
     if name not in _METHODS:
         raise LamellaError(unknown_key(name, _METHODS, "method.name=").replace("setting", "method", 1))
     return _METHODS[name].parse(values, where="method.")
 
 
-def read_saved(tree: Any) -> Any:
-    """What a finished run or study says of itself, in today's words: keys of methods that had another name.
+def read_saved(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What a finished run or study says of itself, in today's words and with the defaults of the version that wrote it.
 
     Args:
-        tree: its recipe or settings, as plain values.
+        tree: its settings or recipe, as plain values; with its ``lamella_version``, which is not among what is
+            returned, unless the first version wrote it.
     """
-    if isinstance(tree, list):
-        return [read_saved(one) for one in tree]
-    if not isinstance(tree, dict):
-        return tree
-    known = _METHODS[tree["name"]].model_fields if tree.get("name") in _METHODS else {}
-    names = {key: RENAMED[key] for key in tree if key not in known and RENAMED.get(key) in known}
-    return {names.get(key, key): read_saved(value) for key, value in tree.items()}
+    values = dict(tree)
+    writer = values.pop("lamella_version", FIRST_VERSION)
+    return {key: _read(value, writer, key) for key, value in values.items()}
+
+
+def _read(value: Any, writer: str, key: str, default: str = _DEFAULT) -> Any:
+    if key == "method" and isinstance(value, str | dict):
+        return _saved_method(value, writer, default)
+    if not isinstance(value, dict):
+        return value
+    default = "lora-only" if key == "lora" else _DEFAULT  # the LoRAs of a study of composition need no name
+    return {name: _read(one, writer, name, default) for name, one in value.items()}
+
+
+def _saved_method(value: str | dict[str, Any], writer: str, default: str = _DEFAULT) -> str | dict[str, Any]:
+    values = {"name": value} if isinstance(value, str) else value
+    name = values.get("name", default)
+    if name not in _METHODS:
+        return value
+    known = _METHODS[name].model_fields
+    read = {RENAMED[key] if key not in known and RENAMED.get(key) in known else key: values[key] for key in values}
+    if isinstance(read.get("match"), str | dict):
+        read["match"] = _saved_method(read["match"], writer)
+    former = defaults_of(writer, FORMER_DEFAULTS, f"LAMELLA_{name.upper()}")
+    former |= defaults_of(writer, _FORMER_SETTINGS, name)
+    read = {**{key: former[key] for key in former if key in known}, **read}
+    return value if read == {"name": value} else read
 
 
 def trainable_parameters(model: nn.Module) -> int:

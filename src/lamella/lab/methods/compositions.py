@@ -1,10 +1,15 @@
-"""What all methods over trained LoRAs share: reading them, adding them up, and putting the sum on a backbone."""
+"""What all methods over trained LoRAs share: reading them, putting factors on a backbone, and what registers one.
+
+A composition is a function from LoRAs to one LoRA, or to a model; its parameters are its settings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,14 +17,30 @@ from pydantic import Field
 from torch import nn
 
 from lamella.adapters import Factors, check_base, map_to, read_lora
-from lamella.errors import LamellaError
-from lamella.lab.methods.base import Method, require_own_head, shared
+from lamella.lab.methods.base import Built, Method, method, require_own_head, shared
 
 if TYPE_CHECKING:
     from lamella.lab.data import Backbone, Task
 
 # a LoRA on a model: factors by module
 Modules = dict[str, Factors]
+Loras = dict[str, Modules]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What LoRAs are composed for: a backbone, whose head stays as it is, and the task that they shall serve."""
+
+    backbone: Backbone
+    task: Task
+
+    def with_lora(self, modules: Modules) -> PeftModel:
+        """The backbone with one frozen LoRA of these factors."""
+        return as_loras(self.backbone, self.task, {"default": modules})
+
+    def with_loras(self, loras: Mapping[str, Modules]) -> PeftModel:
+        """The backbone with frozen LoRAs, by names that PEFT can use, the first of them active."""
+        return as_loras(self.backbone, self.task, loras)
 
 
 class Composition(Method):
@@ -32,7 +53,7 @@ class Composition(Method):
         min_length=1, description="by any name: a PEFT folder, a run, a LoRA file or a hub id"
     )
 
-    def loras(self, backbone: Backbone, task: Task) -> dict[str, Modules]:
+    def loras(self, backbone: Backbone, task: Task) -> Loras:
         """The LoRAs by name, on this backbone.
 
         Raises:
@@ -42,13 +63,69 @@ class Composition(Method):
         return read_loras(backbone, self.adapters)
 
 
-def read_loras(backbone: Backbone, adapters: Mapping[str, str]) -> dict[str, Modules]:
+class _Composed(Composition):
+    """A composition that is a function."""
+
+    function: ClassVar[Callable[..., Modules | Built]]
+    parameters: ClassVar[frozenset[str]]
+    loads: ClassVar[bool]
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """What the function makes of the LoRAs and these settings."""
+        target = Target(backbone, task)
+        given = {"loras": self.loras(backbone, task), "target": target}
+        values = {name: given[name] if name in given else getattr(self, name) for name in self.parameters}
+        made = type(self).function(**values)
+        return made if isinstance(made, Built) else Built(target.with_lora(made))
+
+    def load(self, backbone: Backbone, task: Task, folder: Path) -> nn.Module:
+        """What was saved; built anew where PEFT cannot load it."""
+        return super().load(backbone, task, folder) if self.loads else self.build(backbone, task).model
+
+
+def composition(
+    name: str, *, trains: bool = False, loads: bool = True
+) -> Callable[[Callable[..., Modules | Built]], type[Composition]]:
+    """Register a function of `Loras` as a method: ``@composition("mean") def mean(loras): return weighted_sum(...)``.
+
+    The function returns one LoRA, which is put on the backbone, frozen; or what it `Built`. Its parameter ``target``,
+    if it has one, is given the `Target`; all others but ``loras`` are the settings that a recipe can give, with their
+    types and defaults.
+
+    Args:
+        name: what recipes call it.
+        trains: whether what it builds is trained; if not, a LoRA can be left out by composing the rest.
+        loads: whether PEFT can load what it saves; if not, it is built anew, and nothing in it may train.
+    """
+
+    def register(function: Callable[..., Modules | Built]) -> type[Composition]:
+        hints = get_type_hints(function, include_extras=True)
+        parameters = signature(function).parameters
+        settings = {
+            key: (hints[key], ... if parameter.default is Parameter.empty else parameter.default)
+            for key, parameter in parameters.items()
+            if key not in ("loras", "target")
+        }
+        described = {
+            "__doc__": function.__doc__,
+            "__module__": function.__module__,
+            "function": staticmethod(function),
+            "parameters": frozenset(parameters),
+            "loads": loads,
+            "masked_by": None if trains else "rebuilding",
+        }
+        return method(name, **settings)(type(function.__name__, (_Composed,), described))
+
+    return register
+
+
+def read_loras(backbone: Backbone, adapters: Mapping[str, str]) -> Loras:
     """LoRAs by name, each with the backbone's own module names.
 
     Raises:
         LamellaError: one cannot be read, or does not fit the backbone.
     """
-    found: dict[str, Modules] = {}
+    found: Loras = {}
     for name, place in adapters.items():
         source = read_lora(lora_folder(place), name=name)
         check_base(backbone.model, source)
@@ -60,67 +137,6 @@ def lora_folder(place: str) -> str:
     """Where the LoRA of a run lies; any other place is the LoRA's own."""
     run = Path(place)
     return str(run / "adapter") if (run / "run.yaml").is_file() else place
-
-
-def weighted_sum(loras: Mapping[str, Modules], weights: Mapping[str, float]) -> Modules:
-    """The LoRA whose delta is ``sum_i w_i s_i B_i A_i`` exactly: factors side by side, so that ranks add up.
-
-    Args:
-        loras: any ranks, scalings and modules; a LoRA adds nothing where it has no factors.
-        weights: w by name; a LoRA without one is left out.
-    """
-    total: Modules = {}
-    for module in dict.fromkeys(module for name in weights for module in loras[name]):
-        parts = [(loras[name][module], weight) for name, weight in weights.items() if module in loras[name]]
-        total[module] = Factors(
-            A=torch.cat([own.A.float() for own, _ in parts]),
-            B=torch.cat([weight * own.scaling * own.B.float() for own, weight in parts], dim=1),
-            scaling=1.0,
-        )
-    return total
-
-
-def factor_sum(loras: Mapping[str, Modules], down: Mapping[str, float], up: Mapping[str, float]) -> Modules:
-    """The LoRA ``s (sum_i up_i B_i)(sum_i down_i A_i)``: factors added one by one, cross terms and all.
-
-    Raises:
-        LamellaError: modules, ranks or scalings differ, so that factors do not correspond.
-    """
-    names = list(down)
-    first = loras[names[0]]
-    for name in names[1:]:
-        for module in first.keys() | loras[name].keys():
-            _check_alike(module, (names[0], first.get(module)), (name, loras[name].get(module)))
-    return {
-        module: Factors(
-            A=sum_of([down[name] * loras[name][module].A.float() for name in names]),
-            B=sum_of([up[name] * loras[name][module].B.float() for name in names]),
-            scaling=own.scaling,
-        )
-        for module, own in first.items()
-    }
-
-
-def sum_of(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one shape, added."""
-    return torch.stack(tensors).sum(0)
-
-
-def _check_alike(module: str, one: tuple[str, Factors | None], other: tuple[str, Factors | None]) -> None:
-    said = [
-        f"{name}: " + ("none" if own is None else f"rank {len(own.A)}, scaling {own.scaling:g}")
-        for name, own in (one, other)
-    ]
-    if said[0].partition(": ")[2] != said[1].partition(": ")[2]:
-        raise LamellaError(
-            f"Adding the factors of LoRAs needs the same modules, ranks and scalings, but in {module} there is "
-            f"{said[0]}; {said[1]}. Use 'uniform' or 'sum', which add the deltas themselves."
-        )
-
-
-def as_lora(backbone: Backbone, task: Task, modules: Modules) -> PeftModel:
-    """The backbone with one frozen LoRA of these factors; its head is the backbone's own."""
-    return as_loras(backbone, task, {"default": modules})
 
 
 def as_loras(backbone: Backbone, task: Task, loras: Mapping[str, Modules]) -> PeftModel:

@@ -23,8 +23,8 @@ from lamella.lab.robustness import (
     replaced_tokens,
     touched_tokens,
 )
-from lamella.lab.runs.scoring import Collator, Scores, score, trains_tokens
 from lamella.lab.runs.trained import Trained
+from lamella.lab.scoring import Collator, Scores, score, trains_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +97,7 @@ def noise_kind(name: str) -> NoiseKind:
 def noisy_scores(
     trained: Trained, rows: Dataset, collator: Collator, kind: NoiseKind, strength: float, seed: int
 ) -> Scores:
-    """`lamella.lab.runs.scoring.score` of the rows of a split with noise on their way into the model.
+    """`lamella.lab.scoring.score` of the rows of a split with noise on their way into the model.
 
     Args:
         trained: the model, its task and its tokenizer.

@@ -16,8 +16,8 @@ import pandas as pd
 from lamella.errors import LamellaError
 from lamella.files import whole
 from lamella.lab.robustness.noisy import NoiseKind, check_strengths, noise_kind, noisy_scores
-from lamella.lab.runs.scoring import Columns, score, selection
 from lamella.lab.runs.trained import Place, Trained, find_trained, load_trained
+from lamella.lab.scoring import Columns, score, selection
 from lamella.statistics import paired_interval
 
 _FEWEST_SEEDS = 5  # of the protocol

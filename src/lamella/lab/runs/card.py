@@ -14,9 +14,9 @@ from torch import nn
 
 from lamella.lab.data import KNOWN_BACKBONES, Backbone, Task
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.metrics import metric_for
 from lamella.lab.runs.floors import FLOOR, floor_predictions
 from lamella.lab.runs.folder import environment
-from lamella.lab.runs.metrics import metric_for
 from lamella.lab.runs.settings import RunSettings
 from lamella.tuners.model import RoutedModel
 

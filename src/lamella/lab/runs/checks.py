@@ -26,11 +26,11 @@ from lamella.lab.data import encode, load_backbone
 from lamella.lab.data.models import is_decoder
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import RunResult
-from lamella.lab.runs.scoring import score
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trained import find_trained
 from lamella.lab.runs.trainer import total_steps
+from lamella.lab.scoring import score
 from lamella.tracing import routers_of
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 from lamella.errors import LamellaError
 from lamella.files import whole
 from lamella.lab.runs.callbacks import routing_summary
-from lamella.lab.runs.scoring import Columns, score, selection
 from lamella.lab.runs.trained import Trained, load_trained
+from lamella.lab.scoring import Columns, score, selection
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
 
@@ -30,7 +30,7 @@ class Evaluation:
         rows: how many examples were scored.
         metric: name of the task's own metric, one of `metrics`.
         metrics: every metric by name.
-        columns: one entry per example, as `lamella.lab.runs.scoring.Scores.columns`.
+        columns: one entry per example, as `lamella.lab.scoring.Scores.columns`.
         notes: what reading the rows cut or dropped.
     """
 

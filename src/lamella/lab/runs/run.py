@@ -26,10 +26,10 @@ from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, rout
 from lamella.lab.runs.card import model_card
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.saving import check_saved, load_weights, save_trained
-from lamella.lab.runs.scoring import Scores, score, selection
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trainer import RunTrainer
+from lamella.lab.scoring import Scores, score, selection
 from lamella.tracing import record_routing
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.optimization import is_routed

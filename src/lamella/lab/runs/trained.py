@@ -14,8 +14,8 @@ from lamella.diagnostics.adapter_folder import CONFIG, head_size, load_base
 from lamella.errors import LamellaError
 from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder
-from lamella.lab.runs.scoring import trains_tokens
 from lamella.lab.runs.settings import RunSettings, settings_of
+from lamella.lab.scoring import trains_tokens
 from lamella.tuners.redundancy import lora_experts, redundancy
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from lamella.errors import LamellaError
 from lamella.lab.runs.folder import RunFolder
-from lamella.lab.runs.scoring import Selection, score, selection, trains_tokens
 from lamella.lab.runs.settings import RunSettings
+from lamella.lab.scoring import Selection, score, selection, trains_tokens
 from lamella.tuners.optimization import param_groups
 
 if TYPE_CHECKING:

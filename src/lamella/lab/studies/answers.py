@@ -21,8 +21,8 @@ from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone, loa
 from lamella.lab.data.splitting import sample_rows
 from lamella.lab.methods import Composition
 from lamella.lab.methods.compositions import as_loras, read_loras
-from lamella.lab.runs.scoring import length_batches
 from lamella.lab.runs.settings import RunSettings
+from lamella.lab.scoring import length_batches
 from lamella.lab.studies.options import option_answers, with_options
 from lamella.tuners.mole.overrides import masked_experts
 

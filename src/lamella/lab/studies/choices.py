@@ -12,9 +12,9 @@ import torch
 
 from lamella.errors import LamellaError
 from lamella.lab.runs.floors import texts_of
-from lamella.lab.runs.scoring import length_batches
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trained import Trained, load_trained
+from lamella.lab.scoring import length_batches
 from lamella.lab.studies.complexity import complexity, depth_correlations
 from lamella.lab.studies.layer_maps import layer_map, map_differences, thirds
 from lamella.tracing import record_routing

@@ -14,8 +14,8 @@ import torch
 from lamella.adapters import Factors, read_lora
 from lamella.lab.data import Task, load_task
 from lamella.lab.methods.compositions import Modules, lora_folder
+from lamella.lab.metrics import accuracy
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
-from lamella.lab.runs.metrics import accuracy
 from lamella.lab.studies.answers import Questions, divergence
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.folder import StudyFolder, answered, answered_masked

@@ -139,8 +139,8 @@ class CompositionStudy(StudyRecipe):
             method = cell.settings.method
             if cell.masked and not (isinstance(method, Composition) and method.masked_by and len(method.adapters) > 1):
                 raise LamellaError(
-                    f"masked names the arm {cell.method}, but LoRAs can be left out only of an arm of mole or uniform "
-                    "with at least two of them."
+                    f"masked names the arm {cell.method}, but LoRAs can be left out only of an arm that composes at "
+                    "least two, by mole or without training, such as uniform."
                 )
 
     def cells(self) -> list[Cell]:

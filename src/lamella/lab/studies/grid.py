@@ -13,17 +13,16 @@ import pandas as pd
 from pydantic import Field
 
 from lamella.errors import LamellaError
-from lamella.lab.methods import Lora, Method, Mola
+from lamella.lab.methods import Method
+from lamella.lab.metrics import METRICS, metric_for
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
-from lamella.lab.runs.metrics import METRICS, metric_for
-from lamella.lab.runs.scoring import selection
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import unknown_key
+from lamella.lab.scoring import selection
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 from lamella.lab.studies.results import COSTS, Floats, examples_frame, place_of, results_frame
-from lamella.tuners.mola.allocation import SHAPES
 
 if TYPE_CHECKING:
     from lamella.lab.data import Task
@@ -147,36 +146,12 @@ def _budgeted(grid: Grid) -> dict[str, Method]:
     methods = {name: RunSettings.parse({"method": own["method"]}).method for name, own in grid.methods.items()}
     if grid.match is None:
         return methods
-    mean = _mean_experts(methods[grid.match])
-    methods = {name: _with_mean(name, method, mean) for name, method in methods.items()}
+    if (mean := methods[grid.match].mean_experts()) is not None:
+        methods = {name: method.with_mean_experts(mean, f"methods.{name}") for name, method in methods.items()}
     matched = methods[grid.match]
-    return {name: _with_rank(method, matched) if name != grid.match else method for name, method in methods.items()}
-
-
-def _mean_experts(method: Method) -> float | None:
-    if not isinstance(method, Mola) or not isinstance(method.num_experts, str):
-        return None
-    if method.expert_budget is not None:
-        return method.expert_budget
-    groups = SHAPES.get(method.num_experts) or tuple(int(part) for part in method.num_experts.split("-"))
-    return sum(groups) / len(groups)
-
-
-def _with_mean(name: str, method: Method, mean: float | None) -> Method:
-    if mean is None or not isinstance(method, Mola) or not isinstance(method.num_experts, str):
-        return method
-    if method.expert_budget not in (None, mean):
-        raise LamellaError(
-            f"methods.{name} has expert_budget={method.expert_budget:g}, and the method it must equal in size has "
-            f"{mean:g} experts per layer in the mean. Leave expert_budget away, or set 'budget: none'."
-        )
-    return method.model_copy(update={"expert_budget": mean})
-
-
-def _with_rank(method: Method, matched: Method) -> Method:
-    if isinstance(method, Lora) and method.match is None and not isinstance(matched, Lora):
-        return method.model_copy(update={"match": matched})
-    return method
+    return {
+        name: method if name == grid.match else method.with_parameters_of(matched) for name, method in methods.items()
+    }
 
 
 # metrics that are the mean of a column of predictions.parquet: what a bootstrap over examples can resample

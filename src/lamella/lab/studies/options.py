@@ -12,7 +12,7 @@ from torch import nn
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Backbone, Task, encode
-from lamella.lab.runs.scoring import length_batches
+from lamella.lab.scoring import length_batches
 
 _MOST = 26  # as many as letters that stand for options
 

@@ -18,6 +18,7 @@ from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import StudyRecipe, settings_by_method
 from lamella.lab.studies.results import cost_table, results_of, results_table
 from lamella.lab.studies.summary import HOW_SURE, summary
+from lamella.version import __version__
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
     measured = recipe.measured(cells, folder)
     for name, table in measured.tables.items():
         folder.write_table(folder.path / f"{name}.parquet", table)
-    written = recipe.model_dump(mode="json")
+    written = {"lamella_version": __version__} | recipe.model_dump(mode="json")
     write_whole(folder.path / "study.yaml", yaml.safe_dump(written, sort_keys=False))
     found = results_of(recipe, measured.tables["results"], measured.tables["examples"])
     shown = [results for results in found if not results.part]

@@ -10,9 +10,8 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 
 from lamella.backbones import Stack, find_place
-from lamella.errors import LamellaError
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.targets import check_targets
+from lamella.tuners.targets import check_targets, usual_lora_targets
 
 
 def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> tuple[list[str], list[str]]:
@@ -29,7 +28,7 @@ def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack])
     assert config.lora is not None
     lora = copy.deepcopy(config.lora)
     if lora.target_modules is None and lora.target_parameters is None:
-        lora.target_modules = _usual_targets(model)
+        lora.target_modules = usual_lora_targets(model)
     check_targets(model, lora, stacks)
     lora.task_type = config.task_type  # says which head is not among "all-linear"
     _maybe_include_all_linear_layers(lora, model)
@@ -76,18 +75,6 @@ def inject_lora(
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """The modules that carry a LoRA."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def _usual_targets(model: nn.Module) -> set[str]:
-    """What PEFT adapts in a model of this type when nothing is named."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    targets = LoraModel.target_module_mapping.get(model_type)
-    if targets is None:
-        raise LamellaError(
-            f"lora names no target_modules, and PEFT knows none for model_type={model_type!r}; give "
-            "lora=LoraConfig(target_modules=[...]) or target_modules='all-linear'."
-        )
-    return {targets} if isinstance(targets, str) else set(targets)
 
 
 @contextmanager

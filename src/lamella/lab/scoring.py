@@ -15,7 +15,7 @@ from torch import nn
 from lamella.errors import LamellaError
 from lamella.lab.data import Task
 from lamella.lab.data.models import is_decoder
-from lamella.lab.runs.metrics import Metric, accuracy, macro_f1, mean_squared_error, metric_for
+from lamella.lab.metrics import Metric, accuracy, macro_f1, mean_squared_error, metric_for
 from lamella.statistics import perplexity
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import torch
 
 from lamella.errors import LamellaError
 from lamella.lab.data import encode, load_backbone, load_task
-from lamella.lab.runs.scoring import score
 from lamella.lab.runs.tasks import limited
+from lamella.lab.scoring import score
 
 
 def write(folder, rows):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lamella.errors import LamellaError
-from lamella.lab.runs.metrics import accuracy, macro_f1, matthews, metric_for, pearson, spearman
+from lamella.lab.metrics import accuracy, macro_f1, matthews, metric_for, pearson, spearman
 
 classes = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40)
 

@@ -1,0 +1,215 @@
+"""The ways to fine-tune a backbone: PEFT's, lamella's MoLA and MoLEx, its head alone, all of it, or nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from pydantic import Field, SerializeAsAny, field_validator
+
+from lamella.errors import LamellaError
+from lamella.lab.methods.base import (
+    Built,
+    Configured,
+    Method,
+    head_names,
+    method,
+    method_from,
+    on_meta,
+    require_own_head,
+    settings_of,
+    shared,
+    trainable_parameters,
+)
+from lamella.lab.methods.fixed_guest import find_fixed_layer
+from lamella.tuners.mola import MolaConfig
+from lamella.tuners.mola.allocation import SHAPES
+from lamella.tuners.molex import MolexConfig
+from lamella.tuners.targets import usual_lora_targets
+
+if TYPE_CHECKING:
+    from lamella.lab.data import Backbone, Task
+
+# what recipes set of peft.LoraConfig, for LoRA itself and for the LoRA inside MoLEx
+_OF_LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules")
+
+
+@method("mola", **settings_of(MolaConfig))
+class Mola(Configured):
+    """Layer-wise mixtures of LoRA experts; the keys are those of `lamella.MolaConfig`."""
+
+    def config(self, **of_the_run: Any) -> MolaConfig:
+        """The config of these settings."""
+        return MolaConfig(**self.model_dump(exclude={"name"}), **of_the_run)
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """The mixture; which layer got how many experts is in the model's own summary."""
+        return Built(get_peft_model(backbone.model, self.config(**shared(backbone, task))))
+
+    def mean_experts(self) -> float | None:
+        """Of its groups, or what they are scaled to; None where the experts of each layer are given."""
+        config = self.config()
+        if not isinstance(config.num_experts, str):
+            return None
+        groups = SHAPES.get(config.num_experts) or tuple(map(int, config.num_experts.split("-")))
+        return config.expert_budget or sum(groups) / len(groups)
+
+    def with_mean_experts(self, mean: float, where: str) -> Method:
+        """The same groups, scaled."""
+        if self.mean_experts() is None:
+            return self
+        if (budget := self.config().expert_budget) not in (None, mean):
+            raise LamellaError(
+                f"{where} has expert_budget={budget:g}, and the method it must equal in size has {mean:g} experts per "
+                "layer in the mean. Leave expert_budget away, or set 'budget: none'."
+            )
+        return self.model_copy(update={"expert_budget": mean})
+
+
+@method(
+    "molex",
+    **settings_of(LoraConfig, *_OF_LORA),
+    **settings_of(MolexConfig, without={"lora", "target_modules", "exclude_modules"}),
+)
+class Molex(Configured):
+    """Mixtures of pretrained blocks with LoRA inside; the keys are those of `lamella.MolexConfig` and of its LoRA."""
+
+    def config(self, **of_the_run: Any) -> MolexConfig:
+        """The config of these settings."""
+        lora = LoraConfig(**self.model_dump(include=set(_OF_LORA)))
+        return MolexConfig(lora=lora, **self.model_dump(exclude={"name", *_OF_LORA}), **of_the_run)
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """The mixture; which blocks each one can choose is in the model's own summary.
+
+        Policy "fixed" without a layer finds the best one on training rows; it is in ``decided``.
+        """
+        config = self.config(**shared(backbone, task))
+        decided = {}
+        if config.policy == "fixed" and config.fixed_layer is None:
+            on_meta = next(backbone.model.parameters()).is_meta  # only counted, and every layer counts the same
+            config.fixed_layer = 0 if on_meta else find_fixed_layer(backbone, task, config)
+            decided = {"fixed_layer": config.fixed_layer}
+        return Built(get_peft_model(backbone.model, config), decided)
+
+
+@method("lora", **settings_of(LoraConfig, *_OF_LORA, "layers_to_transform"))
+class Lora(Configured):
+    """PEFT's LoRA; with ``match`` its rank is the one whose trainable parameters come nearest to another method's."""
+
+    trains_head: ClassVar[bool] = True
+
+    match: SerializeAsAny[Method] | None = Field(None, description="a method; lora_alpha / r is kept, r is chosen")
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _match(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, Method) else method_from(value)
+
+    def config(self, **of_the_run: Any) -> LoraConfig:
+        """The config of these settings."""
+        config = LoraConfig(**self.model_dump(exclude={"name", "match"}), **of_the_run)
+        if config.r < 1:
+            raise LamellaError(f"r={config.r} must be a whole number of at least 1.")
+        return config
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """The adapted model; with ``match``, the rank and both parameter counts are in ``decided``.
+
+        Raises:
+            LamellaError: the head does not learn, and the backbone has none of its own.
+        """
+        if not self.trains_head:
+            require_own_head(backbone, task, self.name)
+        if self.match is None:
+            return Built(get_peft_model(backbone.model, self._config(backbone, task)))
+        target = trainable_parameters(self.match.build(on_meta(backbone), task).model)
+        rank = self._rank_for(target, backbone, task)
+        model = get_peft_model(backbone.model, self._config(backbone, task, rank))
+        decided = {"rank": rank, "matched_parameters": target, "matched_method": self.match.name}
+        return Built(model, decided)
+
+    def with_parameters_of(self, other: Method) -> Method:
+        """Of a method that is not LoRA itself, where ``match`` names none yet."""
+        return self if self.match is not None or isinstance(other, Lora) else self.model_copy(update={"match": other})
+
+    def _rank_for(self, target: int, backbone: Backbone, task: Task) -> int:
+        # LoRA's parameters are an affine function of its rank: two counts give them all
+        one, two = (
+            trainable_parameters(get_peft_model((meta := on_meta(backbone)).model, self._config(meta, task, rank)))
+            for rank in (1, 2)
+        )
+        return max(1, round(1 + (target - one) / (two - one)))
+
+    def _config(self, backbone: Backbone, task: Task, rank: int | None = None) -> LoraConfig:
+        config = self.config(**shared(backbone, task, train_head=self.trains_head))
+        if rank is not None:
+            config.r, config.lora_alpha = rank, config.lora_alpha * rank / config.r
+        if config.target_modules is None:
+            config.target_modules = usual_lora_targets(backbone.model)
+        return config
+
+
+@method("lora-only")
+class LoraOnly(Lora):
+    """PEFT's LoRA and nothing else: the task head is the backbone's own and stays, as LoRAs to be composed need it."""
+
+    trains_head: ClassVar[bool] = False
+
+
+@method("prompt-tuning")
+class PromptTuning(Method):
+    """Trained virtual tokens before the input (PEFT)."""
+
+    num_virtual_tokens: int = Field(20, gt=0, description="PEFT has no default")
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """Raises LamellaError for tasks that PEFT's prompt tuning has no model class for."""
+        values = shared(backbone, task)
+        if values["task_type"] is None:
+            raise LamellaError(
+                f"Prompt tuning has no form for {task.kind} tasks such as '{task.name}'. Choose lora, mola, molex or "
+                "full."
+            )
+        config = PromptTuningConfig(num_virtual_tokens=self.num_virtual_tokens, **values)
+        return Built(get_peft_model(backbone.model, config))
+
+
+@method("head")
+class Head(Method):
+    """Only the task head is trained."""
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """Raises LamellaError for a language model, which has no task head."""
+        if not head_names(backbone.model):
+            raise LamellaError(
+                f"The method 'head' trains the task head alone, and '{backbone.name}' has none for the task "
+                f"'{task.name}' ({task.kind}). Choose lora, mola, molex, prompt-tuning or full."
+            )
+        return Built(get_peft_model(backbone.model, _without_modules(backbone, task)))
+
+
+@method("full")
+class Full(Method):
+    """Every parameter is trained."""
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """The backbone itself, all of it trainable."""
+        return Built(backbone.model.requires_grad_(True))
+
+
+@method("bare")
+class Bare(Method):
+    """Nothing is added and nothing trained: what the others start from, scored as they are."""
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """Raises LamellaError where the backbone has no head of its own for the task."""
+        require_own_head(backbone, task, self.name)
+        model = get_peft_model(backbone.model, _without_modules(backbone, task, train_head=False))
+        return Built(model.requires_grad_(False))
+
+
+def _without_modules(backbone: Backbone, task: Task, train_head: bool = True) -> LoraConfig:
+    """PEFT's own name for an adapter without adapted modules: the saved folder is a PEFT folder all the same."""
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **shared(backbone, task, train_head=train_head))
