@@ -28,7 +28,8 @@ def compare(
 ) -> None:
     """Train every method on every backbone and task with every seed; say which are better, and how sure that is.
 
-    A recipe with 'sources' trains a LoRA for each of them and compares ways to compose these.
+    A recipe with 'sources' trains a LoRA for each of them and compares ways to compose these. In place of a recipe, the
+    folder of a study goes on with that one.
 
     A study that was interrupted goes on where it stopped, and equal settings are trained once. Exit status 1 if a cell
     could not be run.
@@ -42,7 +43,7 @@ def compare(
     if recipe is None:
         raise LamellaError("Name the recipe of a study: the packaged demo, or a YAML file.")
     study, name = read_study(recipe, overrides), Path(recipe).stem
-    path = output or Path("runs") / name
+    path = output or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / name)
     if plan:
         show_plan(study, path, jobs, json=json)
     else:
