@@ -53,11 +53,12 @@ class Cluster(Generic[Piece]):
     Args:
         ray: from `connected`.
         function: does one piece.
+        word: what a piece is called.
         gpus: that each piece takes, beside one CPU.
     """
 
-    def __init__(self, ray: Any, function: Callable[..., None], gpus: int = 0) -> None:
-        self._ray = ray
+    def __init__(self, ray: Any, function: Callable[..., None], word: str, gpus: int = 0) -> None:
+        self._ray, self._word = ray, word
         self._function = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(function)
         self.waiting: dict[Any, Piece] = {}
 
@@ -85,11 +86,15 @@ class Cluster(Generic[Piece]):
                 error, exceptions.WorkerCrashedError | exceptions.OutOfMemoryError | exceptions.NodeDiedError
             ):
                 raise LamellaError(
-                    f"{RETRIES + 1} workers died over one piece of work ({piece}), often for want of memory: {error} "
-                    "What is finished is kept: run it again with smaller pieces or fewer workers on a machine."
+                    f"{RETRIES + 1} workers died over one {self._word} ({piece}), often for want of memory: {error} "
+                    f"What is finished is kept: run it again with a smaller {self._word} or fewer workers on a machine."
                 ) from error
             raise
         return piece
+
+    def share(self, value: Any) -> Any:
+        """Something that many pieces need, sent once; it is given to `submit` in its place."""
+        return self._ray.put(value)
 
     def cancel(self) -> None:
         """Give up what is waiting."""

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -58,3 +60,18 @@ def test_what_is_no_study_is_status_2(lamella, words, message):
 
     assert status == 2
     assert message in " ".join(err.split())
+
+
+def test_the_folder_of_a_first_edition_study_goes_on(lamella, tmp_path, monkeypatch):
+    for name in ("base", "rows", "study"):
+        shutil.copytree(Path(__file__).parents[1] / "first_edition" / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+
+    status, _, err = lamella("compare", "study")
+
+    assert status == 0, err
+    said = " ".join(err.split())
+    assert "that an earlier edition of lamella finished are recognised by their settings" in said
+    assert "3 cells, 3 done, 0 to run" in said
+    assert (tmp_path / "study" / "keys.json").is_file()
+    assert "Redundancy</h2>" in (tmp_path / "study" / "report.html").read_text()

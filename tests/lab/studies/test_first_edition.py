@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tests.cli.test_commands import lamella  # noqa: F401
 
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.planning import plan
@@ -42,14 +41,3 @@ def test_its_cells_are_recognised_and_say_the_same(here, name, cells):
     assert len(both) == len(before) == len(after)
     assert both["value_x"].to_list() == pytest.approx(both["value_y"].to_list())
     assert folder.adopt(recipe.cells()) == []
-
-
-def test_the_command_says_what_it_recognised_and_writes_the_page(here, lamella):  # noqa: F811
-    status, _, err = lamella("compare", "study")
-
-    assert status == 0, err
-    said = " ".join(err.split())
-    assert "that an earlier edition of lamella finished are recognised by their settings" in said
-    assert "3 cells, 3 done, 0 to run" in said
-    assert (here / "study" / "keys.json").is_file()
-    assert "Redundancy</h2>" in (here / "study" / "report.html").read_text()

@@ -151,7 +151,7 @@ def work_on_ray(jobs: Sequence[Job], folder: StudyFolder, address: str, finished
     """
     labels = {job.key: job.label for job in jobs}
     with connected(address) as ray:
-        cluster: Cluster[Job] = Cluster(ray, _on_worker, gpus=int("GPU" in ray.cluster_resources()))
+        cluster: Cluster[Job] = Cluster(ray, _on_worker, "cell", gpus=int("GPU" in ray.cluster_resources()))
         left = list(jobs)
         while True:
             left = [job for job in left if not _settled(job, folder)]
