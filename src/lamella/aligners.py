@@ -1,5 +1,6 @@
 """Aligners: what stands before an expert so that it can do another expert's work."""
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, get_args
 
@@ -182,6 +183,15 @@ def aligner_rank(hidden_size: int, rank: int | None = None) -> int:
     if not 1 <= chosen <= hidden_size:
         raise LamellaError(f"An aligner of {hidden_size} dimensions cannot have rank {rank}; use 1 to {hidden_size}.")
     return chosen
+
+
+def aligner_parameters(kind: str, hidden_size: int, rank: int) -> int:
+    """How many numbers an aligner stores.
+
+    Raises:
+        LamellaError: there is no such kind.
+    """
+    return sum(math.prod(shape) for shape in aligner_class(kind).shapes(hidden_size, rank).values())
 
 
 def make_aligner(kind: str, hidden_size: int, rank: int | None = None) -> Aligner:

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-from lamella.aligners import aligner_class, aligner_rank
+from lamella.aligners import aligner_parameters, aligner_rank
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
 from lamella.files import write_whole
 from lamella.similarity.activations import Capture
-from lamella.similarity.alignment.fitting import BUDGET
+from lamella.similarity.alignment.fitting import BUDGET, pair_bytes
 from lamella.similarity.alignment.run import STEPS
 from lamella.similarity.alignment.sources import STOP_SHARE
 from lamella.similarity.alignment.tiles import PAIRS
@@ -153,18 +153,16 @@ def plan(
     read = needed if tokens is None else tokens
     held = round(per_expert * held_out)
     speed = _measure_speed() if flops_per_second is None else flops_per_second
-    ranks = [aligner_rank(layer.inputs, rank) for layer in shape.layers]
-    parameters = [
-        _aligner_parameters(aligner, layer.inputs, one) for layer, one in zip(shape.layers, ranks, strict=True)
+    # two controls for each source beside its pairs
+    aligned = [
+        (layer, aligner_parameters(aligner, layer.inputs, aligner_rank(layer.inputs, rank))) for layer in shape.layers
     ]
     align_flops = sum(
         layer.experts * (targets + 2) * _align_flops(layer, size, steps, per_expert - held, held)
-        for layer, size in zip(shape.layers, parameters, strict=True)
-    )  # two controls for each source beside its pairs
-    largest = max(
-        _align_bytes(layer, size, max(per_expert - held, held))
-        for layer, size in zip(shape.layers, parameters, strict=True)
+        for layer, size in aligned
     )
+    tokens_at_once = max(per_expert - held, held)
+    pair = max(pair_bytes(tokens_at_once, one.inputs, one.outputs, one.hidden, size) for one, size in aligned)
     return Plan(
         model=shape.name,
         parameters=shape.parameters,
@@ -185,7 +183,7 @@ def plan(
         capture_bytes=sum(
             layer.experts * per_expert * (layer.inputs * _BYTES[dtype] + _INDEX_BYTES) for layer in shape.layers
         ),
-        align_bytes=max(largest, BUDGET),
+        align_bytes=max(pair, BUDGET),
         flops_per_second=speed,
         measured=flops_per_second is None,
         capture_hours=2 * read * shape.active / speed / 3600,
@@ -341,10 +339,6 @@ def _screen_seconds(shape: ModelShape, pairs: int, tokens: int, speed: float) ->
     return flops / speed + seconds
 
 
-def _aligner_parameters(kind: str, inputs: int, rank: int) -> int:
-    return sum(math.prod(shape) for shape in aligner_class(kind).shapes(inputs, rank).values())
-
-
 def _align_flops(layer: LayerShape, parameters: int, steps: int, train: int, held_out: int) -> int:
     """Of one pair: each step passes tokens through aligner and expert, forth and back; at last all are scored.
 
@@ -353,11 +347,6 @@ def _align_flops(layer: LayerShape, parameters: int, steps: int, train: int, hel
     learn = round((1 - STOP_SHARE) * train) * steps if parameters else 0
     scored = (train + held_out) * (2 * parameters + layer.forward)
     return learn * (4 * parameters + 2 * layer.forward) + scored + held_out * layer.forward
-
-
-def _align_bytes(layer: LayerShape, parameters: int, tokens: int) -> int:
-    """Of one pair while it is trained, float32: tokens and what comes of them, six numbers for each parameter."""
-    return 4 * (tokens * (7 * layer.inputs + 3 * layer.outputs + 8 * layer.hidden) + 6 * parameters)
 
 
 def _measure_speed(size: int = 1024, repeats: int = 5) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.aligners import aligner_class, aligner_rank
+from lamella.aligners import aligner_class, aligner_parameters, aligner_rank
 from lamella.backbones.moe import Expert
 from lamella.errors import LamellaError
 from lamella.similarity.alignment.frozen import FrozenExpert
@@ -64,8 +64,7 @@ class Settings:
     @property
     def parameters(self) -> int:
         """Numbers in one aligner."""
-        shapes = aligner_class(self.kind).shapes(self.hidden_size, self.rank).values()
-        return sum(int(np.prod(shape)) for shape in shapes)
+        return aligner_parameters(self.kind, self.hidden_size, self.rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,14 +181,17 @@ def _stacks(job: Job, settings: Settings, budget: int) -> Iterator[list[Source]]
         yield stack
 
 
-def _bytes(job: Job, settings: Settings, source: Source) -> int:
+def pair_bytes(tokens: int, inputs: int, outputs: int, hidden: int, parameters: int) -> int:
     """What a pair holds at most: tokens, what comes of them, their gradients, and six numbers for each parameter."""
+    return 4 * (tokens * (7 * inputs + 3 * outputs + 8 * hidden) + 6 * parameters)
+
+
+def _bytes(job: Job, settings: Settings, source: Source) -> int:
+    """The same of one source, with its pull."""
     tokens = max(len(source.train), len(source.held_out))
-    ff, h = job.expert.up.shape
-    numbers = tokens * (7 * h + 3 * job.expert.down.shape[0] + 8 * ff) + 6 * settings.parameters
-    if settings.pull is not None and job.inputs is not None:
-        numbers += 6 * tokens * (tokens + len(job.inputs))
-    return 4 * numbers
+    hidden, inputs = job.expert.up.shape
+    reaches = 0 if settings.pull is None or job.inputs is None else tokens + len(job.inputs)
+    return 24 * tokens * reaches + pair_bytes(tokens, inputs, job.expert.down.shape[0], hidden, settings.parameters)
 
 
 def _generator(seed: int, source: Name, target: Name, device: torch.device) -> torch.Generator:

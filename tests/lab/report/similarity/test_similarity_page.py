@@ -137,6 +137,13 @@ def test_the_summary_names_the_closest_pair_and_what_raw_error_follows():
     assert summary(None, None, None, None) == ["Nothing was measured yet."]
 
 
+def test_the_summary_tells_what_compression_does_to_every_text():
+    rows = [("random", 0.9, text, ratio) for text, ratio in (("news", 1.001), ("talk", 1.077))]
+    found = pd.DataFrame(rows, columns=["method", "budget", "domain", "ratio"])
+    assert summary(None, None, None, found)[0].endswith("perplexity by: on news random 1.001; on talk random 1.077.")
+    assert summary(None, None, None, found[:1])[0].endswith("perplexity by: random 1.001.")
+
+
 @pytest.mark.parametrize(
     ("effect", "layers", "words"),
     [
@@ -147,7 +154,7 @@ def test_the_summary_names_the_closest_pair_and_what_raw_error_follows():
          "layers: +0.1000 per layer, rank correlation 1.00 (p 0.333)"),
     ],
 )  # fmt: skip
-def test_the_verdict_says_whether_damage_grows_with_distance(effect, layers, words):
+def test_the_summary_says_whether_damage_grows_with_distance(effect, layers, words):
     found = swaps(effect, layers)
     assert f"The effect of block, nll {words}" in summary(None, distance_regressions(found), found, None)[0]
 

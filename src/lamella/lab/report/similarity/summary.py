@@ -85,9 +85,11 @@ def _of_compression(compression: pd.DataFrame) -> str:
     if rows.empty:
         return "Nothing was compressed."
     budget = rows["budget"].max()
-    here = rows[(rows["budget"] == budget) & (rows["domain"] == rows["domain"].iloc[0])]
-    means = here.groupby("method")["ratio"].mean().sort_values()
-    listed = ", ".join(f"{method} {ratio:.3f}" for method, ratio in means.items())
+    domains = {}
+    for domain, here in rows[rows["budget"] == budget].groupby("domain", sort=False):
+        means = here.groupby("method")["ratio"].mean().sort_values()
+        domains[domain] = ", ".join(f"{method} {ratio:.3f}" for method, ratio in means.items())
+    listed = "; ".join(words if len(domains) == 1 else f"on {domain} {words}" for domain, words in domains.items())
     return f"Keeping {budget:.0%} of the experts' parameters multiplies perplexity by: {listed}."
 
 
