@@ -22,7 +22,7 @@ VOCABULARY = 1000
 
 
 class EncoderSettings(BenchSettings):
-    """Settings of the benchmarks of a whole encoder, with adapters of rank r."""
+    """Settings of the benchmarks of an encoder, with adapters of rank r."""
 
     hidden: int = Field(384, ge=32)
     layers: int = Field(12, ge=4)
@@ -69,7 +69,7 @@ def build_encoder(hidden: int, layers: int) -> BertModel:
 
 
 def twin(model: BertModel) -> BertModel:
-    """A copy with the same weights in the same place: where weights lie in memory alone is worth several percent."""
+    """A copy with the same weights in the same place: where weights lie in memory alone makes several percent."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 

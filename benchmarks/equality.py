@@ -52,13 +52,13 @@ def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Equalit
     return Equality(output=output, gradient=max(differences.values()), tolerance=TOLERANCE, tensors=len(differences))
 
 
-def worst_of(found: Sequence[Equality]) -> Equality:
+def worst_of(compared: Sequence[Equality]) -> Equality:
     """Several comparisons as one: their largest differences, and the gradients of all."""
     return Equality(
-        output=max(each.output for each in found),
-        gradient=max(each.gradient for each in found),
+        output=max(each.output for each in compared),
+        gradient=max(each.gradient for each in compared),
         tolerance=TOLERANCE,
-        tensors=sum(each.tensors for each in found),
+        tensors=sum(each.tensors for each in compared),
     )
 
 

@@ -107,13 +107,13 @@ def own_counts(layers: int) -> list[int]:
     return [0, 1, layers // 2, layers]
 
 
-def agreeing(settings: MolexSettings, base: BertModel, lora: PeftModel, own: int, **changes: Any) -> PeftModel:
-    """MoLEx whose routers choose for every sequence the same: themselves in ``own`` blocks, else the next block."""
+def agreeing(settings: MolexSettings, base: BertModel, lora: PeftModel, alone: int, **changes: Any) -> PeftModel:
+    """MoLEx whose routers choose for every sequence the same: themselves in ``alone`` blocks, else the next block."""
     model = molex(settings, base, lora, **changes)
     layers = settings.layers
     for block, router in routers(model):
         at = block.place.layer
-        chooses_itself = (at + 1) * own // layers > at * own // layers  # spread evenly over the depth
+        chooses_itself = (at + 1) * alone // layers > at * alone // layers  # spread evenly over the depth
         with torch.no_grad():
             router.weight.zero_()
             _bias_of(router).zero_()[at if chooses_itself else (at + 1) % layers] = _BIAS
@@ -121,7 +121,7 @@ def agreeing(settings: MolexSettings, base: BertModel, lora: PeftModel, own: int
 
 
 def disagree(model: PeftModel, batch: Batch, guests: int) -> None:
-    """Sets routers so that the sequences of a batch choose ``guests`` different blocks in turn, never the own one.
+    """Sets routers so that the sequences of a batch choose ``guests`` different blocks in turn, never the block itself.
 
     A forward runs through the blocks and sets each router when its input is there: to the least weights that give the
     mean token of each sequence a logit of 1 for its guest and 0 for the others.
@@ -185,9 +185,9 @@ def _lora_config(settings: MolexSettings, init: bool) -> LoraConfig:
     )  # fmt: skip
 
 
-def _in_words(own: int, layers: int) -> str:
-    if own == 0:
+def _in_words(alone: int, layers: int) -> str:
+    if alone == 0:
         return "lamella's MoLEx, no block chooses itself"
-    if own == layers:
+    if alone == layers:
         return "every block chooses itself: LoRA's work, with routers"
-    return f"{own} of {layers} blocks choose{'s itself' if own == 1 else ' themselves'}"
+    return f"{alone} of {layers} blocks choose{'s itself' if alone == 1 else ' themselves'}"

@@ -73,8 +73,8 @@ def naive_copy(base: BertModel, model: PeftModel) -> BertModel:
     naive = twin(base)
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, MolaLinear):
-            parent, _, own = name.rpartition(".")
-            setattr(naive.get_submodule(parent), own, _copy_layer(layer, adapter, naive.get_submodule(name)))
+            parent, _, child = name.rpartition(".")
+            setattr(naive.get_submodule(parent), child, _copy_layer(layer, adapter, naive.get_submodule(name)))
     return naive
 
 

@@ -22,31 +22,31 @@ class NaiveMolexBlock(nn.Module):
     """``h' = B_t(h) + (1 - alpha) * s * (B_tau(h) - B_t(h))``, tau by the sequence's mean softmax, s = p / stopgrad(p).
 
     Args:
-        own: the block B_t.
+        host: the block B_t.
         blocks: all blocks of the stack.
-        alpha: weight of the block's own output.
+        alpha: weight of the host's output.
     """
 
-    def __init__(self, own: nn.Module, blocks: list[nn.Module], width: int, alpha: float) -> None:
+    def __init__(self, host: nn.Module, blocks: list[nn.Module], width: int, alpha: float) -> None:
         super().__init__()
-        self.own = own
+        self.host = host
         self.blocks = blocks  # a plain list: they are registered where they are
         self.alpha = alpha
         self.router = nn.Linear(width, len(blocks))
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``h (batch, tokens, features)``; every token counts, so none may be padding."""
-        own = self.own(h, *args, **kwargs)
+        y = self.host(h, *args, **kwargs)
         logits = self.router(h)  # (batch, tokens, T)
         # float32 or wider, as in lamella, so that in float64 both decide alike
         probs = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         p, tau = probs.mean(dim=1).max(dim=-1)  # (batch,), (batch,)
-        guest = torch.zeros_like(own)
+        guest = torch.zeros_like(y)
         for block in torch.unique(tau).tolist():
             chosen = (tau == block)[:, None, None]
             guest = torch.where(chosen, self.blocks[block](h, *args, **kwargs), guest)
-        share = ((1 - self.alpha) * p / p.detach()).to(own.dtype)[:, None, None]
-        mixed: Tensor = own + share * (guest - own)
+        share = ((1 - self.alpha) * p / p.detach()).to(y.dtype)[:, None, None]
+        mixed: Tensor = y + share * (guest - y)
         return mixed
 
 
@@ -89,8 +89,8 @@ def loras(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def _copy_block(block: MolexBlock, adapter: str, blocks: list[nn.Module]) -> NaiveMolexBlock:
     router = block.router(adapter)
-    own = blocks[block.place.layer]
-    naive = NaiveMolexBlock(own, blocks, router.in_features, block.mixtures[adapter].config.alpha)
+    host = blocks[block.place.layer]
+    naive = NaiveMolexBlock(host, blocks, router.in_features, block.mixtures[adapter].config.alpha)
     naive.to(router.weight)
     naive.router.weight.copy_(router.weight)
     assert router.bias is not None  # MoLEx's linear router has one

@@ -29,13 +29,13 @@ class Aligner(nn.Module):
         self.linear, self.norm = nn.Linear(*weight.shape), nn.LayerNorm(len(weight))
         self.to(weight)
         with torch.no_grad():
-            for own, given in (
+            for parameter, given in (
                 (self.linear.weight, weight),
                 (self.linear.bias, parameters["bias"]),
                 (self.norm.weight, parameters["gain"]),
                 (self.norm.bias, parameters["shift"]),
             ):
-                own.copy_(given)
+                parameter.copy_(given)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, h) -> (n, h)``."""
@@ -60,7 +60,7 @@ def capture_pair(
     with torch.no_grad(), watch_dispatch(model, [layers[index] for index in {name[0] for name in names}], watch):
         for batch in batches:
             model(**batch)
-            if all(len(found) >= samples for found in rows.values()):
+            if all(len(tokens) >= samples for tokens in rows.values()):
                 break
     given, put_out = zip(*rows[names[0]][:samples], strict=True)
     return torch.stack(given), torch.stack(put_out)

@@ -1,4 +1,4 @@
-"""Comparing experts: many aligners at once beside one after the other, and the whole flow beside the published one."""
+"""Comparing experts: many aligners at once beside one by one, and the complete flow beside the published one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SimilaritySettings(BenchSettings):
 
     ``grids`` are (features, experts on each side) of training alone; the rest is of the complete flow: a model of
     Qwen1.5-MoE's shape but narrow, of which ``side`` experts of one layer are compared with as many of the next, on so
-    many ``batches`` of 8 x 128 tokens. It takes minutes a round and has rounds of its own.
+    many ``batches`` of 8 x 128 tokens. It takes minutes a round and has other rounds.
     """
 
     rounds: int = Field(5, ge=2)

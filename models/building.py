@@ -23,7 +23,7 @@ class Made:
     """A finished model.
 
     Attributes:
-        model, tokenizer: what is saved, in transformers' own form.
+        model, tokenizer: what is saved, in transformers' form.
         log: figures for `log.json`, and where they come from.
         failed: sentences on what the model should be and is not; none if it is what the recipe promises.
         files: further JSON files of the folder, by name.

@@ -8,8 +8,14 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_callback import ProgressCallback
 
 from models.muon import Muon
@@ -50,31 +56,14 @@ def fit(
             watch,
             model=model,
             args=_arguments(schedule, scratch, seed, use_cache=model.config.use_cache),
-            train_dataset=_Rows(columns),
-            data_collator=_stack,
+            train_dataset=[dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+            data_collator=default_data_collator,
             callbacks=list(callbacks),
         )
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
         trainer.train()
     return trainer.curve
-
-
-class _Rows(Dataset[dict[str, Tensor]]):
-    """Row i of every column."""
-
-    def __init__(self, columns: Columns) -> None:
-        self._columns = columns
-
-    def __len__(self) -> int:
-        return len(self._columns["labels"])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: column[index] for name, column in self._columns.items()}
-
-
-def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class _Fitter(Trainer):

@@ -29,8 +29,8 @@ def model_nll(model: PreTrainedModel, columns: Columns) -> Tensor:
 
 def perplexities(nll: Mapping[str, Tensor]) -> dict[str, float]:
     """exp of the mean over tokens, by kind of prose and, as ``all``, over the tokens of every kind."""
-    found = {kind: math.exp(values.double().mean()) for kind, values in nll.items()}
-    return {"all": math.exp(torch.cat([values.double().flatten() for values in nll.values()]).mean()), **found}
+    by_kind = {kind: math.exp(values.double().mean()) for kind, values in nll.items()}
+    return {"all": math.exp(torch.cat([values.double().flatten() for values in nll.values()]).mean()), **by_kind}
 
 
 def expert_shares(model: PreTrainedModel, columns: Columns, top_k: int) -> list[list[float]]:
@@ -49,7 +49,7 @@ def smallest(shares: Iterable[Sequence[float]]) -> float:
 def routers_balance(router_logits: Iterable[Tensor], top_k: int) -> Tensor:
     """The balance losses of all routers, each by itself, summed; ``(N, E)`` logits of real tokens each.
 
-    transformers' own loss is of all layers' tokens together: there, layers that have collapsed on different experts
+    transformers' loss is of all layers' tokens together: there, layers that have collapsed on different experts
     look balanced.
     """
     losses = [balance_loss(logits, logits.topk(top_k, dim=-1).indices) for logits in router_logits]
@@ -98,7 +98,7 @@ class Bigrams:
     def bigram_nll(self, blocks: Tensor) -> Tensor:
         """The same by the token before, interpolated with the frequencies.
 
-        Witten and Bell's weights: after a token that was followed by n tokens, t of them different, the pair's own
+        Witten and Bell's weights: after a token that was followed by n tokens, t of them different, the pair's
         frequency counts n / (n + t). No weight has to be chosen. Source: Chen & Goodman 1999, section 2.6.
         """
         before, after = blocks[:, :-1], blocks[:, 1:]

@@ -158,16 +158,16 @@ def _ground_truth(settings: SmolExpertsSettings, layers: int) -> dict[str, Any]:
 
 def _failed(log: dict[str, Any], settings: SmolExpertsSettings) -> list[str]:
     """What the experts should be and are not."""
-    failed, found = [], log["test_perplexity"]
+    failed, perplexity = [], log["test_perplexity"]
     for kind in settings.kinds:
-        others = {f"{other} {half}": found[f"{other} {half}"][kind] for other in settings.kinds for half in (0, 1)}
+        others = {f"{other} {half}": perplexity[f"{other} {half}"][kind] for other in settings.kinds for half in (0, 1)}
         best = min(others, key=lambda name: others[name])
         if not best.startswith(f"{kind} "):
-            failed.append(f"On test text of {kind}, the expert of '{best}' is better than its own experts.")
-    if found["mixture"]["all"] > found["dense"]["all"]:
+            failed.append(f"On test text of {kind}, the expert of '{best}' is better than those of {kind}.")
+    if perplexity["mixture"]["all"] > perplexity["dense"]["all"]:
         failed.append(
-            f"The mixture's perplexity on test text is {found['mixture']['all']:.2f}; the dense model has "
-            f"{found['dense']['all']:.2f}."
+            f"The mixture's perplexity on test text is {perplexity['mixture']['all']:.2f}; the dense model has "
+            f"{perplexity['dense']['all']:.2f}."
         )
     if log["smallest_share"] < settings.smallest_share:
         failed.append(f"An expert gets {log['smallest_share']:.3f} of its layer's choices: it is starved.")

@@ -174,10 +174,10 @@ def _difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str
 
 def _failed(log: dict[str, Any], settings: TinyMoeSettings) -> list[str]:
     """What the mixture should be and is not."""
-    failed, found = [], {name: values["all"] for name, values in log["test_perplexity"].items()}
+    failed, overall = [], {name: values["all"] for name, values in log["test_perplexity"].items()}
     for name, what in (("bigram", "the bigram floor"), ("dense", "the dense model of equal active size")):
-        if found["mixture"] > found[name]:
-            failed.append(f"Its perplexity on test text is {found['mixture']:.1f}; {what} has {found[name]:.1f}.")
+        if overall["mixture"] > overall[name]:
+            failed.append(f"Its perplexity on test text is {overall['mixture']:.1f}; {what} has {overall[name]:.1f}.")
     if log["smallest_share"] < settings.smallest_share:
         failed.append(f"An expert gets {log['smallest_share']:.3f} of its layer's choices: it is starved.")
     return failed

@@ -1,4 +1,4 @@
-"""A dense model turned into a mixture of experts that computes the same, until its experts are trained apart."""
+"""A dense model turned into a mixture of experts that computes the same, until its experts are trained separately."""
 
 from __future__ import annotations
 

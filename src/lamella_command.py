@@ -1,6 +1,6 @@
 """The start of the `lamella` command, beside the package: help, version and completion load no torch.
 
-Importing lamella registers its methods with PEFT and so loads torch, which takes seconds. The command's own modules
+Importing lamella registers its methods with PEFT and so loads torch, which takes seconds. The command's modules
 need none of it before a command runs, so their package stands here without its content until then.
 """
 

@@ -13,7 +13,7 @@ from lamella.cli.output import print_json
 def doctor(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
     base: Annotated[
-        str | None, typer.Option(help="Base model: a demo model, a hub id or a path; the adapter's own if absent.")
+        str | None, typer.Option(help="Base model: a demo model, a hub id or a path; the adapter's if absent.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:

@@ -14,9 +14,9 @@ def evaluate(
     paths: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or an adapter; of several under --noise.")
     ],
-    task: Annotated[str | None, typer.Option(help="Any task that fits its head; the run's own if absent.")] = None,
+    task: Annotated[str | None, typer.Option(help="Any task that fits its head; the run's if absent.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    base: Annotated[str | None, typer.Option(help="Base model, if not the run's or the adapter's own.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if not the run's or the adapter's.")] = None,
     noise: Annotated[
         str | None,
         typer.Option(help="embedding (Gaussian), tokens (replaced) or pgd (attack on embeddings), at test time."),

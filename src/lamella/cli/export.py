@@ -13,12 +13,12 @@ from lamella.cli.output import print_json
 def export(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new folder.")],
-    experts: Annotated[bool, typer.Option("--experts", help="Each expert as a LoRA of its own.")] = False,
+    experts: Annotated[bool, typer.Option("--experts", help="Each expert as a LoRA.")] = False,
     collapsed: Annotated[bool, typer.Option("--collapse", help="One LoRA for all, with its measured error.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the one LoRA; all there is if absent.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Training rows that the one LoRA is fitted on.")] = 256,
-    task: Annotated[str | None, typer.Option(help="Whose rows those are; the run's own task if absent.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if not the run's or the adapter's own.")] = None,
+    task: Annotated[str | None, typer.Option(help="Whose rows those are; the run's task if absent.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if not the run's or the adapter's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Write a trained mixture as plain LoRA adapters, which load with PEFT alone.

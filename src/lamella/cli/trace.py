@@ -15,10 +15,10 @@ def trace(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder of trace.parquet, coactivation.parquet and report.html.")
     ],
-    task: Annotated[str | None, typer.Option(help="Any task that fits its head; the run's own if absent.")] = None,
+    task: Annotated[str | None, typer.Option(help="Any task that fits its head; the run's if absent.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     rows: Annotated[int, typer.Option(min=1, help="Rows that are traced, always the same ones.")] = 256,
-    base: Annotated[str | None, typer.Option(help="Base model, if not the run's or the adapter's own.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if not the run's or the adapter's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Record the routing of a trained mixture on a task, and show it, of a few rows token by token.
@@ -30,12 +30,12 @@ def trace(
     from lamella.lab.report.report import write_report
     from lamella.lab.runs.evaluating import trace as traced
 
-    found = traced(path, task, split=split, rows=rows, base=base)
-    report = trace_report(found, doctor(path, base or found.trained.place.base))
+    result = traced(path, task, split=split, rows=rows, base=base)
+    report = trace_report(result, doctor(path, base or result.trained.place.base))
     frame, page = output / "trace.parquet", output / "report.html"
-    found.save(output)
+    result.save(output)
     write_report(report, page)
     if json:
-        print_json({"trace": str(frame), "report": str(page), **found.evaluation.as_dict(), **found.summary})
+        print_json({"trace": str(frame), "report": str(page), **result.evaluation.as_dict(), **result.summary})
     else:
         typer.echo(f"{report.summary}\nTrace: {frame}\nReport: {page}")

@@ -49,12 +49,12 @@ def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force:
     from lamella.lab.runs.run import train as run
 
     if check:
-        found = preflight_of(settings)
+        diagnosis = preflight_of(settings)
         if json:
-            print_json(found.as_dict())
+            print_json(diagnosis.as_dict())
         else:
-            typer.echo(str(found))
-        raise typer.Exit(0 if found.ok else 1)
+            typer.echo(str(diagnosis))
+        raise typer.Exit(0 if diagnosis.ok else 1)
     with Bar() as bar:
         result = run(settings, output or Path("runs") / settings.label, force=force, callbacks=[bar])
     write_report(run_report(result, settings), result.folder.path / "report.html")
