@@ -1,5 +1,6 @@
 """What `import lamella` costs and gives, and what the command loads, each seen in a fresh process."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("pandas", "sklearn", "scipy", "datasets", "typer", "rich", "jinja2")
 
 
-def fresh(code):
-    """The last line that a new interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    return done.stdout.splitlines()[-1]
+def fresh(code, argument=None):
+    """What a new interpreter prints, each line as JSON; the argument is given as JSON too."""
+    words = [sys.executable, "-c", code, json.dumps(argument)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def command(*words):
@@ -33,12 +35,6 @@ finally:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_importing_lamella_loads_nothing_heavy_that_peft_does_not():
-    loaded = f"print(*sorted(name for name in sys.modules if name.partition('.')[0] in {HEAVY}))"
-    of_lamella, of_peft = (set(fresh(f"import sys, {package}\n{loaded}").split()) for package in ("lamella", "peft"))
-    assert of_lamella - of_peft == set()
-
-
 def documented_names():
     """Every dotted name of lamella on the pages, such as `lamella.similarity.capture`, but not those of imports."""
     name = re.compile(r"(?<![\w/.-])(?<!from )(?<!import )lamella(?:\.[A-Za-z_]\w*)+(?![/.]?\w)")
@@ -46,12 +42,27 @@ def documented_names():
         yield from name.findall(page.read_text(encoding="utf-8"))
 
 
-def test_every_documented_name_is_reachable():
+LOADED = f"print(json.dumps([name for name in sys.modules if name.partition('.')[0] in {HEAVY}]))"
+UNREACHABLE = """
+missing = []
+for name in json.loads(sys.argv[1]):
+    try:
+        reduce(getattr, name.split(".")[1:], lamella)
+    except AttributeError:
+        missing.append(name)
+print(json.dumps(missing))
+"""
+
+
+def test_importing_lamella_loads_nothing_heavy_that_peft_does_not_and_reaches_every_documented_name():
     names = sorted(set(documented_names()))
-    code = f"import lamella\nfrom functools import reduce\nfor name in {names!r}:\n"
-    code += "    try: reduce(getattr, name.split('.')[1:], lamella)\n    except AttributeError: print(name, end=' ')\n"
     assert len(names) > 5
-    assert fresh(code + "print()").split() == []
+    loaded, unreachable = fresh(
+        f"import json, sys, lamella\nfrom functools import reduce\n{LOADED}{UNREACHABLE}", names
+    )
+    (by_peft,) = fresh(f"import json, sys, peft\n{LOADED}")
+    assert set(loaded) - set(by_peft) == set()
+    assert unreachable == []
 
 
 def test_the_public_names_are_all_there():
