@@ -58,7 +58,7 @@ def test_compose_check_trains_nothing(lamella, lora_runs, questions, run_folder)
     [
         (["--adapters", "{}/first"], "at least two LoRAs"),
         (["--adapters", "{}/first", "first={}/second"], "Two LoRAs are called 'first'"),
-        (["--adapters", "{}/first", "x=nowhere"], "'nowhere' is no file or folder here"),
+        (["--adapters", "{}/first", "x=nowhere"], "'nowhere' is not a file or folder here"),
         (["--adapters", "{}/first", "x="], "write NAME=PLACE"),
         (["--adapters", "{}/first", "{}/second", "method.topk=1"], "method.topk"),
     ],

@@ -63,7 +63,7 @@ def test_what_is_no_lora(folder: Path, tmp_path: Path) -> None:
     paths = trained.loras("bert", folder)
     (tmp_path / "old.pt").write_bytes(b"pickle")
     refused(tiny.bert(), {"a": tmp_path / "old.pt", "b": paths["news"]}, "pickle")
-    refused(tiny.bert(), {"a": tmp_path / "nowhere", "b": paths["news"]}, "no file or folder here")
+    refused(tiny.bert(), {"a": tmp_path / "nowhere", "b": paths["news"]}, "not a file or folder here")
 
 
 def test_the_config_given_to_compose_names_no_loras(folder: Path) -> None:
