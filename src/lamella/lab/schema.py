@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import RENAMED
+from lamella.version import __version__
 
 
 class Settings(BaseModel):
@@ -36,6 +37,10 @@ class Settings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise LamellaError(_explain(error, where)) from error
+
+    def written(self) -> dict[str, Any]:
+        """Plain values for a file, and the version that writes it: a later one then knows what they meant."""
+        return {"lamella_version": __version__, **self.model_dump(mode="json")}
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:

@@ -191,7 +191,7 @@ def test_settings_that_do_not_fit_leave_no_folder(bert, llama, questions, prose,
         tiny_settings(str(run_folder / "no-model"), questions),
         tiny_settings(llama, prose, "head"),
         tiny_settings(bert, questions, "lora", router_lr=1e-3),
-        tiny_settings(bert, questions, {"name": "mola", "num_experts": 2, "top_k": 3}),
+        tiny_settings(bert, questions, {"name": "mola", "num_experts": "2-4-6-8"}),
         tiny_settings(bert, questions, packing=True),
     ):
         with pytest.raises(LamellaError):

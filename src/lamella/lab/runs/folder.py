@@ -16,6 +16,7 @@ import yaml
 from lamella.errors import LamellaError
 from lamella.files import write_whole
 from lamella.lab.runs.settings import RunSettings, settings_of
+from lamella.version import __version__
 
 _OURS = (
     "run.yaml",
@@ -82,7 +83,7 @@ class RunFolder:
         if force:
             self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write_text("run.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        self.write_text("run.yaml", yaml.safe_dump(settings.written(), sort_keys=False))
         self.write_json("environment.json", environment())
 
     def last_checkpoint(self) -> Path | None:
@@ -136,11 +137,11 @@ def environment() -> dict[str, Any]:
     """Versions and machine of this run, without names of users, hosts or folders."""
     import torch
 
-    packages = ("lamella", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
+    packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: version(name) for name in packages},
+        "packages": {"lamella": __version__} | {name: version(name) for name in packages},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

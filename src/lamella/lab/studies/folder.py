@@ -114,7 +114,7 @@ class StudyFolder:
         metrics = trained.metrics
         if cell.makes_base:
             self._keep_base(cell)
-        row = {"settings": settings.model_dump(mode="json"), "metrics": metrics}
+        row = {"settings": settings.written(), "metrics": metrics}
         # what was not trained has nothing to examine, and what does not resume cannot be loaded as doctors do
         if metrics["steps"] and settings.method.resumes:
             row["diagnosis"] = diagnose(trained).as_dict()

@@ -18,7 +18,6 @@ from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import StudyRecipe, settings_by_method
 from lamella.lab.studies.results import cost_table, results_of, results_table
 from lamella.lab.studies.summary import HOW_SURE, summary
-from lamella.version import __version__
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
     measured = recipe.measured(cells, folder)
     for name, table in measured.tables.items():
         folder.write_table(folder.path / f"{name}.parquet", table)
-    written = {"lamella_version": __version__} | recipe.model_dump(mode="json")
-    write_whole(folder.path / "study.yaml", yaml.safe_dump(written, sort_keys=False))
+    said = recipe.model_dump(mode="json")
+    write_whole(folder.path / "study.yaml", yaml.safe_dump(recipe.written(), sort_keys=False))
     found = results_of(recipe, measured.tables["results"], measured.tables["examples"])
     shown = [results for results in found if not results.part]
     return Study(
@@ -93,7 +92,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
         cost=cost_table(recipe, measured.tables["results"]),
         findings=_findings(cells, folder),
         settings={
-            "study": {key: value for key, value in written.items() if key not in ("methods", "arms")},
+            "study": {key: value for key, value in said.items() if key not in ("methods", "arms")},
             **settings_by_method(cells),
             "runs": {cell.label: f"runs/{folder.run(cell.key).name}" for cell in cells if folder.finished(cell.key)},
         },
