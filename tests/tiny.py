@@ -149,6 +149,9 @@ def build(name: str, layers: int = 4, seed: int = 0) -> PreTrainedModel:
 
 
 FAMILIES = (*MODELS, *_CONFIGS)
+# One for each way through the code: an encoder, pixels, Conv1D and learned positions, rotary positions, layers of two
+# kinds, and an encoder with a decoder.
+PATHS = ("bert", "vit", "gpt2", "llama", "gemma2", "t5")
 
 
 def batch(model: PreTrainedModel, rows: int = 3, tokens: int = 7, pad: int = 2, seed: int = 1) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def gradients(result: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases())
 def test_every_form_equals_the_loops_in_outputs_and_all_gradients(case: Case) -> None:
     leaves = case.leaves()

@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(ranks, per, draw(st.integers(0, 9999)), draw(st.integers(1, 3)), draw(st.integers(0, 4)))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_all_forms_equal_the_loops_in_outputs_and_gradients(case: Case) -> None:
     expected = case.by_loops()
@@ -255,7 +255,7 @@ def test_merging_pays_from_about_half_the_width_on_whatever_the_ranks() -> None:
     assert prefers_merged(1024, 768, 3072)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     ranks=st.lists(st.integers(0, 3), min_size=4, max_size=4),
     used=st.lists(st.booleans(), min_size=4, max_size=4),

@@ -83,7 +83,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(case=cases())
 def test_logits_and_gradients_equal_those_of_materialised_outputs(kind: str, case: Case) -> None:
     ours, naive = getattr(case, kind)()

@@ -30,8 +30,7 @@ def explicit(
     return tiny.gradients(model)
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
-@pytest.mark.parametrize("scale", [1.0, 0.25, 1024.0])
+@pytest.mark.parametrize(("name", "scale"), [("bert", 1.0), ("llama", 0.25), ("gpt2", 1024.0), ("t5", 0.25)])
 def test_the_attached_gradient_carries_the_scale_of_the_task_loss(name: str, scale: float) -> None:
     model, given = model_and_batch(name)
     (model(**given).loss * scale).backward()

@@ -31,7 +31,7 @@ def decisions(draw: st.DrawFn) -> tuple[Tensor, int, Tensor | None]:
     return logits, draw(st.integers(1, experts)), None if mask is None else torch.tensor(mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(decisions())
 def test_both_losses_equal_the_loops_in_value_and_gradient(decision: tuple[Tensor, int, Tensor | None]) -> None:
     logits, top_k, mask = decision
@@ -46,7 +46,7 @@ def test_both_losses_equal_the_loops_in_value_and_gradient(decision: tuple[Tenso
         torch.testing.assert_close(gradient, oracle)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(decisions(), st.floats(0, 2), st.floats(0, 2))
 def test_the_closed_gradient_is_the_gradient(
     decision: tuple[Tensor, int, Tensor | None], router_aux_loss_coef: float, router_z_loss_coef: float
@@ -101,7 +101,7 @@ def test_a_batch_of_padding_alone_costs_nothing(loss) -> None:
     assert not logits.grad.any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.data())
 def test_pooling_reads_real_tokens_only(batch: int, tokens: int, data: st.DataObject) -> None:
     bits = st.lists(st.booleans(), min_size=tokens, max_size=tokens)

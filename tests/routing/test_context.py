@@ -120,7 +120,7 @@ def test_the_frame_is_gone_after_the_forward_and_after_an_exception() -> None:
     assert current_frame() is None
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", ["bert", "t5"])
 def test_an_exception_deep_in_a_block_leaves_no_frame_and_the_next_call_is_right(name: str) -> None:
     model = tiny.adapted(tiny.MODELS[name]())
     given = tiny.inputs(model.get_base_model())

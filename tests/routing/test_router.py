@@ -23,7 +23,7 @@ def router(kind: str, experts: int, size: int = 5, seed: int = 0, bias: bool = F
     return made
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.data())
 def test_weights_are_the_softmax_over_all_restricted_and_renormalised(experts: int, data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, experts))

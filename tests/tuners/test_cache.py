@@ -112,11 +112,6 @@ def test_a_cache_without_tokens_has_nothing_to_go_on_with() -> None:
     assert recall(call, KEY, 3) is None
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
 @pytest.fixture(params=["molex", "mole"])
 def model(request: pytest.FixtureRequest, folder: Path) -> PeftModel:
     if request.param == "mole":

@@ -21,11 +21,6 @@ METHODS = ("mola", "molex", "mole")
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit, RuntimeError)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
 def fresh(method: str, kind: str, folder: Path) -> PeftModel:
     """A model in training with a balance loss, the same each time."""
     if method == "mola":

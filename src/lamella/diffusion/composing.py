@@ -16,12 +16,12 @@ from lamella.diffusion.composition import Component, PipelineComposition, read_r
 from lamella.diffusion.groups import plan_groups_of
 from lamella.diffusion.layers import PipelineConv, PipelineLinear, Pointwise, SampleGroup
 from lamella.errors import LamellaError
+from lamella.tuners.model import track
 from lamella.tuners.mole.composing import Lora, read_given
 from lamella.tuners.mole.config import Adapters, MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
 from lamella.tuners.mole.model import Composition
 from lamella.tuners.mole.plan import Plan, read_sources, refuse_too_few, refuse_too_large
-from lamella.tuners.tracking import track
 
 _ADAPTER = "default"
 _DENOISERS = ("unet", "transformer")

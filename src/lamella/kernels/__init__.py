@@ -4,14 +4,13 @@ For LoRAs that are trained already: the same with A and B frozen, merged into th
 their outputs tell a router, read in rank space.
 """
 
-from lamella.kernels.choice import SORTED_ABOVE, Form, choose_form
 from lamella.kernels.dense import mix_dense, project
 from lamella.kernels.frozen import FrozenLoras, concatenate, leave_out_unused, mix_frozen
 from lamella.kernels.merged import forward_frozen, mix_merged, prefers_merged
 from lamella.kernels.plain import mix_plain
 from lamella.kernels.rank_space import read_outputs, read_positions
 from lamella.kernels.reference import mix_reference
-from lamella.kernels.sorted import mix_sorted
+from lamella.kernels.sorted import SORTED_ABOVE, Form, choose_form, mix_sorted
 
 __all__ = [
     "SORTED_ABOVE",

@@ -8,16 +8,21 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.findings import Examination
-from lamella.routing import untrack_calls
+from lamella.routing import track_calls, untrack_calls
+from lamella.tuners.cache import DecisionsInCache
 from lamella.tuners.loading import check_tensors
 from lamella.tuners.routed import LoraMixture
 from lamella.tuners.summary import Summary
-from lamella.tuners.tracking import track
 
 logger = logging.getLogger(__name__)
+
+# Tasks whose answer is about the whole input; nothing in it is to be predicted from what stands before.
+_ABOUT_ALL = frozenset({"ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"})
 
 
 class RoutedModel(BaseTuner):
@@ -109,3 +114,15 @@ class RoutedModel(BaseTuner):
                 model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
             raise
         return tensors
+
+
+def track(model: nn.Module) -> None:
+    """Sets the hooks of ``lamella.routing.track_calls`` on a model and the transformers inside it, once."""
+    # The transformers inside are given attention masks of their own: an encoder's, a decoder's.
+    stacks = [m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel)]
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    loss_type = getattr(model, "loss_type", None) or ""
+    shifts_labels = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not is_encoder_decoder
+    tracker = track_calls(model, stacks, shifts_labels=shifts_labels, whole_input=loss_type in _ABOUT_ALL)
+    if not tracker.listeners:
+        tracker.listeners.append(DecisionsInCache())

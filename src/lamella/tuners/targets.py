@@ -43,8 +43,8 @@ def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack])
         base: nn.Module = BaseTunerLayer.get_base_layer(module)  # itself where it has no adapter
         if not isinstance(base, Conv1D) and not hasattr(base, "in_features"):  # quantised layers have it too
             raise LamellaError(
-                f"{name} is a {type(base).__name__}, which is no linear layer; name linear modules in target_modules, "
-                "or put it into exclude_modules."
+                f"{name} is a {type(base).__name__}, which is not a linear layer; name linear modules in "
+                "target_modules, or put it into exclude_modules."
             )
 
 

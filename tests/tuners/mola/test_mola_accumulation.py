@@ -15,7 +15,7 @@ def model_of(name: str) -> PeftModel:
     return tiny.adapted(tiny.MODELS[name]().double(), router_aux_loss_coef=0.5, router_z_loss_coef=0.1).double().train()
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_accumulating_without_num_items(name: str) -> None:
     model = model_of(name)
     given = tiny.batch(model.get_base_model())
@@ -70,8 +70,7 @@ def train(name: str, folder: str, copies: int, **options: Any) -> tuple[dict[str
     return trainer.steps[0], {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("checkpointing", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(("name", "checkpointing"), [("llama", {}), ("gpt2", {"gradient_checkpointing": True})])
 def test_the_trainer_accumulates_four_copies_into_the_step_of_one(name: str, checkpointing: dict, tmp_path) -> None:
     once, four = (train(name, str(tmp_path), copies, **checkpointing) for copies in (1, 4))
     assert any("router" in key for key in once[0])

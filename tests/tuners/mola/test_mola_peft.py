@@ -24,9 +24,10 @@ def config(**options: object) -> MolaConfig:
     return MolaConfig(**{"r": 2, "num_experts": 3, "init_lora_weights": False, **options})
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("router", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("name", "low_cpu_mem_usage", "router"),
+    [("bert", False, "linear"), ("gpt2", True, "linear"), ("llama", True, "cosine"), ("t5", False, "cosine")],
+)
 def test_saved_and_loaded_it_is_bit_equal(name: str, low_cpu_mem_usage: bool, router: str, tmp_path: Path) -> None:
     model = tiny.adapted(tiny.MODELS[name](), num_experts="1-3", top_k=1, router=router)
     given = tiny.inputs(model.get_base_model())

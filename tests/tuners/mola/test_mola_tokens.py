@@ -25,7 +25,7 @@ def logits(model: PeftModel, given: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_batch_mates_change_nothing(name: str, kind: str) -> None:
     model = strong(name, **KINDS[kind])
     given = tiny.inputs(model.get_base_model(), rows=4)
@@ -38,8 +38,7 @@ def test_batch_mates_change_nothing(name: str, kind: str) -> None:
     torch.testing.assert_close(logits(model, others)[0], together[0], **CLOSE)
 
 
-@pytest.mark.parametrize("amount", [1, 6])
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize(("name", "amount"), [("bert", 1), ("mpnet", 6), ("llama", 6), ("t5", 1)])
 def test_right_padding_of_any_amount_changes_nothing(name: str, amount: int) -> None:
     model = strong(name)
     given = tiny.inputs(model.get_base_model(), pad=0)
@@ -52,8 +51,7 @@ def test_right_padding_of_any_amount_changes_nothing(name: str, amount: int) -> 
     torch.testing.assert_close(real, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("amount", [1, 6])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "amount"), [("llama", 1), ("gpt2", 6)])
 def test_left_padding_of_any_amount_changes_nothing(name: str, amount: int) -> None:
     model = strong(name)
     given = tiny.inputs(model.get_base_model(), pad=0)
@@ -67,7 +65,7 @@ def test_left_padding_of_any_amount_changes_nothing(name: str, amount: int) -> N
     torch.testing.assert_close(logits(model, padded)[:, amount:], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
     model = strong(name, router_aux_loss_coef=0.5).train()
     results = []
@@ -95,8 +93,7 @@ def test_later_tokens_change_nothing(name: str, kind: str) -> None:
     assert not torch.allclose(found[:, 4:], expected[:, 4:])
 
 
-@pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(("name", "search"), [("llama", {}), ("gpt2", {"num_beams": 3}), ("t5", {"num_beams": 3})])
 def test_generation_with_a_cache_writes_the_same_text(name: str, search: dict[str, int]) -> None:
     model = strong(name)
     given = tiny.inputs(model.get_base_model(), rows=2)

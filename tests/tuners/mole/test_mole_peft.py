@@ -25,14 +25,16 @@ from lamella import CannotMergeError, LamellaError, MoleConfig, compose
 from lamella.tuners import LamellaType
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
-@pytest.mark.parametrize("kind", trained.SETTINGS)
-@pytest.mark.parametrize("embed", [False, True])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "embed", "low_cpu_mem_usage"),
+    [
+        ("bert", False, True),
+        ("llama", True, False),
+        ("gpt2", True, True),
+        ("t5", False, False),
+        ("distilbert", True, True),
+    ],
+)
 def test_saved_and_loaded_it_is_bit_equal(
     kind: str, embed: bool, low_cpu_mem_usage: bool, folder: Path, tmp_path: Path
 ) -> None:
@@ -120,7 +122,7 @@ def test_a_lora_that_has_changed_is_refused_wherever_it_lies(folder: Path, tmp_p
     assert not any("mole" in name for name, _ in base.named_modules())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @drawn(
     settings_=st.fixed_dictionaries(
         {

@@ -13,11 +13,6 @@ import lamella
 from lamella import fixed_weights, masked_experts, record_routing
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
 @pytest.mark.parametrize("kind", trained.SETTINGS)
 @pytest.mark.parametrize("router_input", ["mean", "token"])
 def test_each_unit_has_the_mean_weights_that_its_modules_were_given(kind: str, router_input: str, folder: Path) -> None:

@@ -21,11 +21,6 @@ from lamella.routing.balance import balance_loss, entropy_loss
 MODES = {"none": None, "non-reentrant": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
 def composition(kind: str, folder: Path, **config: object) -> PeftModel:
     """Without the modules outside the blocks, where there are any: each has a router of its own."""
     outside = ["pooler.dense"] if kind == "bert" else None
@@ -37,9 +32,14 @@ def step(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return tiny.gradients(model)
 
 
-@pytest.mark.parametrize("kind", trained.SETTINGS)
-@pytest.mark.parametrize("sharp", [False, True])
-@pytest.mark.parametrize("granularity", ["matrix", "sublayer", "block", "network"])
+@pytest.mark.parametrize(
+    ("kind", "sharp", "granularity"),
+    [
+        ("bert", False, "matrix"), ("bert", True, "network"), ("distilbert", True, "block"),
+        ("llama", True, "sublayer"),
+        ("llama", False, "network"), ("gpt2", True, "matrix"), ("t5", False, "block"), ("t5", True, "network"),
+    ],
+)  # fmt: skip
 def test_every_router_gets_a_gradient_and_nothing_else_does(
     kind: str, sharp: bool, granularity: str, folder: Path
 ) -> None:
@@ -56,10 +56,15 @@ def test_every_router_gets_a_gradient_and_nothing_else_does(
     assert all(gradient.any() for gradient in biases)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
-@pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("granularity", ["matrix", "sublayer", "block", "network"])
-@pytest.mark.parametrize("balance", ["log", "entropy"])
+@pytest.mark.parametrize(
+    ("kind", "mode", "granularity", "balance"),
+    [
+        ("bert", "reentrant", "network", "log"), ("bert", "non-reentrant", "matrix", "entropy"),
+        ("llama", "reentrant", "matrix", "log"), ("llama", "non-reentrant", "network", "entropy"),
+        ("t5", "reentrant", "network", "entropy"), ("t5", "non-reentrant", "block", "log"),
+        ("t5", "reentrant", "sublayer", "log"),
+    ],
+)  # fmt: skip
 def test_checkpointing_changes_no_gradient(kind: str, mode: str, granularity: str, balance: str, folder: Path) -> None:
     results = []
     for each in ("none", mode):
@@ -73,9 +78,15 @@ def test_checkpointing_changes_no_gradient(kind: str, mode: str, granularity: st
     assert all(gradient.any() for name, gradient in results[0].items() if name.endswith(".bias"))
 
 
-@pytest.mark.parametrize("balance", ["log", "entropy", "switch"])
-@pytest.mark.parametrize("router_input", ["mean", "token"])
-@pytest.mark.parametrize("mode", ["none", "non-reentrant"])
+@pytest.mark.parametrize(
+    ("balance", "router_input", "mode"),
+    [
+        ("log", "mean", "none"),
+        ("log", "token", "non-reentrant"),
+        ("entropy", "token", "none"),
+        ("switch", "mean", "none"),
+    ],
+)
 def test_the_attached_loss_is_the_collected_one(balance: str, router_input: str, mode: str, folder: Path) -> None:
     config = {"balance": balance, "router_input": router_input, "granularity": "sublayer"}
     given = tiny.batch(tiny.bert())
@@ -93,7 +104,7 @@ def test_the_attached_loss_is_the_collected_one(balance: str, router_input: str,
     assert any((attached[name] - gradient).norm() > 1e-4 for name, gradient in without.items())
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @drawn(granularity=st.sampled_from(["matrix", "block", "network"]), coefficient=st.floats(0.1, 2))
 def test_log_balance_starts_at_n_ln_n_and_is_one_loss_of_all_routers(
     granularity: str, coefficient: float, folder: Path
@@ -200,7 +211,7 @@ def trainer(model: nn.Module, given: dict[str, Tensor], folder: Path, **argument
     return Trainer(model=model, args=settings, train_dataset=rows)
 
 
-@pytest.mark.parametrize("kind", trained.SETTINGS)
+@pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_the_plain_trainer_trains_routers_and_leaves_all_else_bit_equal(
     kind: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -235,7 +246,7 @@ def test_it_learns_which_lora_a_task_needs(folder: Path, tmp_path: Path) -> None
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     inputs = {name: value for name, value in given.items() if name != "labels"}
     distances = []
-    for _ in range(80):
+    for _ in range(40):
         distance = (model.train()(**inputs).logits - wanted).square().mean()
         distance.backward()
         optimizer.step()

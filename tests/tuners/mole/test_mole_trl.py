@@ -13,12 +13,7 @@ from tests.tuners.mole import trained
 from lamella import MoleConfig
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [True])
 def test_trl_sft_takes_the_config(checkpointing: bool, folder: Path, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 

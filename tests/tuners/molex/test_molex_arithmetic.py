@@ -71,7 +71,7 @@ choices = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(config=choices, candidates=st.sampled_from(["all", [0, 2, 3]]), seed=st.integers(0, 99))
 def test_loss_and_every_gradient_are_the_oracles(config: dict[str, Any], candidates: Any, seed: int) -> None:
     model = model_of(**config, candidates=candidates, router_aux_loss_coef=0.5)
@@ -150,7 +150,7 @@ def runs(model: PeftModel, batch: dict[str, Tensor]) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
 def test_alpha_1_is_the_base_bit_for_bit_and_runs_no_guest(name: str) -> None:
     base = tiny.build(name)
     batch = tiny.batch(base)
@@ -195,7 +195,7 @@ def test_each_guest_runs_on_its_own_sequences_alone() -> None:
     assert sum(counts) > 24, "nothing was mixed"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(alpha=st.floats(0, 1), t=st.integers(0, 3), tau=st.integers(0, 3))
 def test_before_a_norm_it_is_the_published_sum_of_updates(alpha: float, t: int, tau: int) -> None:
     model = tiny.molex(tiny.gpt2(layers=4).double(), policy="fixed", fixed_layer=tau, alpha=alpha).double()
@@ -338,7 +338,7 @@ def test_guests_in_bfloat16_are_near_and_only_guests() -> None:
     assert 0 < max(float((near[name] - far[name]).abs().max()) for name in near) < 0.02 * scale
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "mpnet", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_hidden_states_and_attentions_are_the_mixtures_and_no_guests(name: str) -> None:
     model = tiny.molex(tiny.build(name))
     mixed: list[Tensor] = []

@@ -33,8 +33,9 @@ def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-@pytest.mark.parametrize("tau", [0, 2])
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "tau"), [*((name, 2) for name in tiny.FAMILIES), *((name, 0) for name in ("bert", "gemma2", "t5"))]
+)
 def test_a_guest_computes_what_it_would_in_its_hosts_place(name: str, tau: int) -> None:
     model = tiny.molex(tiny.build(name), policy="fixed", fixed_layer=tau, alpha=0.25)
     mixed = 0

@@ -45,7 +45,7 @@ def state(model: nn.Module) -> dict[str, tuple[int, bool]]:
         ("bert", {"policy": "uniform", "candidates": [1], "layers_to_transform": 1}, r"No block has a guest"),
         ("bert", {"lora": LoraConfig(target_modules=["qury"])}, r"'qury' \(did you mean 'query'\?\)"),
         ("bert", {"lora": LoraConfig(target_modules=["classifier"])}, r"only modules outside the blocks"),
-        ("bert", {"lora": LoraConfig(target_modules=["LayerNorm"])}, r"no linear layer"),
+        ("bert", {"lora": LoraConfig(target_modules=["LayerNorm"])}, r"not a linear layer"),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused_and_changes_nothing(

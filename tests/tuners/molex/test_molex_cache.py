@@ -139,7 +139,7 @@ def _choices(batch: int, choices: int, seed: int) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("name", CACHES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_each_row_sees_what_a_cache_of_its_own_would_hold(name: str, data: st.DataObject) -> None:
     batch, choices, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99))

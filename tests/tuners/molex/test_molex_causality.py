@@ -1,5 +1,6 @@
 """On a decoder a decision reads the prompt alone, in training as in generation."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -33,14 +34,23 @@ def choices(model: PeftModel, ids: Tensor, **more: Any) -> list[list[int]]:
     return [routing.indices[:, 0].tolist() for _, routing, _ in seen]
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "token"}, {"aggregate": "mode", "top_k": 2}], ids=str)
-@pytest.mark.parametrize("name", DECODERS)
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 999), place=st.integers(0, N - 1), prompt_tokens=st.integers(1, 6))
+OPTIONS = [{}, {"granularity": "token"}, {"aggregate": "mode", "top_k": 2}]
+
+
+@functools.cache
+def mixture(name: str, option: int, prompt_tokens: int) -> PeftModel:
+    return tiny.molex(tiny.build(name).double(), prompt_tokens=prompt_tokens, **OPTIONS[option]).double()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("gpt2", 0), ("llama", 0), ("gemma2", 0), ("opt", 0), ("gpt2", 1), ("llama", 2), ("gemma2", 2)]
+)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 999), place=st.integers(0, N - 1), prompt_tokens=st.sampled_from([1, 4, 6]))
 def test_where_no_prompt_is_known_no_output_depends_on_a_later_token(
-    name: str, options: dict[str, Any], seed: int, place: int, prompt_tokens: int
+    name: str, option: int, seed: int, place: int, prompt_tokens: int
 ) -> None:
-    model = tiny.molex(tiny.build(name).double(), prompt_tokens=prompt_tokens, **options).double()
+    model = mixture(name, option, prompt_tokens)
     ids = ids_of(seed)
     changed = ids.clone()
     changed[:, place] = (ids[:, place] - 3 + 7) % (tiny.VOCAB - 3) + 3
@@ -67,8 +77,8 @@ def test_the_tokens_that_decide_run_without_a_guest(name: str) -> None:
         assert not torch.allclose(found[:, 4], expected[:, 4])
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@settings(max_examples=10, deadline=None)
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 999), width=st.integers(1, N - 1))
 def test_labels_tell_the_prompt(name: str, seed: int, width: int) -> None:
     model = tiny.molex(tiny.build(name))

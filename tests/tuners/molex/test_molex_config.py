@@ -77,7 +77,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return {**{name: draw(every[name]) for name in sorted(chosen)}, **draw(together)}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(values=configs())
 def test_config_to_json_to_config_is_the_identity(values: dict[str, Any], tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("config")

@@ -39,8 +39,10 @@ def said(model: PeftModel) -> tuple[Tensor, Tensor]:
         return model(**given).logits, model.generate(**given, max_new_tokens=4, do_sample=False)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("offload", [on_disk, in_memory])
+@pytest.mark.parametrize(
+    ("offload", "options"),
+    [(on_disk, OPTIONS[0]), (on_disk, OPTIONS[2]), (in_memory, OPTIONS[1]), (in_memory, OPTIONS[3])],
+)
 def test_offloaded_weights_come_in_for_guests_routers_and_alphas(
     offload: Callable[[PeftModel, Path], None], options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What a MoLEx model says with a cache it says without one, in every decoder family and however it generates."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ from lamella import LamellaError, MolexConfig
 from lamella.lab.data import load_backbone
 from lamella.tuners.cache import DecisionLayer
 
-BLOCKS, ROWS, PROMPT, NEW = 4, 5, 7, 6
+BLOCKS, ROWS, PROMPT, NEW = 4, 5, 7, 4
 SHAPE = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": BLOCKS, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
@@ -75,6 +76,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": _opt,
     "t5": _t5,
 }
+
+
+# Families whose way through the cache is another one: all of it, a window, windows in some layers, positions counted by
+# the model, and two caches in one.
+PATHS = [("llama", 1), ("mistral", 2), ("gemma2", 1), ("gpt2", 2), ("t5", 1), ("t5", 2)]
+
+
+@functools.cache
+def shared(family: str, top_k: int = 1) -> PeftModel:
+    """The same for all tests that only ask it."""
+    return mixture(family, top_k=top_k)
 
 
 def mixture(family: str, **settings: Any) -> PeftModel:
@@ -128,31 +140,28 @@ def assert_rows_differ(cache: Any, blocks: int = BLOCKS) -> None:
     assert any(bool((indices != depth).any()) for depth, indices in enumerate(chosen)), "no row has a guest"
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "top_k"), [*PATHS, ("opt", 1), ("qwen3", 2)])
 def test_greedy_text_is_the_same_with_and_without_a_cache(family: str, top_k: int) -> None:
-    model = mixture(family, top_k=top_k)
-    for given in (prompts(padded=True), prompts(padded=False)):
-        text = say(model, given, use_cache=False)
-        assert torch.equal(say(model, given), text)
-        assert torch.equal(say(model, given, cache_implementation="static"), text)
-        with model.disable_adapter():
-            assert not torch.equal(model.generate(**given, max_new_tokens=NEW), text), "the guests say nothing"
+    model, given = shared(family, top_k), prompts(padded=family != "mistral")
+    text = say(model, given, use_cache=False)
+    assert torch.equal(say(model, given), text)
+    assert torch.equal(say(model, given, cache_implementation="static"), text)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**given, max_new_tokens=NEW), text), "the guests say nothing"
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "top_k"), [("llama", 2), ("gemma2", 2), ("gpt2", 1), ("t5", 1)])
 def test_beam_search_is_the_same_with_and_without_a_cache(family: str, top_k: int) -> None:
-    model, given = mixture(family, top_k=top_k), prompts()
+    model, given = shared(family, top_k), prompts()
     text = say(model, given, use_cache=False, num_beams=3, num_return_sequences=2)
     assert torch.equal(say(model, given, num_beams=3, num_return_sequences=2), text)
     static = say(model, given, num_beams=3, num_return_sequences=2, cache_implementation="static")
     assert torch.equal(static, text)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "t5"])
 def test_samples_are_the_same_with_and_without_a_cache(family: str) -> None:
-    model, given = mixture(family), prompts()
+    model, given = shared(family), prompts()
     options = {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2}
     text = say(model, given, use_cache=False, **options)
     assert torch.equal(say(model, given, **options), text)
@@ -193,10 +202,9 @@ def make_cache(model: PeftModel, family: str, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "top_k"), [*PATHS, ("qwen2", 1), ("gemma3", 2)])
 def test_prefill_and_steps_give_the_logits_of_one_forward(family: str, top_k: int, kind: str) -> None:
-    at_once, by_steps = logits_of_both(mixture(family, top_k=top_k), family, kind)
+    at_once, by_steps = logits_of_both(shared(family, top_k), family, kind)
     # Several families take norms, rotations or softmax in float32 whatever the model's precision.
     torch.testing.assert_close(by_steps, at_once, rtol=1e-4, atol=1e-4)
 
@@ -207,7 +215,7 @@ def test_guests_in_bfloat16_have_caches_too(kind: str) -> None:
     torch.testing.assert_close(by_steps, at_once, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["mistral", "t5"])
 def test_training_is_the_same_with_the_cache_that_models_make_unasked(family: str) -> None:
     model, given = mixture(family).train(), prompts()
     given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
@@ -220,9 +228,9 @@ def test_training_is_the_same_with_the_cache_that_models_make_unasked(family: st
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "t5"])
+@pytest.mark.parametrize("family", ["mistral", "t5"])
 def test_a_row_says_alone_what_it_says_among_others(family: str) -> None:
-    model, given = mixture(family), prompts()
+    model, given = shared(family), prompts()
     together = say(model, given)
     for row in range(ROWS):
         alone = {name: tensor[row : row + 1] for name, tensor in given.items()}
@@ -235,7 +243,7 @@ def test_a_row_says_alone_what_it_says_among_others(family: str) -> None:
 
 
 def test_a_text_can_be_continued_from_its_cache() -> None:
-    model, given = mixture("llama"), prompts(padded=False)
+    model, given = shared("llama"), prompts(padded=False)
     options = {"do_sample": False, "eos_token_id": -1}
     text = model.generate(**given, max_new_tokens=2 * NEW, use_cache=False, **options)
     first = model.generate(**given, max_new_tokens=NEW, return_dict_in_generate=True, **options)
@@ -245,7 +253,7 @@ def test_a_text_can_be_continued_from_its_cache() -> None:
 
 
 def test_a_cache_is_used_again_after_a_reset() -> None:
-    model, cache = mixture("llama"), DynamicCache()
+    model, cache = shared("llama"), DynamicCache()
     given = prompts()
     for ids in (given["input_ids"], given["input_ids"].flip(0).flip(1)):
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -287,17 +295,16 @@ def test_an_offloaded_cache_is_refused_before_anything_is_said() -> None:
 @pytest.mark.real
 def test_smollm2_says_the_same_with_and_without_a_cache() -> None:
     backbone = load_backbone("smollm2")
-    texts = ["The government said on Tuesday that", "Once upon a time", "Water boils when it is heated, because its"]
+    texts = ["The government said on Tuesday that", "Once upon a time"]
     given = backbone.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     torch.manual_seed(0)
     model = get_peft_model(backbone.model, MolexConfig(alpha=0.9)).eval()
     _spread_out({name: p for name, p in model.named_parameters() if "molex_router" in name}, 1.0)
-    settings = {"max_new_tokens": 12, "do_sample": False}
+    settings = {"max_new_tokens": 5, "do_sample": False}
     text = model.generate(**given, **settings, use_cache=False)
     output = model.generate(**given, **settings, return_dict_in_generate=True)
     assert torch.equal(output.sequences, text)
     assert_rows_differ(output.past_key_values, blocks=30)
-    assert torch.equal(model.generate(**given, **settings, cache_implementation="static"), text)
 
 
 def _in_parts(model: PeftModel, *ends: int) -> Tensor:
@@ -311,7 +318,7 @@ def _in_parts(model: PeftModel, *ends: int) -> Tensor:
 
 
 def test_a_sequence_goes_on_only_if_its_guests_were_chosen_from_the_whole_prompt() -> None:
-    model = mixture("llama")  # prompt_tokens is 4
+    model = shared("llama")  # prompt_tokens is 4
     torch.testing.assert_close(_in_parts(model, 5, 6, PROMPT), _in_parts(model, PROMPT))
     with pytest.raises(LamellaError, match="decided by the first 3 tokens"):
         _in_parts(model, 3, PROMPT)

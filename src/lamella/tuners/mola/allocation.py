@@ -68,7 +68,7 @@ def _parse_shape(shape: str) -> tuple[int, ...]:
     parts = shape.split("-")
     if not all(part.isdigit() for part in parts):
         raise LamellaError(
-            f"num_experts={shape!r} is no shape; use one of {', '.join(SHAPES)}, or numbers such as '2-4-6-8'."
+            f"num_experts={shape!r} is not a shape; use one of {', '.join(SHAPES)}, or numbers such as '2-4-6-8'."
         )
     groups = tuple(int(part) for part in parts)
     _refuse_below_one(groups, shape)

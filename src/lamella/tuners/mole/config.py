@@ -155,8 +155,8 @@ class MoleConfig(LamellaConfig):
     def _check_together(self) -> None:
         if self.target_modules is not None:
             raise LamellaError(
-                f"target_modules={self.target_modules!r} is no setting of MOLE: the LoRAs say which modules they adapt."
-                " Leave modules out with exclude_modules or layers_to_transform."
+                f"target_modules={self.target_modules!r} is not a setting of MOLE: the LoRAs say which modules they "
+                "adapt. Leave modules out with exclude_modules or layers_to_transform."
             )
         if (self.router_input == "flatten") != (self.flatten_length is not None):
             raise LamellaError(

@@ -1,11 +1,11 @@
 """Keys and values of MoLEx's guests, kept in the model's own cache.
 
-A guest that runs at depth t attends to what it saw at depth t before, and its keys are none that block t or the guest
-in its own place has computed. So a cache of T blocks gets T more layers: slot T + t holds the guests of depth t. It
-holds the whole batch, each row written by the guest chosen for that row; with k guests per row (top-k) their heads lie
-side by side. A slot is a layer of the same kind as slot t, so the masks that the model makes fit it, and it lies among
-the cache's own layers, so whatever is done to the cache (beam search, crop, reset, copying) is done to the slot. Which
-guests were chosen, ``lamella.tuners.cache`` keeps beside them.
+A guest that runs at depth t attends to what it saw at depth t before, and its keys are not those that block t or the
+guest in its own place has computed. So a cache of T blocks gets T more layers: slot T + t holds the guests of depth t.
+It holds the whole batch, each row written by the guest chosen for that row; with k guests per row (top-k) their heads
+lie side by side. A slot is a layer of the same kind as slot t, so the masks that the model makes fit it, and it lies
+among the cache's own layers, so whatever is done to the cache (beam search, crop, reset, copying) is done to the slot.
+Which guests were chosen, ``lamella.tuners.cache`` keeps beside them.
 """
 
 import copy

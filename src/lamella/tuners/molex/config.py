@@ -112,7 +112,7 @@ class MolexConfig(LamellaConfig):
             self.check("candidates", unlike, "at least one block, each once, by its index counted from 0")
         if self.target_modules is not None:
             raise LamellaError(
-                f"target_modules={self.target_modules!r} is no setting of MoLEx, which takes whole blocks. Name the "
+                f"target_modules={self.target_modules!r} is not a setting of MoLEx, which takes whole blocks. Name the "
                 "linear modules in lora=LoraConfig(target_modules=...), and the blocks in layers_to_transform."
             )
         if self.alpha_mode == "learned" and self.alpha in (0, 1):

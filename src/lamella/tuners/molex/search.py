@@ -73,7 +73,7 @@ def best_fixed_layer(
         for module, training in modes:
             module.training = training
     if not losses:
-        raise LamellaError("The loss is no finite number with any block as guest; check the batches and the loss.")
+        raise LamellaError("The loss is not finite with any block as guest; check the batches and the loss.")
     return min(losses, key=lambda layer: losses[layer])
 
 
