@@ -71,7 +71,7 @@ def _under_noise(
 ) -> None:
     from lamella.lab.pages import robustness_report
     from lamella.lab.report.report import write_report
-    from lamella.lab.robustness.robustness import check_folder, robustness, strengths_of
+    from lamella.lab.robustness.comparison import check_folder, robustness, strengths_of
 
     if output is not None:
         check_folder(output)

@@ -16,7 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lamella.lab.robustness.robustness import Robustness
+    from lamella.lab.robustness.comparison import Robustness
     from lamella.lab.runs.evaluating import Evaluation
 
 # people read standard error while a program reads standard output

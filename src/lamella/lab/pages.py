@@ -10,7 +10,7 @@ import pandas as pd
 from lamella.findings import Diagnosis
 from lamella.lab.report.report import Report
 from lamella.lab.report.tokens import token_texts
-from lamella.lab.robustness.robustness import Robustness
+from lamella.lab.robustness.comparison import Robustness
 from lamella.lab.runs.callbacks import entropy_over_training
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.evaluating import Traced, trace

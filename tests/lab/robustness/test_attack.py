@@ -5,7 +5,7 @@ from tests import tiny
 from torch import nn
 
 from lamella.errors import LamellaError
-from lamella.lab.robustness import changed_embeddings, gaussian_noise, input_embeddings, pgd
+from lamella.lab.robustness.noise import changed_embeddings, gaussian_noise, input_embeddings, pgd
 
 ROWS = [0, 1, 2]
 

@@ -5,7 +5,7 @@ from tests import tiny
 from torch import nn
 
 from lamella.errors import LamellaError
-from lamella.lab.robustness import changed_embeddings, embedding_rms, input_embeddings
+from lamella.lab.robustness.noise import changed_embeddings, embedding_rms, input_embeddings
 
 
 def hooks(model):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamella.errors import LamellaError
-from lamella.lab.robustness import gaussian_noise, replaced_tokens, touched_tokens
+from lamella.lab.robustness.noise import gaussian_noise, replaced_tokens, touched_tokens
 
 SPECIAL = torch.tensor([0, 2, 3])
 HIDDEN = 16

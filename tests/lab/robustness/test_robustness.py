@@ -6,8 +6,8 @@ import pytest
 from tests.lab.tiny_runs import question_task, tiny_settings
 
 from lamella.errors import LamellaError
+from lamella.lab.robustness.comparison import check_folder, robustness, strengths_of
 from lamella.lab.robustness.noisy import NOISES, noisy_scores
-from lamella.lab.robustness.robustness import check_folder, robustness, strengths_of
 from lamella.lab.runs.evaluating import evaluate
 from lamella.lab.runs.run import train
 from lamella.lab.runs.trained import load_trained
@@ -188,7 +188,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(runs, tmp_path):
     check_folder(tmp_path / "new")
 
 
-@pytest.mark.real
+@pytest.mark.heavy
 def test_minilm_loses_more_the_more_it_is_disturbed(tmp_path):
     limit = {"train": 1600, "validation": 50, "test": 50}
     run = train(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.lab.data import Task
 from lamella.lab.data.models import is_decoder
-from lamella.lab.robustness import (
+from lamella.lab.robustness.noise import (
     changed_embeddings,
     gaussian_noise,
     input_embeddings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,9 +17,9 @@ import pandas as pd
 from lamella.errors import LamellaError
 from lamella.files import whole
 from lamella.lab.robustness.noisy import NoiseKind, check_strengths, noise_kind, noisy_scores
-from lamella.lab.runs.trained import Place, Trained, find_trained, load_trained
+from lamella.lab.runs.trained import Trained, find_trained, load_trained
 from lamella.lab.scoring import Columns, score, selection
-from lamella.statistics import paired_interval
+from lamella.statistics import contrast
 
 _FEWEST_SEEDS = 5  # of the protocol
 
@@ -36,9 +37,9 @@ class Robustness:
         frame: a row per run, strength, noise seed and metric: run, method, noise, strength, seed, metric, value. At
             strength 0 there is no noise, and every seed has the plain score.
         differences: a row per run but the first and strength: run, method, against, noise, strength, measure,
-            difference, low, high, p. The difference is this run's mean minus the first's, its 95 % interval from the
-            paired bootstrap over examples and noise seeds. Measure: accuracy, mean_squared_error, or for language
-            models loss, in nats per token.
+            difference, low, high, p. The difference is this run's mean minus the first's, with the 95 % interval and
+            p of `lamella.statistics.contrast` over examples and noise seeds. Measure: accuracy, mean_squared_error, or
+            for language models loss, in nats per token.
         sizes: parameters that training changed, by method.
         notes: what was cut, dropped or is short of the protocol.
     """
@@ -118,20 +119,22 @@ class _Scored:
     """One run under all its noise.
 
     Attributes:
+        run: which one.
         task: its name.
         metric: the task's own.
-        metrics: every metric by (strength, seed).
-        examples: score of each example by strength, (seeds, examples).
+        metrics: every metric by strength and seed.
+        examples: the score of each example, ``(examples,)``, by strength and seed.
         measure: what the mean of these scores is.
         read: the labels of the examples, or how many tokens each predicts.
         size: parameters that training changed.
         notes: what reading the rows cut or dropped.
     """
 
+    run: _Run
     task: str
     metric: str
     metrics: dict[tuple[float, int], dict[str, float]]
-    examples: dict[float, npt.NDArray[np.float64]]
+    examples: dict[float, dict[int, npt.NDArray[np.float64]]]
     measure: str
     read: npt.NDArray[Any]
     size: int
@@ -178,9 +181,9 @@ def robustness(
         # one model at a time is in memory
         trained = load_trained(run.path, task, base)
         scored.append(_scored(run, trained, kind, tried, seeds, split, starting))
-        _check_pairs(runs[0], scored[0], run, scored[-1])
+        _check_pairs(scored[0], scored[-1])
     first = scored[0]
-    notes = [f"{run.name}: {note}" for run, one in zip(runs, scored, strict=True) for note in one.notes]
+    notes = [f"{one.run.name}: {note}" for one in scored for note in one.notes]
     if seeds < _FEWEST_SEEDS:
         notes.append(f"{seeds} noise seed(s) were drawn; the protocol asks for at least {_FEWEST_SEEDS}.")
     return Robustness(
@@ -189,9 +192,9 @@ def robustness(
         rows=len(first.read),
         metric=first.metric,
         noise=kind,
-        frame=_frame(runs, scored, kind),
-        differences=_differences(runs, scored, kind),
-        sizes={run.method: one.size for run, one in zip(runs, scored, strict=True)},
+        frame=_frame(scored, kind),
+        differences=_differences(scored, kind),
+        sizes={one.run.method: one.size for one in scored},
         notes=tuple(notes),
     )
 
@@ -236,16 +239,14 @@ def _runs(paths: Sequence[Path], task: str | None) -> list[_Run]:
             f"Scores of different tasks cannot be compared: {one}, {two}. Give runs of one task, or name one that fits "
             "them all with --task."
         )
-    methods = [_method(place, name) for place, name in zip(places, names, strict=True)]
+    methods = [
+        place.settings.method.name if place.settings else name for place, name in zip(places, names, strict=True)
+    ]
     same = Counter(methods)
     return [
         _Run(path, name, f"{method} · {name}" if same[method] > 1 else method)
         for path, name, method in zip(paths, names, methods, strict=True)
     ]
-
-
-def _method(place: Place, name: str) -> str:
-    return str(place.settings.method.name) if place.settings else name
 
 
 def _scored(
@@ -260,23 +261,22 @@ def _scored(
     rows, encoded = trained.rows(split)
     starting(f"{run.method}, no noise")
     plain = score(trained.model, trained.task, rows, encoded.collator, trained.place.reading.eval_batch_size)
-    metrics, examples = {}, {}
-    for strength in strengths:
-        found = []
-        for seed in range(seeds):
-            if strength > 0.0:
-                starting(f"{run.method}, {kind.symbol} {strength:g}, seed {seed}")
-                found.append(noisy_scores(trained, rows, encoded.collator, kind, strength, seed))
-            else:
-                found.append(plain)
-            metrics[strength, seed] = found[-1].metrics
-        examples[strength] = np.stack([_examples(scores.columns)[1] for scores in found])
+    metrics: dict[tuple[float, int], dict[str, float]] = {}
+    examples: dict[float, dict[int, npt.NDArray[np.float64]]] = {}
+    for strength, seed in itertools.product(strengths, range(seeds)):
+        scores = plain
+        if strength > 0.0:
+            starting(f"{run.method}, {kind.symbol} {strength:g}, seed {seed}")
+            scores = noisy_scores(trained, rows, encoded.collator, kind, strength, seed)
+        metrics[strength, seed] = scores.metrics
+        measure, examples.setdefault(strength, {})[seed] = _examples(scores.columns)
     return _Scored(
+        run=run,
         task=trained.task.name,
         metric=selection(trained.task).name,
         metrics=metrics,
         examples=examples,
-        measure=_examples(plain.columns)[0],
+        measure=measure,
         read=plain.columns["label" if "label" in plain.columns else "tokens"],
         size=trained.size,
         notes=encoded.notes,
@@ -291,32 +291,35 @@ def _examples(columns: Columns) -> tuple[str, npt.NDArray[np.float64]]:
     return "loss", columns["nll"].astype(np.float64) / columns["tokens"].mean()  # so the mean is the loss per token
 
 
-def _check_pairs(first: _Run, one: _Scored, other: _Run, two: _Scored) -> None:
+def _check_pairs(one: _Scored, two: _Scored) -> None:
     if np.array_equal(one.read, two.read):
         return
     counts = f"{len(one.read):,} rows and {len(two.read):,}"
     raise LamellaError(
-        f"{first.name} and {other.name} read {one.task} differently ({counts}, or other labels or tokens in them), so "
-        "their scores cannot be paired. Compare runs with one tokenizer and the same max_length and packing."
+        f"{one.run.name} and {two.run.name} read {one.task} differently ({counts}, or other labels or tokens in them), "
+        "so their scores cannot be paired. Compare runs with one tokenizer and the same max_length and packing."
     )
 
 
-def _frame(runs: Sequence[_Run], scored: Sequence[_Scored], kind: NoiseKind) -> pd.DataFrame:
+def _frame(scored: Sequence[_Scored], kind: NoiseKind) -> pd.DataFrame:
     rows = [
-        (run.name, run.method, kind.name, strength, seed, metric, value)
-        for run, one in zip(runs, scored, strict=True)
+        (one.run.name, one.run.method, kind.name, strength, seed, metric, value)
+        for one in scored
         for (strength, seed), metrics in one.metrics.items()
         for metric, value in metrics.items()
     ]
     return pd.DataFrame(rows, columns=["run", "method", "noise", "strength", "seed", "metric", "value"])
 
 
-def _differences(runs: Sequence[_Run], scored: Sequence[_Scored], kind: NoiseKind) -> pd.DataFrame:
+def _differences(scored: Sequence[_Scored], kind: NoiseKind) -> pd.DataFrame:
+    first, *others = scored
     rows = []
-    for run, one in zip(runs[1:], scored[1:], strict=True):
-        for strength, examples in one.examples.items():
-            found = paired_interval(examples, scored[0].examples[strength])
-            place = (run.name, run.method, runs[0].method, kind.name, strength, one.measure)
-            rows.append((*place, found.difference, found.low, found.high, found.p_value))
+    for strength in first.examples:
+        by_name = {one.run.name: one.examples[strength] for one in scored}
+        found = {made.first: made for made in contrast(by_name, [(one.run.name, first.run.name) for one in others])}
+        for one in others:
+            made = found[one.run.name]
+            place = (one.run.name, one.run.method, first.run.method, kind.name, strength, one.measure)
+            rows.append((*place, made.interval.difference, made.interval.low, made.interval.high, made.p_value))
     names = ["run", "method", "against", "noise", "strength", "measure", "difference", "low", "high", "p"]
     return pd.DataFrame(rows, columns=names)
