@@ -51,7 +51,7 @@ class Aligner(nn.Module):
             LamellaError: the aligner is not linear.
         """
         raise LamellaError(
-            f"A {self.kind} aligner is no matrix and cannot be folded into an expert's weights; "
+            f"A {self.kind} aligner is not linear and cannot be folded into an expert's weights; "
             'train a "linear" or a "low-rank" one.'
         )
 

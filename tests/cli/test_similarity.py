@@ -239,8 +239,8 @@ def test_one_way_swaps_go_both_orders_and_so_do_their_shifts(text, tmp_path, mon
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--unit", "head"], "unit='head' is none of expert, router"),
-        (["--metric", "bleu"], "metric='bleu' is none of nll, accuracy"),
+        (["--unit", "head"], "unit='head' is not one of expert, router"),
+        (["--metric", "bleu"], "metric='bleu' is not one of nll, accuracy"),
     ],
 )
 def test_units_and_metrics_that_are_not_there_are_refused(words, sentence, text, tmp_path, monkeypatch, capsys):

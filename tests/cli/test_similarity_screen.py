@@ -47,4 +47,4 @@ def test_measures_can_be_named(study, monkeypatch, capsys):
     assert found == ["weight_distance"] == list(medians)
     assert "left out" not in said
     assert run(monkeypatch, "screen", study, "--measure", "angle") == 2
-    assert "'angle' is no measure" in " ".join(capsys.readouterr().err.split())
+    assert "'angle' is not a measure" in " ".join(capsys.readouterr().err.split())

@@ -187,7 +187,7 @@ def _stacks_by_structure(model: nn.Module, lists: dict[str, nn.ModuleList], mode
         )
     size = {name: sum(p.numel() for p in lists[name].parameters()) for name in candidates}
     largest = max(size.values())
-    found = f"structure (model_type={model_type!r} is no known family)"
+    found = f"structure (model_type={model_type!r} is not a known family)"
     return [
         Stack(name, "decoder" if "decoder" in name else "encoder", len(lists[name]), found)
         for name in candidates

@@ -183,9 +183,9 @@ def swap_parts(
 ) -> pd.DataFrame:
     """Swaps units and measures; the table holds swaps measured before too. Also what the routers choose after them."""
     if unknown := [one for one in units if one not in get_args(Unit)]:
-        raise LamellaError(f"unit={unknown[0]!r} is none of {', '.join(get_args(Unit))}.")
+        raise LamellaError(f"unit={unknown[0]!r} is not one of {', '.join(get_args(Unit))}.")
     if metric not in get_args(Metric):
-        raise LamellaError(f"metric={metric!r} is none of {', '.join(get_args(Metric))}.")
+        raise LamellaError(f"metric={metric!r} is not one of {', '.join(get_args(Metric))}.")
     if metric == "accuracy" and texts.writes and not texts.label_tokens:
         raise LamellaError(
             f"{study.subject.model} writes its answers, and its tokenizer has no token <|NAME|> for every label of "

@@ -1,4 +1,4 @@
-"""The folder of one study of expert similarity: where each step keeps what it found, and of what model and text."""
+"""The folder of one study of expert similarity: where each step writes its tables, and of what model and text."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def bad(frame, **columns):
         (lambda t: pd.concat([t, t.assign(aligner="low-rank")]), {"measure": "nmse"}, "several aligners"),
         (lambda t: None, {}, "give it as similarity"),
         (lambda t: t, {"method": "usage"}, "give capture="),
-        (lambda t: t, {"method": "beauty"}, "none of similarity"),
+        (lambda t: t, {"method": "beauty"}, "not one of similarity"),
         (lambda t: t, {"aligner": partial(aligners, "linear")}, "merge=False"),
         (lambda t: t, {"aligner": lambda pairs: {}, "merge": False}, "no aligner from"),
         (lambda t: t, {"aligner": partial(aligners, "linear"), "merge": False, "budget": 0.3}, "cannot be reached"),

@@ -205,7 +205,7 @@ def test_a_decision_does_not_depend_on_batch_mates_or_padding():
         ([(0, 0)], {"what": "asleep"}, "asleep"),
         ([(0, 0)], {"what": "full"}, "capacity="),
         ([(0, 0)], {"capacity": 2}, "capacity="),
-        ([(0, 0)], {"what": "full", "capacity": -1}, "no number of tokens"),
+        ([(0, 0)], {"what": "full", "capacity": -1}, "not a number of tokens"),
         ([(0, 0)], {"what": "full", "capacity": 1, "first": "beauty"}, "beauty"),
     ],
 )

@@ -68,7 +68,7 @@ def test_only_the_measures_asked_for(model):
     frame = screen(DrawnCapture(model), model, measures=["floor"])
     assert frame["floor"].notna().all()
     assert frame[["cka_distance", "weight_distance", "coactivation"]].isna().all().all()
-    with pytest.raises(LamellaError, match="'speed' is no measure"):
+    with pytest.raises(LamellaError, match="'speed' is not a measure"):
         screen(DrawnCapture(model), model, measures=["floor", "speed"])
 
 

@@ -114,7 +114,7 @@ def test_what_cannot_be_scored_is_refused():
     for given, batches, metric, told in (
         (model, [], "nll", "no texts"),
         (model, [inputs()], "accuracy", "Accuracy needs labels"),
-        (model, [inputs()], "bleu", "'bleu' is none of nll, accuracy"),
+        (model, [inputs()], "bleu", "'bleu' is not one of nll, accuracy"),
         (model, [inputs(tokens=1)], "nll", "No token"),
         (switch, [inputs()], "nll", "with labels"),
     ):

@@ -344,7 +344,7 @@ def test_what_is_not_there_is_refused():
     assert "experts 0 to 3, not 4" in refused(mixtral, (0, 4), (1, 0))
     assert "(layer, expert)" in refused(mixtral, 0, 1)
     assert "blocks 0 to 2" in refused(mixtral, 0, 3, "block")
-    assert "'layer' is none of" in refused(mixtral, 0, 1, "layer")
+    assert "'layer' is not one of" in refused(mixtral, 0, 1, "layer")
     with pytest.raises(LamellaError, match="has no experts"):
         expert_pairs(deepseek, 0, 1)
 

@@ -81,7 +81,7 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            LamellaError: there is none, or it is no manifest of this format.
+            LamellaError: there is none, or it is not a manifest of this format.
         """
         path = folder / NAME
         if not path.is_file():

@@ -42,7 +42,7 @@ def beyond_controls(frame: pd.DataFrame) -> pd.DataFrame:
         With many rows some are beyond by chance: one in forty for each control where nothing differs.
 
     Raises:
-        LamellaError: the frame is no alignment.
+        LamellaError: the frame is not an alignment.
     """
     controls = ("mean", "identity", "random")
     if missing := [name for name in controls if f"over_{name}" not in frame.columns]:

@@ -18,7 +18,7 @@ from lamella.similarity.pairs import Name
 if TYPE_CHECKING:
     from lamella.similarity.activations import Capture
 
-MINIMUM = 32  # samples under which an expert is no source
+MINIMUM = 32  # samples under which an expert is not a source
 STOP_SHARE = 0.2  # of the training documents, for early stopping
 FEWEST_DOCUMENTS = 5  # held out, under which there is no interval
 DRAWS = 1000

@@ -160,7 +160,7 @@ def choose_measure(table: pd.DataFrame, measure: str | None, aligned: bool) -> s
     """The column to go by: of an alignment the error with aligner or with none, of a screen the CKA distance.
 
     Raises:
-        LamellaError: the table is no table of ordered pairs, or lacks the column.
+        LamellaError: the table is not a table of ordered pairs, or lacks the column.
     """
     if missing := [name for name in NAMES if name not in table.columns]:
         raise LamellaError(

@@ -168,9 +168,11 @@ def check_arguments(budgets: Sequence[float], settings: Settings) -> None:
         LamellaError: a budget outside 0 to 1, an unknown method, or an aligner for merged experts.
     """
     if wrong := [budget for budget in budgets if not 0 < budget <= 1]:
-        raise LamellaError(f"budget={wrong[0]} is no share of the experts' parameters to keep; give 0 < budget <= 1.")
+        raise LamellaError(
+            f"budget={wrong[0]} is not a share of the experts' parameters to keep; give 0 < budget <= 1."
+        )
     if settings.method not in METHODS:
-        raise LamellaError(f"method={settings.method!r} is none of {', '.join(METHODS)}.")
+        raise LamellaError(f"method={settings.method!r} is not one of {', '.join(METHODS)}.")
     if settings.merge and settings.aligner is not None:
         raise LamellaError(
             "An aligner was trained for an expert as it is, not for an average; give merge=False with it."

@@ -107,14 +107,14 @@ def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFra
         and largest (the largest share that was tried). Ratios and ends are means over seeds.
 
     Raises:
-        LamellaError: the frame is no compression curve, or ``within`` is negative.
+        LamellaError: the frame is not a compression curve, or ``within`` is negative.
     """
     import pandas as pd
 
     if missing := [name for name in COLUMNS if name not in frame.columns]:
         raise LamellaError(f"The table lacks the column {missing[0]}; give the result of compression_curve.")
     if not within >= 0:
-        raise LamellaError(f"within={within} is no rise of perplexity; 0.01 is 1 %.")
+        raise LamellaError(f"within={within} is not a rise of perplexity; 0.01 is 1 %.")
     rows = []
     for (method, domain), part in frame.groupby(["method", "domain"], sort=False):
         means = part.groupby("budget")[["ratio", "low", "high"]].mean().sort_index(ascending=False)

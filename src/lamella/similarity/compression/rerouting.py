@@ -236,7 +236,7 @@ class Overflow:
         if (self.what == "full") != (self.capacity is not None):
             raise LamellaError('capacity= says when an expert is full: give it with what="full", and only then.')
         if self.capacity is not None and self.capacity < 0:
-            raise LamellaError(f"capacity={self.capacity} is no number of tokens; give 0 or more.")
+            raise LamellaError(f"capacity={self.capacity} is not a number of tokens; give 0 or more.")
         if len(set(self.experts)) < len(self.experts):
             raise LamellaError("An expert is named twice among those that are closed; name each once.")
 

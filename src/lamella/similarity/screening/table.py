@@ -77,7 +77,7 @@ def screen(
     pd = optional_module("pandas", "A screen of pairs")
 
     if unknown := sorted(set(measures) - set(MEASURES)):
-        raise LamellaError(f"{unknown[0]!r} is no measure of the screen; choose among {', '.join(MEASURES)}.")
+        raise LamellaError(f"{unknown[0]!r} is not a measure of the screen; choose among {', '.join(MEASURES)}.")
     capture.check(model)
     layers = {layer.index: layer for layer in moe_layers(model)}
     ordered = all_pairs(capture.experts) if pairs is None else check_pairs(pairs, capture.experts)

@@ -48,7 +48,7 @@ def swap(
 
     Raises:
         LamellaError: no such layer or expert, the two are built differently, tied weights, an aligner before a unit
-            that is no expert, one aligner for an exchange.
+            that is not an expert, one aligner for an exchange.
     """
     first, second = find_part(model, unit, a), find_part(model, unit, b)
     with _swapped(model, first, second, exchange, aligner):

@@ -65,7 +65,7 @@ def text_scores(
         LamellaError: an unknown metric, no texts, nothing to predict, labels missing, logits that are not finite.
     """
     if metric not in get_args(Metric):
-        raise LamellaError(f"metric={metric!r} is none of {', '.join(get_args(Metric))}.")
+        raise LamellaError(f"metric={metric!r} is not one of {', '.join(get_args(Metric))}.")
     device = next(model.parameters()).device
     allowed = None if choices is None else torch.tensor(choices, device=device)
     parts = []

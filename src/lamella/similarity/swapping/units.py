@@ -24,7 +24,7 @@ class Part:
     Attributes:
         unit: what it is.
         layer: index of its block, counted through the stacks of the model, the encoder's first.
-        expert: which expert of the layer; -1 where the unit is no single expert.
+        expert: which expert of the layer; -1 where the unit is not a single expert.
         modules: the modules it lies in, by dotted name.
         tensors: what it holds, by name.
         moe: the mixture of experts it belongs to; None where it is a block.
@@ -44,13 +44,13 @@ class Part:
 
 
 def find_part(model: nn.Module, unit: Unit, named: Named) -> Part:
-    """The part of that unit at a layer; of a pair (layer, expert) only the layer counts where the unit is no expert.
+    """The part of that unit at a layer; of (layer, expert) only the layer counts where the unit is not an expert.
 
     Raises:
         LamellaError: an unknown unit, a layer or an expert that the model does not have.
     """
     if unit not in get_args(Unit):
-        raise LamellaError(f"unit={unit!r} is none of {', '.join(get_args(Unit))}.")
+        raise LamellaError(f"unit={unit!r} is not one of {', '.join(get_args(Unit))}.")
     layer, expert = named if isinstance(named, tuple) else (named, -1)
     if unit == "block":
         return _block(model, layer)
