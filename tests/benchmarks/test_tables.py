@@ -1,8 +1,10 @@
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as command
 from benchmarks.__main__ import DOCS, main
 from benchmarks.record import Record
 from benchmarks.tables import render, update_page
@@ -63,6 +65,15 @@ def test_the_command_writes_a_record_and_prints_its_tables(tmp_path, capsys):
     assert main(["forms", "widths=[8]", "--quick", "-o", str(tmp_path)]) == 0
     assert "| d=8, E=2 |" in capsys.readouterr().out
     assert Record.read(tmp_path / "bench-forms-cpu.json").settings["widths"] == [8]
+
+
+def test_the_command_writes_the_page(tmp_path, monkeypatch):
+    shutil.copytree(DOCS / "results", tmp_path / "results", ignore=shutil.ignore_patterns("studies", "similarity"))
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    (tmp_path / "performance.md").write_text(page.replace("| mola |", "| another |"), encoding="utf-8")
+    monkeypatch.setattr(command, "DOCS", tmp_path)
+    assert main(["--page"]) == 0
+    assert (tmp_path / "performance.md").read_text(encoding="utf-8") == page
 
 
 def test_the_command_refuses_before_it_starts(tmp_path, capsys):

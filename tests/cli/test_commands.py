@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from tests.cli.conftest import FAST
@@ -105,6 +107,20 @@ def test_an_unexpected_error_is_status_1(lamella, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lamella", "train"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()  # the interpreter prints the traceback and exits with 1
+
+
+def test_the_version_is_that_of_the_package(lamella):
+    assert lamella("--version") == (0, f"lamella {version('lamella')}\n", "")
+
+
+@pytest.mark.parametrize(("what", "name"), [("methods", "demo"), ("compose", "demo-compose")])
+def test_demo_is_a_packaged_study_with_few_rows_if_quick(lamella, monkeypatch, what, name):
+    shown = []
+    monkeypatch.setattr("lamella.cli.demo.run_study", lambda *given, **options: shown.append((given, options)))
+    assert lamella("demo", what, "--quick", "--seeds", "3", "--jobs", "2", "--force")[0] == 0
+    ((_, recipe, folder, jobs), options) = shown[0]
+    assert (folder, jobs, options) == (Path("runs") / name, 2, {"force": True, "json": False})
+    assert {cell.seed for cell in recipe.cells()} == {0, 1, 2}
 
 
 def test_an_interruption_is_a_sentence_and_status_130(lamella, monkeypatch):

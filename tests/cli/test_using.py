@@ -67,6 +67,13 @@ def test_trace_leaves_the_routing_and_a_page(lamella, mola_run, questions, tmp_p
     assert "The doctor has not examined" not in page
 
 
+def test_trace_tells_people_where_it_is(lamella, mola_run, tmp_path):
+    status, out, _ = lamella("trace", mola_run, "--rows", "2", "-o", tmp_path / "trace")
+
+    assert status == 0
+    assert out.splitlines()[-1] == f"Report: {tmp_path / 'trace' / 'report.html'}"
+
+
 @pytest.mark.parametrize("command", ["export", "evaluate", "trace"])
 def test_help_has_an_example(lamella, command):
     status, out, _ = lamella(command, "--help")
