@@ -108,16 +108,3 @@ def test_a_claimed_cell_is_left_to_its_owner(study):
         assert not runner._take(cells[0], folder, (), lambda cell: None)
     with folder.claim(cells[0].key) as mine:
         assert mine
-
-
-def test_processes_give_the_table_of_one(study, tmp_path):
-    grid, cells, folder = study
-    seen = []
-    run_cells(cells, folder, 2, finished=lambda cell: seen.append(cell.key))
-    alone = StudyFolder(tmp_path / "alone")
-    run_cells(cells, alone)
-
-    first, second = summarise(grid, cells, folder), summarise(grid, cells, alone)
-
-    assert sorted(seen) == sorted({cell.key for cell in cells})
-    pd.testing.assert_frame_equal(first.results, second.results)
