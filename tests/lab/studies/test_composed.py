@@ -110,6 +110,7 @@ def test_the_study_says_it_in_words_and_tables(ran, study):
     assert "On 20 test rows of mixture with" in study.summary
     assert "mean accuracy over 2 seed(s): MOLE 0." in study.summary
     assert ", joint LoRA 0." in study.summary
+    assert "only a (" not in study.summary  # figures of many arms are in the table
     table = study.results.set_index(["task", "method"])
     assert table.loc[(MIXTURE, "MOLE"), "difference"] == "reference"
     assert {"floor (linear)", "floor (majority)"} <= set(study.results["method"])

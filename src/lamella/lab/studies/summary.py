@@ -16,12 +16,15 @@ HOW_SURE = (
 
 
 def summary(results: Results, shown: Sequence[str]) -> str:
-    """One paragraph: means of the methods shown, floors, and which methods differ from the reference."""
+    """One paragraph: means of the methods shown, floors, and which methods differ from the reference.
+
+    Where not all methods are shown there are many, and the table alone says by how much they differ.
+    """
     place = f"{results.title} with {results.backbone}"
     if not results.means:
         return f"On {place} nothing was run yet."
     means = [(name, results.means[name]) for name in shown if name in results.means]
-    if shown == results.names:
+    if list(shown) == list(results.names):
         means.sort(key=lambda item: item[1], reverse=results.greater_is_better)
     sizes = [len(one) for own in results.scores.values() for one in own.values()]
     rows = f"{max(sizes):,} test rows of " if sizes and max(sizes) > 1 else ""
@@ -30,15 +33,15 @@ def summary(results: Results, shown: Sequence[str]) -> str:
     text += ", ".join(f"{name} {mean:.3f}" for name, mean in means) + "."
     if floors := [f"{word} {splits['test']:.3f}" for word, splits in results.floors.items() if "test" in splits]:
         text += f" Floors: {', '.join(floors)}."
-    return f"{text} {_against_reference(results)}"
+    return f"{text} {_against_reference(results, figures=list(shown) == list(results.names))}"
 
 
-def _against_reference(results: Results) -> str:
+def _against_reference(results: Results, *, figures: bool) -> str:
     if not results.against_reference:
         return f"No difference from {results.reference} was tested."
     groups: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not significantly different from": []}
     for one in results.against_reference:
         head = "Better than" if results.better(one) else "Worse than"
-        said = f"{one.first} ({one.interval}, p {one.p_value:.3g})"
+        said = f"{one.first} ({one.interval}, p {one.p_value:.3g})" if figures else one.first
         groups[head if one.significant else "Not significantly different from"].append(said)
     return " ".join(f"{head} {results.reference}: {', '.join(said)}." for head, said in groups.items() if said)
