@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -302,31 +299,6 @@ def test_a_layer_that_is_more_than_its_matrix_is_called_as_it_is(folder: Path) -
     plain = compose(tiny.llama(), trained.loras("llama", folder)).eval()
     given = tiny.inputs(tiny.llama())
     torch.testing.assert_close(trained.run(model, given), trained.run(plain, given))
-
-
-def test_a_new_process_loads_the_very_same_model(folder: Path, tmp_path: Path) -> None:
-    tiny.llama().save_pretrained(tmp_path / "llama")
-    base = type(tiny.llama())
-    paths = trained.loras("llama", folder)
-    given = tiny.inputs(tiny.llama())
-    save_file(given, tmp_path / "given.safetensors")
-    expected = {}
-    for embed in (False, True):
-        model = compose(base.from_pretrained(tmp_path / "llama"), paths, MoleConfig(embed_adapters=embed)).eval()
-        trained.sharpen(model)
-        model.save_pretrained(tmp_path / f"embed-{embed}")
-        with torch.no_grad():
-            expected[f"embed-{embed}"] = model(**given).logits
-    program = Path(__file__).with_name("fresh_mole.py")
-    run = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=180, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = load_file(tmp_path / "found.safetensors")
-    for name, logits in expected.items():
-        for way in ("peft", "auto", "transformers"):
-            assert torch.equal(found[f"{name}-{way}"], logits), (name, way)
 
 
 def test_the_public_names() -> None:

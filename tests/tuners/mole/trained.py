@@ -1,5 +1,6 @@
 """Trained LoRAs on disk and compositions of them, the same for the same names."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,21 @@ def loras(kind: str, folder: Path, count: int = 3, layers: int = 2) -> dict[str,
     return {NAMES[i]: lora(kind, folder, i, layers) for i in range(count)}
 
 
+@functools.cache
+def _random(rank: int) -> PeftModel:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False, target_modules=["query", "value"])
+    return get_peft_model(tiny.bert(), config)
+
+
 def random_lora(folder: Path, index: int, rank: int = 4) -> Path:
     """One of many LoRAs of one kind for BERT, each another, written without training."""
-    path, base = folder / f"random-{index}", tiny.bert()
-    torch.manual_seed(1000 + index)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False, target_modules=["query", "value"])
-    get_peft_model(base, config).save_pretrained(path)
+    path, adapted = folder / f"random-{index}", _random(rank)
+    generator = torch.Generator().manual_seed(1000 + index)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    adapted.save_pretrained(path)
     return path
 
 

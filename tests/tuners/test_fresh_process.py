@@ -1,0 +1,61 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tests import tiny
+from tests.tuners.mole import trained
+from transformers import PreTrainedModel
+
+from lamella import MoleConfig, compose
+
+
+def test_a_new_process_loads_the_very_same_models(folder: Path, tmp_path: Path) -> None:
+    """Adapters of each method, in every way in which PEFT and transformers load one."""
+
+    def on_disk(case: str, model: PreTrainedModel) -> PreTrainedModel:
+        model.save_pretrained(tmp_path / case / "base")
+        return type(model).from_pretrained(tmp_path / case / "base")
+
+    models: dict[str, PeftModel] = {
+        f"molex-{name}": tiny.molex(on_disk(f"molex-{name}", tiny.build(name)), top_k=2) for name in tiny.PATHS
+    }
+    models["mola"] = tiny.adapted(on_disk("mola", tiny.llama()), num_experts=[2, 5])
+    head = on_disk("mola-head", tiny.llama_classifier())
+    models["mola-head"] = tiny.adapted(head, router="cosine", task_type="SEQ_CLS")
+    with torch.no_grad():
+        models["mola-head"].get_base_model().score.modules_to_save["default"].weight.mul_(2)
+    for case, embed in (("mole", False), ("mole-embedded", True)):
+        base = on_disk(case, tiny.llama())
+        models[case] = compose(base, trained.loras("llama", folder), MoleConfig(embed_adapters=embed))
+        trained.sharpen(models[case])
+
+    expected: dict[str, torch.Tensor] = {}
+    for case, model in models.items():
+        model.eval().save_pretrained(tmp_path / case / "adapter")
+        given = tiny.inputs(model.get_base_model())
+        save_file(given, tmp_path / case / "given.safetensors")
+        with torch.no_grad():
+            expected[case] = model(**given).logits
+        if model.get_base_model().can_generate():
+            start = {name: tensor for name, tensor in given.items() if not name.startswith("decoder_")}
+            expected[f"{case} says"] = model.generate(**start, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+    program = Path(__file__).with_name("fresh_process.py")
+    run = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = load_file(tmp_path / "found.safetensors")
+    assert {f"{case} {way}" for case in ("mola", "mole", "molex-llama") for way in ("auto", "transformers")} < set(
+        found
+    )
+    assert "mola-head auto" in found
+    assert sum("says" in name for name in found) == 7
+    for name, tensor in found.items():
+        wanted = expected[name if "says" in name else name.split(" ")[0]]
+        assert torch.equal(tensor, wanted), name
