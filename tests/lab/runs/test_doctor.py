@@ -1,6 +1,7 @@
 """Doctor on the folder of a run, and the command."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -20,18 +21,10 @@ from lamella.lab.runs.run import train
 MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
 
 
-@pytest.fixture(scope="module")
-def finished(bert, questions, tmp_path_factory):
-    """A run that is only read."""
-    return train(tiny_settings(bert, questions, MOLA), tmp_path_factory.mktemp("runs") / "mola").folder.path
-
-
 @pytest.fixture
-def run(finished, tmp_path):
+def run(finished_run, tmp_path):
     """A copy to plant faults in."""
-    import shutil
-
-    return shutil.copytree(finished, tmp_path / "run")
+    return shutil.copytree(finished_run(MOLA).folder.path, tmp_path / "run")
 
 
 def codes(diagnosis):
@@ -68,10 +61,8 @@ def test_a_healthy_run_has_no_finding(run):
 
 
 @pytest.mark.parametrize("method", ["head", "lora", "prompt-tuning", "full"])
-def test_runs_without_routers_have_no_finding(bert, questions, run_folder, method, monkeypatch):
-    result = train(tiny_settings(bert, questions, method), run_folder)
-
-    assert_healthy(result, monkeypatch)
+def test_runs_without_routers_have_no_finding(finished_run, method, monkeypatch):
+    assert_healthy(finished_run(method), monkeypatch)
 
 
 def test_a_decoder_run_has_no_finding(llama, prose, run_folder, monkeypatch):
@@ -136,8 +127,6 @@ def test_a_task_that_is_gone_is_said(run, tmp_path):
 
 
 def test_an_unfinished_run_is_refused(run):
-    import shutil
-
     shutil.rmtree(run / "adapter")
 
     with pytest.raises(LamellaError, match="without a result"):
