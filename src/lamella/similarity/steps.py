@@ -299,7 +299,7 @@ def compress_to_budgets(
     notes = _add_curve(study.folder, curve, settings)
     if closed:
         tell("rerouting")
-        _reroute(study, texts, closed, aligner, capacity)
+        notes += _reroute(study, texts, closed, aligner, capacity)
     if save is not None:
         first = cast(Method, methods[0])
         compress(
@@ -317,8 +317,7 @@ def _add_curve(folder: StudyFolder, curve: pd.DataFrame, settings: dict[str, Any
     rows = curve
     if before is not None and noted == settings:
         key = ["method", "budget", "domain", "seed"]
-        again = pd.MultiIndex.from_frame(before[key]).isin(pd.MultiIndex.from_frame(curve[key]))
-        rows = pd.concat([before[~again], curve], ignore_index=True)
+        rows = pd.concat([_lacking(before, curve, key), curve], ignore_index=True)
     elif before is not None:
         then = "unknown settings" if noted is None else ", ".join(f"{name} {value}" for name, value in noted.items())
         notes = [f"{len(before)} rows of an earlier compression ({then}) are replaced."]
@@ -326,6 +325,12 @@ def _add_curve(folder: StudyFolder, curve: pd.DataFrame, settings: dict[str, Any
     folder.write("compression", rows)
     folder.note("compression", settings)
     return notes
+
+
+def _lacking(before: pd.DataFrame, now: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    """The rows of an earlier table that a new one has no row for."""
+    pd = optional_module("pandas", "A table of a study")
+    return before[~pd.MultiIndex.from_frame(before[key]).isin(pd.MultiIndex.from_frame(now[key]))]
 
 
 def _curves(methods: Sequence[Method], measures: Sequence[str]) -> Iterator[tuple[str, Method, str]]:
@@ -384,8 +389,13 @@ def _most_used(study: Study, close: int) -> list[Name]:
     return [name for layer in sorted(of_layer) for name in of_layer[layer][:close]]
 
 
-def _reroute(study: Study, domains: Domains, closed: Sequence[Name], aligner: str | None, capacity: int | None) -> None:
-    """Closes experts; where no aligner that can be folded was aligned, linear ones go before the most similar as is."""
+def _reroute(
+    study: Study, domains: Domains, closed: Sequence[Name], aligner: str | None, capacity: int | None
+) -> list[str]:
+    """Closes experts, and says what of an earlier table goes.
+
+    Where no aligner that can be folded was aligned, linear ones go before the most similar expert as it is.
+    """
     pd = optional_module("pandas", "A table of rerouting")
     similarity = _rows_of(study.folder, aligner)
     aligned = str(similarity["aligner"].iloc[0])
@@ -400,7 +410,11 @@ def _reroute(study: Study, domains: Domains, closed: Sequence[Name], aligner: st
         for across in ((False, True) if _has_neighbours(similarity, closed) else (True,))
     ]  # fmt: skip
     rows = pd.concat(tables, ignore_index=True)
-    study.folder.write("rerouting", rows[rows["how"] != "none"])
+    rows = rows[rows["how"] != "none"]
+    before = None if study.folder.is_stale("rerouting") else study.folder.table("rerouting")
+    study.folder.write("rerouting", rows)
+    lost = 0 if before is None else len(_lacking(before, rows, ["how", "what", "experts", "domain", "reach"]))
+    return [f"{lost} rows of an earlier rerouting, of other experts or texts, are replaced."] if lost else []
 
 
 def _has_neighbours(similarity: pd.DataFrame, closed: Sequence[Name]) -> bool:

@@ -151,6 +151,15 @@ def test_a_second_compression_stands_beside_the_first_or_says_what_it_replaces(s
     assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["usage"]
 
 
+def test_rerouting_says_what_it_replaces(study, monkeypatch, capsys):
+    quick = ("compress", study, *QUICK, "--method", "usage")
+    for _ in range(2):
+        assert run(monkeypatch, *quick) == 0
+        assert "earlier rerouting" not in capsys.readouterr().out
+    assert run(monkeypatch, *quick, "--close", 2) == 0
+    assert "rows of an earlier rerouting, of other experts or texts, are replaced." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("ratios", "said"),
     [
