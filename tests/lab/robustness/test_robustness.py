@@ -191,9 +191,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(runs, tmp_path):
 @pytest.mark.heavy
 def test_minilm_loses_more_the_more_it_is_disturbed(tmp_path):
     limit = {"train": 1600, "validation": 50, "test": 50}
-    run = train(
-        tiny_settings("minilm", "trec", "lora", max_steps=50, batch_size=32, lr=2e-3, limit=limit), tmp_path / "run"
-    )
+    lora = {"name": "lora", "lora_alpha": 16, "target_modules": "all-linear"}
+    settings = tiny_settings("minilm", "trec", lora, max_steps=50, batch_size=32, lr=2e-3, limit=limit)
+    run = train(settings, tmp_path / "run")
     means = robustness([run.folder.path], "embedding", [0.5, 4.0], seeds=2).means.loc["lora"]
     assert means[0.0] > 0.5
     assert means[4.0] < means[0.5] <= means[0.0] + 0.02
