@@ -1,6 +1,7 @@
 """A layer's own loss reaches the routers with the scale of the task loss, however the trainer builds it."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lamella import LamellaError
-from lamella.routing import collect_losses, loss_scale
+from lamella.routing import collect_losses, find_tracker, loss_scale
+from lamella.tuners.loss_scale import LossScaleCallback
 
 BALANCE = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.01}
 
@@ -70,8 +72,6 @@ def test_num_items_in_batch_gives_this_batch_its_share_of_the_labels() -> None:
 def test_labels_are_counted_as_the_trainer_counts_them(name: str, tmp_path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from lamella.routing import find_tracker
-
     model, _ = model_and_batch(name)
     trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
     tracker = find_tracker(model)
@@ -98,6 +98,19 @@ def test_loss_scale_states_the_scale_of_such_a_loss() -> None:
     # and it is forgotten with the context
     loss_from_logits(model, given).backward()
     tiny.assert_same(tiny.gradients(model), explicit(model, given, lambda task, own: task + own))
+
+
+def test_the_callback_tells_how_a_trainer_scales_a_loss_that_it_builds() -> None:
+    model, given = model_and_batch("llama")
+    callback, settings = LossScaleCallback(), SimpleNamespace(gradient_accumulation_steps=4)
+    scaled = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 8.0))
+    callback.on_step_begin(settings, None, None, model=model, optimizer=scaled)
+    (loss_from_logits(model, given) * 2).backward()
+    tiny.assert_same(tiny.gradients(model), explicit(model, given, lambda task, own: 2 * (task + own)))
+    callback.on_step_begin(settings, None, None, model=model, optimizer=None)
+    assert find_tracker(model).scale == 0.25
+    callback.on_train_end(settings, None, None, model=model)
+    assert find_tracker(model).scale is None
 
 
 def test_loss_scale_needs_an_adapter() -> None:
