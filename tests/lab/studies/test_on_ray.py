@@ -19,7 +19,7 @@ from lamella.lab.runs.folder import RunFolder
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import read_study
-from lamella.lab.studies.runner import work, work_on_ray
+from lamella.lab.studies.runner import run_cells, work, work_on_ray
 from lamella.lab.studies.study import summarise
 
 
@@ -69,7 +69,7 @@ def test_killed_workers_change_nothing(cluster, bert, questions, tmp_path):
     seen = []
 
     work(cells, alone)
-    work_on_ray([mortal, cells[1], cells[3]], there, "auto", lambda job: seen.append(job.key))
+    run_cells([mortal, cells[1], cells[3]], there, ray="auto", finished=lambda job: seen.append(job.key))
 
     assert sorted(seen) == sorted({cell.key for cell in cells})
     tables = []
