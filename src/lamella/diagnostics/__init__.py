@@ -1,1 +1,1 @@
-"""What doctor and preflight examine: one family of checks per file, each adding to an `Examination`."""
+"""doctor and preflight: a family of checks per module, each adding to a `lamella.findings.Examination`."""

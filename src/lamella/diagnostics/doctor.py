@@ -41,7 +41,7 @@ def doctor(
 ) -> Diagnosis:
     """Examines a model with an adapter, an adapter folder in PEFT's format, or the folder of a run.
 
-    Looks for numbers that are none, targets that matched nothing, a balance coefficient without balance loss, routers
+    Looks for NaN and infinity, targets that match nothing, a balance coefficient without balance loss, routers
     without gradient, files that are missing, pickled, unreadable or unknown in a part, an adapter that is not of its
     base, tensors dropped or extra, files that load unequal, and, on real batches or on a run's own trace, for collapsed
     routers, entropy near zero and experts that never fire. What could not be examined is said.

@@ -35,7 +35,7 @@ def examine_roundtrip(model: nn.Module, batch: Mapping[str, Any] | None, examina
     for loading. Without a batch, tensors alone are compared.
     """
     if not isinstance(model, PeftModel) and (hasattr(model, "peft_config") or not isinstance(model, PreTrainedModel)):
-        examination.saw("saved loads equal: not examined, this is no PeftModel and no model of transformers")
+        examination.saw("saved loads equal: not examined, this is neither a PeftModel nor a model of transformers")
         return
     with preserve_state(model), tempfile.TemporaryDirectory() as scratch:
         try:

@@ -1,4 +1,4 @@
-"""Numbers that are none, and targets that matched nothing."""
+"""NaN and infinity in tensors, and targets that match nothing."""
 
 from __future__ import annotations
 
