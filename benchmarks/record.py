@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from benchmarks.equality import Equality
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from lamella.lab.runs.folder import environment
 from lamella.lab.schema import Settings
 from lamella.lab.studies.measuring import Clock, Ratio
@@ -118,7 +118,7 @@ class Record(BaseModel):
 
     def write(self, path: Path) -> None:
         """The record as a JSON file that appears when it is complete."""
-        write_whole(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        write_atomic(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.lab.runs.folder import environment
 from lamella.lab.schema import Settings
 
@@ -65,7 +65,7 @@ def keep(made: Made, name: str, settings: Settings, folder: Path) -> dict[str, A
         **made.log,
         "environment": environment(),
     }
-    with whole(folder) as unfinished:
+    with atomic(folder) as unfinished:
         made.model.save_pretrained(unfinished)
         made.tokenizer.save_pretrained(unfinished)
         for file, content in {"log.json": log, **made.files}.items():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from studies.keep import keep, load_study, study_names
 from studies.page import evidence_page
 from studies.similarity import is_similarity, keep_similarity, kept_similarity
@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> int:
     page = evidence_page(studies, kept_similarity())
     same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
     if not given.check:
-        write_whole(PAGE, page)
+        write_atomic(PAGE, page)
     run, planned = sum(study.run for study in studies), sum(study.planned for study in studies)
     said = "is what the kept rows say" if same or not given.check else "is not what the kept rows say: `make evidence`"
     print(f"{PAGE.name} {said}; {run} of {planned} cells run.")

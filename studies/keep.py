@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 
 from lamella.errors import LamellaError
-from lamella.files import whole, write_whole
+from lamella.files import atomic, write_atomic
 from lamella.lab.methods import Method, read_saved
 from lamella.lab.runs.settings import read_recipe, recipe_names
 from lamella.lab.studies.folder import StudyFolder
@@ -65,7 +65,7 @@ def keep(folder: Path, into: Path = ROWS) -> str:
     tables = {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
     rows = tables["results"][tables["results"]["status"] == "done"]
     machines = sorted({_machine_of(study.run(key)) for key in set(rows["key"])})
-    write_whole(into / f"{name}.yaml", yaml.safe_dump({"study": written, "machines": machines}, sort_keys=False))
+    write_atomic(into / f"{name}.yaml", yaml.safe_dump({"study": written, "machines": machines}, sort_keys=False))
     _write(into / f"{name}.parquet", rows)
     _write(into / f"{name}.examples.parquet", _shown_examples(recipe, tables["examples"]))
     tables["noise"] = _noise(folder, rows)
@@ -113,7 +113,7 @@ def _write(path: Path, table: pd.DataFrame) -> None:
     if table.empty:
         path.unlink(missing_ok=True)
         return
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         table.to_parquet(unfinished, index=False, compression="zstd")
 
 

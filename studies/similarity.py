@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.similarity import largest_compression
 from lamella.similarity.alignment.table import by_aligner
 from lamella.similarity.reliability import control_table, reliability, truth_auc
@@ -51,7 +51,7 @@ def keep_similarity(folder: Path, into: Path = ROWS) -> str:
     if not {"alignment.parquet", "swap.parquet"} & set(found):
         raise LamellaError(f"{folder} has no alignment and no swaps yet, so there is nothing to keep.")
     facts = [f"{name}.json" for name in _FACTS if (folder / f"{name}.json").is_file()]
-    with whole(into / folder.name) as unfinished:
+    with atomic(into / folder.name) as unfinished:
         unfinished.mkdir()
         for name in [*found, *facts]:
             shutil.copyfile(folder / name, unfinished / name)

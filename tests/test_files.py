@@ -2,11 +2,11 @@ import shutil
 
 import pytest
 
-from lamella.files import whole, write_whole
+from lamella.files import atomic, write_atomic
 
 
 def test_a_file_appears_with_its_folder(tmp_path):
-    write_whole(tmp_path / "new" / "one.txt", "text")
+    write_atomic(tmp_path / "new" / "one.txt", "text")
     assert (tmp_path / "new" / "one.txt").read_text(encoding="utf-8") == "text"
 
 
@@ -16,7 +16,7 @@ def test_what_was_there_stays_when_writing_fails_and_nothing_is_left_beside_it(t
     write = {"file": lambda path: path.write_text("old"), "folder": lambda path: path.mkdir()}[kind]
 
     def fails():
-        with whole(target) as unfinished:
+        with atomic(target) as unfinished:
             write(unfinished)
             raise OSError("the disk is full")
 
@@ -29,14 +29,14 @@ def test_what_was_there_stays_when_writing_fails_and_nothing_is_left_beside_it(t
 
 
 def test_another_file_that_cannot_be_read_keeps_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError) as caught, whole(tmp_path / "it") as unfinished:
+    with pytest.raises(FileNotFoundError) as caught, atomic(tmp_path / "it") as unfinished:
         shutil.copyfile(tmp_path / "gone", unfinished)
     assert caught.value.filename == str(tmp_path / "gone")
 
 
 def test_a_folder_takes_the_place_of_another_whole(tmp_path):
     (tmp_path / "it" / "old").mkdir(parents=True)
-    with whole(tmp_path / "it") as unfinished:
+    with atomic(tmp_path / "it") as unfinished:
         (unfinished / "new").mkdir(parents=True)
     assert [path.name for path in (tmp_path / "it").iterdir()] == ["new"]
 
@@ -44,11 +44,11 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path):
 def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):
     (tmp_path / "it" / "old").mkdir(parents=True)
     with pytest.raises(OSError, match="it"):
-        write_whole(tmp_path / "it", "text")
+        write_atomic(tmp_path / "it", "text")
     assert (tmp_path / "it" / "old").is_dir()
 
 
 def test_what_is_written_lies_as_deep_as_it_will(tmp_path):
-    with whole(tmp_path / "it") as unfinished:
+    with atomic(tmp_path / "it") as unfinished:
         unfinished.mkdir()
         assert unfinished.parent == tmp_path

@@ -48,7 +48,7 @@ class Cluster(Generic[Piece]):
     """Pieces of work that one function does on the workers of a cluster, which see the same files at the same paths.
 
     A piece whose worker dies is given to another one, up to `RETRIES` times, so it may be done more than once: the
-    function should leave its result as a file that is there as a whole or not at all.
+    function should write its result atomically, to a file that is complete or not there.
 
     Args:
         ray: from `connected`.

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and the digest of what is read."""
+"""Files and folders written atomically (complete or not at all), and the digest of what is read."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """A path to write a file or a folder to; it takes the place of ``path`` if the block succeeds.
 
     It lies in the same folder, so that what names other files relative to its own place stays right. That folder is
@@ -36,9 +36,9 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    with whole(path) as unfinished:
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with atomic(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lamella.backbones.moe import FAMILIES, Dispatch, explain_unknown, find_moe_layers, watch_dispatch
 from lamella.errors import LamellaError, optional_module
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.routing import RoutedCall, Routing, current_frame, find_tracker
 
 if TYPE_CHECKING:
@@ -250,8 +250,8 @@ class Trace:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(TOKEN_COLUMNS))
 
     def save(self, path: str | Path) -> None:
-        """Writes ``frame`` as Parquet, whole or not at all."""
-        with whole(Path(path)) as unfinished:
+        """Writes ``frame`` as Parquet atomically."""
+        with atomic(Path(path)) as unfinished:
             self.frame.to_parquet(unfinished, index=False)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.routing import untrack_calls
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.group import Group
@@ -112,7 +112,7 @@ class PipelineComposition:
             The folder.
         """
         folder = Path(folder)
-        with whole(folder / ROUTERS) as unfinished:
+        with atomic(folder / ROUTERS) as unfinished:
             save_file({name: own.detach().contiguous() for name, own in self._named().items()}, unfinished)
         self.config.save_pretrained(str(folder))  # last: a folder without it is not a composition
         return folder

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from lamella.aligners import aligner_parameters, aligner_rank
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from lamella.similarity.activations import Capture
 from lamella.similarity.alignment.fitting import BUDGET, pair_bytes
 from lamella.similarity.alignment.run import STEPS
@@ -82,8 +82,8 @@ class Plan:
     align_hours: float
 
     def write(self, path: Path) -> None:
-        """Writes it as JSON, whole or not at all."""
-        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        """Writes it as JSON atomically."""
+        write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def __str__(self) -> str:
         silent = f"; {self.silent} experts were never chosen" if self.silent else ""

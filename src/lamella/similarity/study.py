@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError, optional_module
-from lamella.files import whole, write_whole
+from lamella.files import atomic, write_atomic
 from lamella.similarity.activations import Capture, Manifest
 from lamella.similarity.alignment.table import from_label, with_texts
 
@@ -98,7 +98,7 @@ class StudyFolder:
                 f"{name} {getattr(before, name)!r} there, {getattr(subject, name)!r} here" for name in changed
             )
             raise LamellaError(f"{self.path} holds a study of something else: {differences}. Name another folder.")
-        write_whole(self.path / _NAME, json.dumps(asdict(subject), indent=1) + "\n")
+        write_atomic(self.path / _NAME, json.dumps(asdict(subject), indent=1) + "\n")
 
     def captured(self) -> Capture:
         """The finished capture.
@@ -157,12 +157,12 @@ class StudyFolder:
         return found
 
     def write(self, name: str, table: pd.DataFrame) -> Path:
-        """Keeps a step's table, whole or not at all, and in it of which capture it is."""
+        """Keeps a step's table atomically, and in it of which capture it is."""
         path = self.path / f"{name}.parquet"
         kept = table.copy(deep=False)
         if (identity := self._identity()) is not None:
             kept.attrs = {**table.attrs, _CAPTURE: identity}
-        with whole(path) as unfinished:
+        with atomic(path) as unfinished:
             kept.to_parquet(unfinished, index=False)
         return path
 
@@ -185,8 +185,8 @@ class StudyFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def note(self, name: str, facts: Any) -> None:
-        """Keeps what a step notes, whole or not at all."""
-        write_whole(self.path / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+        """Keeps what a step notes atomically."""
+        write_atomic(self.path / f"{name}.json", json.dumps(facts, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from lamella.lab.report.dots import dot_plots
 from lamella.lab.report.findings import Finding, findings_words, worst_first
 from lamella.lab.report.pages import page_environment
@@ -136,7 +136,7 @@ def write_report(report: Report, path: Path) -> Path:
     """
     page = render(report)
     try:
-        write_whole(path, page)
+        write_atomic(path, page)
     except OSError as error:
         reason = error.strerror or error
         raise LamellaError(

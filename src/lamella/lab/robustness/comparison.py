@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.lab.robustness.noisy import NoiseKind, check_strengths, noise_kind, noisy_scores
 from lamella.lab.runs.trained import Trained, find_trained, load_trained
 from lamella.lab.scoring import Columns, score, selection
@@ -101,7 +101,7 @@ class Robustness:
     def save(self, folder: Path) -> None:
         """Write `frame` and `differences` as Parquet, each whole or not at all."""
         for name, frame in (("robustness.parquet", self.frame), ("differences.parquet", self.differences)):
-            with whole(folder / name) as unfinished:
+            with atomic(folder / name) as unfinished:
                 frame.to_parquet(unfinished)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lamella.diagnostics.usage import DEAD_SHARE
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
 
@@ -107,7 +107,7 @@ class RoutingHistory(TrainerCallback):
         import pandas as pd
 
         if self._frames and state.is_world_process_zero:
-            with whole(self._path) as unfinished:
+            with atomic(self._path) as unfinished:
                 pd.concat(self._frames, ignore_index=True).to_parquet(unfinished, index=False)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.lab.runs.callbacks import routing_summary
 from lamella.lab.runs.trained import Trained, load_trained
 from lamella.lab.scoring import Columns, score, selection
@@ -55,7 +55,7 @@ class Evaluation:
 
     def save_examples(self, path: Path) -> None:
         """Write a row per example as Parquet, whole or not at all; its folder is made."""
-        _write_whole(pd.DataFrame({"split": self.split, **self.columns}), path)
+        _write_atomic(pd.DataFrame({"split": self.split, **self.columns}), path)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Traced:
 
     def save(self, folder: Path) -> None:
         """Write `frame` as ``trace.parquet`` beside `coactivation`, each whole or not at all; the folder is made."""
-        _write_whole(self.frame, folder / "trace.parquet")
-        _write_whole(self.coactivation, folder / "coactivation.parquet")
+        _write_atomic(self.frame, folder / "trace.parquet")
+        _write_atomic(self.coactivation, folder / "coactivation.parquet")
 
 
 def evaluate(path: Path, task: str | None = None, split: str = "test", base: str | None = None) -> Evaluation:
@@ -148,8 +148,8 @@ def _evaluate(trained: Trained, split: str, count: int | None) -> Evaluation:
     )
 
 
-def _write_whole(frame: pd.DataFrame, path: Path) -> None:
-    with whole(path) as unfinished:
+def _write_atomic(frame: pd.DataFrame, path: Path) -> None:
+    with atomic(path) as unfinished:
         frame.to_parquet(unfinished)
 
 

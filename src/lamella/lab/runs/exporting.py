@@ -11,7 +11,7 @@ from typing import Any
 
 from lamella.convert import Collapsed, collapse, export_experts
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.lab.runs.card import public_name
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.trained import load_adapted, load_trained
@@ -123,6 +123,6 @@ def _refuse_existing(output: Path) -> None:
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that appears under its name when the block is done."""
-    with whole(output) as unfinished:
+    with atomic(output) as unfinished:
         unfinished.mkdir()
         yield unfinished

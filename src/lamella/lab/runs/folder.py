@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.version import __version__
 
@@ -105,7 +105,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
-        write_whole(self.path / name, text)
+        write_atomic(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_see
 
 from lamella.diagnostics.preflight import FirstStep, peak_memory, reset_peak_memory
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
@@ -232,7 +232,7 @@ class _Run:
         """Write the run's files; returns the model as it loads from them."""
         frames = [pd.DataFrame({"split": name, **one.columns}) for name, one in scores.items()]
         if frames:
-            with whole(self.place.path / "predictions.parquet") as path:
+            with atomic(self.place.path / "predictions.parquet") as path:
                 pd.concat(frames, ignore_index=True).to_parquet(path)
         card = model_card(self.model, self.backbone, self.task, self.settings, metrics)
         save_trained(self.model, self.settings.method, self.backbone, self.place, card)
@@ -240,7 +240,7 @@ class _Run:
         method = self.settings.method
         equal, loaded = check_saved(self.model, method, self.place, self.settings.model, self.task, batch)
         if lora_experts(loaded):
-            with whole(self.place.path / "redundancy.parquet") as path:
+            with atomic(self.place.path / "redundancy.parquet") as path:
                 redundancy(loaded).to_parquet(path)
         self.place.write_json("metrics.json", metrics | {"saved_equals_loaded": equal})
         self.place.remove_checkpoints()

@@ -12,7 +12,7 @@ from safetensors.torch import load_model
 from transformers import PreTrainedModel
 
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.lab.data import load_backbone
 from lamella.lab.methods import Method
 from lamella.lab.runs.folder import RunFolder
@@ -31,7 +31,7 @@ def save_trained(
 
     An adapter names its base as others know it, not a folder of this machine.
     """
-    with whole(folder.path / _name(model)) as path:
+    with atomic(folder.path / _name(model)) as path:
         if isinstance(model, PeftModel):
             model.active_peft_config.base_model_name_or_path = backbone.published
             method.save(model, path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.lab.data import encode, load_backbone
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.settings import RunSettings
@@ -99,7 +99,7 @@ def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None
             own["key"] = keys
         frames.append(own)
     costs = pd.concat(frames, ignore_index=True)
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         costs.to_parquet(unfinished, index=False)
     return costs.drop(columns="key")
 

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
-from lamella.files import whole, write_whole
+from lamella.files import atomic, write_atomic
 from lamella.lab.data import load_backbone
 from lamella.lab.methods import read_saved
 from lamella.lab.runs.checks import diagnose
@@ -104,7 +104,7 @@ class StudyFolder:
         row = job.carry_out(self, callbacks)
         # of a run that was interrupted the earlier part counts too
         seconds = max(time.perf_counter() - started, row.get("metrics", {}).get("train_seconds", 0.0))
-        write_whole(self._row(job.key), json.dumps({"seconds": seconds, **row}))
+        write_atomic(self._row(job.key), json.dumps({"seconds": seconds, **row}))
 
     def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
         """Run a cell, from its last checkpoint where there is one, and let the doctor examine it."""
@@ -122,7 +122,7 @@ class StudyFolder:
 
     def fail(self, job: Job, reason: str) -> None:
         """Keep why a job cannot be done, so that nobody tries it again in this attempt."""
-        write_whole(self._failure(job.key), reason)
+        write_atomic(self._failure(job.key), reason)
 
     def placed(self, settings: RunSettings) -> RunSettings:
         """Settings with the paths of what other cells made in place of their keys."""
@@ -133,7 +133,7 @@ class StudyFolder:
 
     def write_table(self, path: Path, table: pd.DataFrame) -> None:
         """Write a Parquet file, all of it or nothing."""
-        with whole(path) as unfinished:
+        with atomic(path) as unfinished:
             table.to_parquet(unfinished, index=False)
 
     def adopt(self, cells: Sequence[Cell]) -> list[str]:
@@ -156,7 +156,7 @@ class StudyFolder:
                     adopted.append(wanted.pop(key).label)
                     keys[key], renamed[stem], recognised = stem, key, True
         if adopted:
-            write_whole(self.path / "keys.json", json.dumps(keys, indent=2))
+            write_atomic(self.path / "keys.json", json.dumps(keys, indent=2))
         self._adopt_answers(cells)
         return adopted
 
@@ -166,14 +166,14 @@ class StudyFolder:
             if isinstance(job, Asked) and self.finished(job.cell.key) and not self.finished(job.key):
                 path = self.masked(job.cell.key) if job.masked else self.answers(job.cell.key)
                 if path.is_file() and "metrics" in (self.row(job.cell.key) or {}):
-                    write_whole(self._row(job.key), json.dumps({"seconds": 0.0}))
+                    write_atomic(self._row(job.key), json.dumps({"seconds": 0.0}))
 
     def _keep_base(self, cell: Cell) -> None:
         """The backbone with a trained head as one model, which other cells of that seed are trained on."""
         task = task_of(cell.settings)
         backbone = load_backbone(cell.settings.model, task)
         adapted: Any = cell.settings.method.load(backbone, task, self.run(cell.key) / "adapter")
-        with whole(self.base(cell.key)) as unfinished:
+        with atomic(self.base(cell.key)) as unfinished:
             adapted.merge_and_unload().save_pretrained(unfinished)
             backbone.tokenizer.save_pretrained(unfinished)
 

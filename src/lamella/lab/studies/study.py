@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from lamella.findings import Finding
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.folder import StudyFolder
@@ -80,7 +80,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
     for name, table in measured.tables.items():
         folder.write_table(folder.path / f"{name}.parquet", table)
     said = recipe.model_dump(mode="json")
-    write_whole(folder.path / "study.yaml", yaml.safe_dump(recipe.written(), sort_keys=False))
+    write_atomic(folder.path / "study.yaml", yaml.safe_dump(recipe.written(), sort_keys=False))
     found = results_of(recipe, measured.tables["results"], measured.tables["examples"])
     shown = [results for results in found if not results.part]
     return Study(

@@ -1,4 +1,4 @@
-"""The state of a capture on disk: every checkpoint is there whole or not at all."""
+"""The state of a capture on disk: every checkpoint is written atomically."""
 
 import shutil
 import time
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.similarity.activations.manifest import NAME, Manifest
 from lamella.similarity.activations.reading import Capture
 from lamella.similarity.activations.reservoir import COUNTS, Reservoir
@@ -57,7 +57,7 @@ class Saver:
             return
         started = time.monotonic()
         manifest = replace(manifest, shards=f"{_CHECKPOINT}{manifest.rows_done:012d}")
-        with self._telling(), whole(self._folder / manifest.shards) as unfinished:
+        with self._telling(), atomic(self._folder / manifest.shards) as unfinished:
             unfinished.mkdir()
             for layer, reservoir in reservoirs.items():
                 save_file(reservoir.packed(), unfinished / manifest.shard(Path(), layer).name)
@@ -73,7 +73,7 @@ class Saver:
             for layer, reservoir in reservoirs.items():
                 packed = reservoir.packed()
                 counts[layer] = {name: packed[name] for name in COUNTS}
-                with whole(manifest.shard(self._folder, layer)) as unfinished:
+                with atomic(manifest.shard(self._folder, layer)) as unfinished:
                     save_file(packed, unfinished)
         self._state(manifest)
         return Capture(self._folder, manifest, counts)

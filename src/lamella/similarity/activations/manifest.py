@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 
 NAME = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,8 +73,8 @@ class Manifest:
         return folder / self.shards / f"layer-{layer:03d}.safetensors"
 
     def write(self, folder: Path) -> None:
-        """Writes ``manifest.json``, whole or not at all."""
-        write_whole(folder / NAME, json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
+        """Writes ``manifest.json`` atomically."""
+        write_atomic(folder / NAME, json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError, optional_module
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.similarity.activations.keys import hashed, unit
 from lamella.similarity.activations.manifest import Manifest
 from lamella.similarity.activations.reservoir import COUNTS
@@ -178,9 +178,9 @@ class Capture:
         ]
 
     def write_tables(self) -> None:
-        """Writes `routing` and `coactivation` as Parquet beside the samples, each whole or not at all."""
+        """Writes `routing` and `coactivation` as Parquet beside the samples, each file atomically."""
         for name, table in (("routing", self.routing), ("coactivation", self.coactivation)):
-            with whole(self.folder / f"{name}.parquet") as unfinished:
+            with atomic(self.folder / f"{name}.parquet") as unfinished:
                 table.to_parquet(unfinished, index=False)
 
     def _part(self, name: str, layer: int, expert: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lamella.errors import optional_module
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.similarity.alignment.fitting import Fitted, Settings
 from lamella.similarity.pairs import NAMES, Name
 
@@ -98,8 +98,8 @@ def _texts(frame: pd.DataFrame) -> Sequence[str]:
 
 
 def write_alignment(frame: pd.DataFrame, path: str | Path) -> None:
-    """Writes an alignment as Parquet, its notes in ``attrs`` included, whole or not at all."""
-    with whole(Path(path)) as unfinished:
+    """Writes an alignment as Parquet, its notes in ``attrs`` included; the file is written atomically."""
+    with atomic(Path(path)) as unfinished:
         frame.to_parquet(unfinished, index=False)
 
 

@@ -134,7 +134,7 @@ class Opened:
     captures: tuple[Capture, ...]
 
     def compute(self, work: Work, tile: Tile) -> None:
-        """Aligns the pairs of a tile and writes the result, whole or not at all."""
+        """Aligns the pairs of a tile and writes the result atomically."""
         settings = dict(work.settings)
         if len(self.captures) > 1:
             settings["score_on"] = self.captures[1]

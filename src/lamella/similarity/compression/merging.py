@@ -47,7 +47,7 @@ class Compressed:
     report: Report
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Writes model and report to a new folder, whole or not at all; what experts share is written once.
+        """Writes model and report to a new folder, atomically; what experts share is written once.
 
         Only ``Compressed.load`` opens it: ``from_pretrained``, which knows no shared experts, finds no weights there.
 

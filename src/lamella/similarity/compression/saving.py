@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from lamella.aligners import make_aligner
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.similarity.compression.merging import Report
 from lamella.similarity.compression.pool import AlignedExpert, PooledExperts, StoredExpert
 
@@ -32,7 +32,7 @@ _EVERYWHERE = ("eager", "sdpa", "grouped_mm", "batched_mm")
 def save(
     model: PreTrainedModel, report: Report, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Writes weights, config, manifest and report, and the tokenizer if there is one; whole or not at all."""
+    """Writes weights, config, manifest and report, and the tokenizer if there is one, atomically."""
     refuse_existing(folder)
     name = type(model).__name__
     if not hasattr(transformers, name):
@@ -48,7 +48,7 @@ def save(
         "aliases": aliases,
         "report": report.to_dict(),
     }
-    with whole(folder) as unfinished:
+    with atomic(folder) as unfinished:
         unfinished.mkdir()
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(unfinished)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from lamella.errors import LamellaError, optional_module
-from lamella.files import whole
+from lamella.files import atomic
 from lamella.similarity.swapping.exchange import Aligner, randomised, swap
 from lamella.similarity.swapping.scores import Batch, Metric, TextScores, text_scores
 from lamella.similarity.swapping.units import RANDOM, Named, Swap, Unit
@@ -140,9 +140,9 @@ class _Kept:
         if self._folder is None:
             return
         texts = {"baseline": self._plain.sums, "score": swapped.sums, "weight": swapped.weights}
-        with whole(_texts_file(self._folder, row)) as unfinished:
+        with atomic(_texts_file(self._folder, row)) as unfinished:
             pd.DataFrame(texts).to_parquet(unfinished, index=False)
-        with whole(self._folder / _TABLE) as unfinished:
+        with atomic(self._folder / _TABLE) as unfinished:
             pd.DataFrame(list(self._rows.values()), columns=list(COLUMNS)).to_parquet(unfinished, index=False)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from lamella.adapters import LoraSource, Reference
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from lamella.tuners.config import LamellaConfig
 from lamella.tuners.kinds import Bounds, Coefficient, Count
 from lamella.tuners.mole.router import LOWEST_TEMPERATURE
@@ -150,7 +150,7 @@ class MoleConfig(LamellaConfig):
         written["adapters"] = {
             name: _relative(reference, path.parent).to_dict() for name, reference in references.items()
         }
-        write_whole(path, json.dumps(written, indent=2))
+        write_atomic(path, json.dumps(written, indent=2))
 
     def _check_together(self) -> None:
         if self.target_modules is not None:

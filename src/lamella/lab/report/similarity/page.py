@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from lamella.errors import LamellaError
-from lamella.files import write_whole
+from lamella.files import write_atomic
 from lamella.lab.report.curves import Chart, line_chart, require_columns
 from lamella.lab.report.pages import page_environment
 from lamella.lab.report.similarity.dendrogram import tree
@@ -101,7 +101,7 @@ def render_similarity(report: SimilarityReport) -> str:
 
 def write_similarity(report: SimilarityReport, path: Path) -> None:
     """Writes the page, whole or not at all."""
-    write_whole(path, render_similarity(report))
+    write_atomic(path, render_similarity(report))
 
 
 _CONTENTS = {
