@@ -1,8 +1,8 @@
 """Mixtures of experts along the depth of pretrained transformers.
 
 Importing lamella registers its methods with PEFT, so that ``get_peft_model``, ``PeftModel.from_pretrained`` and
-transformers' ``load_adapter`` know them. The rooms `lamella.similarity` and `lamella.lab` are loaded when they are first
-used.
+transformers' ``load_adapter`` know them. The rooms `lamella.similarity` and `lamella.lab` are loaded when they are
+first used.
 """
 
 from importlib import import_module

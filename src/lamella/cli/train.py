@@ -21,7 +21,9 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A demo model, a hub id or a path.")] = None,
     task: Annotated[str | None, typer.Option(help="A named task, hub:NAME or file:ROWS.")] = None,
-    method: Annotated[str | None, typer.Option(help="head, lora, mola, molex, prompt-tuning or full.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lora, mola, molex, mole, full, head, ..., or a way to compose LoRAs.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Assert the run's effects and estimate its cost; train nothing.")
