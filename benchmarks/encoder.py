@@ -40,7 +40,7 @@ class EncoderSettings(BenchSettings):
 
 @dataclass(frozen=True)
 class Batch:
-    """What every arm is given in every step.
+    """What every method is given in every step.
 
     Attributes:
         input_ids: ``(batch, tokens)``.
@@ -68,7 +68,7 @@ def build_encoder(hidden: int, layers: int) -> BertModel:
     return model
 
 
-def twin(model: BertModel) -> BertModel:
+def clone(model: BertModel) -> BertModel:
     """A copy with the same weights in the same place: where weights lie in memory alone makes several percent."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 

@@ -1,4 +1,4 @@
-"""Arms are compared before they are timed: a form that computes something else has no speed."""
+"""Methods are compared before they are timed: a form that computes something else has no speed."""
 
 from __future__ import annotations
 

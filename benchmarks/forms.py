@@ -94,12 +94,12 @@ def _case(settings: FormsSettings, width: int, num_experts: int) -> Case:
         "sorted": (by_token, "lamella's sorted form"),
         "lora": (lora, f"PEFT LoRA of rank {rank}"),
     }
-    arms = {}
+    methods = {}
     for name, (module, what) in modules.items():
         module.to(settings.device, settings.torch_dtype)
         step = _step(module, x, gradient)
-        arms[name] = Timed(what, step, trainable_parameters(module), partial(_kept, module, x))
-    return measure_case(f"d={width}, E={num_experts}", arms, _PAIRS, equality, settings)
+        methods[name] = Timed(what, step, trainable_parameters(module), partial(_kept, module, x))
+    return measure_case(f"d={width}, E={num_experts}", methods, _PAIRS, equality, settings)
 
 
 def _check_equality(dense: nn.Module, by_token: nn.Module, x: Tensor) -> Equality:

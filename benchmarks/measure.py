@@ -1,4 +1,4 @@
-"""The one way of measuring: every arm of a case in one interleaved run, with what it computes and keeps beside."""
+"""The one way of measuring: every method of a case in one interleaved run, with what it computes and keeps beside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.equality import Equality
-from benchmarks.record import Arm, BenchSettings, Case
+from benchmarks.record import BenchSettings, Case, Method
 from lamella.lab.studies.measuring import clock_for, ratio, time_rounds, using_threads
 
 _Shape = tuple[int, ...]
@@ -44,7 +44,7 @@ class Timed:
 
 def measure_case(
     name: str,
-    arms: Mapping[str, Timed],
+    methods: Mapping[str, Timed],
     pairs: Sequence[tuple[str, str]],
     equality: Equality,
     settings: BenchSettings,
@@ -56,27 +56,28 @@ def measure_case(
 
     Args:
         name: of the case.
-        arms: what is timed, by name.
+        methods: what is timed, by name.
         pairs: which times are divided by which.
-        equality: how nearly the arms agreed, compared before.
+        equality: how nearly the methods agreed, compared before.
         settings: rounds, threads and device.
         rounds, threads: of this case, where it has others.
     """
     clock = clock_for(threads or settings.threads, settings.device)
-    kept = {arm: timed.kept_mb() for arm, timed in arms.items()}
-    flops = {arm: count_flops(timed.step) for arm, timed in arms.items() if timed.block_runs is not None}
+    kept = {method: timed.kept_mb() for method, timed in methods.items()}
+    flops = {method: count_flops(timed.step) for method, timed in methods.items() if timed.block_runs is not None}
+    steps = {method: timed.step for method, timed in methods.items()}
     with using_threads(threads or settings.threads):
-        seconds = time_rounds({arm: timed.step for arm, timed in arms.items()}, rounds or settings.rounds, clock)
+        seconds = time_rounds(steps, rounds or settings.rounds, clock)
     measured = [
-        Arm(
-            name=arm, what=timed.what, trainable_parameters=timed.parameters, seconds=seconds[arm],
-            median_seconds=statistics.median(seconds[arm]), kept_mb=kept[arm],
-            peak_mb=_peak_megabytes(timed, settings.device), flops=flops.get(arm), block_runs=timed.block_runs,
+        Method(
+            name=method, what=timed.what, trainable_parameters=timed.parameters, seconds=seconds[method],
+            median_seconds=statistics.median(seconds[method]), kept_mb=kept[method],
+            peak_mb=_peak_megabytes(timed, settings.device), flops=flops.get(method), block_runs=timed.block_runs,
         )
-        for arm, timed in arms.items()
+        for method, timed in methods.items()
     ]  # fmt: skip
-    ratios = [ratio(seconds, arm, over) for arm, over in pairs]
-    case = Case(name=name, arms=measured, equality=equality, ratios=ratios)
+    ratios = [ratio(seconds, method, over) for method, over in pairs]
+    case = Case(name=name, methods=measured, equality=equality, ratios=ratios)
     return case if threads is None else case.model_copy(update={"threads": threads, "clock": clock})
 
 

@@ -16,12 +16,12 @@ from benchmarks.encoder import (
     EncoderSettings,
     build_batch,
     build_encoder,
+    clone,
     forward,
     kept_by_step,
     loss,
     pass_gradients_to_embeddings,
     train_step,
-    twin,
 )
 from benchmarks.equality import Equality, compare
 from benchmarks.measure import Timed, measure_case
@@ -33,7 +33,7 @@ from lamella.tuners import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 
 _PAIRS = (
-    *((arm, "frozen") for arm in ("lora", "mola", "mola balance off", "naive")),
+    *((method, "frozen") for method in ("lora", "mola", "mola balance off", "naive")),
     ("mola", "lora"),
     ("mola balance off", "lora"),
     ("naive", "mola"),
@@ -56,7 +56,7 @@ class Described(NamedTuple):
 
 
 def run(settings: MolaSettings, say: Say) -> list[Case]:
-    """Compares the outputs and gradients of MoLA and its naive form, then times all arms.
+    """Compares the outputs and gradients of MoLA and its naive form, then times all methods.
 
     Raises:
         LamellaError: MoLA and its naive form differ in float64.
@@ -65,17 +65,17 @@ def run(settings: MolaSettings, say: Say) -> list[Case]:
     say("comparing outputs and gradients in float64")
     equality = check_equality(models["mola balance off"].model, models["naive"].model, batch, settings.device)
     batch = batch.to(settings.device, settings.torch_dtype)
-    arms = {}
+    methods = {}
     for name, (model, what) in models.items():
         model.to(settings.device, settings.torch_dtype)
         kept = partial(kept_by_step, model, batch)
-        arms[name] = Timed(what, train_step(model, batch), trainable_parameters(model), kept)
-    say(f"timing {', '.join(arms)}")
-    return [measure_case("train step", arms, _PAIRS, equality, settings)]
+        methods[name] = Timed(what, train_step(model, batch), trainable_parameters(model), kept)
+    say(f"timing {', '.join(methods)}")
+    return [measure_case("train step", methods, _PAIRS, equality, settings)]
 
 
 def build_models(settings: MolaSettings) -> dict[str, Described]:
-    """The five arms, in float32 on the CPU; ``naive`` has the weights of ``mola balance off``.
+    """The five methods, in float32 on the CPU; ``naive`` has the weights of ``mola balance off``.
 
     They share the frozen weights, so that a change of one's device or precision is a change of all.
     """
@@ -84,13 +84,13 @@ def build_models(settings: MolaSettings) -> dict[str, Described]:
     balanced = _mola(base, settings, balance=MolaConfig.router_aux_loss_coef)
     target = trainable_parameters(balanced)
     rank = _rank_nearest(target, settings)
-    frozen = twin(base)
+    frozen = clone(base)
     pass_gradients_to_embeddings(frozen)
     mixture = f"lamella's MoLA {settings.num_experts}, r={settings.r}, top-{settings.top_k}"
     return {
         "frozen": Described(frozen, "the base, gradients flowing through every layer to the embeddings"),
         "lora": Described(
-            get_peft_model(twin(base), _lora_config(rank)),
+            get_peft_model(clone(base), _lora_config(rank)),
             f"PEFT LoRA of rank {rank}, the nearest to MoLA's {target:,} trainable parameters",
         ),
         "mola": Described(balanced, f"{mixture}, balance loss {MolaConfig.router_aux_loss_coef:g}"),
@@ -107,7 +107,7 @@ def _mola(base: BertModel, settings: MolaSettings, balance: float) -> PeftModel:
         r=settings.r, num_experts=settings.num_experts, top_k=settings.top_k, lora_dropout=settings.dropout,
         router_aux_loss_coef=balance, init_lora_weights=False,
     )  # fmt: skip
-    return get_peft_model(twin(base), config)
+    return get_peft_model(clone(base), config)
 
 
 def _lora_config(rank: int) -> LoraConfig:
@@ -165,7 +165,7 @@ def targets(record: Record) -> Sequence[Target]:
     (case,) = record.cases
     return (
         Target("train step, mola / lora", case.ratio("mola", "lora"), most=1.00),
-        Target("activations kept, mola / lora", case.arm("mola").kept_mb / case.arm("lora").kept_mb, most=1.05),
+        Target("activations kept, mola / lora", case.method("mola").kept_mb / case.method("lora").kept_mb, most=1.05),
         Target("train step, naive / mola", case.ratio("naive", "mola"), least=1.5),
         Target("the same, neither with a balance loss", case.ratio("naive", "mola balance off")),
     )

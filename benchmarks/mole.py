@@ -97,13 +97,13 @@ def _case(settings: MoleSettings, num_loras: int) -> Case:
     x = x.to(settings.device, settings.torch_dtype).requires_grad_()
     gradient, loras = torch.randn_like(x), _side_by_side(peer)
     given = [*peer.parameters(), loras.A, loras.B]
-    arms = {
+    methods = {
         name: Timed(
             _WORDS[name], partial(layer.step, x, gradient), kept_mb=partial(layer.kept_mb, x, given), live_peak=True
         )
         for name, layer in _layers(peer, loras, weights).items()
     }
-    return measure_case(f"K={num_loras}", arms, _PAIRS, equality, settings)
+    return measure_case(f"K={num_loras}", methods, _PAIRS, equality, settings)
 
 
 def _peft_layer(settings: MoleSettings, num_loras: int) -> Linear:
@@ -128,7 +128,7 @@ def _side_by_side(peer: Linear) -> FrozenLoras:
 
 
 def _layers(peer: Linear, loras: FrozenLoras, weights: Mapping[str, Tensor]) -> dict[str, _Layer]:
-    """All arms around the same frozen layer and the same LoRAs."""
+    """All methods around the same frozen layer and the same LoRAs."""
     base = peer.base_layer
     assert isinstance(base, nn.Linear)
     config = XLoraConfig(hidden_size=base.in_features, adapters=dict.fromkeys(peer.lora_A, ""))
@@ -172,11 +172,11 @@ def targets(record: Record) -> Sequence[Target]:
         figures.append(Target(f"{case.name}: mole / frozen, one weight", time, most=_MOST_TIME.get(loras)))
     first, *others = record.cases
     for case in others:
-        for arm in ("mole, by token", "mole, one weight"):
-            peak, least = case.arm(arm).peak_mb, first.arm(arm).peak_mb
+        for method in ("mole, by token", "mole, one weight"):
+            peak, least = case.method(method).peak_mb, first.method(method).peak_mb
             assert peak is not None
             assert least is not None
-            words = f"{case.name}: peak memory, {arm} / the same at {first.name}"
+            words = f"{case.name}: peak memory, {method} / the same at {first.name}"
             figures.append(Target(words, peak / least, most=_MOST_PEAK))
     return figures
 

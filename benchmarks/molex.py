@@ -57,13 +57,13 @@ def run(settings: MolexSettings, say: Say) -> list[Case]:
     check_decisions(models, batch)
     say(f"timing train steps of {', '.join(models)}")
     # A learning rate of 0 does an optimizer's work and leaves every decision as it was checked.
-    arms = {
+    methods = {
         name: _timed(
             one, train_step(one.model.train(), batch, learning_rate=0.0), partial(kept_by_step, one.model, batch)
         )
         for name, one in models.items()
     }
-    cases = [measure_case("train step", arms, _pairs(models), equality, settings)]
+    cases = [measure_case("train step", methods, _pairs(models), equality, settings)]
     # Only on the batch they were made for do sequences disagree; nothing is recomputed without a backward pass.
     agreeing = {name: one for name, one in models.items() if one.calls <= 2 and name != RECOMPUTED}
     for threads in inference_threads(settings):
@@ -79,8 +79,8 @@ def _inference_case(
     check_decisions(models, batch)
     name = f"batch {rows}, {threads} thread{'s' if threads > 1 else ''}"
     say(f"timing forwards, {name}")
-    arms = {arm: _timed(one, _inference(one.model, batch)) for arm, one in models.items()}
-    return measure_case(name, arms, _pairs(models), equality, settings, threads=threads)
+    methods = {method: _timed(one, _inference(one.model, batch)) for method, one in models.items()}
+    return measure_case(name, methods, _pairs(models), equality, settings, threads=threads)
 
 
 def _timed(one: MolexModel, step: Callable[[], object], kept_mb: Callable[[], float] = lambda: 0.0) -> Timed:
@@ -185,16 +185,16 @@ def targets(record: Record) -> Sequence[Target]:
     case = record.cases[0]
     figures = [
         Target(
-            f"train step, {arm.name} / lora", case.ratio(arm.name, "lora"), digits=3,
-            most=_MOST_TIME_BF16 if arm.name == BF16 else _MOST_TIME_PER_RUN * (arm.block_runs or 1.0),
+            f"train step, {method.name} / lora", case.ratio(method.name, "lora"), digits=3,
+            most=_MOST_TIME_BF16 if method.name == BF16 else _MOST_TIME_PER_RUN * (method.block_runs or 1.0),
         )
-        for arm in case.arms
-        if arm.name.startswith("molex") and arm.name != RECOMPUTED
+        for method in case.methods
+        if method.name.startswith("molex") and method.name != RECOMPUTED
     ]  # fmt: skip
-    kept = case.arm(RECOMPUTED).kept_mb / case.arm("lora").kept_mb
+    kept = case.method(RECOMPUTED).kept_mb / case.method("lora").kept_mb
     figures.append(Target(f"activations kept, {RECOMPUTED} / lora", kept, most=_MOST_KEPT_RECOMPUTED, digits=3))
     others = (ratio for ratio in case.ratios if ratio.over != "lora")
-    return [*figures, *(Target(f"train step, {ratio.arm} / {ratio.over}", ratio) for ratio in others)]
+    return [*figures, *(Target(f"train step, {ratio.method} / {ratio.over}", ratio) for ratio in others)]
 
 
 def shape(settings: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertModel
 from typing_extensions import Self
 
-from benchmarks.encoder import SEQUENCE, Batch, EncoderSettings, forward, twin
+from benchmarks.encoder import SEQUENCE, Batch, EncoderSettings, clone, forward
 from benchmarks.naive_molex import copy_loras, naive_molex_copy
 from lamella.errors import LamellaError
 from lamella.routing import Router
@@ -78,11 +78,11 @@ def build_models(settings: MolexSettings, base: BertModel, batch: Batch) -> dict
         base: the frozen encoder.
         batch: on which the sequences of some are to disagree.
     """
-    lora = get_peft_model(twin(base), _lora_config(settings, init=False))
+    lora = get_peft_model(clone(base), _lora_config(settings, init=False))
     one, two = Fraction(1), Fraction(2)
     what = f"PEFT LoRA of rank {settings.r} on query and value, as in all of them"
     models = {"lora": MolexModel(lora, what, one, one)}
-    for count in own_counts(settings.layers):
+    for count in self_counts(settings.layers):
         p = Fraction(count, settings.layers)
         what = _in_words(count, settings.layers)
         models[f"molex p={p}"] = MolexModel(agreeing(settings, base, lora, count), what, two - p, two - p)
@@ -102,7 +102,7 @@ def build_models(settings: MolexSettings, base: BertModel, batch: Batch) -> dict
     return models
 
 
-def own_counts(layers: int) -> list[int]:
+def self_counts(layers: int) -> list[int]:
     """In how many blocks the guest is the block itself, for each model: none, one, half of them, all."""
     return [0, 1, layers // 2, layers]
 
@@ -140,7 +140,7 @@ def disagree(model: PeftModel, batch: Batch, guests: int) -> None:
 
 
 def molex(settings: MolexSettings, base: BertModel, lora: PeftModel, **changes: Any) -> PeftModel:
-    """MoLEx around a twin of ``base``, a linear router in every block, with the weights of ``lora`` inside.
+    """MoLEx around a clone of ``base``, a linear router in every block, with the weights of ``lora`` inside.
 
     Args:
         settings: of the benchmark.
@@ -150,7 +150,7 @@ def molex(settings: MolexSettings, base: BertModel, lora: PeftModel, **changes: 
     """
     inside = _lora_config(settings, init=True)
     config = MolexConfig(**{"alpha": settings.alpha, "router_scope": "per-layer", "lora": inside, **changes})
-    model = get_peft_model(twin(base), config)
+    model = get_peft_model(clone(base), config)
     copy_loras(lora, model)
     return model
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BertModel
 
-from benchmarks.encoder import twin
+from benchmarks.encoder import clone
 from lamella.routing import Router
 from lamella.tuners.mola.layer import MolaLinear
 
@@ -63,14 +63,14 @@ class NaiveMola(nn.Module):
 
 
 def naive_copy(base: BertModel, model: PeftModel) -> BertModel:
-    """A twin of ``base`` with naive layers in place of the MoLA layers of ``model``, with the same weights.
+    """A clone of ``base`` with naive layers in place of the MoLA layers of ``model``, with the same weights.
 
     Args:
         base: the backbone that ``model`` was made from, without adapters.
         model: a PeftModel with an active MoLA adapter.
     """
     adapter = model.active_adapters[0]
-    naive = twin(base)
+    naive = clone(base)
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, MolaLinear):
             parent, _, child = name.rpartition(".")

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import BertModel
 
-from benchmarks.encoder import twin
+from benchmarks.encoder import clone
 from lamella.tuners.molex import MolexBlock
 
 
@@ -51,7 +51,7 @@ class NaiveMolexBlock(nn.Module):
 
 
 def naive_molex_copy(base: BertModel, model: PeftModel) -> PeftModel:
-    """A twin of ``base`` with naive blocks in place of the MoLEx blocks of ``model``, with the same weights.
+    """A clone of ``base`` with naive blocks in place of the MoLEx blocks of ``model``, with the same weights.
 
     Args:
         base: the backbone that ``model`` was made from, without adapters.
@@ -61,7 +61,7 @@ def naive_molex_copy(base: BertModel, model: PeftModel) -> PeftModel:
     theirs = [block for block in model.modules() if isinstance(block, MolexBlock)]
     config = theirs[0].mixtures[adapter].config
     assert isinstance(config.lora, LoraConfig)
-    naive = get_peft_model(twin(base), config.lora)
+    naive = get_peft_model(clone(base), config.lora)
     copy_loras(model, naive)
     layers = naive.get_base_model().encoder.layer
     blocks = list(layers)

@@ -46,8 +46,8 @@ class BenchSettings(Settings):
         return _DTYPES[self.dtype]
 
 
-class Arm(BaseModel):
-    """One of the things timed.
+class Method(BaseModel):
+    """One of the methods timed.
 
     Attributes:
         name: its name in ratios.
@@ -74,25 +74,27 @@ class Arm(BaseModel):
 
 
 class Case(BaseModel):
-    """One interleaved run: its arms, whether they agreed, and how their times relate.
+    """One interleaved run: its methods, called "arms" in files, whether they agreed, and how their times relate.
 
     ``threads`` and ``clock`` are the record's, except where a case has others.
     """
 
+    model_config: ClassVar[ConfigDict] = ConfigDict(populate_by_name=True)
+
     name: str
-    arms: list[Arm]
+    methods: list[Method] = Field(validation_alias="arms", serialization_alias="arms")
     equality: Equality
     ratios: list[Ratio]
     threads: int | None = None
     clock: Clock | None = None
 
-    def ratio(self, arm: str, over: str) -> Ratio:
-        """The ratio of two arms' times."""
-        return next(ratio for ratio in self.ratios if (ratio.arm, ratio.over) == (arm, over))
+    def ratio(self, method: str, over: str) -> Ratio:
+        """The ratio of two methods' times."""
+        return next(ratio for ratio in self.ratios if (ratio.method, ratio.over) == (method, over))
 
-    def arm(self, name: str) -> Arm:
-        """The arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
+    def method(self, name: str) -> Method:
+        """The method called ``name``."""
+        return next(method for method in self.methods if method.name == name)
 
 
 class Record(BaseModel):
@@ -118,7 +120,7 @@ class Record(BaseModel):
 
     def write(self, path: Path) -> None:
         """The record as a JSON file that appears when it is complete."""
-        write_atomic(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        write_atomic(path, json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -169,7 +171,7 @@ class Benchmark:
         run: the measured cases; told what begins.
         targets: the figures of a record that it is judged by.
         shape: what was measured, in words, from a record's settings.
-        by_case: names of the cases, by their beginning, that are shown as a row each; the others have a row per arm.
+        by_case: names of the cases, by their beginning, that are shown as a row each; the others have a row per method.
     """
 
     settings: type[BenchSettings]

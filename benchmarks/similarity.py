@@ -223,7 +223,7 @@ def _same(exact: _Grid) -> Equality:
 
 
 def _timed(steps: dict[str, Callable[[], object]]) -> dict[str, Timed]:
-    return {arm: Timed(_WORDS[arm], step) for arm, step in steps.items()}
+    return {method: Timed(_WORDS[method], step) for method, step in steps.items()}
 
 
 def targets(record: Record) -> Sequence[Target]:
@@ -231,7 +231,7 @@ def targets(record: Record) -> Sequence[Target]:
     figures = []
     *training, flow = record.cases
     for case, (width, _) in zip(training, record.settings["grids"], strict=True):
-        published, sequential = (case.ratio(arm, "batched") for arm in ("published", "sequential"))
+        published, sequential = (case.ratio(method, "batched") for method in ("published", "sequential"))
         least = _LEAST_TRAINING.get(width)
         figures.append(Target(f"{case.name}: published / batched", published, least=least, digits=1))
         figures.append(Target(f"{case.name}: sequential / batched", sequential))

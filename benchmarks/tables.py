@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.record import Arm, Case, Record, Target
+from benchmarks.record import Case, Method, Record, Target
 from lamella.lab.studies.measuring import Ratio
 
 
 def render(record: Record) -> str:
-    """The Markdown of a record: on what it ran, its arms, and its figures with their targets."""
+    """The Markdown of a record: on what it ran, its methods, and its figures with their targets."""
     benchmark = BENCHMARKS[record.bench]
     by_case = [case for case in record.cases if _begins(case.name, benchmark.by_case)]
-    by_arm = [case for case in record.cases if case not in by_case]
-    tables = _arms(by_arm), _cases(by_case), _targets(benchmark.targets(record))
+    by_method = [case for case in record.cases if case not in by_case]
+    tables = _methods(by_method), _cases(by_case), _targets(benchmark.targets(record))
     return "\n\n".join([_conditions(record), *filter(None, tables)]) + "\n"
 
 
@@ -47,26 +47,26 @@ def _conditions(record: Record) -> str:
     )
 
 
-def _arms(cases: Sequence[Case]) -> str:
-    """A row per case and arm; a column that says nothing of any of them is left out."""
+def _methods(cases: Sequence[Case]) -> str:
+    """A row per case and method; a column that says nothing of any of them is left out."""
     if not cases:
         return ""
     compared = Counter(ratio.over for ratio in cases[0].ratios)
     several = len(cases) > 1
-    columns: dict[str, Callable[[Case, Arm], str]] = {
-        "case": lambda case, arm: case.name if several else "",
-        "arm": lambda case, arm: arm.name,
-        "what it is": lambda case, arm: arm.what,
-        "trainable": lambda case, arm: f"{arm.trainable_parameters:,}" if arm.trainable_parameters else "",
-        "blocks run": lambda case, arm: _number(arm.block_runs, 3),
-        "GFLOP": lambda case, arm: _number(arm.flops and arm.flops / 1e9, 1),
-        "seconds": lambda case, arm: f"{arm.median_seconds:.4g}",
+    columns: dict[str, Callable[[Case, Method], str]] = {
+        "case": lambda case, method: case.name if several else "",
+        "method": lambda case, method: method.name,
+        "what it is": lambda case, method: method.what,
+        "trainable": lambda case, method: f"{method.trainable_parameters:,}" if method.trainable_parameters else "",
+        "blocks run": lambda case, method: _number(method.block_runs, 3),
+        "GFLOP": lambda case, method: _number(method.flops and method.flops / 1e9, 1),
+        "seconds": lambda case, method: f"{method.median_seconds:.4g}",
     }
-    for over in (over for over, arms in compared.items() if arms > 1):
+    for over in (over for over, methods in compared.items() if methods > 1):
         columns[f"time / {over}"] = partial(_time, over)
-    columns["kept MB"] = lambda case, arm: f"{arm.kept_mb:.2f}" if arm.kept_mb else ""
-    columns["peak MB"] = lambda case, arm: _number(arm.peak_mb, 1)
-    cells = {head: [cell(case, arm) for case in cases for arm in case.arms] for head, cell in columns.items()}
+    columns["kept MB"] = lambda case, method: f"{method.kept_mb:.2f}" if method.kept_mb else ""
+    columns["peak MB"] = lambda case, method: _number(method.peak_mb, 1)
+    cells = {head: [cell(case, method) for case in cases for method in case.methods] for head, cell in columns.items()}
     used = {head: column for head, column in cells.items() if any(column)}
     return _table(list(used), zip(*used.values(), strict=True))
 
@@ -75,7 +75,7 @@ def _cases(cases: Sequence[Case]) -> str:
     """A row per case with its ratios, and its clock where that is not the record's."""
     if not cases:
         return ""
-    heads = [f"{ratio.arm} / {ratio.over}" for ratio in cases[0].ratios]
+    heads = [f"{ratio.method} / {ratio.over}" for ratio in cases[0].ratios]
     rows = [[case.name, *filter(None, [case.clock]), *map(_shown, case.ratios)] for case in cases]
     return _table(["case", *["clock"] * (cases[0].clock is not None), *heads], rows)
 
@@ -93,10 +93,10 @@ def _targets(targets: Sequence[Target]) -> str:
     return _table(["figure", "measured", "target", ""], rows)
 
 
-def _time(over: str, case: Case, arm: Arm) -> str:
-    if arm.name == over:
+def _time(over: str, case: Case, method: Method) -> str:
+    if method.name == over:
         return "1"
-    return next((_shown(ratio) for ratio in case.ratios if (ratio.arm, ratio.over) == (arm.name, over)), "")
+    return next((_shown(ratio) for ratio in case.ratios if (ratio.method, ratio.over) == (method.name, over)), "")
 
 
 def _shown(value: Ratio | float) -> str:

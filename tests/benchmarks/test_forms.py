@@ -8,7 +8,7 @@ def test_each_layer_is_a_case_with_all_forms(record):
     cases = record("forms").cases
     assert [case.name for case in cases] == ["d=16, E=2", "d=16, E=4"]
     for case in cases:
-        assert [arm.name for arm in case.arms] == ["frozen", "dense", "sorted", "lora"]
+        assert [method.name for method in case.methods] == ["frozen", "dense", "sorted", "lora"]
         assert max(case.equality.output, case.equality.gradient) < 1e-12
         assert case.equality.tensors == 4  # A, B, router and x
     assert "| d=16, E=4 |" in render(record("forms"))
@@ -16,8 +16,8 @@ def test_each_layer_is_a_case_with_all_forms(record):
 
 def test_lora_has_the_rank_of_all_experts_together(record):
     case = record("forms").cases[1]
-    assert case.arm("lora").trainable_parameters == 4 * 8 * (16 + 16)
-    assert case.arm("dense").trainable_parameters == 4 * 8 * (16 + 16) + 4 * 16
+    assert case.method("lora").trainable_parameters == 4 * 8 * (16 + 16)
+    assert case.method("dense").trainable_parameters == 4 * 8 * (16 + 16) + 4 * 16
 
 
 def test_both_forms_of_a_layer_agree():

@@ -14,11 +14,11 @@ TINY = MOLA.quick
 
 def test_the_record_says_what_was_measured_and_how(record):
     (case,) = record("mola").cases
-    assert [arm.name for arm in case.arms] == ["frozen", "lora", "mola", "mola balance off", "naive"]
+    assert [method.name for method in case.methods] == ["frozen", "lora", "mola", "mola balance off", "naive"]
     assert record("mola").clock == "process CPU time"
     assert record("mola").settings["tokens"] == 32
     assert record("mola").settings["dropout"] == 0
-    assert all(len(arm.seconds) == 2 and arm.median_seconds > 0 for arm in case.arms)
+    assert all(len(method.seconds) == 2 and method.median_seconds > 0 for method in case.methods)
     assert case.ratio("mola", "lora").minima > 0
     assert {"torch", "peft", "transformers"} <= record("mola").machine["packages"].keys()
     assert platform.node() not in record("mola").model_dump_json()
@@ -26,11 +26,11 @@ def test_the_record_says_what_was_measured_and_how(record):
 
 def test_lora_is_as_large_as_mola(record):
     (case,) = record("mola").cases
-    mola, lora = case.arm("mola").trainable_parameters, case.arm("lora").trainable_parameters
+    mola, lora = case.method("mola").trainable_parameters, case.method("lora").trainable_parameters
     one_rank = sum(32 + out for out in (32, 32, 32, 32, 128)) + 128 + 32
     assert abs(mola - lora) <= 4 * one_rank / 2
-    assert case.arm("mola balance off").trainable_parameters == case.arm("naive").trainable_parameters == mola
-    assert case.arm("frozen").trainable_parameters == 0
+    assert case.method("mola balance off").trainable_parameters == case.method("naive").trainable_parameters == mola
+    assert case.method("frozen").trainable_parameters == 0
 
 
 def test_every_trainable_gradient_was_compared(record):
@@ -41,7 +41,7 @@ def test_every_trainable_gradient_was_compared(record):
 
 def test_the_naive_form_keeps_more_than_lora_and_lora_more_than_the_base(record):
     (case,) = record("mola").cases
-    assert case.arm("frozen").kept_mb < case.arm("lora").kept_mb < case.arm("naive").kept_mb
+    assert case.method("frozen").kept_mb < case.method("lora").kept_mb < case.method("naive").kept_mb
 
 
 def test_nothing_is_timed_when_the_forms_differ(monkeypatch, capsys):

@@ -3,20 +3,20 @@ import pytest
 from benchmarks.tables import render
 
 
-def test_every_number_of_loras_is_a_case_with_all_arms(record):
+def test_every_number_of_loras_is_a_case_with_all_methods(record):
     cases = record("mole").cases
     assert [case.name for case in cases] == ["K=2", "K=5"]
     for case in cases:
         names = ["frozen", "loop, by token", "mole, by token", "loop, one weight", "mole, one weight"]
-        assert [arm.name for arm in case.arms] == names
+        assert [method.name for method in case.methods] == names
         assert max(case.equality.output, case.equality.gradient) < 1e-12
         assert case.equality.tensors == 4  # x and the weights, by token and one
 
 
 def test_the_loop_keeps_the_input_and_lamella_the_rank_space(record):
     case = record("mole").cases[0]
-    assert case.arm("loop, by token").kept_mb == pytest.approx(32 * 16 * 4 / 1e6)
-    assert case.arm("mole, by token").kept_mb == pytest.approx(32 * 2 * 2 * 4 / 1e6)
+    assert case.method("loop, by token").kept_mb == pytest.approx(32 * 16 * 4 / 1e6)
+    assert case.method("mole, by token").kept_mb == pytest.approx(32 * 2 * 2 * 4 / 1e6)
 
 
 def test_the_record_stands_as_tables(record):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import run
-from benchmarks.encoder import build_batch, build_encoder, forward, twin
+from benchmarks.encoder import build_batch, build_encoder, clone, forward
 from benchmarks.molex import check_decisions, check_equality, inference_threads
 from benchmarks.molex_models import (
     BF16,
@@ -33,10 +33,10 @@ def built():
 
 def test_the_record_holds_the_train_step_and_inference(record):
     train, inference = record("molex").cases
-    assert [arm.name for arm in train.arms] == NAMES
-    assert [arm.name for arm in inference.arms] == [*NAMES[:6], NAMES[-1]]
+    assert [method.name for method in train.methods] == NAMES
+    assert [method.name for method in inference.methods] == [*NAMES[:6], NAMES[-1]]
     assert (inference.name, inference.threads, inference.clock) == ("batch 2, 1 thread", 1, "process CPU time")
-    assert all(len(arm.seconds) == 2 for arm in train.arms + inference.arms)
+    assert all(len(method.seconds) == 2 for method in train.methods + inference.methods)
 
 
 def test_every_arm_was_compared_first(record):
@@ -50,18 +50,19 @@ def test_every_arm_was_compared_first(record):
 def test_blocks_run_and_operations_follow_the_share(record):
     (train, inference) = record("molex").cases
     for case in (train, inference):
-        lora = case.arm("lora").flops
-        for arm in case.arms:
-            again = 0.4 if arm.name == RECOMPUTED else 0  # not all of a forward: no more than the backward pass needs
-            assert arm.flops / lora == pytest.approx(arm.block_runs + again, rel=0.02)
-    runs = {arm.name: arm.block_runs for arm in train.arms}
+        lora = case.method("lora").flops
+        for method in case.methods:
+            # not all of a forward: no more than the backward pass needs
+            again = 0.4 if method.name == RECOMPUTED else 0
+            assert method.flops / lora == pytest.approx(method.block_runs + again, rel=0.02)
+    runs = {method.name: method.block_runs for method in train.methods}
     assert [runs[name] for name in NAMES[:5]] == [1, 2, 1.8, 1.6, 1]
     assert runs["naive p=2/5"] == 2  # whatever the share
 
 
 def test_recomputed_guests_keep_little(record):
     (case, _) = record("molex").cases
-    kept = {arm.name: arm.kept_mb for arm in case.arms}
+    kept = {method.name: method.kept_mb for method in case.methods}
     assert kept["lora"] < kept[RECOMPUTED] < 1.25 * kept["lora"] < kept["molex p=1/5"] < kept["molex p=0"]
 
 
@@ -95,7 +96,7 @@ def test_sequences_disagree_as_asked(built, guests):
     assert chosen == [[1 + row % guests for row in range(4)]] * 5
 
 
-def test_a_decision_that_is_not_the_stated_one_is_not_timed(built):
+def test_a_decision_other_than_the_intended_one_is_not_timed(built):
     _, _, models, batch = built
     _, router = routers(models["molex p=0"].model)[2]
     with torch.no_grad():
@@ -116,7 +117,7 @@ def test_alpha_of_one_is_compared_with_lora(built):
     settings, base, models, batch = built
     only_lora = {"lora": models["lora"]}
     assert check_equality(settings, base, only_lora, batch).tensors == 2 * 2 * 5
-    other = twin(base)
+    other = clone(base)
     other.encoder.layer[0].output.dense.bias = torch.nn.Parameter(torch.arange(32.0).double(), False)
     with pytest.raises(LamellaError, match="nothing was timed"):
         check_equality(settings, other, only_lora, batch)
@@ -125,8 +126,8 @@ def test_alpha_of_one_is_compared_with_lora(built):
 def test_a_block_that_chooses_itself_does_so_evenly_over_the_depth(built):
     settings, base, models, _ = built
     model = agreeing(settings, base, models["lora"].model, 2)
-    own = [int(router.bias.argmax()) == block.place.layer for block, router in routers(model)]
-    assert own == [False, False, True, False, True]
+    itself = [int(router.bias.argmax()) == block.place.layer for block, router in routers(model)]
+    assert itself == [False, False, True, False, True]
 
 
 def test_threads_are_those_that_the_machine_has_cores_for(monkeypatch):

@@ -13,8 +13,8 @@ def test_every_case_times_what_gives_the_same_losses(record):
     ]  # fmt: skip
     for case in cases:
         assert max(case.equality.output, case.equality.gradient) < 1e-9
-    assert [arm.name for arm in cases[0].arms] == ["published", "sequential", "batched"]
-    assert [arm.name for arm in cases[-1].arms] == ["published flow", "lamella"]
+    assert [method.name for method in cases[0].methods] == ["published", "sequential", "batched"]
+    assert [method.name for method in cases[-1].methods] == ["published flow", "lamella"]
 
 
 def test_the_record_stands_as_tables(record):

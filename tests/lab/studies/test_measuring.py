@@ -15,7 +15,7 @@ def test_every_round_runs_every_arm_and_starts_with_another():
 def test_a_ratio_is_the_median_within_rounds():
     seconds = {"a": [2.0, 40.0, 6.0], "b": [1.0, 10.0, 2.0]}
     found = ratio(seconds, "a", "b")
-    assert (found.arm, found.over, found.median, found.minima) == ("a", "b", 3.0, 2.0)
+    assert (found.method, found.over, found.median, found.minima) == ("a", "b", 3.0, 2.0)
     assert found.quartiles == (2.5, 3.5)
 
 

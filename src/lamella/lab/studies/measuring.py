@@ -10,24 +10,26 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 Clock = Literal["process CPU time", "wall time", "wall time, device synchronised"]
 
 
 class Ratio(BaseModel):
-    """How the times of one arm relate to those of another in the same rounds.
+    """How the times of one method relate to those of another in the same rounds; in files, ``method`` is called "arm".
 
     Attributes:
-        arm: the arm measured.
-        over: the arm it is compared with.
+        method: the one measured.
+        over: the one it is compared with.
         median: median over the rounds of the ratio within a round.
         quartiles: first and third quartile of those ratios.
-        minima: ratio of the two arms' fastest rounds.
+        minima: ratio of the two methods' fastest rounds.
     """
 
-    arm: str
+    model_config = ConfigDict(populate_by_name=True)
+
+    method: str = Field(validation_alias="arm", serialization_alias="arm")
     over: str
     median: float
     quartiles: tuple[float, float]
@@ -42,9 +44,9 @@ def clock_for(threads: int, device: str) -> Clock:
 
 
 def time_rounds(steps: Mapping[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
-    """Seconds of each arm's step in each round, after a round that is not counted.
+    """Seconds of each method's step in each round, after a round that is not counted.
 
-    All arms run in every round, and each round starts with another arm.
+    All methods run in every round, and each round starts with another method.
     """
     names = list(steps)
     for step in steps.values():
@@ -55,7 +57,7 @@ def time_rounds(steps: Mapping[str, Callable[[], object]], rounds: int, clock: C
         for turn in range(rounds):
             start = turn % len(names)
             for name in names[start:] + names[:start]:
-                gc.collect()  # else one arm pays for what another left behind
+                gc.collect()  # else one method pays for what another left behind
                 before = _now(clock)
                 steps[name]()
                 seconds[name].append(_now(clock) - before)
@@ -64,13 +66,12 @@ def time_rounds(steps: Mapping[str, Callable[[], object]], rounds: int, clock: C
     return seconds
 
 
-def ratio(seconds: Mapping[str, Sequence[float]], arm: str, over: str) -> Ratio:
-    """The ratio of two arms of one interleaved run."""
-    per_round = [a / b for a, b in zip(seconds[arm], seconds[over], strict=True)]
+def ratio(seconds: Mapping[str, Sequence[float]], method: str, over: str) -> Ratio:
+    """The ratio of two methods of one interleaved run."""
+    per_round = [a / b for a, b in zip(seconds[method], seconds[over], strict=True)]
     first, median, third = statistics.quantiles(per_round, n=4, method="inclusive")
-    return Ratio(
-        arm=arm, over=over, median=median, quartiles=(first, third), minima=min(seconds[arm]) / min(seconds[over])
-    )
+    minima = min(seconds[method]) / min(seconds[over])
+    return Ratio(method=method, over=over, median=median, quartiles=(first, third), minima=minima)
 
 
 def kept_megabytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
