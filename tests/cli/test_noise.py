@@ -46,8 +46,8 @@ def test_json_and_nothing_else(lamella, runs, noise):
     ("words", "message"),
     [
         (["--noise", "gauss"], "Choose one of embedding, tokens, pgd"),
-        (["--noise", "embedding", "--sigma", "-0.1"], "sigma=-0.1 is no strength"),
-        (["--noise", "embedding", "--sigma", "much"], "'much' is no list of strengths"),
+        (["--noise", "embedding", "--sigma", "-0.1"], "sigma=-0.1 is not a strength"),
+        (["--noise", "embedding", "--sigma", "much"], "'much' is not a list of strengths"),
         (["--sigma", "0.1"], "belong to an evaluation under noise"),
         (["--seeds", "3"], "belong to an evaluation under noise"),
         (["--noise", "tokens", "--split", "dev"], "no split 'dev'"),

@@ -164,7 +164,7 @@ def seeds_of(study):
     return table.groupby(["aligner", "scored_on", "seed"], sort=False).size().to_dict()
 
 
-def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypatch, capsys):
+def test_an_alignment_keeps_other_aligners_seeds_and_texts(text, tmp_path, monkeypatch, capsys):
     _, study = captured(monkeypatch, text, tmp_path)
     _, other = captured(monkeypatch, text, tmp_path, "--split", "all", name="other")
     quick = ("--same-layer", "--aligner", "linear")
@@ -172,9 +172,9 @@ def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypat
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 2, *quick) == 0
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick, "--score-on", other) == 0
     elsewhere = "linear, scored on text.txt (all)"
-    arms = [("layernorm", "", 0), ("linear", "", 0), ("linear", "", 1), ("linear", "text.txt (all)", 0)]
+    aligners = [("layernorm", "", 0), ("linear", "", 0), ("linear", "", 1), ("linear", "text.txt (all)", 0)]
     before = seeds_of(study)
-    assert list(before) == arms
+    assert list(before) == aligners
     assert len(set(before.values())) == 1
     first = pd.read_parquet(study / "alignment.parquet")
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick) == 0
@@ -194,7 +194,7 @@ def test_an_alignment_keeps_other_arms_seeds_and_texts(text, tmp_path, monkeypat
     assert "linear.same_layer" in page
     # other settings: all seeds of the old ones go
     assert run(monkeypatch, "align", study, "--steps", 2, "--seeds", 1, *quick) == 0
-    assert list(seeds_of(study)) == [arm for arm in arms if arm != ("linear", "", 1)]
+    assert list(seeds_of(study)) == [one for one in aligners if one != ("linear", "", 1)]
 
 
 def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeypatch, capsys):

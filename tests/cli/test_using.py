@@ -39,8 +39,8 @@ def test_evaluate_repeats_the_score_of_the_run(lamella, mola_run, questions, tmp
 
     assert status == 0
     assert json.loads(out)["metrics"] == metrics["test"]
-    kept = pd.read_parquet(mola_run / "predictions.parquet").query("split == 'test'").reset_index(drop=True)
-    pd.testing.assert_frame_equal(pd.read_parquet(examples), kept)
+    saved = pd.read_parquet(mola_run / "predictions.parquet").query("split == 'test'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(examples), saved)
     assert [path.name for path in examples.parent.iterdir()] == [examples.name]
 
 

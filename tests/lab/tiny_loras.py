@@ -1,4 +1,4 @@
-"""A tiny base with its own task head, and LoRAs on it that do something, on disk; and what they are by hand."""
+"""A tiny base with a task head, and LoRAs on it that do something, on disk; and their factors."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ QUERIES = "bert.encoder.layer.{}.attention.self.query"
 
 
 def base_with_head(bert: str, task: str, folder: Path) -> str:
-    """The tiny encoder saved with a head for the task: to those that load it, the head is its own."""
+    """The tiny encoder saved with a head for the task: to those that load it, the head is part of it."""
     torch.manual_seed(3)
     backbone = load_backbone(bert, load_task(task))
     torch.nn.init.normal_(backbone.model.classifier.weight)  # a fresh one is so small that all texts get one class
@@ -37,14 +37,14 @@ def save_lora(base: str, task: str, folder: Path, seed: int, r: int = 2, alpha: 
 
 
 def factors(folder: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of each module, by the base's own module names, as they are in the file."""
+    """A and B of each module, by the base's module names, as they are in the file."""
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    found = {}
+    read = {}
     for name, A in tensors.items():
         if "lora_A" in name:
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            found[module] = (A, tensors[name.replace("lora_A", "lora_B")])
-    return found
+            read[module] = (A, tensors[name.replace("lora_A", "lora_B")])
+    return read
 
 
 def deltas(folder: str, scaling: float = 3.0) -> dict[str, Tensor]:

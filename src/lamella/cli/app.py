@@ -98,6 +98,6 @@ def _libraries_quiet() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _stop("Interrupted. What was finished is kept; the same command goes on from there.", 130)
+        _stop("Interrupted. What was finished is saved; the same command goes on from there.", 130)
     finally:
         logging.getLogger().removeHandler(handler)

@@ -1,4 +1,4 @@
-"""`lamella compose`: trained LoRAs, weighed by routers."""
+"""`lamella compose`: trained LoRAs, mixed by routers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def compose(
 
     Example: lamella compose --adapters books=runs/books dvd=runs/dvd --task blitzer -o runs/both
     """
-    from lamella.lab.runs.composing import composed_settings, tell_apart
+    from lamella.lab.runs.composing import composed_settings, split_words
 
-    loras, overrides = tell_apart([*adapters, *(words or [])])
+    loras, overrides = split_words([*adapters, *(words or [])])
     settings = composed_settings(loras, task, overrides, model)
     carry_out(settings, output, check=check, force=force, json=json)

@@ -14,7 +14,7 @@ from lamella.cli.studies import run_study
 _DEMOS = {
     "methods": (
         "demo",
-        "lamella demo: what a mixture of experts is worth on TREC",
+        "lamella demo: what a mixture of experts gains on TREC",
         ("run.limit={train: 320, validation: 100, test: 200}",),
     ),
     "compose": (
@@ -41,8 +41,8 @@ def demo(
 ) -> None:
     """Compare MoLA and MoLEx with LoRA, or a learned composition with simple ones: in minutes, on any laptop.
 
-    It is `lamella compare demo`, or `lamella compare demo-compose`. Finished runs are kept: a demo that was interrupted
-    goes on where it stopped.
+    It is `lamella compare demo`, or `lamella compare demo-compose`. Finished runs are not repeated: a demo that was
+    interrupted goes on where it stopped.
 
     Example: lamella demo compose --seeds 3 -o runs/composed
     """

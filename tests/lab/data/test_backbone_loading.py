@@ -36,7 +36,7 @@ def encoder(tmp_path, encoder_tokenizer):
 def decoder(tmp_path, decoder_tokenizer):
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "decoder")
-    decoder_tokenizer.pad_token = None  # as GPT-2's own tokenizer
+    decoder_tokenizer.pad_token = None  # as GPT-2's tokenizer
     decoder_tokenizer.save_pretrained(tmp_path / "decoder")
     return str(tmp_path / "decoder")
 
@@ -161,9 +161,9 @@ def test_a_demo_model_has_one_revision(monkeypatch, tmp_path):
 
 
 def test_smollm2_needs_gguf_for_its_conversion(monkeypatch, tmp_path):
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     with pytest.raises(LamellaError, match=r"pip install \"lamella\[demo\]\""):
         load_backbone("smollm2")
 

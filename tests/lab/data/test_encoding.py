@@ -209,9 +209,9 @@ def test_packing_joins_prose(decoder_tokenizer):
 def test_packing_keeps_every_token_but_the_last_block(documents, block):
     rows, _ = packed_blocks(documents, block)
     stream = [token for document in documents for token in document]
-    kept = [token for row in rows for token in row["input_ids"]]
-    assert kept == stream[: len(kept)]
-    assert 0 <= len(stream) - len(kept) < block
+    packed = [token for row in rows for token in row["input_ids"]]
+    assert packed == stream[: len(packed)]
+    assert 0 <= len(stream) - len(packed) < block
 
 
 @settings(max_examples=25)

@@ -1,4 +1,4 @@
-"""A task of one's own is one YAML file."""
+"""A user's task is one YAML file."""
 
 import csv
 import json

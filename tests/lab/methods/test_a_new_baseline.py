@@ -22,7 +22,7 @@ from lamella.lab.runs.settings import settings_of
 
 @pytest.fixture
 def fading():
-    """Each LoRA weighs a share of the one before it."""
+    """Each LoRA has a share of the weight of the one before it."""
 
     @composition("fading")
     def fading(loras: Loras, share: Annotated[float, Field(gt=0)] = 0.5) -> Modules:

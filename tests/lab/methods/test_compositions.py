@@ -1,4 +1,4 @@
-"""Every way to compose trained LoRAs, against the same sums done by hand on the base's weights."""
+"""Every way to compose trained LoRAs, against the same sums computed on the base's weights."""
 
 import sys
 
@@ -66,12 +66,12 @@ def test_ranks_scalings_and_modules_may_differ_in_a_sum(answer, base, questions,
 
 def by_factor(loras, down, up):
     """``s (sum up B)(sum down A)`` of each module."""
-    own = {name: factors(place) for name, place in loras.items()}
+    read = {name: factors(place) for name, place in loras.items()}
     return {
         module: SCALING
-        * sum(up[name] * own[name][module][1] for name in loras)
-        @ sum(down[name] * own[name][module][0] for name in loras)
-        for module in next(iter(own.values()))
+        * sum(up[name] * read[name][module][1] for name in loras)
+        @ sum(down[name] * read[name][module][0] for name in loras)
+        for module in next(iter(read.values()))
     }
 
 
@@ -118,12 +118,12 @@ def test_peft_svd_is_the_nearest_delta_of_that_rank(answer, base, questions, lor
 
 
 def on_factors(loras, combine):
-    """A merge of A and of B by themselves, each LoRA weighed by the root of its weight and scaling."""
-    own = [factors(place) for place in loras.values()]
-    root = (SCALING / len(own)) ** 0.5
+    """A merge of A and of B by themselves, each LoRA multiplied by the root of its weight and scaling."""
+    read = [factors(place) for place in loras.values()]
+    root = (SCALING / len(read)) ** 0.5
     merged = {}
-    for module in own[0]:
-        A, B = (combine([one[module][which] for one in own], root) for which in (0, 1))
+    for module in read[0]:
+        A, B = (combine([one[module][which] for one in read], root) for which in (0, 1))
         merged[module] = B @ A
     return merged
 

@@ -17,7 +17,7 @@ def backbone(bert, questions):
     return load_backbone(bert, load_task(questions))
 
 
-def test_the_layer_found_is_the_best_of_all_by_hand(backbone, questions):
+def test_the_chosen_layer_has_the_lowest_loss_of_all(backbone, questions):
     task = load_task(questions)
     encoded = encode(task, backbone.tokenizer, max_length=64, limit={"train": 256})
     batch = encoded.collator([encoded.train[i] for i in range(len(encoded.train))])
@@ -28,9 +28,9 @@ def test_the_layer_found_is_the_best_of_all_by_hand(backbone, questions):
             losses.append(float(probe_loss(get_peft_model(copy.deepcopy(backbone.model), config).eval(), batch)))
     assert len(set(losses)) == len(losses)
 
-    found = find_fixed_layer(backbone, task, MolexConfig(policy="fixed", alpha=0.5))
+    layer = find_fixed_layer(backbone, task, MolexConfig(policy="fixed", alpha=0.5))
 
-    assert found == losses.index(min(losses))
+    assert layer == losses.index(min(losses))
 
 
 def test_the_method_finds_it_and_says_so(backbone, questions):

@@ -1,4 +1,4 @@
-"""The compositions that decide token by token, layer by layer against the same by hand."""
+"""The compositions that decide token by token, layer by layer against the same computed directly."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def watched(model):
     return *seen[-1], logits
 
 
-def by_hand(base, questions, loras, x, weights):
+def expected_output(base, questions, loras, x, weights):
     """``W x + sum_i g_i delta_i x`` with weights (B, T, K)."""
     layer = load_backbone(base, load_task(questions)).model.get_submodule(QUERY)
     outputs = torch.stack([x @ deltas(place)[QUERY].T for place in loras.values()], dim=-1)  # (B, T, out, K)
@@ -63,7 +63,7 @@ def test_hidden_routing_is_a_softmax_over_all_loras_for_each_token(build, base, 
 
     weights = (x @ router.weight.T).softmax(-1)
     assert weights.std(dim=1).max() > 0.01
-    torch.testing.assert_close(found, by_hand(base, questions, loras, x, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected_output(base, questions, loras, x, weights), rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_routing_takes_loras_of_unlike_shapes(build, base, questions, loras, tmp_path):
@@ -86,7 +86,7 @@ def test_arrow_follows_the_strongest_direction_of_each_lora(build, base, questio
     scores = (x @ directions.T).abs()
     best, at = scores.topk(2, dim=-1)
     weights = torch.zeros_like(scores).scatter(-1, at, (best / 0.5).softmax(-1))
-    torch.testing.assert_close(found, by_hand(base, questions, loras, x, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected_output(base, questions, loras, x, weights), rtol=1e-4, atol=1e-5)
 
 
 def test_arrow_refuses_to_choose_more_than_there_are(build, loras):
@@ -136,10 +136,10 @@ def test_what_is_saved_loads_equal(build, base, questions, loras, tmp_path, meth
 
 def test_x_lora_refuses_a_folder_without_its_classifier(build, base, questions, loras, tmp_path):
     model = build(loras, name="xlora")
-    model.save_pretrained(str(tmp_path))  # PEFT's own way leaves the classifier out
+    model.save_pretrained(str(tmp_path))  # PEFT's way leaves the classifier out
     task = load_task(questions)
 
-    with pytest.raises(LamellaError, match="no X-LoRA that lamella saved"):
+    with pytest.raises(LamellaError, match="not an X-LoRA that lamella saved"):
         method_from({"name": "xlora", "adapters": loras}).load(load_backbone(base, task), task, tmp_path)
 
 

@@ -57,7 +57,7 @@ def test_special_and_padding_tokens_are_not_touched():
 
 
 def test_padding_is_known_by_the_mask_and_not_by_its_id():
-    """The pad token of many decoders is one that also ends, or stands in, a text."""
+    """The pad token of many decoders is one that also ends, or occurs in, a text."""
     ids, mask = torch.tensor([[7, 8, 7, 7]]), torch.tensor([[1, 1, 1, 0]])
     assert touched_tokens(ids, mask, SPECIAL).tolist() == [[True, True, True, False]]
 
@@ -85,8 +85,8 @@ def test_seeds_and_rows_differ(noise):
     # rows 1 and 6 are as long as each other
     assert not torch.equal(noise([1])[1], noise([1], seed=1)[1])
     ids, touched = batch_of([1, 1])
-    twins = gaussian_noise(TABLE[ids], touched, [1, 6], 0.5, 0)
-    assert not torch.equal(twins[0], twins[1])
+    equal_rows = gaussian_noise(TABLE[ids], touched, [1, 6], 0.5, 0)
+    assert not torch.equal(equal_rows[0], equal_rows[1])
 
 
 @given(sigma=st.sampled_from([0.1, 0.5, 1.0, 3.0]), size=st.floats(0.01, 100.0))
@@ -115,11 +115,11 @@ def test_models_meet_the_same_noise():
 def test_stronger_noise_is_the_weaker_made_larger():
     torch.testing.assert_close(gaussian([3], sigma=0.8)[3], 4 * gaussian([3], sigma=0.2)[3])
     assert (gaussian([3], sigma=0.0)[3] == 0).all()
-    own = {p: replaced([4], probability=p)[4] for p in (0.0, 0.2, 0.6, 1.0)}
+    by_probability = {p: replaced([4], probability=p)[4] for p in (0.0, 0.2, 0.6, 1.0)}
     for less, more in ((0.0, 0.2), (0.2, 0.6), (0.6, 1.0)):
-        moved = own[less] != own[0.0]
-        assert torch.equal(own[more][moved], own[less][moved])
-    assert torch.equal(own[0.0], row_of(4, 7)[1:-1])
+        moved = by_probability[less] != by_probability[0.0]
+        assert torch.equal(by_probability[more][moved], by_probability[less][moved])
+    assert torch.equal(by_probability[0.0], row_of(4, 7)[1:-1])
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.2, 1.0])
@@ -143,9 +143,9 @@ def test_a_sequence_of_special_tokens_is_left_alone():
 def test_strengths_without_meaning_are_refused():
     ids, touched = batch_of([0])
     for sigma in (-0.1, float("nan")):
-        with pytest.raises(LamellaError, match="is no standard deviation"):
+        with pytest.raises(LamellaError, match="is not a standard deviation"):
             gaussian_noise(TABLE[ids], touched, [0], sigma, 0)
-    with pytest.raises(LamellaError, match=r"1\.2 is no probability"):
+    with pytest.raises(LamellaError, match=r"1\.2 is not a probability"):
         replaced_tokens(ids, touched, [0], 1.2, 0, WORDS)
     with pytest.raises(LamellaError, match=r"has 1 token\(s\) that are not special"):
         replaced_tokens(ids, touched, [0], 0.5, 0, WORDS[:1])

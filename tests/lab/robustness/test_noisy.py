@@ -63,7 +63,7 @@ def trained(bert, llama, questions, prose, options, numbers, tmp_path_factory):
     return make
 
 
-ARMS = [
+CASES = [
     ("bert", "questions", MOLA),
     ("bert", "questions", MOLEX),
     ("bert", "questions", "lora"),
@@ -79,7 +79,7 @@ ARMS = [
 
 
 # one for each form of answers
-FORMS = [ARMS[0], ARMS[5], ARMS[6], ARMS[8], ARMS[10]]
+FORMS = [CASES[0], CASES[5], CASES[6], CASES[8], CASES[10]]
 
 
 def scores(one, kind, strength, seed=0, batch_size=None):
@@ -101,22 +101,22 @@ def losses(found):
     return found.columns[name]
 
 
-@pytest.mark.parametrize(("arm", "kind"), zip(ARMS, itertools.cycle(NOISES)))
-def test_no_noise_is_the_plain_score_exactly_and_noise_is_not(trained, arm, kind):
-    one = trained(*arm)
+@pytest.mark.parametrize(("case", "kind"), zip(CASES, itertools.cycle(NOISES)))
+def test_no_noise_is_the_plain_score_exactly_and_noise_is_not(trained, case, kind):
+    one = trained(*case)
     clean = plain(one)
     none = scores(one, kind, 0.0, batch_size=one.place.reading.eval_batch_size)
     for name, column in clean.columns.items():
         np.testing.assert_array_equal(none.columns[name], column)
     noisy = scores(one, kind, 0.8)
-    if arm[1] != "options":  # whose columns are too coarse to move at once
+    if case[1] != "options":  # whose columns are too coarse to move at once
         assert not np.array_equal(losses(noisy), losses(clean))
     assert all(not module._forward_hooks for module in one.model.modules() if isinstance(module, nn.Embedding))
 
 
-@pytest.mark.parametrize(("arm", "kind"), zip(ARMS, itertools.cycle(reversed(NOISES))))
-def test_batches_change_nothing(trained, arm, kind):
-    one = trained(*arm)
+@pytest.mark.parametrize(("case", "kind"), zip(CASES, itertools.cycle(reversed(NOISES))))
+def test_batches_change_nothing(trained, case, kind):
+    one = trained(*case)
     together, alone = (scores(one, kind, 0.3, batch_size=size) for size in (16, 1))
     for name in together.columns:
         np.testing.assert_allclose(together.columns[name], alone.columns[name], rtol=2e-3, atol=2e-3)
@@ -190,7 +190,7 @@ def test_every_option_of_a_question_has_noise_of_its_own(trained, monkeypatch):
 
 
 def test_task_losses_are_those_of_the_scores(trained):
-    for model, task, method in ARMS:
+    for model, task, method in CASES:
         if task == "options":
             continue
         one = trained(model, task, method)
@@ -212,11 +212,11 @@ def test_encoder_decoder_losses_are_not_shifted():
     assert (found.sum() / (batch["labels"] != -100).sum()).item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
-def test_what_is_no_noise_or_no_strength():
+def test_an_unknown_noise_and_a_wrong_strength_are_refused():
     with pytest.raises(LamellaError, match=r"no noise 'gauss'\. Choose one of embedding, tokens, pgd"):
         noise_kind("gauss")
     for kind, strengths in (("embedding", [-0.1]), ("tokens", [1.2]), ("pgd", [float("nan")]), ("pgd", [float("inf")])):
-        with pytest.raises(LamellaError, match=f"no strength of the noise '{kind}'; it is"):
+        with pytest.raises(LamellaError, match=f"not a strength of the noise '{kind}'; it is"):
             check_strengths(NOISES[kind], strengths)
     for strengths in ([], [0.1, 0.1]):
         with pytest.raises(LamellaError, match="Give at least one, and each only once"):

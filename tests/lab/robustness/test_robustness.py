@@ -19,7 +19,7 @@ MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
 @pytest.fixture(scope="module")
 def runs(bert, llama, questions, prose, tmp_path_factory):
     folder = tmp_path_factory.mktemp("robust")
-    arms = {
+    methods = {
         "mola": (bert, questions, MOLA, 0),
         "lora": (bert, questions, "lora", 0),
         "lora-again": (bert, questions, "lora", 1),
@@ -28,7 +28,7 @@ def runs(bert, llama, questions, prose, tmp_path_factory):
     }
     return {
         name: train(tiny_settings(model, task, method, seed=seed, max_steps=12), folder / name).folder.path
-        for name, (model, task, method, seed) in arms.items()
+        for name, (model, task, method, seed) in methods.items()
     }
 
 
@@ -52,8 +52,8 @@ def test_the_frame_has_a_row_per_run_strength_seed_and_metric(found):
 def test_without_noise_it_is_what_evaluate_says(found, runs):
     for name in ("mola", "lora"):
         expected = evaluate(runs[name], split="validation").metrics
-        own = found.frame[(found.frame["run"] == name) & (found.frame["strength"] == 0.0)]
-        for _, one in own.groupby("seed"):
+        rows = found.frame[(found.frame["run"] == name) & (found.frame["strength"] == 0.0)]
+        for _, one in rows.groupby("seed"):
             assert dict(zip(one["metric"], one["value"], strict=True)) == expected
 
 
@@ -80,8 +80,8 @@ def test_differences_are_paired_over_seeds_and_rows(found, runs):
 def test_the_means_and_the_answer_in_words(found):
     means = found.means
     assert (list(means.index), list(means.columns)) == (["mola", "lora"], [0.0, 1.0, 4.0])
-    own = found.frame.query("run == 'lora' and strength == 4 and metric == 'accuracy'")
-    assert means.loc["lora", 4.0] == pytest.approx(own["value"].mean())
+    rows = found.frame.query("run == 'lora' and strength == 4 and metric == 'accuracy'")
+    assert means.loc["lora", 4.0] == pytest.approx(rows["value"].mean())
     for words in (
         "On 16 validation rows",
         "Gaussian noise on embeddings at sigma 4",
@@ -102,13 +102,13 @@ def test_language_models_are_compared_by_their_loss_per_token(runs):
     assert row["difference"] == pytest.approx(means["prose-mola"] - means["prose-lora"], abs=1e-6)
 
 
-def test_runs_of_one_method_are_told_apart(runs):
+def test_runs_of_one_method_get_different_names(runs):
     found = robustness([runs["lora"], runs["lora-again"], runs["mola"]], "tokens", [0.2], seeds=1)
     assert list(found.means.index) == ["lora · lora", "lora · lora-again", "mola"]
     assert found.sizes["lora · lora"] == found.sizes["lora · lora-again"]
 
 
-def test_folders_of_one_name_are_told_apart(runs, tmp_path):
+def test_folders_of_one_name_get_different_names(runs, tmp_path):
     shutil.copytree(runs["mola"], tmp_path / "lora")
     found = robustness([runs["lora"], tmp_path / "lora"], "tokens", [0.2], seeds=1)
     assert set(found.frame["run"]) == {str(runs["lora"]), str(tmp_path / "lora")}
@@ -149,8 +149,8 @@ def test_bad_input_is_refused_before_anything_is_scored(runs, tmp_path):
             robustness(paths, noise, strengths, starting=lambda name: pytest.fail(name), **options)
 
     refused([runs["lora"]], "no noise 'gaussian'", noise="gaussian")
-    refused([runs["lora"]], "sigma=-0.1 is no strength of the noise 'embedding'; it is 0 or more", strengths=[-0.1])
-    refused([runs["lora"]], "p=1.5 is no strength of the noise 'tokens'; it is from 0 to 1", "tokens", [1.5])
+    refused([runs["lora"]], "sigma=-0.1 is not a strength of the noise 'embedding'; it is 0 or more", strengths=[-0.1])
+    refused([runs["lora"]], "p=1.5 is not a strength of the noise 'tokens'; it is from 0 to 1", "tokens", [1.5])
     refused([runs["lora"]], "0 seeds draw no noise", seeds=0)
     refused([], "No run was given")
     refused([runs["lora"], runs["lora"]], "was given twice")
@@ -175,7 +175,7 @@ def test_a_task_by_name_serves_runs_of_others(runs, bert, tmp_path):
 
 def test_strengths_are_read_from_words():
     assert strengths_of("0,0.1, 2") == (0.0, 0.1, 2.0)
-    with pytest.raises(LamellaError, match="no list of strengths"):
+    with pytest.raises(LamellaError, match="not a list of strengths"):
         strengths_of("0.1;0.2")
 
 

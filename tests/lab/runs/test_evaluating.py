@@ -89,7 +89,7 @@ def test_every_token_of_the_shown_rows_was_routed(run):
     assert (found.evaluation.rows, len(found.texts)) == (12, 3)
     assert found.num_experts == {(found.frame["stack"].iloc[0], 0): 2, (found.frame["stack"].iloc[0], 1): 3}
     for call, (_, tokens) in enumerate(found.texts):
-        own = found.tokens[found.tokens["call"] == call]
-        assert own["position"].nunique() == len(tokens)
+        rows = found.tokens[found.tokens["call"] == call]
+        assert rows["position"].nunique() == len(tokens)
         assert "".join(tokens).startswith("[CLS] wh")
     assert found.frame.groupby(["layer", "module"])["share"].sum().to_numpy() == pytest.approx(1)

@@ -228,7 +228,7 @@ def test_a_folder_of_something_else_is_left_alone_even_with_force(bert, question
 
 
 class Poison(TrainerCallback):
-    """Makes the loss of the third step no number."""
+    """Makes the loss of the third step NaN."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
@@ -237,7 +237,7 @@ class Poison(TrainerCallback):
                     parameter.fill_(math.nan)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(bert, questions, run_folder):
+def test_a_loss_that_is_not_finite_stops_the_run(bert, questions, run_folder):
     with pytest.raises(LamellaError, match=r"step 3 with lr=0\.005.*Lower lr"):
         train(tiny_settings(bert, questions), run_folder, callbacks=[Poison()])
 
@@ -250,7 +250,7 @@ def test_the_logs_tell_how_the_routers_do(bert, questions, run_folder):
     watch, handlers = Watch(), list(logging.getLogger("lamella").handlers)
     result = train(tiny_settings(bert, questions, MOLA), run_folder, callbacks=[watch])
 
-    assert logging.getLogger("lamella").handlers == handlers  # that of its own log is gone
+    assert logging.getLogger("lamella").handlers == handlers  # that of the run's log is gone
     logged = [log for log in watch.logs if "loss" in log]
     assert len(logged) == 3
     for log in logged:

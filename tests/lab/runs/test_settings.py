@@ -88,8 +88,8 @@ def test_every_packaged_recipe_is_valid():
 def test_the_demo_recipes_differ_in_the_method_and_its_own_rate():
     mola, lora = resolve("trec-mola"), resolve("trec-lora")
 
-    own = {"method": None, "lr": None}
-    assert mola.model_copy(update=own) == lora.model_copy(update=own)
+    unset = {"method": None, "lr": None}
+    assert mola.model_copy(update=unset) == lora.model_copy(update=unset)
     assert lora.method.match == mola.method
 
 

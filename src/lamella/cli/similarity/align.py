@@ -51,5 +51,5 @@ def align(
     if json:
         print_json({"table": path, "rows": len(table), "notes": notes, "aligners": facts})
         return
-    sentences = [sentence for name, found in facts.items() for sentence in alignment_in_words(name, found)]
+    sentences = [sentence for name, known in facts.items() for sentence in alignment_in_words(name, known)]
     typer.echo("\n".join([*sentences, *(f"Note: {note}" for note in notes), f"Table: {path}"]))

@@ -40,14 +40,14 @@ def plan(
     from lamella.similarity import plan as planned
 
     path = located(model)
-    found = planned(
+    plan = planned(
         path, per_expert, tokens=None if text is None else count_tokens(path, text, split, documents, max_length),
         aligner=aligner, steps=steps, per_source=per_source, dtype=dtype,
         skew=skew, flops_per_second=flops,
     )  # fmt: skip
     if output is not None:
-        found.write(output)
+        plan.write(output)
     if json:
-        print_json(asdict(found))
+        print_json(asdict(plan))
     else:
-        typer.echo(str(found))
+        typer.echo(str(plan))

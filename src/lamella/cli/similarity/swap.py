@@ -44,5 +44,5 @@ def swap(
     if json:
         print_json({"table": path, "swaps": len(table), "distance": regressions})
         return
-    sentences = [regression_in_words(name, found) for name, found in regressions.items()]
+    sentences = [regression_in_words(name, regression) for name, regression in regressions.items()]
     typer.echo("\n".join([*sentences, f"{len(table)} swaps. Table: {path}"]))

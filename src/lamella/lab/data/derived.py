@@ -75,7 +75,7 @@ def union(name: str, tasks: Sequence[Task], seed: int) -> Task:
 
 
 def held(name: str, task: Task, seed: int) -> Task:
-    """The validation rows of a task as a small task of their own, without a test.
+    """The validation rows of a task as a small task without a test.
 
     What is fitted to models that were trained on the task's training rows is fitted on these.
 

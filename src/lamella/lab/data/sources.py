@@ -86,7 +86,7 @@ def mirror_folder(folder: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def stated_source(folder: Path) -> dict[str, str]:
+def source_lines(folder: Path) -> dict[str, str]:
     """The `- key: value` lines of a folder's `SOURCE.md`."""
     path = folder / "SOURCE.md"
     if not path.is_file():
@@ -144,8 +144,8 @@ def _from_files(entry: TaskEntry, folder: Path) -> Raw:
     """Rows of files, described by the `SOURCE.md` beside them."""
     paths = {split: _paths(folder, files) for split, files in entry.files.items()}
     splits = {split: [row for path in files for row in _read(path, entry)] for split, files in paths.items()}
-    stated = stated_source(folder)
-    origin = " at commit ".join(stated[key] for key in ("repository", "commit") if key in stated) or "local files"
+    published = source_lines(folder)
+    origin = " at commit ".join(published[key] for key in ("repository", "commit") if key in published) or "local files"
     digests = ", ".join(f"{path.name} sha256 {sha256_of(path)[:16]}" for files in paths.values() for path in files)
     about = f"{entry.about}, from " if entry.about else ""
     other = [] if entry.folder is None else [path.name.split(".")[0] for path in paths.get("train", [])]
@@ -153,7 +153,7 @@ def _from_files(entry: TaskEntry, folder: Path) -> Raw:
         splits,
         {split: " and ".join(path.name for path in files) for split, files in paths.items()},
         f"{about}{origin} ({digests})",
-        stated.get("license", ""),
+        published.get("license", ""),
         notes=tuple(
             f"the mirror has no train file: the published {stem} rows are trained on"
             for stem in other

@@ -66,7 +66,7 @@ def split_whole(
     Args:
         kind: the kind of the rows.
         rows: all of them.
-        test: rows held out for the test (whole groups: at least so many).
+        test: rows held out for the test (complete groups: at least so many).
         validation: rows held out of the rest.
         group: rows of one group stay in one split; by default rows with the same inputs.
         unit: the word for a group in the notes.
@@ -127,7 +127,7 @@ def without_overlap(kind: TaskKind, splits: Splits) -> tuple[Splits, list[str]]:
 
 
 def sample_rows(split: Dataset, count: int) -> Dataset:
-    """At most ``count`` rows of a split, always the same ones and in their own order: packed prose stays prose."""
+    """At most ``count`` rows of a split, always the same ones and in the split's order: packed prose stays prose."""
     return split if count >= len(split) else split.select(sample_indices(len(split), count))
 
 
@@ -143,9 +143,9 @@ def build_task(
     notes: Sequence[str] = (),
     seed: int = 0,
 ) -> Task:
-    """A `Task` of finished splits: overlap dropped, only the columns of the kind kept, train rows ordered by `seed`.
+    """A `Task` of finished splits: overlap dropped, columns reduced to the kind's, train rows ordered by `seed`.
 
-    Running prose keeps its own order, because packing joins neighbouring rows.
+    Running prose keeps its order, because packing joins neighbouring rows.
     """
     splits, overlap = without_overlap(kind, splits)
     ordered = {split: splits[split] for split in ("train", "validation", "test") if splits.get(split)}

@@ -53,7 +53,7 @@ class Built:
 class Method(Settings):
     """Settings of one method; `build` turns a backbone into the trainable model."""
 
-    # whether PEFT's own files hold all that was trained, so that checkpoints can be gone on from
+    # whether PEFT's files hold all that was trained, so that training can go on from a checkpoint
     resumes: ClassVar[bool] = True
 
     name: str
@@ -89,7 +89,7 @@ class Method(Settings):
 
 
 class Configured(Method):
-    """A method whose settings are those of a PEFT config: what is wrong with a value is found when it is given."""
+    """A method whose settings are those of a PEFT config: a wrong value is an error when it is given."""
 
     if TYPE_CHECKING:
 
@@ -128,7 +128,7 @@ def method(name: str, **fields: Any) -> Callable[[type[_M]], type[_M]]:
 
 
 def settings_of(config: type[PeftConfig], *names: str, without: Collection[str] = ()) -> Fields:
-    """What a recipe may set of a config, each with the config's own type and default.
+    """What a recipe may set of a config, each with the config's type and default.
 
     Args:
         config: a dataclass of PEFT's or lamella's.
@@ -156,7 +156,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def method_from(value: str | Mapping[str, Any]) -> Method:
-    """The settings of a method from its name, or from a mapping with its name and own keys.
+    """The settings of a method from its name, or from a mapping of its name and settings.
 
     Raises:
         LamellaError: an unknown method, or a key that this method does not have.

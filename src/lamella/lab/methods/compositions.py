@@ -120,27 +120,27 @@ def composition(
 
 
 def read_loras(backbone: Backbone, adapters: Mapping[str, str]) -> Loras:
-    """LoRAs by name, each with the backbone's own module names.
+    """LoRAs by name, each with the backbone's module names.
 
     Raises:
         LamellaError: one cannot be read, or does not fit the backbone.
     """
-    found: Loras = {}
+    loras: Loras = {}
     for name, place in adapters.items():
         source = read_lora(lora_folder(place), name=name)
         check_base(backbone.model, source)
-        found[name] = map_to(backbone.model, source).modules
-    return found
+        loras[name] = map_to(backbone.model, source).modules
+    return loras
 
 
 def lora_folder(place: str) -> str:
-    """Where the LoRA of a run lies; any other place is the LoRA's own."""
+    """Where the LoRA of a run lies; any other place is the LoRA's folder itself."""
     run = Path(place)
     return str(run / "adapter") if (run / "run.yaml").is_file() else place
 
 
 def as_loras(backbone: Backbone, task: Task, loras: Mapping[str, Modules]) -> PeftModel:
-    """The backbone with frozen LoRAs as PEFT's adapters, the first of them active; its head is the backbone's own.
+    """The backbone with frozen LoRAs as PEFT's adapters, the first of them active; its head is the backbone's.
 
     Args:
         loras: by names that PEFT can use, without dots.
@@ -157,8 +157,8 @@ def as_loras(backbone: Backbone, task: Task, loras: Mapping[str, Modules]) -> Pe
 
 def lora_config(modules: Modules, **values: Any) -> LoraConfig:
     """PEFT's config of a LoRA with these factors, to be used as it is."""
-    ranks = {name: len(own.A) for name, own in modules.items()}
-    alphas = {name: own.scaling * ranks[name] for name, own in modules.items()}
+    ranks = {name: len(factors.A) for name, factors in modules.items()}
+    alphas = {name: factors.scaling * ranks[name] for name, factors in modules.items()}
     first = next(iter(modules))
     return LoraConfig(
         r=ranks[first],
@@ -174,7 +174,8 @@ def lora_config(modules: Modules, **values: Any) -> LoraConfig:
 def fill(bare: nn.Module, adapter: str, modules: Modules) -> None:
     """Puts factors into an adapter of the same modules and ranks; ``bare`` is the model without PEFT's wrapping."""
     with torch.no_grad():
-        for name, own in modules.items():
+        for name, factors in modules.items():
             layer: Any = bare.get_submodule(name)
-            for weight, value in ((layer.lora_A[adapter].weight, own.A), (layer.lora_B[adapter].weight, own.B)):
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            for weight, value in ((down, factors.A), (up, factors.B)):
                 weight.copy_(value.view_as(weight))

@@ -40,11 +40,11 @@ class Mola(Configured):
     """Layer-wise mixtures of LoRA experts; the keys are those of `lamella.MolaConfig`."""
 
     def config(self, **of_the_run: Any) -> MolaConfig:
-        """The config of these settings."""
+        """The PEFT config with these settings and those that the run adds."""
         return MolaConfig(**self.model_dump(exclude={"name"}), **of_the_run)
 
     def build(self, backbone: Backbone, task: Task) -> Built:
-        """The mixture; which layer got how many experts is in the model's own summary."""
+        """The mixture; which layer got how many experts is in the model's summary."""
         return Built(get_peft_model(backbone.model, self.config(**shared(backbone, task))))
 
     def mean_experts(self) -> float | None:
@@ -76,12 +76,12 @@ class Molex(Configured):
     """Mixtures of pretrained blocks with LoRA inside; the keys are those of `lamella.MolexConfig` and of its LoRA."""
 
     def config(self, **of_the_run: Any) -> MolexConfig:
-        """The config of these settings."""
+        """The PEFT config with these settings and those that the run adds."""
         lora = LoraConfig(**self.model_dump(include=set(_OF_LORA)))
         return MolexConfig(lora=lora, **self.model_dump(exclude={"name", *_OF_LORA}), **of_the_run)
 
     def build(self, backbone: Backbone, task: Task) -> Built:
-        """The mixture; which blocks each one can choose is in the model's own summary.
+        """The mixture; which blocks each one can choose is in the model's summary.
 
         Policy "fixed" without a layer finds the best one on training rows; it is in ``decided``.
         """
@@ -100,7 +100,9 @@ class Lora(Configured):
 
     trains_head: ClassVar[bool] = True
 
-    match: SerializeAsAny[Method] | None = Field(None, description="a method; lora_alpha / r is kept, r is chosen")
+    match: SerializeAsAny[Method] | None = Field(
+        None, description="a method; r is chosen, lora_alpha / r stays as it is"
+    )
 
     @field_validator("match", mode="before")
     @classmethod
@@ -108,7 +110,7 @@ class Lora(Configured):
         return value if value is None or isinstance(value, Method) else method_from(value)
 
     def config(self, **of_the_run: Any) -> LoraConfig:
-        """The config of these settings."""
+        """The PEFT config with these settings and those that the run adds."""
         config = LoraConfig(**self.model_dump(exclude={"name", "match"}), **of_the_run)
         if config.r < 1:
             raise LamellaError(f"r={config.r} must be a whole number of at least 1.")
@@ -118,7 +120,7 @@ class Lora(Configured):
         """The adapted model; with ``match``, the rank and both parameter counts are in ``decided``.
 
         Raises:
-            LamellaError: the head does not learn, and the backbone has none of its own.
+            LamellaError: the head does not learn, and the backbone has none.
         """
         if not self.trains_head:
             require_own_head(backbone, task, self.name)
@@ -153,7 +155,7 @@ class Lora(Configured):
 
 @method("lora-only")
 class LoraOnly(Lora):
-    """PEFT's LoRA and nothing else: the task head is the backbone's own and stays, as LoRAs to be composed need it."""
+    """PEFT's LoRA and nothing else: the task head is the backbone's and stays, as LoRAs to be composed need it."""
 
     trains_head: ClassVar[bool] = False
 
@@ -204,12 +206,12 @@ class Bare(Method):
     """Nothing is added and nothing trained: what the others start from, scored as they are."""
 
     def build(self, backbone: Backbone, task: Task) -> Built:
-        """Raises LamellaError where the backbone has no head of its own for the task."""
+        """Raises LamellaError where the backbone has no head for the task."""
         require_own_head(backbone, task, self.name)
         model = get_peft_model(backbone.model, _without_modules(backbone, task, train_head=False))
         return Built(model.requires_grad_(False))
 
 
 def _without_modules(backbone: Backbone, task: Task, train_head: bool = True) -> LoraConfig:
-    """PEFT's own name for an adapter without adapted modules: the saved folder is a PEFT folder all the same."""
+    """PEFT's name for an adapter without adapted modules: the saved folder is a PEFT folder all the same."""
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **shared(backbone, task, train_head=train_head))

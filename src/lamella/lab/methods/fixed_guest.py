@@ -24,7 +24,7 @@ _RIDGE = 1e-2
 def find_fixed_layer(backbone: Backbone, task: Task, config: MolexConfig) -> int:
     """The block that serves best as every block's guest, on at most 256 training rows and before any training.
 
-    A language model is judged by its own loss. A task head knows nothing yet, so its place is taken by a ridge
+    A language model is judged by its loss. A task head knows nothing yet, so its place is taken by a ridge
     regression of the labels on the mean of the last hidden states, fitted on one half of the rows and judged on the
     other.
     """

@@ -38,21 +38,21 @@ Temperature = Annotated[float, Field(gt=0.0)]
 
 @method("mole", **settings_of(MoleConfig, without={"adapters", "embedded", "target_modules"}))
 class Mole(Configured, Composition):
-    """Trained LoRAs weighed by routers that read their outputs; the keys are those of `lamella.MoleConfig`."""
+    """Trained LoRAs mixed by routers that read their outputs; the keys are those of `lamella.MoleConfig`."""
 
     masked_by: ClassVar[Literal["routers"]] = "routers"
 
-    train_head: bool = Field(True, description="whether the task head learns too; else it is the backbone's own")
+    train_head: bool = Field(True, description="whether the task head learns too; else it is the backbone's")
 
     def config(self, **of_the_run: Any) -> MoleConfig:
         """The config of these settings, without the LoRAs."""
         return MoleConfig(**self.model_dump(exclude={"name", "adapters", "train_head"}), **of_the_run)
 
     def build(self, backbone: Backbone, task: Task) -> Built:
-        """The composition; what was read, mapped and skipped is in the model's own summary.
+        """The composition; what was read, mapped and skipped is in the model's summary.
 
         Raises:
-            LamellaError: LoRAs that cannot be composed here, or a head that is neither trained nor the backbone's own.
+            LamellaError: LoRAs that cannot be composed here, or a head that is neither trained nor the backbone's.
         """
         if not self.train_head:
             require_own_head(backbone, task, self.name)
@@ -65,14 +65,14 @@ class Mole(Configured, Composition):
 def hidden_routing(
     loras: Loras, target: Target, router_aux_loss_coef: float = MolaConfig.router_aux_loss_coef
 ) -> Built:
-    """In each adapted matrix a softmax over all LoRAs for every token, from the matrix's own input.
+    """In each adapted matrix a softmax over all LoRAs for every token, from the matrix's input.
 
     It is MoLA with the trained LoRAs as frozen experts, all of them chosen, and routers that start even, so that the
     mixture starts as the mean of the LoRAs' deltas; the routers alone train. A LoRA with a lower rank, or without
     factors in a module, is filled up with zeros. MOLE's routers, which read the LoRAs' outputs, are compared with it.
     """
     experts = list(loras.values())
-    rank = max(len(own.A) for modules in experts for own in modules.values())
+    rank = max(len(factors.A) for modules in experts for factors in modules.values())
     targets = list(dict.fromkeys(module for modules in experts for module in modules))
     config = MolaConfig(
         r=rank,
@@ -97,9 +97,9 @@ def _freeze_experts(layer: MolaLinear, module: str, experts: list[Modules]) -> N
         down.zero_()
         up.zero_()
         for expert, modules in enumerate(experts):
-            if (own := modules.get(module)) is not None:
-                down[expert, : len(own.A)] = own.A
-                up[expert, :, : len(own.A)] = own.scaling * own.B
+            if (factors := modules.get(module)) is not None:
+                down[expert, : len(factors.A)] = factors.A
+                up[expert, :, : len(factors.A)] = factors.scaling * factors.B
         for parameter in layer.lamella_mola_router["default"].parameters():
             parameter.zero_()
     down.requires_grad_(False)
@@ -121,7 +121,7 @@ def arrow(
         raise LamellaError(f"top_k={top_k} is more than the {len(loras)} LoRAs given. Lower it.")
     # PEFT knows the LoRAs of an Arrow by these names
     inside = {f"task_{index}": modules for index, modules in enumerate(loras.values())}
-    ranks = {(name, len(own.A)) for modules in inside.values() for name, own in modules.items()}
+    ranks = {(name, len(factors.A)) for modules in inside.values() for name, factors in modules.items()}
     if any(len(ranks) != len(modules) for modules in inside.values()) or len({rank for _, rank in ranks}) > 1:
         raise LamellaError("PEFT's Arrow needs LoRAs of one rank in the same modules. Leave out those that differ.")
     model = target.with_loras(inside)
@@ -136,17 +136,17 @@ def arrow(
 
 @method("xlora")
 class XLora(Composition):
-    """X-LoRA as PEFT has it: one linear layer gives every token its weights of the LoRAs, the same ones in all modules.
+    """X-LoRA as PEFT has it: one linear layer gives every token its mixing weights, the same ones in all modules.
 
-    A classifier on the last hidden state of a first pass weighs the LoRAs in a second. It needs ``input_ids``, and
-    knows no cache. PEFT's checkpoints lack the classifier, so that an interrupted run begins anew.
+    A classifier on the last hidden state of a first pass gives the mixing weights of a second. It needs
+    ``input_ids``, and knows no cache. PEFT's checkpoints lack the classifier, so that an interrupted run begins anew.
 
     Source: Buehler & Buehler, X-LoRA: Mixture of Low-Rank Adapter Experts, 2024.
     """
 
     resumes: ClassVar[bool] = False
 
-    layerwise: bool = Field(False, description="whether each adapted module has weights of its own")
+    layerwise: bool = Field(False, description="whether each adapted module has its own weights")
     temperature: Temperature = 1.0
 
     def build(self, backbone: Backbone, task: Task) -> Built:
@@ -180,17 +180,20 @@ class XLora(Composition):
     def save(self, model: PeftModel, folder: Path) -> None:
         """PEFT's files, and in them the classifier, which PEFT itself leaves out."""
         super().save(model, folder)
-        trained = {name: own.detach().contiguous() for name, own in model.named_parameters() if own.requires_grad}
+        trained = {
+            name: tensor.detach().contiguous() for name, tensor in model.named_parameters() if tensor.requires_grad
+        }
         save_file(trained, folder / "adapter_model.safetensors")
 
     def load(self, backbone: Backbone, task: Task, folder: Path) -> nn.Module:
-        """Built anew with the saved classifier, since PEFT would read the LoRAs again in its own way."""
+        """Built anew with the saved classifier, since PEFT would read the LoRAs in another way."""
         model = self.build(backbone, task).model
         saved = load_file(folder / "adapter_model.safetensors")
-        wanted = {name for name, own in model.named_parameters() if own.requires_grad}
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if saved.keys() != wanted:
             raise LamellaError(
-                f"{folder} is no X-LoRA that lamella saved: {sorted(saved.keys() ^ wanted)[0]} is missing or unknown."
+                f"{folder} is not an X-LoRA that lamella saved: {sorted(saved.keys() ^ wanted)[0]} is missing or "
+                "unknown."
             )
         model.load_state_dict(saved, strict=False)
         return model

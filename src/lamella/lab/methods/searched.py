@@ -1,4 +1,4 @@
-"""Compositions that are found without a gradient, by scores on the task's training rows."""
+"""Compositions that are searched for without a gradient, by scores on the task's training rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Scores = Callable[[nn.Module], dict[str, float]]
 
 @composition("best")
 def best(loras: Loras, target: Target, max_length: Count = 128) -> Built:
-    """The LoRA that serves best on the task's training rows, by the task's own metric. Nothing is trained.
+    """The LoRA that serves best on the task's training rows, by the task's metric. Nothing is trained.
 
     Which one it is and the scores of all are in ``decided``; rows are cut at ``max_length`` tokens.
     """
@@ -49,7 +49,7 @@ def lorahub(
     """Factors added with weights in [-1.5, 1.5] that minimise ``loss + 0.05 mean|w|`` on a few training rows.
 
     The search is CMA-ES from zero weights, so many ``evaluations`` of sets of weights, each on so many ``examples``. A
-    and B take the same weight, as published, so that a LoRA's own term has its square. The best weights are in
+    and B take the same weight, as published, so that the term B_i A_i has its square. The best weights are in
     ``decided`` with their objective.
 
     Source: Huang et al., LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition, COLM 2024, §3.
@@ -77,7 +77,7 @@ def lorahub(
 
 
 def scores_on_training_rows(target: Target, max_length: int, rows: int | None = None) -> Scores:
-    """How a model's metrics on the task's training rows are found.
+    """A function that gives a model's metrics on the task's training rows.
 
     Args:
         target: whose task it is.
@@ -106,17 +106,17 @@ def _search(
     """The best of so many sets of weights, the first of them all zero, and its objective."""
     best = [0.0] * dimensions
     lowest, left = objective(best), evaluations - 1
-    seed = int(torch.randint(1, 2**31 - 1, ()))  # of the run's own generator; 0 would mean the clock
+    seed = int(torch.randint(1, 2**31 - 1, ()))  # of the run's generator; 0 would mean the clock
     search = cma.CMAEvolutionStrategy(best, _START, {"bounds": [-_BOUND, _BOUND], "seed": seed, "verbose": -9})
     while left > 0:
         asked = [list(map(float, weights)) for weights in search.ask()]
-        found = [objective(weights) for weights in asked[:left]]
-        left -= len(found)
-        for weights, value in zip(asked, found, strict=False):
+        values = [objective(weights) for weights in asked[:left]]
+        left -= len(values)
+        for weights, value in zip(asked, values, strict=False):
             if value < lowest:
                 best, lowest = weights, value
-        if len(found) == len(asked):  # a generation that the budget cut short is the last
-            search.tell(asked, found)
+        if len(values) == len(asked):  # a generation that the budget cut short is the last
+            search.tell(asked, values)
     return best, lowest
 
 

@@ -46,7 +46,7 @@ def pem(
     """Addition and negation of LoRAs, factor by factor: A and B are each weighted and added.
 
     A negative weight is negation followed by addition: the sign goes to B alone, since that of both would cancel. The
-    cross terms ``B_i A_j`` belong to the published method; with weights 1/K a LoRA's own term has the weight 1/K².
+    cross terms ``B_i A_j`` belong to the published method; with weights 1/K the terms ``B_i A_i`` have the weight 1/K².
 
     Source: Zhang et al., Composing Parameter-Efficient Modules with Arithmetic Operations, NeurIPS 2023, §3.
 
@@ -71,8 +71,8 @@ def weighted_sum(loras: Mapping[str, Modules], weights: Mapping[str, float]) -> 
     for module in dict.fromkeys(module for name in weights for module in loras[name]):
         parts = [(loras[name][module], weight) for name, weight in weights.items() if module in loras[name]]
         total[module] = Factors(
-            A=torch.cat([own.A.float() for own, _ in parts]),
-            B=torch.cat([weight * own.scaling * own.B.float() for own, weight in parts], dim=1),
+            A=torch.cat([factors.A.float() for factors, _ in parts]),
+            B=torch.cat([weight * factors.scaling * factors.B.float() for factors, weight in parts], dim=1),
             scaling=1.0,
         )
     return total
@@ -93,16 +93,16 @@ def factor_sum(loras: Mapping[str, Modules], down: Mapping[str, float], up: Mapp
         module: Factors(
             A=torch.stack([down[name] * loras[name][module].A.float() for name in names]).sum(0),
             B=torch.stack([up[name] * loras[name][module].B.float() for name in names]).sum(0),
-            scaling=own.scaling,
+            scaling=factors.scaling,
         )
-        for module, own in first.items()
+        for module, factors in first.items()
     }
 
 
 def _check_alike(module: str, one: tuple[str, Factors | None], other: tuple[str, Factors | None]) -> None:
     said = [
-        f"{name}: " + ("none" if own is None else f"rank {len(own.A)}, scaling {own.scaling:g}")
-        for name, own in (one, other)
+        f"{name}: " + ("none" if factors is None else f"rank {len(factors.A)}, scaling {factors.scaling:g}")
+        for name, factors in (one, other)
     ]
     if said[0].partition(": ")[2] != said[1].partition(": ")[2]:
         raise LamellaError(

@@ -32,7 +32,7 @@ class Robustness:
         task: its name.
         split: which one was scored.
         rows: how many examples.
-        metric: name of the task's own metric.
+        metric: name of the task's metric.
         noise: the kind of noise.
         frame: a row per run, strength, noise seed and metric: run, method, noise, strength, seed, metric, value. At
             strength 0 there is no noise, and every seed has the plain score.
@@ -62,8 +62,8 @@ class Robustness:
     @property
     def means(self) -> pd.DataFrame:
         """The task's metric averaged over seeds: a row per method, a column per strength."""
-        own = self.frame[self.frame["metric"] == self.metric]
-        return own.pivot_table(index="method", columns="strength", values="value", sort=False)
+        rows = self.frame[self.frame["metric"] == self.metric]
+        return rows.pivot_table(index="method", columns="strength", values="value", sort=False)
 
     @property
     def summary(self) -> str:
@@ -99,7 +99,7 @@ class Robustness:
         }
 
     def save(self, folder: Path) -> None:
-        """Write `frame` and `differences` as Parquet, each whole or not at all."""
+        """Write `frame` and `differences` as Parquet, each completely or not at all."""
         for name, frame in (("robustness.parquet", self.frame), ("differences.parquet", self.differences)):
             with atomic(folder / name) as unfinished:
                 frame.to_parquet(unfinished)
@@ -121,7 +121,7 @@ class _Scored:
     Attributes:
         run: which one.
         task: its name.
-        metric: the task's own.
+        metric: the task's.
         metrics: every metric by strength and seed.
         examples: the score of each example, ``(examples,)``, by strength and seed.
         measure: what the mean of these scores is.
@@ -159,11 +159,11 @@ def robustness(
     Args:
         paths: folders of runs or adapters; the others are compared with the first.
         noise: "embedding", "tokens" or "pgd".
-        strengths: the kind's own when None; 0, the plain score, is always among them.
+        strengths: the kind's when None; 0, the plain score, is always among them.
         seeds: draws of the noise.
-        task: any task that fits the trained heads; the runs' own when None.
+        task: any task that fits the trained heads; the runs' when None.
         split: "train", "validation" or "test".
-        base: the adapters' base model, if not the runs' or the adapters' own.
+        base: the adapters' base model, if not the one that the run or adapter names.
         starting: told the run, strength and seed before each scoring.
 
     Raises:
@@ -203,13 +203,13 @@ def strengths_of(text: str) -> tuple[float, ...]:
     """The numbers of a list such as "0,0.1,0.5".
 
     Raises:
-        LamellaError: one is no number.
+        LamellaError: one is not a number.
     """
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError as error:
         raise LamellaError(
-            f"'{text}' is no list of strengths. Write numbers with commas, such as 0,0.1,0.5."
+            f"'{text}' is not a list of strengths. Write numbers with commas, such as 0,0.1,0.5."
         ) from error
 
 
@@ -222,7 +222,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _runs(paths: Sequence[Path], task: str | None) -> list[_Run]:
-    """The runs with names that differ: of the folder, or its whole path; of the method, and the run where needed."""
+    """The runs with names that differ: of the folder, or its full path; of the method, and the run where needed."""
     if not paths:
         raise LamellaError("No run was given. Name the folder of at least one run or adapter.")
     twice = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
@@ -232,7 +232,7 @@ def _runs(paths: Sequence[Path], task: str | None) -> list[_Run]:
     folders = Counter(path.resolve().name for path in paths)
     names = [str(path) if folders[path.resolve().name] > 1 else path.resolve().name for path in paths]
     tasks = [place.settings.task if place.settings else None for place in places]
-    unlike = [at for at, own in enumerate(tasks) if own != tasks[0]]
+    unlike = [at for at, name in enumerate(tasks) if name != tasks[0]]
     if task is None and unlike:
         one, two = (f"{names[at]} of {tasks[at] or 'a task it does not name'}" for at in (0, unlike[0]))
         raise LamellaError(
@@ -316,9 +316,9 @@ def _differences(scored: Sequence[_Scored], kind: NoiseKind) -> pd.DataFrame:
     rows = []
     for strength in first.examples:
         by_name = {one.run.name: one.examples[strength] for one in scored}
-        found = {made.first: made for made in contrast(by_name, [(one.run.name, first.run.name) for one in others])}
+        contrasts = {made.first: made for made in contrast(by_name, [(one.run.name, first.run.name) for one in others])}
         for one in others:
-            made = found[one.run.name]
+            made = contrasts[one.run.name]
             place = (one.run.name, one.run.method, first.run.method, kind.name, strength, one.measure)
             rows.append((*place, made.interval.difference, made.interval.low, made.interval.high, made.p_value))
     names = ["run", "method", "against", "noise", "strength", "measure", "difference", "low", "high", "p"]

@@ -1,6 +1,6 @@
 """Noise on what a model reads: on input embeddings, on tokens, and the worst that an attack finds.
 
-The published noise protocol of MoLEx is unknown; this one is lamella's own. Noise changes real, non-special tokens
+The published noise protocol of MoLEx is unknown; this one is lamella's. Noise changes real, non-special tokens
 alone. What a row is given follows from the seed and the row's number, never from its batch, the padding or the model,
 so that every method is scored on the same noise; and a stronger noise is the weaker one made larger.
 """
@@ -27,17 +27,17 @@ def input_embeddings(model: nn.Module) -> nn.Module:
     """
     reader: Any = model
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        reader = reader.get_encoder()  # a module of its own, even where its weight is shared with the decoder's
+        reader = reader.get_encoder()  # a separate module, even where its weight is shared with the decoder's
     try:
-        found = reader.get_input_embeddings()
+        embeddings = reader.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        found = None
-    if not isinstance(found, nn.Module):
+        embeddings = None
+    if not isinstance(embeddings, nn.Module):
         raise LamellaError(
             f"{type(model).__name__} says nothing of its input embeddings (get_input_embeddings), so no noise can be "
             "put on them. Use a transformers model of text, with or without a PEFT adapter."
         )
-    return found
+    return embeddings
 
 
 @contextmanager
@@ -100,19 +100,21 @@ def gaussian_noise(embeddings: Tensor, touched: Tensor, rows: Sequence[int], sig
         embeddings: what the embedding module gives for the ids, (N, T, H).
         touched: the tokens to change, (N, T).
         rows: number of each sequence in its split, N of them.
-        sigma: standard deviation relative to the rms over that sequence's own touched embeddings.
+        sigma: standard deviation relative to the rms over that sequence's touched embeddings.
         seed: of the noise.
 
     Raises:
         LamellaError: sigma is negative.
     """
     if not sigma >= 0.0:
-        raise LamellaError(f"sigma={sigma} is no standard deviation. Give 0 or more, relative to the embeddings' rms.")
+        raise LamellaError(
+            f"sigma={sigma} is not a standard deviation. Give 0 or more, relative to the embeddings' rms."
+        )
     noise = torch.zeros(embeddings.shape, device=embeddings.device)  # (N, T, H)
     for at, row in enumerate(rows):
-        own = embeddings[at, touched[at]]  # (n, H)
-        draw = torch.from_numpy(row_generator(seed, row).standard_normal(tuple(own.shape), np.float32))
-        noise[at, touched[at]] = sigma * embedding_rms(own) * draw.to(own.device)
+        entries = embeddings[at, touched[at]]  # (n, H)
+        draw = torch.from_numpy(row_generator(seed, row).standard_normal(tuple(entries.shape), np.float32))
+        noise[at, touched[at]] = sigma * embedding_rms(entries) * draw.to(entries.device)
     return noise
 
 
@@ -132,7 +134,7 @@ def replaced_tokens(
         ids: of the batch, (N, T).
         touched: the tokens that may be replaced, (N, T).
         rows: number of each sequence in its split, N of them.
-        probability: of each touched token, on its own.
+        probability: of each touched token, independently.
         seed: of the noise.
         vocabulary: ids to draw from evenly, in ascending order, (V,): all but special ones.
 
@@ -140,18 +142,18 @@ def replaced_tokens(
         LamellaError: the probability is outside 0..1, or there is no other token to draw.
     """
     if not 0.0 <= probability <= 1.0:
-        raise LamellaError(f"{probability} is no probability of replacing a token. Give a number from 0 to 1.")
+        raise LamellaError(f"{probability} is not a probability of replacing a token. Give a number from 0 to 1.")
     if len(vocabulary) < 2:
         raise LamellaError(
             f"The vocabulary has {len(vocabulary)} token(s) that are not special, so none can be replaced by another."
         )
     replaced = ids.clone()
     for at, row in enumerate(rows):
-        own = ids[at, touched[at]].cpu().numpy()  # (n,)
+        tokens = ids[at, touched[at]].cpu().numpy()  # (n,)
         generator = row_generator(seed, row)
-        chance, drawn = generator.random(len(own)), generator.integers(len(vocabulary) - 1, size=len(own))
-        other = vocabulary[drawn + (drawn >= np.searchsorted(vocabulary, own))]  # never the token itself
-        replaced[at, touched[at]] = torch.from_numpy(np.where(chance < probability, other, own)).to(ids)
+        chance, drawn = generator.random(len(tokens)), generator.integers(len(vocabulary) - 1, size=len(tokens))
+        other = vocabulary[drawn + (drawn >= np.searchsorted(vocabulary, tokens))]  # never the token itself
+        replaced[at, touched[at]] = torch.from_numpy(np.where(chance < probability, other, tokens)).to(ids)
     return replaced
 
 
@@ -169,13 +171,13 @@ def pgd(
     """The perturbation (N, T, H) in float32 with the highest loss met on the way of an attack from a random start.
 
     A sequence's ball has an L2 radius of ``radius`` times the norm of its touched embeddings, which is the expected
-    size of Gaussian noise with sigma = radius. Each step goes along the sequence's own normalised gradient, then back
+    size of Gaussian noise with sigma = radius. Each step goes along the sequence's normalised gradient, then back
     into the ball. No perturbation at all is one of the candidates, so the loss of no row falls. Of a routed model the
     gradient is that of the experts chosen; a choice has none, so the attack finds no more than a lower bound of what
     can be done to it.
 
     Args:
-        losses: the loss of every sequence (N,) under a perturbation (N, T, H), each a function of its own part of it.
+        losses: the loss of every sequence (N,) under a perturbation (N, T, H), each a function of its part of it.
             The model has to be in evaluation mode; parameters get no gradient.
         embeddings: what the embedding module gives for the ids, (N, T, H).
         touched: the tokens that may change, (N, T).
@@ -214,7 +216,7 @@ def _loss_and_gradient(losses: Callable[[Tensor], Tensor], delta: Tensor) -> tup
         value = losses(delta)  # (N,)
         if not value.requires_grad:
             raise LamellaError("The loss does not depend on the embeddings' perturbation, so it cannot be attacked.")
-        # a sequence's loss depends on its own entries, so the sum's gradient holds each one's own
+        # a sequence's loss depends on its entries alone, so the gradient of the sum holds that of each
         (gradient,) = torch.autograd.grad(value.sum(), delta)
     return value.detach(), gradient
 

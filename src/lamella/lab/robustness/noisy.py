@@ -136,7 +136,7 @@ class _Batch:
 
     Attributes:
         inputs: of the model's forward.
-        ids: of every sequence, (N, T); the options of a question are sequences of their own.
+        ids: of every sequence, (N, T); each option of a question is a sequence.
         touched: the tokens that noise may change, (N, T).
         rows: number of each sequence in the split, N of them.
         targets: the labels of the B rows.
@@ -227,7 +227,7 @@ def check_strengths(kind: NoiseKind, strengths: Sequence[float]) -> None:
         if not 0.0 <= strength <= kind.highest or math.isinf(strength):
             allowed = "0 or more" if math.isinf(kind.highest) else f"from 0 to {kind.highest:g}"
             raise LamellaError(
-                f"{kind.symbol}={strength:g} is no strength of the noise '{kind.name}'; it is {allowed}."
+                f"{kind.symbol}={strength:g} is not a strength of the noise '{kind.name}'; it is {allowed}."
             )
     if not strengths or len(set(strengths)) < len(strengths):
         raise LamellaError(

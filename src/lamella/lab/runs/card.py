@@ -91,10 +91,12 @@ def _revision(backbone: Backbone) -> str:
 
 
 def _method(settings: RunSettings, metrics: Mapping[str, Any]) -> str:
-    own = settings.method.model_dump(mode="json", exclude={"name", "match"}, exclude_none=True)
-    own |= {"adapters": " ".join(own["adapters"])} if "adapters" in own else {}  # names, not places on this machine
-    own |= {"r": metrics["rank"]} if "rank" in metrics else {}
-    values = ", ".join(f"{key}={value}" for key, value in own.items())
+    chosen = settings.method.model_dump(mode="json", exclude={"name", "match"}, exclude_none=True)
+    chosen |= (
+        {"adapters": " ".join(chosen["adapters"])} if "adapters" in chosen else {}
+    )  # names, not places on this machine
+    chosen |= {"r": metrics["rank"]} if "rank" in metrics else {}
+    values = ", ".join(f"{key}={value}" for key, value in chosen.items())
     text = f"{settings.method.name}{f' ({values})' if values else ''}."
     summary = metrics.get("summary")
     return f"{text}\n\n```text\n{summary}\n```" if summary else text
@@ -133,8 +135,8 @@ def _floor(task: Task) -> dict[str, float]:
         return {}
     predictions = floor_predictions(task).get(FLOOR, {})
     return {
-        split: metric_for(task.metric).function(found, np.asarray(task.splits[split]["label"]))
-        for split, found in predictions.items()
+        split: metric_for(task.metric).function(predicted, np.asarray(task.splits[split]["label"]))
+        for split, predicted in predictions.items()
     }
 
 

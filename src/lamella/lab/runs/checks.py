@@ -55,7 +55,7 @@ def examine_run(
     examination: Examination,
     loaded: PreTrainedModel | PeftModel | None = None,
 ) -> None:
-    """Examines the run's adapter or model as its own folder, then its record and its trace.
+    """Examines the folder of the run's adapter or model, then its record and its trace.
 
     Args:
         path: of the run.
@@ -92,7 +92,7 @@ def examine_record(folder: Path, model: nn.Module, settings: RunSettings, examin
     """Compares the folder's metrics and predictions with the model loaded from it."""
     run = RunFolder(folder)
     if not run.finished:
-        examination.saw("the run's own record: not examined, the run is not finished")
+        examination.saw("the run's record: not examined, the run is not finished")
         return
     try:
         examination.saw(_examine_predictions(folder, model, settings, examination))
@@ -103,8 +103,8 @@ def examine_record(folder: Path, model: nn.Module, settings: RunSettings, examin
 def _examine_predictions(folder: Path, model: nn.Module, settings: RunSettings, examination: Examination) -> str:
     path = folder / "predictions.parquet"
     if not path.is_file():
-        return "the run's predictions: not examined, the run kept none"
-    kept = pd.read_parquet(path)
+        return "the run's predictions: not examined, the run saved none"
+    saved = pd.read_parquet(path)
     task = task_of(settings)
     split = "validation" if "validation" in task.splits else "test"
     encoded = encode(
@@ -118,7 +118,7 @@ def _examine_predictions(folder: Path, model: nn.Module, settings: RunSettings, 
     rows = rows.select(_first(rows))
     with preserve_state(model):
         columns = score(model, task, rows, encoded.collator, settings.eval_batch_size).columns
-    unlike = _unlike(kept[kept["split"] == split], columns)
+    unlike = _unlike(saved[saved["split"] == split], columns)
     if unlike.mean() > 1 - _ALIKE:
         _report(
             f"{int(unlike.sum())} of {len(unlike)} {split} rows are predicted otherwise than in the run",
@@ -134,9 +134,9 @@ def _first(rows: Dataset) -> list[int]:
     return list(range(min(_ROWS, len(rows))))
 
 
-def _unlike(kept: pd.DataFrame, columns: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _unlike(saved: pd.DataFrame, columns: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     name = "nll" if "nll" in columns else "prediction"
-    before = kept[name].to_numpy()[: len(columns[name])]
+    before = saved[name].to_numpy()[: len(columns[name])]
     return np.abs(before - columns[name]) > _DIFFERENCE * np.maximum(1.0, np.abs(before))
 
 

@@ -45,7 +45,7 @@ def composed_settings(
     return resolve(None, [_RATE, *overrides], model=base, task=task, method={"name": "mole", "adapters": named})
 
 
-def tell_apart(words: Iterable[str]) -> tuple[list[str], list[str]]:
+def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
     """LoRAs and ``key=value`` overrides: what is before the ``=`` of an override is a setting of a run."""
     loras: list[str] = []
     overrides: list[str] = []
@@ -59,14 +59,14 @@ def _named(word: str) -> tuple[str, str]:
     name, equals, place = word.partition("=")
     if equals and not Path(word).exists():
         if not name or not place:
-            raise LamellaError(f"'{word}' is no LoRA; write NAME=PLACE, or the place alone.")
+            raise LamellaError(f"'{word}' is not a LoRA; write NAME=PLACE, or the place alone.")
         return name, place
     path = Path(word)
     return (path.resolve().parent.name if path.name == "adapter" else path.stem), word
 
 
 def _base_of(place: str) -> str:
-    """The base model that a LoRA's run, or else its own config, names."""
+    """The base model that a LoRA's run, or else its config, names."""
     run = find_trained(Path(place)).base if Path(place).is_dir() else None
     base = run or read_lora(lora_folder(place)).base
     if not base:

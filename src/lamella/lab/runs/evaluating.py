@@ -28,7 +28,7 @@ class Evaluation:
         task: its name.
         split: which one.
         rows: how many examples were scored.
-        metric: name of the task's own metric, one of `metrics`.
+        metric: name of the task's metric, one of `metrics`.
         metrics: every metric by name.
         columns: one entry per example, as `lamella.lab.scoring.Scores.columns`.
         notes: what reading the rows cut or dropped.
@@ -54,7 +54,7 @@ class Evaluation:
         }
 
     def save_examples(self, path: Path) -> None:
-        """Write a row per example as Parquet, whole or not at all; its folder is made."""
+        """Write a row per example as Parquet, completely or not at all; its folder is made."""
         _write_atomic(pd.DataFrame({"split": self.split, **self.columns}), path)
 
 
@@ -90,7 +90,7 @@ class Traced:
         return routing_summary(self.frame)
 
     def save(self, folder: Path) -> None:
-        """Write `frame` as ``trace.parquet`` beside `coactivation`, each whole or not at all; the folder is made."""
+        """Write `frame` as ``trace.parquet`` beside `coactivation`, each atomically; the folder is made."""
         _write_atomic(self.frame, folder / "trace.parquet")
         _write_atomic(self.coactivation, folder / "coactivation.parquet")
 
@@ -100,7 +100,7 @@ def evaluate(path: Path, task: str | None = None, split: str = "test", base: str
 
     Args:
         path: folder of the run or the adapter.
-        task: any task that fits the trained head; the run's own when None.
+        task: any task that fits the trained head; the run's when None.
         split: "train", "validation" or "test".
         base: the adapter's base model, if not the one of the run or the adapter.
 
@@ -174,7 +174,7 @@ def _of_inputs(recorded: Trace, trained: Trained) -> pd.DataFrame:
 
 
 def _texts(batch: dict[str, Any], title: str, tokenizer: Any) -> list[tuple[str, list[str]]]:
-    """The sequences of a batch as tokens to show; the options of a choice are sequences of their own."""
+    """The sequences of a batch as tokens to show; each option of a choice is a sequence."""
     width = batch["input_ids"].shape[-1]
     ids, real = batch["input_ids"].view(-1, width), batch["attention_mask"].view(-1, width).bool()
     several = len(ids) > 1

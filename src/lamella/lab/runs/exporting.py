@@ -44,7 +44,7 @@ class Export:
 
 
 def export_as_experts(path: Path, output: Path, base: str | None = None) -> Export:
-    """Write every expert of a run or an adapter as a LoRA of its own, ``output/expert_e``.
+    """Write every expert of a run or an adapter as a separate LoRA, ``output/expert_e``.
 
     Raises:
         LamellaError: ``output`` exists, or there is no mixture to export.
@@ -71,7 +71,7 @@ def export_collapsed(
         path: folder of a run or an adapter.
         output: the new folder.
         base: the adapter's base model, if not the one of the run or the adapter.
-        task: whose training rows are used; the run's own when None.
+        task: whose training rows are used; the run's when None.
         rank: of each module's LoRA; all that the experts have together when None, which loses least.
         rows: how many training rows; every fourth batch of 16 measures the error and is not fitted, from 4 batches on.
 

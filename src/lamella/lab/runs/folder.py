@@ -53,14 +53,14 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any]:
         """What a finished run measured."""
-        found: dict[str, Any] = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
-        return found
+        measured: dict[str, Any] = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+        return measured
 
     def check(self, settings: RunSettings, *, force: bool = False) -> None:
         """Whether a run of these settings may be written here, anew or from where it was interrupted.
 
         Raises:
-            LamellaError: the folder holds a finished run, a run of other settings, or something that is no run.
+            LamellaError: the folder holds a finished run, a run of other settings, or something that is not a run.
         """
         foreign = sorted(path.name for path in self.path.glob("*") if path.name not in _OURS)
         if foreign and not (self.path / "run.yaml").is_file():
@@ -104,11 +104,11 @@ class RunFolder:
             shutil.rmtree(self.checkpoints)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
+        """Write a file completely or not at all."""
         write_atomic(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file whole or not at all."""
+        """Write a JSON file completely or not at all."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def check_same(self, settings: RunSettings) -> None:

@@ -67,12 +67,12 @@ def train(
 
     Args:
         settings: the run.
-        folder: where it is kept; made if it does not exist.
+        folder: where its files go; made if it does not exist.
         force: delete an earlier run in ``folder`` first.
         callbacks: further callbacks of transformers' Trainer.
 
     Raises:
-        LamellaError: the folder may not be written, settings do not fit the model or task, the loss is no number,
+        LamellaError: the folder may not be written, settings do not fit the model or task, the loss is not finite,
             or what was saved does not load equal.
     """
     process = PartialState()
@@ -183,7 +183,7 @@ class _Run:
                 self.watch.resume(state)
         best = trainer.state.best_global_step
         if best and best != trainer.state.global_step:
-            logger.info("keeping the weights of step %d, the best on validation", best)
+            logger.info("going back to the weights of step %d, the best on validation", best)
             load_weights(self.model, self.place.checkpoints / f"checkpoint-{best}")
 
     def _scores(self) -> dict[str, Scores]:

@@ -1,4 +1,4 @@
-"""From a trained model to files and back: whole folders, strict loading, and the proof that both agree."""
+"""From a trained model to files and back: complete folders, strict loading, and the proof that both agree."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class RunSettings(Settings):
     model: str = Field("minilm", description="a demo asset, a hub id or a path")
     task: str = Field("trec", description="a named task, hub:NAME or file:ROWS")
     method: SerializeAsAny[Method] = Field(
-        default_factory=lambda: method_from("mola"), description="its name and its own settings"
+        default_factory=lambda: method_from("mola"), description="its name and its settings"
     )
     seed: int = Field(0, ge=0)
 
@@ -121,7 +121,7 @@ def override(tree: dict[str, Any], words: Iterable[str]) -> None:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The mapping in a YAML file, found by path or, among the packaged recipes, by name.
+    """The mapping in a YAML file, named by its path or, of a packaged recipe, by its name.
 
     Raises:
         LamellaError: there is no such file or recipe, or it does not hold a mapping.

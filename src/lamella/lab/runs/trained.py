@@ -31,8 +31,8 @@ class Place:
     """Where a trained model lies.
 
     Attributes:
-        folder: of the adapter, or of a whole model.
-        settings: of the run that it belongs to; None for an adapter on its own.
+        folder: of the adapter, or of a complete model.
+        settings: of the run that it belongs to; None for an adapter without a run.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Place:
 
     @property
     def base(self) -> str | None:
-        """The run's base model, by the name that it has on this machine; None for an adapter on its own."""
+        """The run's base model, by the name that it has on this machine; None for an adapter without a run."""
         return self.settings.model if self.settings else None
 
     @property
@@ -70,7 +70,7 @@ class Trained:
 
     @property
     def size(self) -> int:
-        """Parameters that its training changed: the adapter's and the head's, or all of a whole model."""
+        """Parameters that its training changed: the adapter's and the head's, or all of a complete model."""
         if not isinstance(self.model, PeftModel):
             return int(self.model.num_parameters())
         # runs never resize the vocabulary, and to find out PEFT would ask the hub
@@ -106,12 +106,12 @@ class Trained:
 
 
 def redundancy_of(run: Path) -> pd.DataFrame | None:
-    """`lamella.redundancy` of a finished run's LoRA experts, as it was kept; None where it has none."""
+    """`lamella.redundancy` of a finished run's LoRA experts, as it was saved; None where it has none."""
     import pandas as pd
 
-    if (kept := run / "redundancy.parquet").is_file():
-        return pd.read_parquet(kept)
-    # the first edition kept none
+    if (saved := run / "redundancy.parquet").is_file():
+        return pd.read_parquet(saved)
+    # the first edition saved none
     return load_trained(run).redundancy() if (run / "trace.parquet").is_file() else None
 
 
@@ -129,8 +129,8 @@ def find_trained(path: Path) -> Place:
     for folder in folders:
         if (folder / CONFIG).is_file():
             return Place(folder, settings)
-    if settings is not None and (whole := run / "model").is_dir():
-        return Place(whole, settings)
+    if settings is not None and (model := run / "model").is_dir():
+        return Place(model, settings)
     raise LamellaError(
         f"{path} holds neither an adapter (with {CONFIG}) nor a finished run (with run.yaml and its adapter or model)."
         if path.is_dir()
@@ -143,7 +143,7 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
 
     Args:
         path: folder of a run, or of an adapter.
-        task_name: what it is used on; the run's own task when None.
+        task_name: what it is used on; the run's task when None.
         base: the adapter's base model: a demo model, a hub id or a path; by default the run's, or the one that the
             adapter names.
 
@@ -151,17 +151,17 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
         LamellaError: nothing to load, no task is named anywhere, or the trained head is of another task.
     """
     place = find_trained(path)
-    own = load_task(place.settings.task) if place.settings else None
-    task = load_task(task_name) if task_name is not None else own
+    trained_on = load_task(place.settings.task) if place.settings else None
+    task = load_task(task_name) if task_name is not None else trained_on
     if task is None:
-        raise LamellaError(f"{path} is an adapter on its own and says nothing of its task. Name one with --task.")
-    if own is not None:
-        _check_labels(own, task)
+        raise LamellaError(f"{path} is an adapter without a run and says nothing of its task. Name one with --task.")
+    if trained_on is not None:
+        _check_labels(trained_on, task)
     if not place.is_adapter:
         if base is not None:
-            raise LamellaError(f"{path} holds a whole model, which has no base. Leave --base out.")
-        whole = load_backbone(str(place.folder), task)
-        return Trained(place, whole.model.eval(), whole.tokenizer, task)
+            raise LamellaError(f"{path} holds a complete model, which has no base. Leave --base out.")
+        backbone = load_backbone(str(place.folder), task)
+        return Trained(place, backbone.model.eval(), backbone.tokenizer, task)
     backbone = load_backbone(base or _base_of(place), task)
     _check_head(place.folder, backbone.model, task)
     model = _adapted(backbone.model, place.folder)
@@ -176,7 +176,7 @@ def load_adapted(path: Path, base: str | None = None) -> PeftModel:
     """
     place = find_trained(path)
     if not place.is_adapter:
-        raise LamellaError(f"{path} holds a whole model and no adapter: there are no experts in it.")
+        raise LamellaError(f"{path} holds a complete model and no adapter: there are no experts in it.")
     config = PeftConfig.from_pretrained(str(place.folder))
     bare = load_base(config, load_peft_weights(str(place.folder), device="cpu"), base or _base_of(place))
     return _adapted(bare, place.folder)
@@ -203,16 +203,16 @@ def _adapted(base: nn.Module, folder: Path) -> PeftModel:
     return model.eval()
 
 
-def _check_labels(own: Task, task: Task) -> None:
-    if _HEADS.get(own.kind) != _HEADS.get(task.kind):
+def _check_labels(trained_on: Task, task: Task) -> None:
+    if _HEADS.get(trained_on.kind) != _HEADS.get(task.kind):
         raise LamellaError(
-            f"The model was trained on {own.name}, a {own.kind} task, and its head does not fit {task.name}, a "
-            f"{task.kind} task. Choose a task of the same kind."
+            f"The model was trained on {trained_on.name}, a {trained_on.kind} task, and its head does not fit "
+            f"{task.name}, a {task.kind} task. Choose a task of the same kind."
         )
-    if own.label_names != task.label_names:
+    if trained_on.label_names != task.label_names:
         raise LamellaError(
-            f"The labels differ: the model was trained on {own.name} with {_listed(own.label_names)}, and {task.name} "
-            f"has {_listed(task.label_names)}. Choose a task with the same labels in the same order."
+            f"The labels differ: the model was trained on {trained_on.name} with {_listed(trained_on.label_names)}, "
+            f"and {task.name} has {_listed(task.label_names)}. Choose a task with the same labels in the same order."
         )
 
 
@@ -222,17 +222,17 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _check_head(folder: Path, base: nn.Module, task: Task) -> None:
-    """Whether the adapter's own head, where it saved one, has the size that the task needs."""
-    found = head_size(load_peft_weights(str(folder), device="cpu"))
+    """Whether the adapter's head, where it saved one, has the size that the task needs."""
+    size = head_size(load_peft_weights(str(folder), device="cpu"))
     if task.kind in _HEADS:
         needed: int | None = 1 if task.kind == "regression" else len(task.label_names)
     else:
         needed = 1 if task.kind == "multiple-choice" and not trains_tokens(task, base) else None
-    if found is None and has_own_head(base):
+    if size is None and has_own_head(base):
         return  # the base was saved with its head, which the adapter left alone
-    if found != needed:
+    if size != needed:
         raise LamellaError(
-            f"The adapter has {'no head' if found is None else f'a head with {found} output(s)'}, and {task.name}, a "
+            f"The adapter has {'no head' if size is None else f'a head with {size} output(s)'}, and {task.name}, a "
             f"{task.kind} task, needs {'none' if needed is None else f'one with {needed}'}. Choose the task it was "
             "trained on, or one with the same labels."
         )

@@ -68,7 +68,7 @@ class BatchOrder(Sampler[int]):
 
 
 class RunTrainer(Trainer):
-    """transformers' Trainer, which scores with the task's metrics and stops at a loss that is no number."""
+    """transformers' Trainer, which scores with the task's metrics and stops at a loss that is not finite."""
 
     model_accepts_loss_kwargs: bool
     optimizer: Any
@@ -124,8 +124,8 @@ class RunTrainer(Trainer):
         if not math.isfinite(loss.item()):
             raise LamellaError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1} with lr={self.settings.lr:g}. "
-                "Nothing of this step was kept. Lower lr, raise warmup_ratio, lower max_grad_norm, or switch bf16 off, "
-                "and check the rows for empty texts."
+                "The weights are those of the step before. Lower lr, raise warmup_ratio, lower max_grad_norm, or "
+                "switch bf16 off, and check the rows for empty texts."
             )
         return loss
 
@@ -139,7 +139,7 @@ class RunTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the run's own callbacks measured, so that every listener (TensorBoard, W&B, ...) gets it."""
+        """Add what the run's callbacks measured, so that every listener (TensorBoard, W&B, ...) gets it."""
         for source in self._log_sources:
             logs.update(source())
         super().log(logs, start_time)
@@ -151,7 +151,7 @@ class RunTrainer(Trainer):
         return BatchOrder(len(rows), size, self.settings.seed, lambda: int(self.state.epoch or 0), lengths)
 
     def _refuse_missing_sharding(self) -> None:
-        # accelerate drops the wish without a word where there is no accelerator to shard over
+        # accelerate silently ignores the wish where there is no accelerator to shard over
         wished = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
         if wished and not self.is_fsdp_enabled:
             raise LamellaError(
@@ -161,7 +161,7 @@ class RunTrainer(Trainer):
 
 
 def total_steps(settings: RunSettings, rows: int, world: int) -> int:
-    """Optimizer steps of a whole run over ``rows`` training rows in ``world`` processes."""
+    """Optimizer steps of a run over ``rows`` training rows in ``world`` processes."""
     if settings.max_steps is not None:
         return settings.max_steps
     batches = math.ceil(rows / (settings.batch_size * world))
@@ -169,7 +169,7 @@ def total_steps(settings: RunSettings, rows: int, world: int) -> int:
 
 
 def arguments(settings: RunSettings, folder: RunFolder, rows: int, selects: Selection) -> TrainingArguments:
-    """The Trainer's own settings for a run."""
+    """The Trainer's settings for a run."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     every = settings.evaluate_every or max(1, math.ceil(total_steps(settings, rows, world) / 4))
     best = settings.keep == "best"
