@@ -103,7 +103,7 @@ def test_an_a_without_b_and_ranks_that_differ(folder: Path) -> None:
 
 def test_tensors_nobody_knows(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({f"{QUERY}.mystery": torch.ones(1)}))
-    refused(folder, "query.mystery", "no part of a LoRA")
+    refused(folder, "query.mystery", "do not belong to any known kind of LoRA")
 
 
 def test_one_module_twice(folder: Path) -> None:

@@ -135,8 +135,8 @@ def test_a_reference_knows_the_bytes_and_survives_json(tmp_path: Path) -> None:
     assert reference.sha256 is not None
     assert reference.revision is None
     config = tmp_path / "a/adapter_config.json"
-    stated = json.loads(config.read_text())
-    config.write_text(json.dumps({**stated, "lora_alpha": 99}))
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps({**saved, "lora_alpha": 99}))
     with pytest.raises(LamellaError, match="has changed since") as error:
         read_lora(reference)
     assert reference.sha256 in str(error.value)

@@ -37,7 +37,7 @@ def found(model: nn.Module) -> list[tuple[str, str, int]]:
 def test_the_stacks_of_the_families_we_train(name: str, expected: list[tuple[str, str, int]]) -> None:
     model = tiny.MODELS[name](layers=3)
     assert found(model) == expected
-    assert {stack.found for stack in locate_stacks(model)} == {f"family {model.config.model_type}"}
+    assert {stack.found_by for stack in locate_stacks(model)} == {f"family {model.config.model_type}"}
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -69,7 +69,7 @@ def test_the_stacks_of_other_families_are_where_the_table_says(config, expected)
         model = AutoModel.from_config(config)
     stacks = locate_stacks(model)
     assert [(stack.role, stack.depth) for stack in stacks] == expected
-    assert {stack.found for stack in stacks} == {f"family {config.model_type}"}
+    assert {stack.found_by for stack in stacks} == {f"family {config.model_type}"}
 
 
 def block(features: int = 4) -> nn.Module:
@@ -89,8 +89,8 @@ class Unknown(nn.Module):
 def test_an_unknown_model_is_searched_by_structure_and_says_so() -> None:
     (stack,) = locate_stacks(Unknown())
     assert (stack.name, stack.depth) == ("blocks", 3)
-    assert "structure" in stack.found
-    assert "model_type=None" in stack.found
+    assert "structure" in stack.found_by
+    assert "model_type=None" in stack.found_by
 
 
 def test_two_large_lists_are_two_stacks() -> None:

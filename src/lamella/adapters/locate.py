@@ -43,9 +43,9 @@ def locate(reference: Reference) -> Files:
         raise LamellaError(_pickle(reference.source))
     here = Path(reference.source).expanduser()
     if here.exists():
-        root, found = here, reference
+        root, located = here, reference
     else:
-        root, found = _fetch(reference)
+        root, located = _fetch(reference)
     place = root / reference.subfolder if reference.subfolder else root
     weights, config = _choose(place, reference)
     read = [weights] if config is None else [config, weights]
@@ -59,7 +59,7 @@ def locate(reference: Reference) -> Files:
     stem = weights.stem if config is None and weights.name != DIFFUSERS_WEIGHTS else weights.parent.name
     if not here.exists():
         stem = Path(reference.subfolder or reference.source).stem
-    return Files(weights, config, replace(found, sha256=digest), stem)
+    return Files(weights, config, replace(located, sha256=digest), stem)
 
 
 def _choose(place: Path, reference: Reference) -> tuple[Path, Path | None]:

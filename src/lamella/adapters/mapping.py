@@ -50,19 +50,20 @@ def map_to(model: nn.Module, source: LoraSource, component: str | None = None) -
     renaming, renamed = _renaming(model, list(factors), modules)
     mapped: dict[str, Factors] = {}
     unmapped, unfit = [], []
-    for name, own in factors.items():
+    for name, lora in factors.items():
         ours = renaming(name)
         features = _features(modules[ours]) if ours in modules else None
         if ours not in modules:
             unmapped.append(name)
         elif features is None:
             unfit.append(f"{ours} is a {type(modules[ours]).__name__}, not a linear layer")
-        elif features != (own.A.shape[1], own.B.shape[0]):
+        elif features != (lora.A.shape[1], lora.B.shape[0]):
             unfit.append(
-                f"{ours} maps {features[0]} features to {features[1]}, the LoRA's {own.A.shape[1]} to {own.B.shape[0]}"
+                f"{ours} maps {features[0]} features to {features[1]}, the LoRA's {lora.A.shape[1]} to "
+                f"{lora.B.shape[0]}"
             )
         else:
-            mapped[ours] = own
+            mapped[ours] = lora
     if unmapped:
         raise LamellaError(
             f"{source.described} adapts {len(unmapped)} of {len(factors)} modules that {_called(model)} does not "
@@ -115,8 +116,8 @@ def _component_for(model: nn.Module, source: LoraSource, modules: Mapping[str, n
 def _fits(model: nn.Module, factors: Mapping[str, Factors], modules: Mapping[str, nn.Module]) -> bool:
     renaming, _ = _renaming(model, list(factors), modules)
     return all(
-        (ours := renaming(name)) in modules and _features(modules[ours]) == (own.A.shape[1], own.B.shape[0])
-        for name, own in factors.items()
+        (ours := renaming(name)) in modules and _features(modules[ours]) == (lora.A.shape[1], lora.B.shape[0])
+        for name, lora in factors.items()
     )
 
 

@@ -64,30 +64,30 @@ def pair(
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is not None:
-            own = sides.setdefault(match["module"], {})
-            if match["side"] in own:
+            factors = sides.setdefault(match["module"], {})
+            if match["side"] in factors:
                 raise LamellaError(
                     f"{who} has {match['module']}.lora_{match['side']} twice. Save it again without one."
                 )
-            own[match["side"]] = tensor
+            factors[match["side"]] = tensor
         elif (reason := reason_to_skip(key)) is not None:
             skipped.append((key, reason))
         else:
             unknown.append(key)
     if unknown:
         raise LamellaError(
-            f"{who} holds {len(unknown)} tensors that are no part of a LoRA known here, first {unknown[0]}. Load it "
-            "where it was made and save it with PEFT or diffusers."
+            f"{who} holds {len(unknown)} tensors that do not belong to any known kind of LoRA, first {unknown[0]}. "
+            "Load it where it was made and save it with PEFT or diffusers."
         )
     modules: dict[str, Factors] = {}
-    for module, own in sides.items():
-        kernel = _kernel(module, own, who)
+    for module, factors in sides.items():
+        kernel = _kernel(module, factors, who)
         if kernel not in ((), (1, 1)):
             skipped.append(
                 (module, f"a {'x'.join(map(str, kernel))} convolution; only linear layers and 1x1 are composed")
             )
             continue
-        A, B = (own[side].flatten(1) for side in "AB")
+        A, B = (factors[side].flatten(1) for side in "AB")
         for side, factor in (("A", A), ("B", B)):
             if not torch.isfinite(factor).all():
                 raise LamellaError(f"{who} has numbers that are not finite in {module}.lora_{side}. Train it again.")
@@ -95,14 +95,14 @@ def pair(
     return modules, skipped
 
 
-def _kernel(module: str, own: Mapping[str, Tensor], who: str) -> tuple[int, ...]:
+def _kernel(module: str, factors: Mapping[str, Tensor], who: str) -> tuple[int, ...]:
     """The kernel of a convolution's A, () for a linear layer; checks that A and B belong together."""
     for side, other in (("A", "B"), ("B", "A")):
-        if side not in own:
+        if side not in factors:
             raise LamellaError(
                 f"{who} has {module}.lora_{other} without lora_{side}. The file is incomplete; save it again."
             )
-    A, B = own["A"], own["B"]
+    A, B = factors["A"], factors["B"]
     linear = A.dim() == 2 and B.dim() == 2
     convolution = A.dim() == 4 and B.dim() == 4 and tuple(B.shape[2:]) == (1, 1)
     if not (linear or convolution) or not A.shape[0] or A.shape[0] != B.shape[1]:

@@ -33,10 +33,10 @@ def read_peft(folder: Path, tensors: Mapping[str, Tensor], who: str) -> Parsed:
     config = _config(folder, who)
     refuse_other_methods(tensors, who)
     refuse_variants(config, who)
-    own = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    if len(own) < len(tensors):
+    unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    if len(unprefixed) < len(tensors):
         raise LamellaError(f"{who} has tensors twice, with and without the prefix {_PREFIX}. Save it again.")
-    modules, skipped = pair(own, scaling_by(config, who), _reasons(config), who)
+    modules, skipped = pair(unprefixed, scaling_by(config, who), _reasons(config), who)
     return Parsed("PEFT", config.base_model_name_or_path, {MODEL: modules} if modules else {}, skipped)
 
 
@@ -44,11 +44,11 @@ def scaling_by(config: LoraConfig, who: str) -> Callable[[str, int], float]:
     """The scaling that PEFT gives a module: alpha and rank by their patterns, ``alpha / r`` or ``alpha / sqrt(r)``."""
 
     def scaling(module: str, r: int) -> float:
-        stated = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
-        if stated != r:
+        expected = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+        if expected != r:
             raise LamellaError(
-                f"{who} has rank {r} in {module}, where its config says {stated}. Config and tensors are of two LoRAs; "
-                "restore the one that is wrong."
+                f"{who} has rank {r} in {module}, where its config says {expected}. Config and tensors are of two "
+                "LoRAs; restore the one that is wrong."
             )
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
         return float(alpha / (math.sqrt(r) if config.use_rslora else r))
@@ -78,8 +78,8 @@ def refuse_variants(config: LoraConfig, who: str) -> None:
 
 def _config(folder: Path, who: str) -> LoraConfig:
     try:
-        stated: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        method = str(stated.get("peft_type"))
+        saved: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        method = str(saved.get("peft_type"))
     except (ValueError, AttributeError) as error:
         raise LamellaError(
             f"{who} has an adapter_config.json that is not a JSON object: {error}. Restore it."

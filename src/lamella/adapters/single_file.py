@@ -66,8 +66,8 @@ def _read_kohya(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who:
     # The converter hands every tensor through as it is, so each is known again under its new name.
     alpha_of = {id(tensor): alphas.get(name, float(len(tensor))) for name, tensor in down.items()}
     components, skipped = {}, []
-    for component, own in _by_component(_from_kohya(tensors, who), who).items():
-        converted = _to_peft(component, own, who)
+    for component, part in _by_component(_from_kohya(tensors, who), who).items():
+        converted = _to_peft(component, part, who)
         alpha_by_module = {
             name.removesuffix(".lora_A.weight"): alpha_of[id(tensor)]
             for name, tensor in converted.items()
@@ -82,14 +82,14 @@ def _read_kohya(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who:
 
 def _read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who: str) -> Parsed:
     """diffusers writes each component's LoRA under its name and, in newer files, its LoraConfig into the header."""
-    stated = _stated_configs(metadata, who)
+    configs = _saved_configs(metadata, who)
     components, skipped = {}, []
-    for component, own in _by_component(tensors, who).items():
-        config = stated.get(component)
+    for component, part in _by_component(tensors, who).items():
+        config = configs.get(component)
         if config is not None:
             refuse_variants(config, who)
         scaling = scaling_by(config, who) if config is not None else _one
-        modules, left = pair(_to_peft(component, own, who), scaling, _bias_of_b, who)
+        modules, left = pair(_to_peft(component, part, who), scaling, _bias_of_b, who)
         components[component] = modules
         skipped += [(f"{component}.{name}", reason) for name, reason in left]
     return Parsed("diffusers", None, _without_empty(components), skipped)
@@ -129,8 +129,8 @@ def _by_component(tensors: Mapping[str, Tensor], who: str) -> dict[str, dict[str
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         first, _, rest = name.partition(".")
-        component, own = (first, rest) if first in _COMPONENTS else (MODEL, name)
-        parts.setdefault(component, {})[own] = tensor
+        component, inner = (first, rest) if first in _COMPONENTS else (MODEL, name)
+        parts.setdefault(component, {})[inner] = tensor
     if len(parts) > 1 and MODEL in parts:
         raise LamellaError(
             f"{who} holds tensors of {', '.join(sorted(set(parts) - {MODEL}))} and {len(parts[MODEL])} of no component "
@@ -139,7 +139,7 @@ def _by_component(tensors: Mapping[str, Tensor], who: str) -> dict[str, dict[str
     return parts
 
 
-def _stated_configs(metadata: Mapping[str, str], who: str) -> dict[str, LoraConfig]:
+def _saved_configs(metadata: Mapping[str, str], who: str) -> dict[str, LoraConfig]:
     """Each component's LoraConfig from the header; under MODEL where the header has it without a component."""
     written = metadata.get(_DIFFUSERS_METADATA)
     if not written:

@@ -81,7 +81,7 @@ class LoraSource:
     skipped: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.format} LoRA from {self.reference.source}, base {self.base or 'not stated'}"]
+        lines = [f"{self.name}: {self.format} LoRA from {self.reference.source}, base {self.base or 'unknown'}"]
         for component, modules in self.components.items():
             ranks = sorted({len(factors.A) for factors in modules.values()})
             scalings = sorted({round(factors.scaling, 6) for factors in modules.values()})

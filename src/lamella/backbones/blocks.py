@@ -102,7 +102,7 @@ class Stack:
     name: str
     role: Role
     depth: int
-    found: str
+    found_by: str
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Place:
     @property
     def reads_encoder(self) -> bool:
         """Whether its input is the encoder's states: keys and values of cross-attention."""
-        *above, own = self.module.split(".")
-        return own in _KEYS_AND_VALUES and any(part in CROSS_ATTENTION for part in above)
+        *above, leaf = self.module.split(".")
+        return leaf in _KEYS_AND_VALUES and any(part in CROSS_ATTENTION for part in above)
 
 
 def locate_stacks(model: nn.Module) -> list[Stack]:
@@ -151,11 +151,11 @@ def find_place(name: str, stacks: Iterable[Stack]) -> Place | None:
 
 def siblings_with_same_input(place: Place) -> tuple[str, ...]:
     """Names, inside the block, of the modules that are given the same input as this one, itself included."""
-    above, _, own = place.module.rpartition(".")
+    above, _, leaf = place.module.rpartition(".")
     for names in SHARED_INPUTS:
-        if own in names:
+        if leaf in names:
             is_cross = any(part in CROSS_ATTENTION for part in above.split("."))
-            same = [name for name in names if not is_cross or (name in _KEYS_AND_VALUES) == (own in _KEYS_AND_VALUES)]
+            same = [name for name in names if not is_cross or (name in _KEYS_AND_VALUES) == (leaf in _KEYS_AND_VALUES)]
             return tuple(f"{above}.{name}" if above else name for name in same)
     return (place.module,)
 
@@ -187,9 +187,9 @@ def _stacks_by_structure(model: nn.Module, lists: dict[str, nn.ModuleList], mode
         )
     size = {name: sum(p.numel() for p in lists[name].parameters()) for name in candidates}
     largest = max(size.values())
-    found = f"structure (model_type={model_type!r} is not a known family)"
+    found_by = f"structure (model_type={model_type!r} is not a known family)"
     return [
-        Stack(name, "decoder" if "decoder" in name else "encoder", len(lists[name]), found)
+        Stack(name, "decoder" if "decoder" in name else "encoder", len(lists[name]), found_by)
         for name in candidates
         if 2 * size[name] >= largest
     ]
@@ -213,10 +213,10 @@ def kind_of_block(block: nn.Module) -> str:
 
     Blocks of one kind are given the same kind of mask and position, so that one can run on the other's input.
     """
-    found = {
+    kinds = {
         f"{name}={value}"
         for module in block.modules()
         for name in _ATTENTION
         if isinstance(value := module.__dict__.get(name), str | int) and value is not False
     }
-    return " ".join([type(block).__name__, *sorted(found)])
+    return " ".join([type(block).__name__, *sorted(kinds)])

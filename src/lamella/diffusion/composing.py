@@ -99,9 +99,9 @@ def _inject(pipe: Any, sources: Sequence[LoraSource], config: MoleConfig) -> Pip
     refuse_too_large(config.top_k, names)
     _refuse_unread_settings(config)
     models = _models_of(pipe)
-    found = _factors_by_component(models, sources)
-    plans = {component: _plan(models[component], names, factors, config) for component, factors in found.items()}
-    components = {component: _place(models[component], own, config) for component, own in plans.items()}
+    by_component = _factors_by_component(models, sources)
+    plans = {component: _plan(models[component], names, factors, config) for component, factors in by_component.items()}
+    components = {component: _place(models[component], plan, config) for component, plan in plans.items()}
     skipped = [(f"{source.name}: {name}", reason) for source in sources for name, reason in source.skipped]
     return PipelineComposition(pipe, config, names, components, skipped)
 
@@ -133,7 +133,7 @@ def _models_of(pipe: Any) -> dict[str, nn.Module]:
     if not any(name in models for name in _DENOISERS):
         raise LamellaError(f"{type(pipe).__name__} has neither of {' and '.join(_DENOISERS)} to compose LoRAs on.")
     for name, model in models.items():
-        layer = next((own for own in model.modules() if isinstance(own, BaseTunerLayer)), None)
+        layer = next((one for one in model.modules() if isinstance(one, BaseTunerLayer)), None)
         if layer is not None:
             raise LamellaError(
                 f"The pipeline's {name} carries adapters already ({', '.join(layer.active_adapters)}). Take them out "
@@ -152,7 +152,7 @@ def _factors_by_component(models: Mapping[str, nn.Module], sources: Sequence[Lor
         LamellaError: a component that the pipeline lacks, or modules that a component lacks or of other shapes.
     """
     denoiser = next(name for name in _DENOISERS if name in models)
-    found: dict[str, FactorsByModule] = {}
+    mapped: dict[str, FactorsByModule] = {}
     for source in sources:
         for component in source.components:
             ours = denoiser if component == MODEL else component
@@ -162,16 +162,16 @@ def _factors_by_component(models: Mapping[str, nn.Module], sources: Sequence[Lor
                     f"{', '.join(models)}. Compose it on a pipeline of the kind that it was trained for."
                 )
             for module, factors in map_to(models[ours], source, component).modules.items():
-                found.setdefault(ours, {}).setdefault(module, {})[source.name] = factors
+                mapped.setdefault(ours, {}).setdefault(module, {})[source.name] = factors
     return {
-        component: {name: found[component][name] for name, _ in model.named_modules() if name in found[component]}
+        component: {name: mapped[component][name] for name, _ in model.named_modules() if name in mapped[component]}
         for component, model in models.items()
-        if component in found
+        if component in mapped
     }
 
 
 def _plan(model: nn.Module, names: tuple[str, ...], factors: FactorsByModule, config: MoleConfig) -> Plan:
-    ranks = {module: [len(own[name].A) if name in own else 0 for name in names] for module, own in factors.items()}
+    ranks = {name: [len(of[lora].A) if lora in of else 0 for lora in names] for name, of in factors.items()}
     widths = {name: int(_get_in_out_features(model.get_submodule(name))[1]) for name in ranks}
     groups = plan_groups_of(model, list(ranks), config.granularity)
     return Plan(

@@ -76,8 +76,8 @@ class PipelineComposition:
         """The routers by component and group."""
         return {
             f"{component}.{group.name}": group.router
-            for component, own in self.components.items()
-            for group in own.groups
+            for component, part in self.components.items()
+            for group in part.groups
         }
 
     def parameters(self) -> list[nn.Parameter]:
@@ -86,23 +86,23 @@ class PipelineComposition:
 
     def train(self, mode: bool = True) -> None:
         """Sets the composed models to train, where routers pay for uneven weights, or back."""
-        for own in self.components.values():
-            own.model.train(mode)
+        for part in self.components.values():
+            part.model.train(mode)
 
     @contextmanager
     def masked_experts(self, drop: Sequence[str]) -> Iterator[None]:
         """``lamella.masked_experts`` for all models of the pipeline at once."""
         with ExitStack() as stack:
-            for own in self.components.values():
-                stack.enter_context(masked_experts(own.model, drop))
+            for part in self.components.values():
+                stack.enter_context(masked_experts(part.model, drop))
             yield
 
     @contextmanager
     def fixed_weights(self, weights: Weights) -> Iterator[None]:
         """``lamella.fixed_weights`` for all models of the pipeline at once; several sets are one per image."""
         with ExitStack() as stack:
-            for own in self.components.values():
-                stack.enter_context(fixed_weights(own.model, weights))
+            for part in self.components.values():
+                stack.enter_context(fixed_weights(part.model, weights))
             yield
 
     def save(self, folder: Path | str) -> Path:
@@ -113,7 +113,7 @@ class PipelineComposition:
         """
         folder = Path(folder)
         with atomic(folder / ROUTERS) as unfinished:
-            save_file({name: own.detach().contiguous() for name, own in self._named().items()}, unfinished)
+            save_file({name: parameter.detach().contiguous() for name, parameter in self._named().items()}, unfinished)
         self.config.save_pretrained(str(folder))  # last: a folder without it is not a composition
         return folder
 
@@ -139,18 +139,18 @@ class PipelineComposition:
         """The routers' parameters by component, the module that holds the router, and name."""
         return {
             f"{component}.{group.owner.name}.{name}": parameter
-            for component, own in self.components.items()
-            for group in own.groups
+            for component, part in self.components.items()
+            for group in part.groups
             for name, parameter in group.router.named_parameters()
         }
 
     def unload(self) -> None:
         """Takes the composition out: the pipeline is as it was before, bit for bit."""
-        for own in self.components.values():
-            for name, layer in own.layers.items():
-                own.model.set_submodule(name, layer.get_base_layer())
-            untrack_calls(own.model)
-            for parameter in own.trained:
+        for part in self.components.values():
+            for name, layer in part.layers.items():
+                part.model.set_submodule(name, layer.get_base_layer())
+            untrack_calls(part.model)
+            for parameter in part.trained:
                 parameter.requires_grad_(True)
         for target in self._targets():
             vars(target).pop("save_pretrained", None)
@@ -158,17 +158,17 @@ class PipelineComposition:
 
     def _targets(self) -> tuple[Any, ...]:
         """What diffusers would save with the names of the layers that the composition has put in place."""
-        return self.pipe, *(own.model for own in self.components.values())
+        return self.pipe, *(part.model for part in self.components.values())
 
     def __str__(self) -> str:
         count = sum(parameter.numel() for parameter in self.parameters())
         lines = [f"MOLE of {len(self.names)} LoRAs: {count:,} trainable parameters", f"  {numbered(self.names)}"]
-        for name, own in self.components.items():
-            alone = [group.name for group in own.groups if not group.place.stack]
-            lines.append(f"  {name}: {len(own.layers)} modules, {len(own.groups)} routers")
+        for name, part in self.components.items():
+            alone = [group.name for group in part.groups if not group.place.stack]
+            lines.append(f"  {name}: {len(part.layers)} modules, {len(part.groups)} routers")
             if alone:
                 lines.append(f"    outside its blocks: {', '.join(alone)}")
-            blind = [group.name for group in own.groups if not group.inputs]
+            blind = [group.name for group in part.groups if not group.inputs]
             if blind:
                 lines.append(f"    {len(blind)} routers read nothing, first {blind[0]}")
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]

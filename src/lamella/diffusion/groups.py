@@ -78,11 +78,11 @@ def _place_of_group(name: str, stacks: Sequence[Stack], granularity: str) -> Pla
 
 def _reads(inside: Place, group: Place, first: Stack, attention: dict[tuple[str, int], str]) -> bool:
     """Whether a module in a block is given its group's own input."""
-    own = attention[inside.stack, inside.layer]
-    at_entry = [f"{own}.{name}" for name in _QUERY_KEY_VALUE] + [_BESIDE_ATTENTION]
+    attention_name = attention[inside.stack, inside.layer]
+    at_entry = [f"{attention_name}.{name}" for name in _QUERY_KEY_VALUE] + [_BESIDE_ATTENTION]
     if group.module == "network":
         return (inside.stack, inside.layer) == (first.name, 0) and inside.module in at_entry
-    if group.module in ("block", own):
+    if group.module in ("block", attention_name):
         return inside.module in at_entry
     # A further attention reads the image in its queries alone, and an MLP in its first matrix.
     return inside.module in (f"{group.module}.to_q", "ff.net.0.proj", _BESIDE_ATTENTION)

@@ -82,7 +82,7 @@ def train_routers(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     order: list[int] = []
     log = []
-    modes = [(own.model, own.model.training) for own in composition.components.values()]
+    modes = [(part.model, part.model.training) for part in composition.components.values()]
     composition.train()
     try:
         for step in range(1, steps + 1):

@@ -51,7 +51,7 @@ class _MixDense(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(h, weights, B)
         ctx.scaling = scaling
-        return target(y, in_place).addmm_(_weigh(h, weights), _up(B), alpha=scaling)  # (N, out)
+        return target(y, in_place).addmm_(_scale_columns(h, weights), _up(B), alpha=scaling)  # (N, out)
 
     @staticmethod
     @once_differentiable
@@ -59,15 +59,15 @@ class _MixDense(torch.autograd.Function):
         h, weights, B = ctx.saved_tensors
         num_experts, _, r = B.shape
         up = _up(B)  # (E*r, out)
-        grad_weighed = (grad @ up.t()).mul_(ctx.scaling)  # (N, E*r)
+        grad_scaled = (grad @ up.t()).mul_(ctx.scaling)  # (N, E*r)
         grad_weights = None
         if ctx.needs_input_grad[2]:
-            grad_weights = (grad_weighed * h).view(-1, num_experts, r).sum(dim=-1).to(weights.dtype)  # (N, E)
+            grad_weights = (grad_scaled * h).view(-1, num_experts, r).sum(dim=-1).to(weights.dtype)  # (N, E)
         grad_B = None
         if ctx.needs_input_grad[3]:
-            grad_up = (_weigh(h, weights).t() @ grad).mul_(ctx.scaling)  # (E*r, out)
+            grad_up = (_scale_columns(h, weights).t() @ grad).mul_(ctx.scaling)  # (E*r, out)
             grad_B = grad_up.view(num_experts, r, -1).transpose(1, 2)  # (E, out, r)
-        return grad, _weigh(grad_weighed, weights), grad_weights, grad_B, None, None
+        return grad, _scale_columns(grad_scaled, weights), grad_weights, grad_B, None, None
 
 
 def mix_dense(
@@ -100,7 +100,7 @@ def target(y: Tensor, in_place: bool) -> Tensor:
     return y.data if in_place else y.clone()
 
 
-def _weigh(h: Tensor, weights: Tensor | None) -> Tensor:
+def _scale_columns(h: Tensor, weights: Tensor | None) -> Tensor:
     """Each expert's r columns of ``h (N, E*r)`` times its weight ``(N, E)``."""
     if weights is None:
         return h

@@ -81,19 +81,19 @@ class _MixFrozen(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(h, weights, B)
         ctx.ranks = ranks
-        weighed = weigh(h, weights, ranks)
-        return target(y, in_place).addmm_(weighed.flatten(0, 1), B.t())  # (N, out)
+        scaled = scale_columns(h, weights, ranks)
+        return target(y, in_place).addmm_(scaled.flatten(0, 1), B.t())  # (N, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weights, B = ctx.saved_tensors
-        grad_weighed = (grad @ B).view_as(h)  # (S, T, R)
+        grad_scaled = (grad @ B).view_as(h)  # (S, T, R)
         grad_weights = grad_h = None
         if ctx.needs_input_grad[2]:
-            grad_weights = sum_per_lora(sum_rows(grad_weighed * h), ctx.ranks).to(weights.dtype)  # (S, K)
+            grad_weights = sum_per_lora(sum_rows(grad_scaled * h), ctx.ranks).to(weights.dtype)  # (S, K)
         if ctx.needs_input_grad[1]:
-            grad_h = weigh(grad_weighed, weights, ctx.ranks)
+            grad_h = scale_columns(grad_scaled, weights, ctx.ranks)
         return grad, grad_h, grad_weights, None, None, None
 
 
@@ -102,7 +102,7 @@ def mix_frozen(
 ) -> Tensor:
     """``y + sum_i G_i s_i B_i h_i`` from the LoRAs' rank space.
 
-    The gradient of G_i is ``sum over rows and over i's columns of h * (dy B)``, that of h is ``(dy B)`` weighed like h.
+    The gradient of G_i is ``sum over rows and over i's columns of h * (dy B)``, that of h is ``(dy B)`` scaled like h.
 
     Args:
         y: output of the frozen layer, ``(*rows, out)``.
@@ -129,12 +129,12 @@ def group_rows(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return rows.reshape(groups, each, rows.shape[-1]), weights.reshape(groups, weights.shape[-1])
 
 
-def weigh(h: Tensor, weights: Tensor, ranks: tuple[int, ...]) -> Tensor:
+def scale_columns(h: Tensor, weights: Tensor, ranks: tuple[int, ...]) -> Tensor:
     """Each LoRA's columns of ``h (S, T, R)`` times its weight ``(S, K)``, in the precision of h: ``(S, T, R)``."""
     weights = weights.to(h.dtype)[:, None]  # (S, 1, K)
     pieces = zip(split_columns(h, ranks), split_loras(weights, ranks, dim=-1), strict=True)
-    weighed = [(columns * weight[..., None]).flatten(-2) for columns, weight in pieces]
-    return weighed[0] if len(weighed) == 1 else torch.cat(weighed, dim=-1)
+    scaled = [(columns * weight[..., None]).flatten(-2) for columns, weight in pieces]
+    return scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=-1)
 
 
 def sum_per_lora(values: Tensor, ranks: tuple[int, ...]) -> Tensor:

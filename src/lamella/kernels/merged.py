@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lamella.kernels.frozen import FrozenLoras, group_rows, mix_frozen, sum_per_lora, sum_rows, weigh
+from lamella.kernels.frozen import FrozenLoras, group_rows, mix_frozen, scale_columns, sum_per_lora, sum_rows
 from lamella.kernels.plain import mix_plain
 
 # What an operation of the merge costs, in units of one that it saves. Measured on CPU with 8 and 32 LoRAs of rank 8: at
@@ -89,8 +89,8 @@ def mix_merged(x: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, 
 def merge(weights: Tensor, weight: Tensor, loras: FrozenLoras) -> Tensor:
     """``W + B diag(G) A`` for each row of ``weights (S, K)``: ``(S, out, in)``."""
     if len(weights) == 1:
-        return torch.addmm(weight, weigh(loras.B[None], weights, loras.ranks)[0], loras.A)[None]
-    up = weigh(loras.B.expand(len(weights), -1, -1), weights, loras.ranks)  # (S, out, R)
+        return torch.addmm(weight, scale_columns(loras.B[None], weights, loras.ranks)[0], loras.A)[None]
+    up = scale_columns(loras.B.expand(len(weights), -1, -1), weights, loras.ranks)  # (S, out, R)
     return torch.baddbmm(weight[None], up, loras.A.expand(len(weights), -1, -1))
 
 

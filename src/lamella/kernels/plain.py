@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lamella.kernels.frozen import FrozenLoras, group_rows, sum_per_lora, sum_rows, weigh
+from lamella.kernels.frozen import FrozenLoras, group_rows, scale_columns, sum_per_lora, sum_rows
 
 
 class _MixPlain(torch.autograd.Function):
@@ -21,20 +21,20 @@ class _MixPlain(torch.autograd.Function):
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weights, weight, loras.A, loras.B)
         ctx.ranks = loras.ranks
         y = torch.nn.functional.linear(x, weight, bias)  # (S, T, out)
-        y.flatten(0, 1).addmm_(weigh(h, weights, loras.ranks).flatten(0, 1), loras.B.t())
+        y.flatten(0, 1).addmm_(scale_columns(h, weights, loras.ranks).flatten(0, 1), loras.B.t())
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weights, weight, A, B = ctx.saved_tensors
-        grad_weighed = grad @ B  # (S, T, R)
+        grad_scaled = grad @ B  # (S, T, R)
         grad_x = grad_weights = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight  # (S, T, in)
-            grad_x.flatten(0, 1).addmm_(weigh(grad_weighed, weights, ctx.ranks).flatten(0, 1), A)
+            grad_x.flatten(0, 1).addmm_(scale_columns(grad_scaled, weights, ctx.ranks).flatten(0, 1), A)
         if h is not None:
-            grad_weights = sum_per_lora(sum_rows(grad_weighed.mul_(h)), ctx.ranks).to(weights.dtype)  # (S, K)
+            grad_weights = sum_per_lora(sum_rows(grad_scaled.mul_(h)), ctx.ranks).to(weights.dtype)  # (S, K)
         return grad_x, grad_weights, None, None, None
 
 

@@ -87,15 +87,15 @@ def _read(h: Sequence[Tensor], loras: Sequence[FrozenLoras], e: Tensor, bias: Te
 def _pull_back(e: Tensor, B: Tensor, ranks: tuple[int, ...]) -> Tensor:
     """``B_i^T e_i`` for all LoRAs side by side: ``(K, P, K, out)`` and ``(out, R)`` to ``(K, P, R)``."""
     pieces = zip(split_loras(e, ranks, dim=2), split_columns(B, ranks), strict=True)
-    return torch.cat([torch.einsum("kpio,oir->kpir", own, up).flatten(-2) for own, up in pieces], dim=-1)
+    return torch.cat([torch.einsum("kpio,oir->kpir", piece, up).flatten(-2) for piece, up in pieces], dim=-1)
 
 
 def _squared_norm(h: Tensor, B: Tensor, ranks: tuple[int, ...]) -> Tensor:
     """``sum_i |B_i h_i|^2`` over positions and LoRAs by the Gram matrices of B: ``(*rows, P, R)`` to ``(*rows,)``."""
     norms = []
-    for own, up in zip(split_columns(h, ranks), split_columns(B, ranks), strict=True):  # (*rows, P, n, r), (out, n, r)
+    for part, up in zip(split_columns(h, ranks), split_columns(B, ranks), strict=True):  # (*rows, P, n, r), (out, n, r)
         gram = torch.einsum("oir,ois->irs", up, up)  # (n, r, r)
-        norms.append((torch.einsum("...ir,irs->...is", own, gram) * own).sum(dim=(-3, -2, -1)))
+        norms.append((torch.einsum("...ir,irs->...is", part, gram) * part).sum(dim=(-3, -2, -1)))
     return _sum(norms)
 
 

@@ -46,8 +46,8 @@ class _MixSorted(torch.autograd.Function):
         mixed = target(y, in_place)  # (N, out)
         for expert, slots, tokens in _groups(order, counts, weights.shape[1]):
             h = x[tokens] @ A[expert].t()  # (n, r)
-            weighed = h * weights.flatten()[slots, None].to(h.dtype)  # (n, r)
-            mixed.index_add_(0, tokens, weighed @ B[expert].t(), alpha=scaling)
+            scaled = h * weights.flatten()[slots, None].to(h.dtype)  # (n, r)
+            mixed.index_add_(0, tokens, scaled @ B[expert].t(), alpha=scaling)
         return mixed
 
     @staticmethod
@@ -61,10 +61,10 @@ class _MixSorted(torch.autograd.Function):
             x_e, grad_e = x[tokens], grad[tokens]  # (n, in), (n, out)
             weight = flat_weights[slots, None].to(x.dtype)  # (n, 1)
             h = x_e @ A[expert].t()  # (n, r)
-            grad_weighed = (grad_e @ B[expert]).mul_(ctx.scaling)  # (n, r)
-            grad_weights[slots] = (grad_weighed * h).sum(dim=-1).to(flat_weights.dtype)
+            grad_scaled = (grad_e @ B[expert]).mul_(ctx.scaling)  # (n, r)
+            grad_weights[slots] = (grad_scaled * h).sum(dim=-1).to(flat_weights.dtype)
             grad_B[expert] = (grad_e.t() @ (h * weight)).mul_(ctx.scaling)  # (out, r)
-            grad_h = grad_weighed * weight  # (n, r)
+            grad_h = grad_scaled * weight  # (n, r)
             grad_A[expert] = grad_h.t() @ x_e  # (r, in)
             grad_x.index_add_(0, tokens, grad_h @ A[expert])
         return grad, grad_x, grad_weights.view_as(weights), None, grad_A, grad_B, None, None

@@ -29,8 +29,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        own = ctx.gradient(*ctx.saved_tensors).mul_(ctx.call.attached_scale())
-        return grad, own, None, None, *(None for _ in range(ctx.others))
+        added = ctx.gradient(*ctx.saved_tensors).mul_(ctx.call.attached_scale())
+        return grad, added, None, None, *(None for _ in range(ctx.others))
 
 
 def attach(

@@ -26,8 +26,8 @@ def mixing_weights(logits: Tensor, top_k: int | None) -> Tensor:
     """The softmax over the ``top_k`` largest of ``logits (..., K)``, zero for the rest; over all K where it is None.
 
     Those that tie with the last of them count too: no expert is preferred for its number, and routers that still are
-    zero weigh all alike. A single expert's weight is 1 whatever its logit, which would tell its router nothing; its
-    gradient is that of ``p / stopgrad(p)``, p its softmax over all, as in MoLEx.
+    zero give all the same weight. A single expert's weight is 1 whatever its logit, which would tell its router
+    nothing; its gradient is that of ``p / stopgrad(p)``, p its softmax over all, as in MoLEx.
     """
     if top_k is None or top_k >= logits.shape[-1]:
         return torch.softmax(logits, dim=-1)

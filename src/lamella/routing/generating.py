@@ -42,10 +42,10 @@ class PromptedGenerate:
         return said or Prompt(width=int(given[0].shape[1]) if given else None)
 
     def _compilation_is_settled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        own = getattr(self.model, "generation_config", None)
-        if own is None:
+        default = getattr(self.model, "generation_config", None)
+        if default is None:
             return True  # no generate of transformers'
-        configs = (own, kwargs.get("generation_config"), *args[1:2])
+        configs = (default, kwargs.get("generation_config"), *args[1:2])
         names = ("disable_compile", "compile_config")
         return any(kwargs.get(n) is not None or any(getattr(c, n, None) is not None for c in configs) for n in names)
 
@@ -58,8 +58,8 @@ def set_prompted_generate(model: nn.Module) -> None:
 
 def unset_prompted_generate(model: nn.Module) -> None:
     """Takes that away again."""
-    own = model.__dict__.get("generate")
-    if isinstance(own, PromptedGenerate):
+    generate = model.__dict__.get("generate")
+    if isinstance(generate, PromptedGenerate):
         del model.__dict__["generate"]
-        if own.before is not None:
-            model.__dict__["generate"] = own.before
+        if generate.before is not None:
+            model.__dict__["generate"] = generate.before

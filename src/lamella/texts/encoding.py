@@ -132,11 +132,11 @@ class RowEncoder:
 
     def _completions(self, pieces: list[list[Piece]]) -> tuple[list[Row], list[str]]:
         made = [cut_pieces(row, self.max_length) for row in pieces]
-        kept = [row for row in made if any(label >= 0 for label in row["labels"])]
-        notes = self._full(kept)
-        if len(kept) < len(made):
-            notes.append(f"{len(made) - len(kept):,} rows dropped: nothing to learn within {self.max_length} tokens")
-        return kept, notes
+        encoded = [row for row in made if any(label >= 0 for label in row["labels"])]
+        notes = self._full(encoded)
+        if len(encoded) < len(made):
+            notes.append(f"{len(made) - len(encoded):,} rows dropped: nothing to learn within {self.max_length} tokens")
+        return encoded, notes
 
     def _seq2seq(self, rows: list[Row]) -> tuple[list[Row], list[str]]:
         encoded = self._tokens([row["source"] for row in rows])
@@ -153,10 +153,10 @@ class RowEncoder:
         documents = [ids if ids[-1:] == end else [*ids, *end] for ids in documents]
         if self.packing:
             return packed_blocks(documents, self.max_length)
-        kept = [ids[: self.max_length] for ids in documents if len(ids) > 1]
+        encoded = [ids[: self.max_length] for ids in documents if len(ids) > 1]
         cut = sum(max(0, len(ids) - self.max_length) for ids in documents)
         notes = [f"{cut:,} tokens beyond the first {self.max_length} of a text cut (packing keeps them)"] if cut else []
-        return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)} for ids in kept], notes
+        return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)} for ids in encoded], notes
 
 
 def prompt_pieces(prompt: str, completion: str, tokenizer: Any) -> list[Piece]:

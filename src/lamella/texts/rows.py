@@ -127,8 +127,8 @@ def check_published(kind: TaskKind, table: Table, label_names: Sequence[str]) ->
     """
     columns = input_columns(kind, {column for row in table.rows for column in row})
     if not columns:
-        found = _list({column for row in table.rows for column in row})
-        raise LamellaError(f"{table.origin} has the columns {found}, which do not make a {kind} task.")
+        listed = _list({column for row in table.rows for column in row})
+        raise LamellaError(f"{table.origin} has the columns {listed}, which do not make a {kind} task.")
     for index, row in enumerate(table.rows):
         for column in columns:
             _check_input(table, index, column, row.get(column))
@@ -239,7 +239,7 @@ def _check_label(kind: TaskKind, table: Table, index: int, row: Row, first: Any)
 def _numbered(tables: Mapping[str, Table]) -> tuple[dict[str, list[Row]], tuple[str, ...]]:
     """Labels of classification as 0, 1, ... in the order of their sorted values, with names."""
     training = next(iter(tables.values()))
-    stated = _stated_names(tables)
+    names = _label_names(tables)
     values: Sequence[Any] = sorted({row["label"] for row in training.rows} | set(range(len(training.names))))
     if len(values) < 2:
         raise LamellaError(f"{training.origin}: every row has the label {values[0]!r}. At least two labels are needed.")
@@ -250,11 +250,11 @@ def _numbered(tables: Mapping[str, Table]) -> tuple[dict[str, list[Row]], tuple[
                 known = ", ".join(map(repr, values[:10])) + (", ..." if len(values) > 10 else "")
                 raise table.complain(index, "label", f"{row['label']!r} is unknown: {training.origin} has {known}.")
     rows = {s: [{**row, "label": number[row["label"]]} for row in table.rows] for s, table in tables.items()}
-    return rows, tuple(stated.get(value, str(value)) for value in values)
+    return rows, tuple(names.get(value, str(value)) for value in values)
 
 
-def _stated_names(tables: Mapping[str, Table]) -> dict[Any, str]:
-    """The name of each label, where the source states it."""
+def _label_names(tables: Mapping[str, Table]) -> dict[Any, str]:
+    """The name of each label, where the source has one."""
     names: dict[Any, str] = dict(enumerate(next(iter(tables.values())).names))
     for table in tables.values():
         for index, row in enumerate(table.rows):

@@ -33,13 +33,13 @@ def check_tensors(model: nn.Module, prefix: str, adapter: str, tensors: dict[str
     ]
     if not (missing or extra or unlike):
         return
-    found = [
+    faults = [
         *(f"{len(missing)} missing, first {missing[0]}" for _ in missing[:1]),
         *(f"{len(extra)} without a place in the model, first {extra[0]}" for _ in extra[:1]),
         *(f"{len(unlike)} of another shape, first {unlike[0]}" for _ in unlike[:1]),
     ]
     raise LamellaError(
-        f"The adapter's tensors do not fit this model: {'; '.join(found)}. It was saved for another base model, other "
+        f"The adapter's tensors do not fit this model: {'; '.join(faults)}. It was saved for another base model, other "
         "target modules or another number of experts; load it on the base named in its adapter_config.json and leave "
         "that file unchanged."
     )
@@ -47,6 +47,6 @@ def check_tensors(model: nn.Module, prefix: str, adapter: str, tensors: dict[str
 
 def _adapter_of(name: str, prefix: str) -> str | None:
     """``default`` for ``...query.lamella_mola_router.default.weight``; None for a parameter of another kind."""
-    _, found, rest = name.partition(f".{prefix}")
+    _, separator, rest = name.partition(f".{prefix}")
     parts = rest.split(".")
-    return parts[1] if found and len(parts) > 1 else None
+    return parts[1] if separator and len(parts) > 1 else None

@@ -14,7 +14,7 @@ from lamella.errors import LamellaError
 
 
 def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack]) -> None:
-    """Refuses targets that would adapt less than was asked for, or something that is no linear module.
+    """Refuses targets that would adapt less than was asked for, or a module that is not linear.
 
     Raises:
         LamellaError: nothing matches, one of several names matches nothing, all matches lie outside the blocks, or a

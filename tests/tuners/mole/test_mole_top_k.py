@@ -14,8 +14,7 @@ from tests.tuners.mole import trained
 
 import lamella
 from lamella import LamellaError, MoleConfig, fixed_weights, masked_experts, record_routing
-from lamella.routing import collect_losses
-from lamella.routing import mixing_weights as share_out
+from lamella.routing import collect_losses, mixing_weights
 from lamella.tuners.mole import layer as layers
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=6, max_size=6)
@@ -27,18 +26,18 @@ def test_the_weights_are_the_softmax_over_the_k_largest(values: list[float], k: 
     logits = torch.tensor(values, dtype=torch.float64)
     smallest = sorted(values)[-k]
     expected = [torch.exp(torch.tensor(value, dtype=torch.float64)) * (value >= smallest) for value in values]
-    found = share_out(logits, k)
+    found = mixing_weights(logits, k)
     torch.testing.assert_close(found, torch.stack(expected) / sum(expected))
-    assert torch.equal(share_out(logits, 6), torch.softmax(logits, dim=-1))
+    assert torch.equal(mixing_weights(logits, 6), torch.softmax(logits, dim=-1))
     order = torch.randperm(6, generator=torch.Generator().manual_seed(k))
-    torch.testing.assert_close(share_out(logits[order], k), found[order])
+    torch.testing.assert_close(mixing_weights(logits[order], k), found[order])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_what_is_not_used_gets_no_gradient_and_a_single_one_that_of_its_probability(k: int) -> None:
     logits = torch.tensor([0.3, 2.0, -torch.inf, 1.0], dtype=torch.float64, requires_grad=True)
     effect = torch.tensor([0.7, -1.1, 5.0, 0.4], dtype=torch.float64)
-    weights = share_out(logits, k)
+    weights = mixing_weights(logits, k)
     (found,) = torch.autograd.grad(weights @ effect, logits)
     if k == 1:
         assert torch.equal(weights, torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64))

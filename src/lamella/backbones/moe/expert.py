@@ -62,8 +62,8 @@ class Expert:
             LamellaError: the other has other matrices, or matrices of other shapes.
         """
         mine, theirs = self.matrices, other.matrices
-        own, given = ({name: tuple(one.shape) for name, one in of.items()} for of in (mine, theirs))
-        if own != given:
-            raise LamellaError(f"An expert with the matrices {given} cannot be written over one with {own}.")
+        held, given = ({name: tuple(one.shape) for name, one in of.items()} for of in (mine, theirs))
+        if held != given:
+            raise LamellaError(f"An expert with the matrices {given} cannot be written over one with {held}.")
         for name, matrix in mine.items():
             matrix.copy_(theirs[name])

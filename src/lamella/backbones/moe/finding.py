@@ -35,17 +35,17 @@ def find_moe_layers(model: nn.Module, families: Iterable[MoEFamily] = FAMILIES) 
     known = {name: family for family in families for name in family.sparse}
     inside, base = _without_peft(model)
     candidates = [(name, module) for name, module in base.named_modules() if type(module).__name__ in known]
-    found = [
+    matches = [
         (name, module, family)
         for name, module in candidates
         if (family := known[type(module).__name__].of(module)) is not None
     ]
-    if not found:
+    if not matches:
         return []
     stacks = locate_stacks(base)
     first = {stack.name: sum(before.depth for before in stacks[:at]) for at, stack in enumerate(stacks)}
     layers = []
-    for name, module, family in found:
+    for name, module, family in matches:
         place = find_place(name, stacks)
         if place is None:
             raise LamellaError(f"{name} lies outside every stack of blocks of {type(base).__name__}.")

@@ -35,7 +35,7 @@ def structure(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if "lamella_" in name or not _looks_like_it(name.rpartition(".")[2], module):
             continue
-        shapes = ", ".join(f"{own} {tuple(one.shape)}" for own, one in module.named_parameters(recurse=False))
+        shapes = ", ".join(f"{key} {tuple(one.shape)}" for key, one in module.named_parameters(recurse=False))
         holder = type(model.get_submodule(name.rpartition(".")[0])).__name__
         kind = f"{type(module).__name__} ({shapes or 'no parameters of its own'}) in {holder}"
         first, count = kinds.get(kind, (name, 0))
@@ -44,9 +44,9 @@ def structure(model: nn.Module) -> list[str]:
     return lines[:_MOST_LINES]
 
 
-def _looks_like_it(own_name: str, module: nn.Module) -> bool:
+def _looks_like_it(name: str, module: nn.Module) -> bool:
     """Parameters with a row of matrices, or a name that says so; a stack of convolutions has such parameters too."""
     if isinstance(module, _ConvNd):
         return False
     stacked = any(one.dim() == 3 and one.shape[0] > 1 for one in module.parameters(recurse=False))
-    return stacked or bool(_NAMES.search(own_name))
+    return stacked or bool(_NAMES.search(name))

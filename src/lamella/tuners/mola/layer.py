@@ -156,7 +156,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         # The first of the modules that share this input computes for all of them, in one GEMM.
         together = [self] if frame is None or shared is not None else self._sharing(adapter)
         factors = [layer._down(adapter, dtype) + layer._router_weight(adapter, dtype) for layer in together]
-        flat = [factor for own in factors for factor in own]
+        flat = [factor for of_layer in factors for factor in of_layer]
         products = iter(project(self._flat(x, dtype), flat) if flat else [])
         results = [
             (next(products) if layer.experts[adapter].is_dense else None, _next_if(products, layer, adapter))
@@ -222,9 +222,9 @@ class MolaLinear(nn.Module, BaseTunerLayer):
                 "set router_aux_loss_coef=0 and router_z_loss_coef=0."
             )
         experts, share = self.experts[adapter], self.balance_share[adapter]
-        own = RouterLoss(experts.router_aux_loss_coef * share, experts.router_z_loss_coef * share)
+        loss = RouterLoss(experts.router_aux_loss_coef * share, experts.router_z_loss_coef * share)
         others = (routing.indices, mask)
-        weights = attach(routing.weights, routing.logits, own.value, own.gradient, others, frame, self.name)
+        weights = attach(routing.weights, routing.logits, loss.value, loss.gradient, others, frame, self.name)
         return Routing(routing.logits, weights, routing.indices)
 
     @property

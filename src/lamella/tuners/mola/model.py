@@ -94,8 +94,8 @@ def _layers(model: nn.Module) -> list[MolaLinear]:
 
 
 def _adapter_parameters(layer: MolaLinear, adapter: str) -> list[nn.Parameter]:
-    own = [layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter]]
-    return own + (list(layer.lamella_mola_router[adapter].parameters()) if layer.routed(adapter) else [])
+    parameters = [layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter]]
+    return parameters + (list(layer.lamella_mola_router[adapter].parameters()) if layer.routed(adapter) else [])
 
 
 def _connect(layers: list[MolaLinear], adapter: str) -> None:

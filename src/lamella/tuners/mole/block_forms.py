@@ -47,7 +47,7 @@ class BlockGroup(Group):
         if frame is None:
             raise LamellaError(f"{self.name} runs outside a forward of its model; call the model itself.")
         self._refuse_cache(call, frame)
-        own = hidden_states_of(output)
+        unadapted = hidden_states_of(output)
         # Without a cache: the keys there are the block's own.
         alone_args, alone_kwargs = call.on(None, None, output)
         each = []
@@ -55,10 +55,10 @@ class BlockGroup(Group):
             with in_frame(frame.again(alone=(self.key, index))):
                 each.append(hidden_states_of(block.forward(*alone_args, **alone_kwargs)))
         weights = self._weights_for(each, call.hidden_states, frame)
-        weights = weights.view(*weights.shape[:-1], *[1] * (own.dim() - weights.dim()), -1).to(own.dtype)
-        mixed = own
+        weights = weights.view(*weights.shape[:-1], *[1] * (unadapted.dim() - weights.dim()), -1).to(unadapted.dtype)
+        mixed = unadapted
         for index, one in enumerate(each):
-            part = one - own if self.config.form == "block-delta" else one
+            part = one - unadapted if self.config.form == "block-delta" else one
             mixed = mixed + weights[..., index, None] * part
         return with_hidden_states(output, mixed)
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.kernels.frozen import group_rows, weigh
+from lamella.kernels.frozen import group_rows, scale_columns
 from lamella.routing import Frame
 from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import MoleLinear
@@ -56,7 +56,7 @@ class MoleMixture:
         def watch(layer: MoleLinear, x: Tensor, weights: Tensor, frame: Frame | None) -> None:
             loras = layer.loras(self.adapter)
             h = x.to(loras.A.dtype) @ loras.A.t()  # (*rows, R)
-            u = weigh(*group_rows(h, weights.to(h)), loras.ranks).flatten(0, 1)  # (N, R)
+            u = scale_columns(*group_rows(h, weights.to(h)), loras.ranks).flatten(0, 1)  # (N, R)
             h = h.flatten(0, -2)
             mask = None if frame is None else frame.token_mask(x, of_encoder=layer.reads_encoder)
             see(self.names[id(layer)], *((h, u) if mask is None else (h[mask], u[mask])))

@@ -75,9 +75,9 @@ class Plan:
     def loras(self, module: str) -> FrozenLoras:
         """A module's LoRAs side by side."""
         assert self.factors is not None
-        own = [self.factors[module].get(name) for name in self.names]
-        wide = torch.float64 if any(one is not None and one.A.dtype == torch.float64 for one in own) else torch.float32
-        return concatenate(own, wide)
+        factors = [self.factors[module].get(name) for name in self.names]
+        is_double = any(lora is not None and lora.A.dtype == torch.float64 for lora in factors)
+        return concatenate(factors, torch.float64 if is_double else torch.float32)
 
 
 def read_sources(config: MoleConfig) -> list[LoraSource]:
@@ -94,11 +94,11 @@ def read_sources(config: MoleConfig) -> list[LoraSource]:
 
 
 def refuse_too_few(names: Sequence[str]) -> None:
-    """Raises unless there is something to weigh."""
+    """Raises unless there are two LoRAs or more."""
     if len(names) < 2:
-        found = f"only {names[0]!r}" if names else "none"
+        given = f"only {names[0]!r}" if names else "none"
         raise LamellaError(
-            f"A composition needs at least two LoRAs, and there is {found}. Name them in "
+            f"A composition needs at least two LoRAs, and there is {given}. Name them in "
             "lamella.compose(model, {'a': path, 'b': path}); a single LoRA needs no router: load it with PEFT."
         )
 
@@ -144,7 +144,7 @@ def make_plan(
         names = tuple(source.name for source in sources)
         factors = _factors(model, config, sources, excluded, skipped, notes)
         factors = {name: factors[name] for name in linear if name in factors}
-        ranks = {module: [len(own[name].A) if name in own else 0 for name in names] for module, own in factors.items()}
+        ranks = {name: [len(of[lora].A) if lora in of else 0 for lora in names] for name, of in factors.items()}
     if not ranks:
         raise LamellaError(
             "No module is left to compose on: exclude_modules and layers_to_transform leave out every module that the "
@@ -273,12 +273,12 @@ def _group_of(name: str, stacks: Sequence[Stack], granularity: str, by_token: bo
         return Place("", 0, name), "row"
     if granularity == "matrix":
         return place, "encoder" if place.reads_encoder else "own"
-    own = "encoder" if by_token and place.reads_encoder else "own"
-    of_encoder = " of the encoder's states" if own == "encoder" else ""
+    rows = "encoder" if by_token and place.reads_encoder else "own"
+    of_encoder = " of the encoder's states" if rows == "encoder" else ""
     if granularity == "network":
-        return Place(place.stack, 0, f"network{of_encoder}"), own
+        return Place(place.stack, 0, f"network{of_encoder}"), rows
     inside = "block" if granularity == "block" else sublayer_of(place.module)
-    return Place(place.stack, place.layer, f"{inside}{of_encoder}"), own
+    return Place(place.stack, place.layer, f"{inside}{of_encoder}"), rows
 
 
 def sublayer_of(module: str) -> str:

@@ -28,12 +28,12 @@ from lamella.tuners.molex.choosing import (
     as_routing,
     choose,
     draw,
+    guest_weights,
     hash_sequences,
     hash_tokens,
     pool_scores,
     score_candidates,
     spread,
-    weigh,
 )
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.guests import is_checkpointed, onloaded, refuse_sharded, run_guest, show_mixture
@@ -139,10 +139,10 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         slots = self._slots(adapter, call, frame)
         choice = self._choice(adapter, call.hidden_states, frame, slots)
         output = self.base_layer(*args, **kwargs)
-        own = hidden_states_of(output)
-        mixed = self._with_guests(adapter, own, choice, call, output, slots)
+        host = hidden_states_of(output)
+        mixed = self._with_guests(adapter, host, choice, call, output, slots)
         mixed = self._attach_losses(adapter, mixed, choice, frame)
-        show_mixture(own, mixed)
+        show_mixture(host, mixed)
         return with_hidden_states(output, mixed)
 
     @property
@@ -233,7 +233,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             scores = score_candidates(self._logits(adapter, h), depth.candidates, config.score)
             rows, read_rows = pool_scores(scores, read, granularity)
             picked, mean = choose(rows, read_rows, depth.top_k, config.aggregate)
-            weights = weigh(mean.gather(1, picked), config.router_gradient)
+            weights = guest_weights(mean.gather(1, picked), config.router_gradient)
             logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
         else:
             logits, picked = self._without_router(mixture, h, read, frame)
@@ -300,13 +300,13 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         return hash_sequences(given.repeat_interleave(rows // len(given), dim=0), frame.encoder_mask)
 
     def _with_guests(
-        self, adapter: str, own: Tensor, choice: Choice, call: BlockCall, output: Any, slots: GuestSlots | None
+        self, adapter: str, host: Tensor, choice: Choice, call: BlockCall, output: Any, slots: GuestSlots | None
     ) -> Tensor:
         """Adds each chosen block's difference from this one, run on the sequences that chose it alone."""
         mixture, depth = self.mixtures[adapter], self.place.layer
-        choice = choice.to(own.device)  # which need not be where the block's input is
-        weights = choice.weights * (1 - self.alpha(adapter, own.device))  # (batch, k) or (batch, tokens, k)
-        mixed = own
+        choice = choice.to(host.device)  # which need not be where the block's input is
+        weights = choice.weights * (1 - self.alpha(adapter, host.device))  # (batch, k) or (batch, tokens, k)
+        mixed = host
         for guest in torch.unique(choice.indices).tolist():
             if guest == depth:
                 continue
@@ -320,12 +320,12 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             view = None if slots is None else slots.view(depth, rows, choice.indices)
             settings = mixture.config.guest_dtype, mixture.config.recompute_guest
             states = run_guest(self.blocks[guest], call, rows, view, output, *settings)
-            share = share[..., None].to(own.dtype)  # (batch, tokens or 1, 1)
+            share = share[..., None].to(host.dtype)  # (batch, tokens or 1, 1)
             if rows is None:
-                mixed = mixed + share * (states - own)
+                mixed = mixed + share * (states - host)
             else:
-                add = mixed.index_add if mixed is own else mixed.index_add_  # in place once it is a tensor of ours
-                mixed = add(0, rows, share[rows] * (states - own[rows]))
+                add = mixed.index_add if mixed is host else mixed.index_add_  # in place once it is a tensor of ours
+                mixed = add(0, rows, share[rows] * (states - host[rows]))
         return mixed
 
     def _attach_losses(self, adapter: str, mixed: Tensor, choice: Choice, frame: Frame | None) -> Tensor:

@@ -67,10 +67,10 @@ class GuestSlots:
             guests: (B, k) int64, the blocks chosen at this depth for all rows of the batch.
         """
         at = self.num_blocks + depth
-        own = GuestView(self, depth, self.layers[at], rows, guests)
+        view = GuestView(self, depth, self.layers[at], rows, guests)
         if self.cross is None:
-            return own
-        return EncoderDecoderView(own, CrossView(self, depth, self.cross[at], rows, guests))
+            return view
+        return EncoderDecoderView(view, CrossView(self, depth, self.cross[at], rows, guests))
 
     def past(self, depth: int, new: int) -> int:
         """Tokens seen before this call, which brings ``new``, read off a block whose place in the call is known."""
@@ -134,8 +134,8 @@ class CrossView(GuestView):
 class EncoderDecoderView(EncoderDecoderCache):
     """A guest's views of the self-attention and the cross-attention, in the shape that decoders ask for."""
 
-    def __init__(self, own: GuestView, cross: CrossView) -> None:
-        self.self_attention_cache, self.cross_attention_cache = own, cross
+    def __init__(self, attention: GuestView, cross: CrossView) -> None:
+        self.self_attention_cache, self.cross_attention_cache = attention, cross
         self.is_updated = _Updated(cross)
 
 
@@ -335,7 +335,7 @@ def _extended(cache: Cache, num_blocks: int) -> list[Any]:
             f"This cache has {len(layers)} layers and the model {num_blocks} blocks: it belongs to another model. "
             "Start from an empty cache, or pass use_cache=False."
         )
-    layers[num_blocks:num_blocks] = [_guest_layer(own) for own in layers[:num_blocks]]
+    layers[num_blocks:num_blocks] = [_guest_layer(layer) for layer in layers[:num_blocks]]
     return layers
 
 
@@ -360,10 +360,10 @@ def _refuse_other_kinds(cache: Cache) -> None:
         )
 
 
-def _guest_layer(own: Any) -> GuestLayer:
+def _guest_layer(layer: Any) -> GuestLayer:
     """An empty slot of the same kind and size; each kind takes from the arguments what it knows."""
-    size = own.get_max_length()
-    guest = _KINDS[type(own)](max_cache_len=size, sliding_window=size)
-    if getattr(own, "record_past", False):
+    size = layer.get_max_length()
+    guest = _KINDS[type(layer)](max_cache_len=size, sliding_window=size)
+    if getattr(layer, "record_past", False):
         guest.activate_past_recording()
     return guest

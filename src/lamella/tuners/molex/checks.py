@@ -72,13 +72,13 @@ class _Shares:
     def __init__(self, hosts: list[MolexBlock]) -> None:
         self._hosts = hosts
         self._hooks: list[Any] = []
-        self._own: dict[MolexBlock, Tensor | None] = {}
+        self._unmixed: dict[MolexBlock, Tensor | None] = {}
         self.by_name: dict[str, float] = {}
 
     def __enter__(self) -> None:
         for host in self._hosts:
             self._hooks += [
-                host.register_forward_pre_hook(lambda module, _: self._own.__setitem__(module, None)),
+                host.register_forward_pre_hook(lambda module, _: self._unmixed.__setitem__(module, None)),
                 host.base_layer.register_forward_hook(lambda _, args, output, host=host: self._keep(host, output)),
                 host.register_forward_hook(self._compare, with_kwargs=True),
             ]
@@ -89,13 +89,13 @@ class _Shares:
 
     def _keep(self, host: MolexBlock, output: Any) -> None:
         # a block runs for itself first, and then perhaps as the guest of others
-        if host in self._own and self._own[host] is None:
-            self._own[host] = hidden_states_of(output)
+        if host in self._unmixed and self._unmixed[host] is None:
+            self._unmixed[host] = hidden_states_of(output)
 
     def _compare(self, host: MolexBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        own = self._own.pop(host)
+        unmixed = self._unmixed.pop(host)
         mixed = hidden_states_of(output)
         given = args[0] if args else kwargs["hidden_states"]
-        if own is not None and not torch.equal(own, mixed):
-            added, step = (mixed - own).float().norm(), (own - given).float().norm()
+        if unmixed is not None and not torch.equal(unmixed, mixed):
+            added, step = (mixed - unmixed).float().norm(), (unmixed - given).float().norm()
             self.by_name[host.name] = float(added / step.clamp_min(1e-12))

@@ -96,7 +96,7 @@ def choose(scores: Tensor, read: Tensor, top_k: int, aggregate: str) -> tuple[Te
     return picked, mean
 
 
-def weigh(probs: Tensor, form: str) -> Tensor:
+def guest_weights(probs: Tensor, form: str) -> Tensor:
     """Weights of the chosen guests, which also carry the router's gradient.
 
     In value they are the scores renormalised, so exactly 1 for a single guest. The gradient is that of s times them,

@@ -122,9 +122,9 @@ class MolexModel(RoutedModel):
         alpha_at = self._holder("alpha", peft_config.alpha_scope, stack, block) if learns_alpha else None
         block.update_layer(adapter_name, peft_config, depth, self._width(stack), router_at, alpha_at)
         if adapter_name not in self.active_adapters:
-            for own in (block.lamella_molex_router, block.lamella_molex_alpha):
-                if adapter_name in own:
-                    own[adapter_name].requires_grad_(False)
+            for held in (block.lamella_molex_router, block.lamella_molex_alpha):
+                if adapter_name in held:
+                    held[adapter_name].requires_grad_(False)
 
     def _holder(self, what: str, scope: str, stack: Stack, block: MolexBlock) -> MolexBlock:
         """The block that holds what a stack shares: the first one that needs it."""
