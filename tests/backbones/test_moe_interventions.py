@@ -234,13 +234,13 @@ def test_replacements_train_under_checkpointing(use_reentrant):
     model.enable_input_require_grads()
     given = {**tiny_moe.inputs(), "labels": tiny_moe.inputs()["input_ids"]}
     layer = moe_layers(model)[1]
-    stand_in = nn.Linear(tiny_moe.HIDDEN, tiny_moe.HIDDEN)
+    replacement = nn.Linear(tiny_moe.HIDDEN, tiny_moe.HIDDEN)
 
     def gradient() -> Tensor:
-        stand_in.zero_grad()
-        with layer.mask([0]), layer.replace({1: stand_in}):
+        replacement.zero_grad()
+        with layer.mask([0]), layer.replace({1: replacement}):
             model(**given).loss.backward()
-        return stand_in.weight.grad.clone()
+        return replacement.weight.grad.clone()
 
     plain = gradient()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})

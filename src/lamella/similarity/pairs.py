@@ -1,4 +1,4 @@
-"""Ordered pairs of experts, and the choice of those that are worth an aligner."""
+"""Ordered pairs of experts, and the choice of those to train an aligner for."""
 
 from __future__ import annotations
 

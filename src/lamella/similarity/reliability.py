@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Normalised error of an expert by itself from which its aligners count as untrained, and what helps.
 NOT_REGAINED = 0.9
-REMEDY = "Align with more --steps, or capture more with --per-expert, before reading anything into the numbers."
+REMEDY = "Align with more --steps, or capture more with --per-expert, before drawing conclusions."
 _SOURCE = NAMES[:2]
 _REVERSED = (("source", "target"), ("target", "source"))
 _MEASURES = ("floor", "cka_distance", "weight_distance")
@@ -75,7 +75,7 @@ def reliability(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -
     (one seed alone: as that seed does), and ``below the floor``: rows whose error is below it.
     """
     pairs = alignment[alignment["kind"] == "pair"]
-    found = {
+    facts = {
         "beyond": float(beyond_controls(pairs)["beyond"].mean()),
         "raw and variance": _ranks(pairs, "mse", "source_variance"),
         "share and variance": _ranks(pairs, "nmse", "source_variance"),
@@ -83,12 +83,12 @@ def reliability(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -
     }
     if pairs["seed"].nunique() > 1:
         ceiling = seed_ceiling(alignment)
-        found |= _known({"ceiling": ceiling["overall"], "ceiling within": ceiling["within"]})
+        facts |= _known({"ceiling": ceiling["overall"], "ceiling within": ceiling["within"]})
     if screened is not None:
-        found |= _known({name: _screen_ranks(pairs, screened.set_index(NAMES)[name]) for name in _MEASURES})
+        facts |= _known({name: _screen_ranks(pairs, screened.set_index(NAMES)[name]) for name in _MEASURES})
         both = pairs.merge(screened, on=NAMES)
-        found["below the floor"] = float((both["nmse"] < both["floor"] - 1e-6).sum())
-    return found
+        facts["below the floor"] = float((both["nmse"] < both["floor"] - 1e-6).sum())
+    return facts
 
 
 def alignment_facts(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -158,9 +158,9 @@ def truth_auc(
     areas = []
     for (layer, expert), rows in pairs.groupby(_SOURCE):
         alike = np.array([kinds[layer, target] == kinds[layer, expert] for target in rows["target_expert"]])
-        own, other = rows[measure].to_numpy()[alike], rows[measure].to_numpy()[~alike]
-        if len(own) and len(other):
-            areas.append(float(((own[:, None] < other) + 0.5 * (own[:, None] == other)).mean()))
+        same, other = rows[measure].to_numpy()[alike], rows[measure].to_numpy()[~alike]
+        if len(same) and len(other):
+            areas.append(float(((same[:, None] < other) + 0.5 * (same[:, None] == other)).mean()))
     if not areas:
         raise LamellaError("No expert was aligned with one of its own kind and one of another, in its layer.")
     draws = np.random.default_rng(seed).integers(len(areas), size=(resamples, len(areas)))

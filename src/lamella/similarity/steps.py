@@ -381,7 +381,7 @@ def _aligners(study: Study, rows: pd.DataFrame, kind: str | None = None) -> Alig
 
 
 def _most_used(study: Study, close: int) -> list[Name]:
-    """The experts of each layer that most tokens go to, whose work is worth most."""
+    """The experts of each layer that most tokens go to, whose work counts most."""
     shares = study.capture.shares
     of_layer: dict[int, list[Name]] = {}
     for name in sorted(shares, key=lambda name: -shares[name]):

@@ -106,14 +106,14 @@ class StudyFolder:
         Raises:
             LamellaError: nothing was captured here, or not to the end of the text.
         """
-        subject, found = self.subject(), Capture.load(self.capture)
-        if not found.manifest.complete:
+        subject, capture = self.subject(), Capture.load(self.capture)
+        if not capture.manifest.complete:
             raise LamellaError(
-                f"The capture in {self.capture} is not finished: it has {found.manifest.rows_done:,} documents so far. "
-                f"Run `lamella similarity capture {subject.model} --text {subject.text} -o {self.path}` again, with "
-                "the options it was begun with; it goes on from there."
+                f"The capture in {self.capture} is not finished: it has {capture.manifest.rows_done:,} documents so "
+                f"far. Run `lamella similarity capture {subject.model} --text {subject.text} -o {self.path}` again, "
+                "with the options it was begun with; it goes on from there."
             )
-        return found
+        return capture
 
     def is_stale(self, name: str) -> bool:
         """Whether a step's table was made from another capture than the one that is there now.
@@ -149,21 +149,21 @@ class StudyFolder:
         Raises:
             LamellaError: the step was not run, or on another capture.
         """
-        found = self.table(name)
-        if found is None:
+        table = self.table(name)
+        if table is None:
             raise LamellaError(
                 f"{self.path} has no {name}.parquet yet; run `lamella similarity {command} {self.path}`."
             )
-        return found
+        return table
 
     def write(self, name: str, table: pd.DataFrame) -> Path:
         """Keeps a step's table atomically, and in it of which capture it is."""
         path = self.path / f"{name}.parquet"
-        kept = table.copy(deep=False)
+        labelled = table.copy(deep=False)
         if (identity := self._identity()) is not None:
-            kept.attrs = {**table.attrs, _CAPTURE: identity}
+            labelled.attrs = {**table.attrs, _CAPTURE: identity}
         with atomic(path) as unfinished:
-            kept.to_parquet(unfinished, index=False)
+            labelled.to_parquet(unfinished, index=False)
         return path
 
     def aligned(self) -> list[dict[str, Any]]:
@@ -232,6 +232,6 @@ def _said_in(path: Path) -> str | None:
     """Of which capture a table says that it is; its rows are not read."""
     from pyarrow.parquet import read_schema
 
-    stated = (read_schema(path).pandas_metadata or {}).get("attributes") or {}
-    said = stated.get(_CAPTURE)
+    attributes = (read_schema(path).pandas_metadata or {}).get("attributes") or {}
+    said = attributes.get(_CAPTURE)
     return None if said is None else str(said)

@@ -202,7 +202,7 @@ def test_the_mean_of_an_expert_and_itself_in_another_order_is_itself():
     ("kind", "ff"),
     [("linear", 2), ("linear", 12), ("low-rank", 2), ("low-rank", 12), ("layernorm", 12), ("identity", 12)],
 )
-def test_stand_ins_are_their_targets_behind_aligners(kind, ff):
+def test_replacements_are_their_targets_behind_aligners(kind, ff):
     model = with_twins("mixtral") if ff == 12 else FAMILIES["mixtral"](dtype=torch.float64, intermediate_size=ff)
     small = compress(model, table(model), 0.9, merge=False, aligner=partial(aligners, kind))
     layers = {layer.index: layer for layer in moe_layers(model)}

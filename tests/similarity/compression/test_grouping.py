@@ -12,7 +12,7 @@ from lamella.similarity.compression.grouping import (
     linkage,
     medoid,
     random_distances,
-    weigh,
+    weighted_by_usage,
     within_reach,
 )
 
@@ -45,7 +45,7 @@ def test_the_better_direction_counts():
 def test_what_is_hardly_used_is_cheap_to_replace():
     distances = np.array([[np.inf, 1.0, 2.0], [4.0, np.inf, np.inf], [3.0, 6.0, np.inf]])
     expected = np.array([[np.inf, 0.5, 1.0], [0.0, 0.0, 0.0], [1.5, 3.0, np.inf]])
-    assert np.array_equal(weigh(distances, [0.5, 0.0, 0.5]), expected)
+    assert np.array_equal(weighted_by_usage(distances, [0.5, 0.0, 0.5]), expected)
 
 
 def test_the_least_used_join_the_most_used_of_their_layer():
@@ -58,7 +58,7 @@ def test_the_medoid_stands_best_for_the_others():
     assert medoid([0, 1, 2], distances) == 1
 
 
-def test_what_stand_ins_store_counts():
+def test_what_replacements_store_counts():
     steps = [(0, 1), (0, 2), (0, 3)]
     assert len(join_until(steps, [10] * 4, 0, 25)) == 2
     assert len(join_until(steps, [10] * 4, 4, 25)) == 1

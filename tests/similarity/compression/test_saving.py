@@ -57,7 +57,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, family, across):
         ("layernorm", 12, True),
     ],
 )
-def test_stand_ins_are_loaded(tmp_path, kind, ff, across):
+def test_replacements_are_loaded(tmp_path, kind, ff, across):
     model = FAMILIES["mixtral"](dtype=torch.float64, intermediate_size=ff)
     saved = compress(model, table(model), 0.95, merge=False, aligner=partial(aligners, kind), across_layers=across)
     saved.save(tmp_path / "small")

@@ -110,7 +110,7 @@ def test_intervals_miss_the_true_slope_as_seldom_as_they_say(layers):
 
 
 @pytest.mark.parametrize(("layers", "least"), [(3, 2 / 6), (4, 2 / 24)])
-def test_too_few_layers_have_no_interval_and_no_verdict(layers, least):
+def test_too_few_layers_have_no_interval_and_no_conclusion(layers, least):
     found = distance_regression(frame(lambda i, j: 0.5 * (j - i), layers=range(layers)))
     assert found["slope"] == pytest.approx(0.5)
     assert found["p_value"] == pytest.approx(least)

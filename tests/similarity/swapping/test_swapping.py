@@ -268,11 +268,11 @@ def test_the_strange_expert_is_given_what_the_aligner_makes():
     folded = copy.deepcopy(model)
     for place, (source, target) in enumerate((((0, 2), (1, 3)), ((1, 3), (0, 2)))):
         expert = moe_layers(folded)[source[0]].experts[source[1]]
-        stand_in, matrix = layers[target[0]].experts[target[1]], aligners[place].weight.double()
+        replacement, matrix = layers[target[0]].experts[target[1]], aligners[place].weight.double()
         with torch.no_grad():
-            expert.write(stand_in)
-            expert.up.copy_(stand_in.up @ matrix)
-            expert.gate.copy_(stand_in.gate @ matrix)
+            expert.write(replacement)
+            expert.up.copy_(replacement.up @ matrix)
+            expert.gate.copy_(replacement.gate @ matrix)
     by_name = {((0, 2), (1, 3)): aligners[0], ((1, 3), (0, 2)): aligners[1]}
     before = logits(model)
     for both in (aligners, by_name):

@@ -55,9 +55,9 @@ class Documents:
 
     def part(self, start: int, stop: int | None = None) -> "Documents":
         """Some of them."""
-        whole = len(self)
+        count = len(self)
         inputs = {
-            name: value[start:stop] if isinstance(value, Tensor) and value.shape[:1] == (whole,) else value
+            name: value[start:stop] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
             for name, value in self.inputs.items()
         }
         return Documents(inputs, self.rows[start:stop], self.number)

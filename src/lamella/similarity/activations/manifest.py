@@ -87,10 +87,10 @@ class Manifest:
         if not path.is_file():
             raise LamellaError(f"{folder} holds no capture: it has no {NAME}. Capture into it first.")
         try:
-            stated: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            if stated.pop("format") != _FORMAT:
+            saved: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            if saved.pop("format") != _FORMAT:
                 raise LamellaError(f"{path} is of another format than {_FORMAT}; capture again with this version.")
-            return cls(**{**stated, "layers": tuple((index, experts) for index, experts in stated["layers"])})
+            return cls(**{**saved, "layers": tuple((index, experts) for index, experts in saved["layers"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LamellaError(f"{path} is not a manifest of a capture: {error}. Capture into a new folder.") from error
 
@@ -114,10 +114,10 @@ class Manifest:
         Raises:
             LamellaError: another model, or another tokenizer where both are known.
         """
-        found = {"model": model_fingerprint(model)}
+        given = {"model": model_fingerprint(model)}
         if tokenizer is not None and self.tokenizer is not None:
-            found["tokenizer"] = tokenizer_fingerprint(tokenizer)
-        for name, fingerprint in found.items():
+            given["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        for name, fingerprint in given.items():
             if getattr(self, name) != fingerprint:
                 raise LamellaError(
                     f"The capture in {folder} is of the {name} {getattr(self, name)}, but this {name} is {fingerprint}."
@@ -137,8 +137,8 @@ def model_fingerprint(model: nn.Module) -> str:
     hashed as float32: a bfloat16 model that is loaded as float32 is the same model. A change of a few single values may
     go unnoticed.
     """
-    stated: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
-    digest = hashlib.sha256(_json({k: v for k, v in stated.items() if k not in _ASIDE}))
+    config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    digest = hashlib.sha256(_json({k: v for k, v in config.items() if k not in _ASIDE}))
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(_sampled(tensor).numpy().tobytes())
@@ -149,15 +149,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Class of a tokenizer and a hash of all that decides the ids of a text, padding and truncation aside."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        stated = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
+        facts = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
     else:
-        stated = json.loads(backend.to_str())
-        stated = {name: part for name, part in stated.items() if name not in ("padding", "truncation")}
-    return f"{type(tokenizer).__name__} {hashlib.sha256(_json(stated)).hexdigest()[:16]}"
+        facts = json.loads(backend.to_str())
+        facts = {name: part for name, part in facts.items() if name not in ("padding", "truncation")}
+    return f"{type(tokenizer).__name__} {hashlib.sha256(_json(facts)).hexdigest()[:16]}"
 
 
-def _json(stated: Any) -> bytes:
-    return json.dumps(stated, sort_keys=True, default=str).encode()
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
 
 
 def _sampled(tensor: Tensor) -> Tensor:

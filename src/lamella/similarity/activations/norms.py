@@ -59,8 +59,8 @@ def _shares(side: str, parts: dict[int, list[Tensor]]) -> Iterable[tuple[int, st
         return
     most = every[:: -(-len(every) // _QUANTILE)].quantile(0.995)
     edges = torch.linspace(0.0, float(most) * 1.05 + 1e-9, _BINS + 1)
-    for layer, own in norms.items():
-        shares = torch.histogram(own.clamp(max=float(edges[-1])), edges).hist / len(own)  # (bins,)
+    for layer, of_layer in norms.items():
+        shares = torch.histogram(of_layer.clamp(max=float(edges[-1])), edges).hist / len(of_layer)  # (bins,)
         middles = (edges[1:] + edges[:-1]) / 2
         for middle, share in zip(middles.tolist(), shares.tolist(), strict=True):
             yield layer, side, middle, share

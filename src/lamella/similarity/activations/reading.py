@@ -94,8 +94,8 @@ class Capture:
     @property
     def shares(self) -> dict[tuple[int, int], float]:
         """The share of each expert in its layer's choices, those it had no room for left out, by (layer, expert)."""
-        found = {layer: _shares(count).tolist() for layer, count in self.counts.items()}
-        return {(layer, expert): found[layer][expert] for layer, expert in self.experts}
+        by_layer = {layer: _shares(count).tolist() for layer, count in self.counts.items()}
+        return {(layer, expert): by_layer[layer][expert] for layer, expert in self.experts}
 
     def check(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Refuses a model or tokenizer that this capture is not of.

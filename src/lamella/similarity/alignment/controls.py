@@ -47,8 +47,8 @@ def beyond_controls(frame: pd.DataFrame) -> pd.DataFrame:
     controls = ("mean", "identity", "random")
     if missing := [name for name in controls if f"over_{name}" not in frame.columns]:
         raise LamellaError(f"The table has no column over_{missing[0]}; give the table that align returned.")
-    verdicts = {f"beyond_{name}": frame[f"over_{name}"] < 0 for name in controls}
-    return frame.assign(**verdicts, beyond=np.logical_and.reduce(list(verdicts.values())))
+    comparisons = {f"beyond_{name}": frame[f"over_{name}"] < 0 for name in controls}
+    return frame.assign(**comparisons, beyond=np.logical_and.reduce(list(comparisons.values())))
 
 
 def seed_ceiling(frame: pd.DataFrame) -> dict[str, float]:

@@ -72,9 +72,9 @@ class _Discrepancy(TargetPull):
         self._among = self._kernel(distances).mean()
 
     def value(self, aligned: Tensor, weight: Tensor) -> Tensor:
-        own = (weight * self._kernel(_squared_distances(aligned, aligned)) * weight.mT).sum((1, 2))
+        within = (weight * self._kernel(_squared_distances(aligned, aligned)) * weight.mT).sum((1, 2))
         across = (weight * self._kernel(_squared_distances(aligned, self._inputs))).sum((1, 2)) / len(self._inputs)
-        return self._weight * (own + self._among - 2.0 * across)
+        return self._weight * (within + self._among - 2.0 * across)
 
     def _kernel(self, squared_distances: Tensor) -> Tensor:
         return (squared_distances / (-2.0 * self._sigma**2)).exp()

@@ -69,8 +69,8 @@ def tile_key(tile: Tile, captures: Collection[Manifest], settings: Mapping[str, 
 
     The manifest of a capture names its model by fingerprint, and its text by the hash of what was taken in.
     """
-    stated = [{**asdict(one), "shards": None, "complete": None} for one in captures]
-    told = json.dumps([version("lamella"), stated, dict(settings), dtype, tile.pairs], sort_keys=True, default=repr)
+    manifests = [{**asdict(one), "shards": None, "complete": None} for one in captures]
+    told = json.dumps([version("lamella"), manifests, dict(settings), dtype, tile.pairs], sort_keys=True, default=repr)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -147,7 +147,7 @@ class Opened:
         write_alignment(frame, work.path(tile))
 
     def _unusable(self, tile: Tile, settings: Mapping[str, Any]) -> list[str] | None:
-        """Why no source of a tile can be aligned, which is no error while others can; None where one can be."""
+        """Why no source of a tile can be aligned, which is not an error while others can; None where one can be."""
         layers = {layer.index: layer for layer in moe_layers(self.model)}
         given = (settings["held_out"], settings.get("score_on"), settings["seed"])
         notes = []

@@ -65,7 +65,7 @@ class Choice:
         keys: the n experts.
         sizes: numbers that each of them stores.
         steps: all of the joins, by position in ``keys``.
-        distances: ``(n, n)`` from source to target, weighed by the source's share; None where usage alone decides.
+        distances: ``(n, n)`` from source to target, weighted by the source's share; None where usage alone decides.
         extra: numbers that a replacement stores beside its target; counted for those that need none, too.
         measure: the column of the table that decides; None where no table does.
     """
@@ -101,7 +101,7 @@ def choose(layers: Sequence[MoELayer], keys: Sequence[Name], table: pd.DataFrame
         return Choice(keys, sizes, steps, None)
     distances, measure = _distances(layers, keys, table, settings)
     if settings.shares is not None and settings.method != "random":
-        distances = weigh(distances, settings.shares_of(keys))
+        distances = weighted_by_usage(distances, settings.shares_of(keys))
     steps = list(linkage(within_reach(cheaper_way(distances), keys, settings.across_layers)))
     extra = 0
     if settings.aligner is not None:
@@ -213,14 +213,14 @@ def _check_rows(pairs: pd.DataFrame, keys: Sequence[Name], measure: str) -> None
         )
 
 
-def weigh(distances: Distances, shares: Sequence[float]) -> Distances:
+def weighted_by_usage(distances: Distances, shares: Sequence[float]) -> Distances:
     """What it costs to let a target replace a source: the distance, by how many tokens the source gets.
 
     A source that gets none costs nothing, measured or not: without tokens nothing can be measured.
     """
     share = np.asarray(shares)[:, None]  # (n, 1)
-    weighed = np.multiply(distances, share, where=np.isfinite(distances), out=np.full_like(distances, np.inf))
-    return np.where(share == 0, 0.0, weighed)
+    costs = np.multiply(distances, share, where=np.isfinite(distances), out=np.full_like(distances, np.inf))
+    return np.where(share == 0, 0.0, costs)
 
 
 def is_used(expert: Name, shares: Mapping[Name, float] | None) -> bool:

@@ -110,7 +110,7 @@ def compress(
         across_layers: whether experts of two neighbouring layers may share one stored expert.
         measure: column of ``similarity``; by default "identity_nmse" (without aligner), "nmse" (with), or
             "cka_distance" where the table is a screen. Of two directions the better one counts.
-        capture: of this model; by its counts a distance weighs as much as the replaced expert is used (but for the
+        capture: of this model; by its counts a distance is weighted by the usage of the replaced expert (but for the
             method "random"), averages are weighted, and the method "usage" decides.
         seed: of the method "random".
 
@@ -226,11 +226,11 @@ def _with_pools(
     """A copy of the model with pools in the places of the changed layers' experts, which are not copied."""
     pools: dict[int, Any] = {}
     for layer in layers:
-        own = [places[layer.index, expert] for expert in range(layer.num_experts) if (layer.index, expert) in places]
-        if own:
-            stored = list({id(one): one for one in own}.values())
+        experts = [places[layer.index, e] for e in range(layer.num_experts) if (layer.index, e) in places]
+        if experts:
+            stored = list({id(one): one for one in experts}.values())
             at = {id(one): place for place, one in enumerate(stored)}
-            index = torch.tensor([at[id(one)] for one in own], device=layer.experts[0].down.device)
+            index = torch.tensor([at[id(one)] for one in experts], device=layer.experts[0].down.device)
             pools[id(layer.experts_module)] = PooledExperts(stored, index, layer.family.chosen)
     return copy.deepcopy(model, pools)  # deepcopy takes what the memo holds for an object in that object's place
 

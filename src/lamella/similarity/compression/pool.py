@@ -125,8 +125,7 @@ def replacement(target: StoredExpert, aligner: Aligner) -> nn.Module:
     The target itself where the aligner has no parameters; a copy with the aligner folded in, which stores gate and up
     again and shares ``down``, where that is no more than the aligner; else the aligner in front of the target.
     """
-    own = sum(parameter.numel() for parameter in aligner.parameters())
-    if own == 0:
+    if _size(aligner) == 0:
         return target
     down = target.expert.down
     if not _folds(target.expert, aligner):
@@ -139,13 +138,16 @@ def replacement(target: StoredExpert, aligner: Aligner) -> nn.Module:
 
 def replacement_parameters(target: Expert, aligner: Aligner) -> int:
     """How many numbers a replacement stores beside its target."""
-    own = sum(parameter.numel() for parameter in aligner.parameters())
-    return folded_parameters(target) if own and _folds(target, aligner) else own
+    size = _size(aligner)
+    return folded_parameters(target) if size and _folds(target, aligner) else size
+
+
+def _size(aligner: Aligner) -> int:
+    return sum(parameter.numel() for parameter in aligner.parameters())
 
 
 def _folds(target: Expert, aligner: Aligner) -> bool:
-    own = sum(parameter.numel() for parameter in aligner.parameters())
-    return aligner.kind != "layernorm" and folded_parameters(target) <= own
+    return aligner.kind != "layernorm" and folded_parameters(target) <= _size(aligner)
 
 
 def expert_parameters(layers: Iterable[MoELayer]) -> int:

@@ -132,10 +132,10 @@ def _elsewhere(
     away: dict[Name, Tensor] = {}  # of the tokens that chose the expert in this forward, in their order
 
     def note(dispatch: Dispatch) -> None:
-        turned = overflow.dropped(dispatch)
+        dropped = overflow.dropped(dispatch)
         for expert in overflow.of(dispatch.layer.index):
             here = chosen(dispatch, expert)
-            away[dispatch.layer.index, expert] = (turned & here).any(dim=-1)[here.any(dim=-1)]
+            away[dispatch.layer.index, expert] = (dropped & here).any(dim=-1)[here.any(dim=-1)]
 
     def shared(layer: MoELayer, expert: int) -> Work:
         name = (layer.index, expert)
@@ -153,8 +153,8 @@ def _elsewhere(
             stack.enter_context(watch_dispatch(model, touched, note))
         for layer in touched:
             closed = overflow.of(layer.index)
-            own = {e: works[layer.index, e] if overflow.capacity is None else shared(layer, e) for e in closed}
-            stack.enter_context(layer.replace(own))
+            replaced = {e: works[layer.index, e] if overflow.capacity is None else shared(layer, e) for e in closed}
+            stack.enter_context(layer.replace(replaced))
         yield
 
 

@@ -151,8 +151,8 @@ def _fill(model: PreTrainedModel, manifest: Mapping[str, Any], tensors: Mapping[
             new = named[name]
         if new.shape != old.shape:
             raise KeyError(f"{name} has the shape {tuple(new.shape)}, not {tuple(old.shape)}")
-        module, _, own = name.rpartition(".")
-        setattr(model.get_submodule(module), own, new)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, new)
 
 
 def _skeleton(
@@ -163,8 +163,8 @@ def _skeleton(
     known = {**tensors, **{alias: tensors[first] for alias, first in aliases.items()}}
 
     def under(prefix: str) -> dict[str, nn.Parameter]:
-        own = {key.removeprefix(prefix): tensor for key, tensor in known.items() if key.startswith(prefix)}
-        return {key: nn.Parameter(torch.empty_like(tensor)) for key, tensor in own.items() if "." not in key}
+        inside = {key.removeprefix(prefix): tensor for key, tensor in known.items() if key.startswith(prefix)}
+        return {key: nn.Parameter(torch.empty_like(tensor)) for key, tensor in inside.items() if "." not in key}
 
     stored: list[nn.Module] = []
     for place, kind in enumerate(kinds):

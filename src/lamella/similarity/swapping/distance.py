@@ -62,14 +62,14 @@ def distance_regression(
     pairs, at = np.unique(ends, axis=0, return_inverse=True)
     number = np.bincount(at.ravel()).astype(np.float64)
     means = _Means(pairs, np.bincount(at.ravel(), effect) / number, number, depth, labels)
-    found: dict[str, float | int] = {}
+    line: dict[str, float | int] = {}
     for prefix, measure in (("", _distance), ("depth_", _middle)):
-        found |= _named(prefix, means.line(measure, None, level))
-        found[f"{prefix}spearman"], found[f"{prefix}p_value"] = _mantel(effect, depth, labels, ends, measure)
-    found["least_p"] = _mantel(_distance(depth, ends), depth, labels, ends, _distance)[1]
-    found |= _named("adjusted_", means.line(_distance, _middle, level))
-    found["intercept"] = float(effect.mean() - found["slope"] * _distance(depth, ends).mean())
-    return found | {"swaps": len(effect), "layers": len(layers), "permutations": len(labels), "level": level}
+        line |= _named(prefix, means.line(measure, None, level))
+        line[f"{prefix}spearman"], line[f"{prefix}p_value"] = _mantel(effect, depth, labels, ends, measure)
+    line["least_p"] = _mantel(_distance(depth, ends), depth, labels, ends, _distance)[1]
+    line |= _named("adjusted_", means.line(_distance, _middle, level))
+    line["intercept"] = float(effect.mean() - line["slope"] * _distance(depth, ends).mean())
+    return line | {"swaps": len(effect), "layers": len(layers), "permutations": len(labels), "level": level}
 
 
 def distance_regressions(frame: "pd.DataFrame") -> dict[str, dict[str, float | int]]:
@@ -81,21 +81,22 @@ def distance_regressions(frame: "pd.DataFrame") -> dict[str, dict[str, float | i
     }
 
 
-def change_in_words(found: Mapping[str, float]) -> str:
+def change_in_words(regression: Mapping[str, float]) -> str:
     """What a regression says of the effect over the distance, as a verb: by its p-value, not by its interval."""
-    if found["least_p"] > 1 - found["level"]:
-        return f"cannot be told with {found['layers']:.0f} layers to grow or to shrink"
-    if found["p_value"] > 1 - found["level"]:
+    if regression["least_p"] > 1 - regression["level"]:
+        return f"cannot be told with {regression['layers']:.0f} layers to grow or to shrink"
+    if regression["p_value"] > 1 - regression["level"]:
         return "does not change beyond chance"
-    return "grows" if found["spearman"] > 0 else "shrinks"
+    return "grows" if regression["spearman"] > 0 else "shrinks"
 
 
-def regression_in_words(name: str, found: Mapping[str, float]) -> str:
+def regression_in_words(name: str, regression: Mapping[str, float]) -> str:
     """What a regression says of swaps of this name, in a sentence."""
-    interval = "" if np.isnan(found["low"]) else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+    interval = "" if np.isnan(regression["low"]) else f" [{regression['low']:+.4f}, {regression['high']:+.4f}]"
     return (
-        f"The effect of {name} {change_in_words(found)} with the distance of the layers: {found['slope']:+.4f} per "
-        f"layer{interval}, rank correlation {found['spearman']:.2f} (p {found['p_value']:.3f})."
+        f"The effect of {name} {change_in_words(regression)} with the distance of the layers: "
+        f"{regression['slope']:+.4f} per layer{interval}, rank correlation "
+        f"{regression['spearman']:.2f} (p {regression['p_value']:.3f})."
     )
 
 
@@ -205,7 +206,7 @@ def _relabelled(depth: Array, ends: Indices, most: int, generator: np.random.Gen
     members = [np.flatnonzero(stack == one) for one in np.unique(stack)]
     if len(members) == 1 and factorial(size) <= _EXACT:
         return depth[np.asarray(list(permutations(range(size))))]
-    labels = np.tile(depth, (most + 1, 1))  # the first stays as it is: what was found counts among the permutations
+    labels = np.tile(depth, (most + 1, 1))  # the first stays as it is: the observed one counts among the permutations
     for inside in members:
         labels[1:, inside] = generator.permuted(labels[1:, inside], axis=1)
     return labels
@@ -218,8 +219,8 @@ def _mantel(effect: Array, depth: Array, labels: Array, ends: Indices, measure: 
     ranks = _standard(rankdata(effect))
     parts = np.array_split(labels, 1 + labels.shape[0] * len(effect) // _CHUNK_ENTRIES)
     others = [_standard(rankdata(measure(part, ends), axis=1)) @ ranks for part in parts]
-    found = float(_standard(rankdata(measure(depth, ends))) @ ranks)
-    return found, float((np.abs(np.concatenate(others)) >= abs(found) - 1e-12).mean())
+    observed = float(_standard(rankdata(measure(depth, ends))) @ ranks)
+    return observed, float((np.abs(np.concatenate(others)) >= abs(observed) - 1e-12).mean())
 
 
 def _standard(ranks: Array) -> Array:

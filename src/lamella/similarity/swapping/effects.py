@@ -83,23 +83,23 @@ def swap_effects(
 
     listed, wanted = list(batches), list(dict.fromkeys(swaps))
     plain = text_scores(model, listed, metric, choices)
-    kept = _Kept(None if folder is None else Path(folder), plain, metric)
+    stored = _Stored(None if folder is None else Path(folder), plain, metric)
     rows = []
     for done, one in enumerate(wanted, start=1):
         row = _row(one, unit, exchange, aligners is not None, metric, level, seed)
-        found = kept.find(row)
-        if found is None:
+        effect = stored.find(row)
+        if effect is None:
             with _swapped(model, one, unit, exchange, aligners, seed):
                 swapped = text_scores(model, listed, metric, choices, _name(one))
-            found = row | _effect(plain, swapped, level, seed)
-            kept.add(found, swapped)
-        rows.append(found)
+            effect = row | _effect(plain, swapped, level, seed)
+            stored.add(effect, swapped)
+        rows.append(effect)
         if progress is not None:
             progress(done, len(wanted))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-class _Kept:
+class _Stored:
     """The swaps that a folder holds; without a folder, none."""
 
     def __init__(self, folder: Path | None, plain: TextScores, metric: Metric) -> None:
@@ -242,11 +242,11 @@ def kinds(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     Names go on with "one way", "behind aligners" and, where there are several, the seed.
     """
     rows = frame[frame["second_layer"] >= 0]
-    found = {}
+    by_kind = {}
     for (unit, metric, exchange, aligned, seed), alike in rows.groupby(
         ["unit", "metric", "exchange", "aligned", "seed"], sort=False
     ):
         words = [unit, metric, "" if exchange else "one way", "behind aligners" if aligned else ""]
         words += [f"seed {seed}"] if rows["seed"].nunique() > 1 else []
-        found[", ".join(filter(None, words))] = alike
-    return found
+        by_kind[", ".join(filter(None, words))] = alike
+    return by_kind

@@ -119,10 +119,10 @@ def _behind(aligner: Aligner, target: Part) -> Aligner:
     """An expert given what the aligner, in its own precision, makes of a token."""
     assert target.moe is not None
     experts = target.moe.experts
-    own = next(aligner.parameters(), None) if isinstance(aligner, nn.Module) else None
+    parameter = next(aligner.parameters(), None) if isinstance(aligner, nn.Module) else None
 
     def strange(x: Tensor) -> Tensor:
-        aligned = aligner(x if own is None else x.to(own.dtype)).to(x.dtype)  # (N, h)
+        aligned = aligner(x if parameter is None else x.to(parameter.dtype)).to(x.dtype)  # (N, h)
         return experts[target.expert](aligned)  # asked for now: another swap may have been entered since
 
     return strange
@@ -172,9 +172,9 @@ def overwritten(pairs: Sequence[Pair]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for first, second in pairs:
-            kept = first.detach().clone()
+            first_values = first.detach().clone()
             _write(first, second)
-            stack.callback(_write, first, kept)
+            stack.callback(_write, first, first_values)
         yield
 
 

@@ -81,14 +81,14 @@ def mixtures(model: nn.Module) -> dict[int, MoELayer]:
     """
     layers = moe_layers(model)
     layers = [layer for layer in layers if layer.family.native] or layers
-    found = {layer.index: layer for layer in layers}
-    if len(found) < len(layers):
-        one = next(layer for layer in layers if found[layer.index] is not layer)
+    by_block = {layer.index: layer for layer in layers}
+    if len(by_block) < len(layers):
+        one = next(layer for layer in layers if by_block[layer.index] is not layer)
         raise LamellaError(
-            f"Block {one.index} has several mixtures of experts ({one.name}, {found[one.index].name}, ...), and a swap "
-            "names a mixture by its block alone; route in one module of a block, or swap with unit='block'."
+            f"Block {one.index} has several mixtures of experts ({one.name}, {by_block[one.index].name}, ...), and a "
+            "swap names a mixture by its block alone; route in one module of a block, or swap with unit='block'."
         )
-    return found
+    return by_block
 
 
 def pair_tensors(model: nn.Module, first: Part, second: Part) -> list[tuple[Tensor, Tensor]]:
@@ -138,7 +138,7 @@ def _expert(model: nn.Module, moe: MoELayer, expert: int) -> Part:
 
 
 def _of_modules(model: nn.Module, unit: Unit, layer: int, chosen: dict[str, nn.Module], moe: MoELayer | None) -> Part:
-    tensors = {f"{own}.{name}": tensor for own, module in chosen.items() for name, tensor in _tensors(module)}
+    tensors = {f"{prefix}.{name}": tensor for prefix, module in chosen.items() for name, tensor in _tensors(module)}
     return Part(unit, layer, -1, _names(model, chosen.values()), tensors, moe)
 
 
@@ -172,12 +172,12 @@ def _words(tensor: Tensor, what: str) -> str:
 
 
 def _refuse_ties(model: nn.Module, first: Part, second: Part, pairs: list[tuple[int, int]]) -> None:
-    own = {id(tensor): part for part in (first, second) for m in part.modules.values() for _, tensor in _tensors(m)}
+    holders = {id(tensor): part for part in (first, second) for m in part.modules.values() for _, tensor in _tensors(m)}
     inside = tuple(f"{name}." for part in (first, second) for name in part.modules)
     for name, tensor in _tensors(model):
-        if id(tensor) in own and not name.startswith(inside):
+        if id(tensor) in holders and not name.startswith(inside):
             raise LamellaError(
-                f"A weight of {own[id(tensor)]} is tied to {name}, which a swap would change too; untie it first."
+                f"A weight of {holders[id(tensor)]} is tied to {name}, which a swap would change too; untie it first."
             )
     pooled = first.unit == "expert" and first.layer != second.layer and _shared(first, second)
     if pooled or any(len({pair[side] for pair in pairs}) < len(pairs) for side in (0, 1)):
