@@ -33,7 +33,7 @@ _OPTIONAL = ("interference", "masked", "costs", "noise")
 
 
 def study_names() -> list[str]:
-    """The project's own studies, and the packaged recipes that are studies."""
+    """The project's studies, and the packaged recipes that are studies."""
     packaged = [name for name in recipe_names() if {"methods", "sources"} & set(read_recipe(name))]
     return [*packaged, *sorted(path.stem for path in RECIPES.glob("*.yaml"))]
 
@@ -101,12 +101,12 @@ def _noise(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     place = ["backbone", "task", "method", "seed", "key", "metric"]
     examples = pd.read_parquet(folder / "examples.parquet", columns=place[:4] + place[5:])
     cells = rows[rows["split"] == "test"][place].merge(examples, on=place[:4] + place[5:])
-    found = cells.merge(
+    noisy = cells.merge(
         scored.rename(columns={"seed": "draw"}).drop(columns="method"),
         left_on=["key", "metric"],
         right_on=["run", "metric"],
     )
-    return found[[*place[:4], "noise", "strength", "draw", "value"]]
+    return noisy[[*place[:4], "noise", "strength", "draw", "value"]]
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
@@ -126,7 +126,7 @@ def _check_planned(name: str, ran: StudyRecipe) -> None:
         if key == "seeds":
             changed += [key] if not set(ran.seed_list) <= set(plan.seed_list) else []
         elif key in ("methods", "arms"):
-            changed += [f"{key}.{method}" for method, own in was.items() if now.get(method) != own]
+            changed += [f"{key}.{method}" for method, given in was.items() if now.get(method) != given]
         elif key in ("backbones", "tasks"):
             changed += [key] if not set(was) <= set(now) else []
         elif was != now:
@@ -201,13 +201,13 @@ class KeptStudy:
         noise = self.tables["noise"]
         noise = noise[(noise["backbone"] == results.backbone) & (noise["task"] == results.task)]
         sign = 1.0 if results.greater_is_better else -1.0
-        found = []
-        for (kind, strength), own in noise[noise["strength"] > 0].groupby(["noise", "strength"]):
+        differences = []
+        for (kind, strength), rows in noise[noise["strength"] > 0].groupby(["noise", "strength"]):
             lost: dict[str, dict[int, Any]] = {}
-            for (method, seed), values in own.sort_values("draw").groupby(["method", "seed"])["value"]:
+            for (method, seed), values in rows.sort_values("draw").groupby(["method", "seed"])["value"]:
                 lost.setdefault(method, {})[seed] = sign * (results.values[method][seed] - values.to_numpy())
-            found += [(kind, strength, one) for one in contrast(lost, pairs)]
-        return found
+            differences += [(kind, strength, one) for one in contrast(lost, pairs)]
+        return differences
 
 
 def load_study(name: str, folder: Path = ROWS) -> KeptStudy:

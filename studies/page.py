@@ -47,7 +47,7 @@ Asked = tuple[KeptStudy, Results]
 
 def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilarity] = ()) -> str:
     """The page of these studies, and of these of expert similarity, as Markdown."""
-    tables = [(study, own) for study in studies for own in study.results if own.run and not own.part]
+    tables = [(study, table) for study in studies for table in study.results if table.run and not table.part]
     against_lora = [one for one in tables if _reference_kind(one) == "lora"]
     routed = [one for one in against_lora if _learned(one[0])]
     mixtures = [one for one in against_lora if one[0].named("mola")]
@@ -62,7 +62,7 @@ def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilar
         _planned(studies),
         "## MoLEx: pretrained layers as experts",
         _answers("Does MoLEx beat LoRA here?", routed, _beats_lora),
-        _answers("Is its learned router better than a random one?", controlled, _router_worth),
+        _answers("Is its learned router better than a random one?", controlled, _router_matters),
         _answers("Does it resist noise better?", routed, _resists),
         _answers("What does it cost?", routed, _costs),
         _answers("Which of its settings matter?", settings, _molex_settings),
@@ -97,9 +97,11 @@ def _all(study: KeptStudy, results: Results) -> str:
 
 def _answers(question: str, asked: Sequence[Asked], answer: Callable[[KeptStudy, Results], str | None]) -> str:
     """The question and a line for each table that answers it; nothing where none does."""
-    found = [(study, results, answer(study, results)) for study, results in asked]
+    answers = [(study, results, answer(study, results)) for study, results in asked]
     lines = [
-        f"- {results.title} with {results.backbone} (`{study.name}`): {said}" for study, results, said in found if said
+        f"- {results.title} with {results.backbone} (`{study.name}`): {said}"
+        for study, results, said in answers
+        if said
     ]
     return "\n".join([f"### {question}", "", *lines]) if lines else ""
 
@@ -119,14 +121,18 @@ def _controls(study: KeptStudy) -> list[str]:
 
 
 def _beats_lora(study: KeptStudy, results: Results) -> str | None:
-    own = next((one for one in results.against_reference if one.first == _learned(study)), None)
-    return None if own is None else f"{_verdict(results, own)} {_sample(results, own)}"
+    difference = next((one for one in results.against_reference if one.first == _learned(study)), None)
+    return None if difference is None else f"{_sentence(results, difference)} {_sample(results, difference)}"
 
 
-def _router_worth(study: KeptStudy, results: Results) -> str | None:
+def _router_matters(study: KeptStudy, results: Results) -> str | None:
     learned = _learned(study) or ""
-    found = results.contrasts([(learned, control) for control in _controls(study)])
-    return f"{' '.join(_verdict(results, one) for one in found)} {_sample(results, found[0])}" if found else None
+    differences = results.contrasts([(learned, control) for control in _controls(study)])
+    return (
+        f"{' '.join(_sentence(results, one) for one in differences)} {_sample(results, differences[0])}"
+        if differences
+        else None
+    )
 
 
 def _resists(study: KeptStudy, results: Results) -> str | None:
@@ -147,13 +153,14 @@ def _costs(study: KeptStudy, results: Results) -> str | None:
     learned, lora, costs = _learned(study) or "", results.reference, study.costs(results.backbone)
     if not {learned, lora} <= set(costs):
         return None
-    own, other = costs[learned], costs[lora]
-    latency = [measure for measure in own if measure.startswith("latency ms")]
-    slower = [f"{own[measure] / other[measure]:.2f} at {measure.rpartition(', ')[2]}" for measure in latency]
+    ours, other = costs[learned], costs[lora]
+    latency = [measure for measure in ours if measure.startswith("latency ms")]
+    slower = [f"{ours[measure] / other[measure]:.2f} at {measure.rpartition(', ')[2]}" for measure in latency]
     sizes = _sizes(results)
     return (
-        f"a training step of {learned} takes {own['step time']:.2f} times LoRA's time, a forward {' and '.join(slower)}"
-        f"; it keeps {own['kept MB'] / other['kept MB']:.2f} times LoRA's memory for the backward pass and trains "
+        f"a training step of {learned} takes {ours['step time']:.2f} times LoRA's time, a forward "
+        f"{' and '.join(slower)}"
+        f"; it keeps {ours['kept MB'] / other['kept MB']:.2f} times LoRA's memory for the backward pass and trains "
         f"{sizes[learned]:,} parameters to LoRA's {sizes[lora]:,}."
     )
 
@@ -165,13 +172,13 @@ def _sizes(results: Results) -> dict[str, int]:
 
 def _molex_settings(study: KeptStudy, results: Results) -> str:
     ends = results.rows.dropna(subset="alpha_end")
-    moved = [_moved(str(name), own) for name, own in ends.groupby("method", sort=False)]
+    moved = [_moved(str(name), rows) for name, rows in ends.groupby("method", sort=False)]
     return " ".join([_against_reference(study, results, "molex"), *moved])
 
 
 def _mole_settings(study: KeptStudy, results: Results) -> str:
-    own = [name for name in study.named("mole") if name != results.reference]
-    said = _grouped(results, results.contrasts([(name, results.reference) for name in own]))
+    others = [name for name in study.named("mole") if name != results.reference]
+    said = _grouped(results, results.contrasts([(name, results.reference) for name in others]))
     routed = results.rows.dropna(subset="entropy")
     means = [f"{name} {_number(nats)}" for name, nats in routed.groupby("method", sort=False)["entropy"].mean().items()]
     return said + (f" Entropy of the weights, in nats: {', '.join(means)}." if means and not _kept(results) else "")
@@ -193,15 +200,15 @@ def _against_reference(study: KeptStudy, results: Results, kind: str) -> str:
 
 def _shapes(study: KeptStudy, results: Results) -> str | None:
     names = [name for name in study.named("mola") if results.values[name]]
-    found = results.contrasts(list(combinations(names, 2)))
-    if not found:
+    differences = results.contrasts(list(combinations(names, 2)))
+    if not differences:
         return None
-    differing = [one for one in found if one.significant]
-    said = " ".join(_verdict(results, one) for one in differing)
-    return f"of {len(found)} pairs of shapes, {len(differing) or 'none'} differ significantly. {said}".strip()
+    differing = [one for one in differences if one.significant]
+    said = " ".join(_sentence(results, one) for one in differing)
+    return f"of {len(differences)} pairs of shapes, {len(differing) or 'none'} differ significantly. {said}".strip()
 
 
-def _verdict(results: Results, one: Contrast) -> str:
+def _sentence(results: Results, one: Contrast) -> str:
     """One difference as a sentence."""
     said = f"{one.first} is {'better' if results.better(one) else 'worse'} than {one.second}"
     if not one.significant:
@@ -230,9 +237,9 @@ def _sample(results: Results, one: Contrast) -> str:
     return said + (f" Below the linear floor: {', '.join(below)}." if below else "")
 
 
-def _grouped(results: Results, found: Iterable[Contrast]) -> str:
+def _grouped(results: Results, differences: Iterable[Contrast]) -> str:
     groups: dict[str, list[str]] = {"better than": [], "worse than": [], "not significantly different from": []}
-    for one in found:
+    for one in differences:
         group = "better than" if results.better(one) else "worse than"
         text = f"{one.first} ({_difference(one)})"
         groups[group if one.significant else "not significantly different from"].append(text)
@@ -268,20 +275,20 @@ def _table(results: Results) -> str:
         [f"floor ({word})", "", *[_number(splits["test"])] * (seeds + 1), "", "", ""]
         for word, splits in results.floors.items()
     ]
-    found = {one.first: one for one in results.against_reference}
+    differences = {one.first: one for one in results.against_reference}
     sizes = _sizes(results)
-    rows += [[*_row(results, name, found.get(name)), f"{sizes[name]:,}"] for name in results.means]
+    rows += [[*_row(results, name, differences.get(name)), f"{sizes[name]:,}"] for name in results.means]
     missing = [name for name in results.names if name not in results.means]
     parts = [f"Test {results.metric}.", markdown([*heads, "trainable"], rows)]
     return "\n\n".join([*parts, *[f"Not run: {', '.join(missing)}."] * bool(missing)])
 
 
-def _row(results: Results, name: str, found: Contrast | None) -> list[str]:
+def _row(results: Results, name: str, contrast: Contrast | None) -> list[str]:
     values = results.values[name]
     seeds = [_number(values[seed]) if seed in values else "" for seed in results.seeds]
     difference, p_value = ("reference" if name == results.reference else "", "")
-    if found is not None:
-        difference, p_value = _interval(found), _p(found.p_value)
+    if contrast is not None:
+        difference, p_value = _interval(contrast), _p(contrast.p_value)
     return [name, f"{len(values)} / {len(results.seeds)}", *seeds, _number(results.means[name]), difference, p_value]
 
 

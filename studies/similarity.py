@@ -47,13 +47,13 @@ def keep_similarity(folder: Path, into: Path = ROWS) -> str:
     Raises:
         LamellaError: nothing was aligned or swapped yet.
     """
-    found = [f"{name}.parquet" for name in _TABLES if (folder / f"{name}.parquet").is_file()]
-    if not {"alignment.parquet", "swap.parquet"} & set(found):
+    tables = [f"{name}.parquet" for name in _TABLES if (folder / f"{name}.parquet").is_file()]
+    if not {"alignment.parquet", "swap.parquet"} & set(tables):
         raise LamellaError(f"{folder} has no alignment and no swaps yet, so there is nothing to keep.")
     facts = [f"{name}.json" for name in _FACTS if (folder / f"{name}.json").is_file()]
     with atomic(into / folder.name) as unfinished:
         unfinished.mkdir()
-        for name in [*found, *facts]:
+        for name in [*tables, *facts]:
             shutil.copyfile(folder / name, unfinished / name)
     return folder.name
 
@@ -68,25 +68,25 @@ def similarity_section(kept: Sequence[KeptSimilarity]) -> str:
     if not kept:
         return ""
     questions: list[tuple[str, Callable[[KeptSimilarity], str | None]]] = [
-        ("What is a stand-in behind an aligner worth, beside its controls?", _controls),
+        ("How good is a replacement behind an aligner, beside its controls?", _controls),
         ("Does raw error say more than the variance of what is replaced?", _variance),
-        ("How far can a ranking be trusted, and does a screen without training find it?", _ranking),
-        ("Are experts of one kind found, where the truth is known?", _truth),
+        ("How far can a ranking be trusted, and does a screen without training reach it?", _ranking),
+        ("Are experts of one kind recognised, where the truth is known?", _truth),
         ("Does the damage of a swap grow with the distance of the layers?", _distance),
         (f"How much can be merged before perplexity rises by {_WITHIN:.0%}?", _merging),
         ("Where should tokens go whose expert is gone?", _rerouting),
     ]
     parts = ["## Expert similarity", _INTRODUCTION]
     for question, answer in questions:
-        found = [(one, words) for one in kept if (words := answer(one)) is not None]
-        if found:
-            parts += [f"### {question}", *(f"**{one.name}.** {words}" for one, words in found)]
+        answers = [(one, words) for one in kept if (words := answer(one)) is not None]
+        if answers:
+            parts += [f"### {question}", *(f"**{one.name}.** {words}" for one, words in answers)]
     return "\n\n".join(parts)
 
 
 _INTRODUCTION = """\
 Rows are in [studies/similarity_rows](../studies/similarity_rows), a folder per study; `lamella similarity` makes them,
-`python -m studies --add FOLDER` keeps them. The unexplained share is the mean squared error of target(A(x)) on held-out
+`python -m studies --add FOLDER` keeps them. The normalised error is the mean squared error of target(A(x)) on held-out
 documents over the variance of what the source puts out there: 0 is the same function, 1 is the mean."""
 
 
@@ -105,14 +105,14 @@ def _variance(study: KeptSimilarity) -> str | None:
         pairs = rows[rows["kind"] == "pair"]
         sources = pairs.groupby(["source_layer", "source_expert"])[["mse", "nmse", "source_variance"]].median()
         worst = sources["mse"].idxmax()
-        found = reliability(rows)
+        measured = reliability(rows)
         rank = int(sources["nmse"].rank(ascending=False).loc[worst])
         return (
-            f"Rank correlation of the raw error with the source's variance {found['raw and variance']:.3f}, of the "
-            f"unexplained share {found['share and variance']:.3f}. The outlier by raw error, expert {worst[1]} of "
+            f"Rank correlation of the raw error with the source's variance {measured['raw and variance']:.3f}, of the "
+            f"normalised error {measured['share and variance']:.3f}. The outlier by raw error, expert {worst[1]} of "
             f"layer {worst[0]}, has {sources['mse'].max() / sources['mse'].median():.1f} times the median error and "
             f"{sources.loc[worst, 'source_variance'] / sources['source_variance'].median():.1f} times the median "
-            f"variance; by unexplained share it is number {rank} of {len(sources)}."
+            f"variance; by normalised error it is number {rank} of {len(sources)}."
         )
 
     return _per_aligner(study, words)
@@ -122,18 +122,18 @@ def _ranking(study: KeptSimilarity) -> str | None:
     screened = study.folder.table("screen")
 
     def words(rows: pd.DataFrame) -> str:
-        found = reliability(rows, screened)
-        if "ceiling" not in found:
+        measured = reliability(rows, screened)
+        if "ceiling" not in measured:
             return "No ceiling: there is one seed, or nothing that a seed changes."
-        measures = [(name, found[name]) for name in ("floor", "cka_distance", "weight_distance") if name in found]
+        measures = [(name, measured[name]) for name in ("floor", "cka_distance", "weight_distance") if name in measured]
         ranked = ", ".join(
-            f"{name.replace('_', ' ')} {value:.2f} ({value / found['ceiling within']:.2f} of the ceiling)"
+            f"{name.replace('_', ' ')} {value:.2f} ({value / measured['ceiling within']:.2f} of the ceiling)"
             for name, value in measures
         )
         return (
-            f"One seed ranks all pairs as the others do with {found['ceiling']:.2f}, an expert's stand-ins with "
-            f"{found['ceiling within']:.2f}: the ceiling. An expert's stand-ins are ranked by "
-            f"{ranked or 'nothing that was screened'}. Rows below the floor: {found.get('below the floor', 0):.0f}."
+            f"One seed ranks all pairs as the others do with {measured['ceiling']:.2f}, an expert's replacements with "
+            f"{measured['ceiling within']:.2f}: the ceiling. An expert's replacements are ranked by "
+            f"{ranked or 'nothing that was screened'}. Rows below the floor: {measured.get('below the floor', 0):.0f}."
         )
 
     return _per_aligner(study, words)
@@ -156,10 +156,10 @@ def _truth(study: KeptSimilarity) -> str | None:
         measured += [(name.replace("_", " "), screened, name) for name in names]
     rows = []
     for name, table, measure in measured:
-        found = truth_auc(table, kinds, measure)
-        rows.append([name, f"{found['auc']:.2f} [{found['low']:.2f}, {found['high']:.2f}]", found["experts"]])
+        auc = truth_auc(table, kinds, measure)
+        rows.append([name, f"{auc['auc']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}]", auc["experts"]])
     return (
-        "The chance that a stand-in trained on the expert's own kind of text is nearer than one trained on another "
+        "The chance that a replacement trained on the expert's kind of text is nearer than one trained on another "
         "kind; a guess has 0.50.\n\n" + markdown(["measure", "AUC", "experts"], rows)
     )
 
@@ -168,17 +168,17 @@ def _distance(study: KeptSimilarity) -> str | None:
     swaps = study.folder.table("swap")
     if swaps is None:
         return None
-    lines = [_regression(name, found) for name, found in distance_regressions(swaps).items()]
+    lines = [_regression(name, fit) for name, fit in distance_regressions(swaps).items()]
     heads = ["swap, measure", "with distance the effect", "per layer of distance", "rank correlation", "p", "swaps"]
     layouts = [_layout(name, scores, swaps) for name, scores in layer_tables(swaps).items()]
     return "\n\n".join(["", *([markdown(heads, lines)] if lines else []), _by_distance(swaps), *layouts])
 
 
-def _regression(name: str, found: Mapping[str, float]) -> list[Any]:
-    interval = "" if math.isnan(found["low"]) else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+def _regression(name: str, fit: Mapping[str, float]) -> list[Any]:
+    interval = "" if math.isnan(fit["low"]) else f" [{fit['low']:+.4f}, {fit['high']:+.4f}]"
     return [
-        name, change_in_words(found), f"{found['slope']:+.4f}{interval}", f"{found['spearman']:.2f}",
-        f"{found['p_value']:.3f}", f"{found['swaps']:.0f}",
+        name, change_in_words(fit), f"{fit['slope']:+.4f}{interval}", f"{fit['spearman']:.2f}",
+        f"{fit['p_value']:.3f}", f"{fit['swaps']:.0f}",
     ]  # fmt: skip
 
 
@@ -235,9 +235,9 @@ def _rerouting(study: KeptSimilarity) -> str | None:
         ]
         for row in table.to_dict("records")
     ]
-    closed = json.loads(table["experts"].iloc[0])
+    removed = json.loads(table["experts"].iloc[0])
     return (
-        f"{len(closed)} experts closed, the most used of each layer.\n\n"
+        f"{len(removed)} experts removed, the most used of each layer.\n\n"
         + markdown(["tokens go to", "expert is", "within", "text", "perplexity ratio"], rows)
     )  # fmt: skip
 

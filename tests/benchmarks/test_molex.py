@@ -39,7 +39,7 @@ def test_the_record_holds_the_train_step_and_inference(record):
     assert all(len(method.seconds) == 2 for method in train.methods + inference.methods)
 
 
-def test_every_arm_was_compared_first(record):
+def test_every_method_was_compared_first(record):
     (case, _) = record("molex").cases
     lora, router = 2 * 2 * 5, 2 * 5
     routed = len(NAMES) - 2  # all but lora and naive, which is compared with

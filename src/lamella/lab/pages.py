@@ -56,8 +56,8 @@ def _first(runs: Mapping[str, Path]) -> Path | None:
 
 
 def _redundancy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
-    found = {method: redundancy_of(run) for method, run in runs.items()}
-    return _over_methods({method: frame for method, frame in found.items() if frame is not None})
+    frames = {method: redundancy_of(run) for method, run in runs.items()}
+    return _over_methods({method: frame for method, frame in frames.items() if frame is not None})
 
 
 def _over_methods(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
@@ -114,22 +114,22 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
 
 def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
     """The page of a model's routing on a task."""
-    found, routing = traced.evaluation, traced.summary
+    scored, routing = traced.evaluation, traced.summary
     name = traced.trained.place.label
-    row = {"method": name, "task": found.task, "split": found.split, **found.metrics}
+    row = {"method": name, "task": scored.task, "split": scored.split, **scored.metrics}
     return Report(
-        title=f"Routing of {name} on {found.task}",
+        title=f"Routing of {name} on {scored.task}",
         summary=(
-            f"On {found.rows:,} {found.split} rows of {found.task} it reaches {found.metric} "
-            f"{found.metrics[found.metric]:.3f}. Its routers' mean entropy is {routing['entropy']:.2f} nats, their "
+            f"On {scored.rows:,} {scored.split} rows of {scored.task} it reaches {scored.metric} "
+            f"{scored.metrics[scored.metric]:.3f}. Its routers' mean entropy is {routing['entropy']:.2f} nats, their "
             f"balance {routing['balance']:.2f} (1 is even), and {routing['dead_experts']:.0f} expert(s) are nearly "
             "unused."
         ),
         results=pd.DataFrame([row]),
         cost=pd.DataFrame([{"method": name, "trainable parameters": traced.trained.size}]),
         routing=traced.frame,
-        settings={} if (own := traced.trained.place.settings) is None else own.model_dump(mode="json"),
-        notes=found.notes,
+        settings={} if (settings := traced.trained.place.settings) is None else settings.model_dump(mode="json"),
+        notes=scored.notes,
         texts=token_texts(traced.tokens, traced.texts, traced.num_experts),
         redundancy=traced.trained.redundancy(),
         findings=diagnosis.findings,
@@ -146,22 +146,22 @@ def _shown_cost(cost: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def robustness_report(found: Robustness) -> Report:
+def robustness_report(scored: Robustness) -> Report:
     """The page of models under noise."""
-    kind = found.noise
-    results = found.means.rename(columns=lambda strength: f"{kind.symbol} {strength:g}").reset_index()
+    kind = scored.noise
+    results = scored.means.rename(columns=lambda strength: f"{kind.symbol} {strength:g}").reset_index()
     return Report(
-        title=f"{found.task} under {kind.title}",
-        summary=found.summary,
+        title=f"{scored.task} under {kind.title}",
+        summary=scored.summary,
         results=results,
-        cost=pd.DataFrame([{"method": name, "trainable parameters": size} for name, size in found.sizes.items()]),
+        cost=pd.DataFrame([{"method": name, "trainable parameters": size} for name, size in scored.sizes.items()]),
         routing=None,
         settings={
-            "noise": {"kind": kind.name, "protocol": kind.protocol, "seeds": found.seeds},
-            "rows": {"task": found.task, "split": found.split, "count": found.rows, "metric": found.metric},
+            "noise": {"kind": kind.name, "protocol": kind.protocol, "seeds": scored.seeds},
+            "rows": {"task": scored.task, "split": scored.split, "count": scored.rows, "metric": scored.metric},
         },
-        notes=found.notes,
-        robustness=found.frame,
-        robustness_differences=found.differences,
-        about=found,
+        notes=scored.notes,
+        robustness=scored.frame,
+        robustness_differences=scored.differences,
+        about=scored,
     )

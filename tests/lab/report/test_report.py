@@ -85,7 +85,7 @@ def test_the_page_holds_what_the_report_says(report):
         "Full fine-tuning was not run.",
     ):
         assert words in text
-    assert re.findall(r"Verdict|Results|Cost|Routing|Settings|Notes", text)[0] == "Verdict"
+    assert re.findall(r"Summary|Results|Cost|Routing|Settings|Notes", text)[0] == "Summary"
 
 
 def test_text_from_data_stays_text(hostile):
@@ -145,7 +145,7 @@ def test_a_full_page_has_every_section_in_its_contents(full_report):
     page = Page(render(full_report))
     headings = [attrs["id"] for attrs in page.named("h2")]
     assert headings == [
-        *("verdict", "results", "cost", "routing", "training", "tokens", "redundancy", "findings", "settings", "notes")
+        *("summary", "results", "cost", "routing", "training", "tokens", "redundancy", "findings", "settings", "notes")
     ]
     assert [attrs["href"] for attrs in page.named("a")][1:] == [f"#{name}" for name in headings[1:]]
     text = " ".join(" ".join(page.text).split())

@@ -73,14 +73,14 @@ def test_infinite_values_are_left_out(scores):
 def test_the_page_shows_it_in_its_place(report, scores, differences):
     page = Page(render(replace(report, robustness=scores, robustness_differences=differences)))
     headings = [attrs["id"] for attrs in page.named("h2")]
-    assert headings == ["verdict", "results", "cost", "routing", "robustness", "findings", "settings", "notes"]
+    assert headings == ["summary", "results", "cost", "routing", "robustness", "findings", "settings", "notes"]
     assert [attrs["href"] for attrs in page.named("a")] == [f"#{name}" for name in headings[1:]]
     assert sum("whisker" in attrs.get("class", "") for attrs in page.named("line")) == 2 * 2 * 3
     assert all({"aria-hidden", "role"} & set(attrs) or "overflow" in attrs or not attrs for attrs in page.named("svg"))
     text = " ".join(" ".join(page.text).split())
     assert "whiskers reach from the lowest to the highest seed" in text
     assert "0.625 molex" in text
-    # lines are told apart by their dashes and names too
+    # lines differ by their dashes and names too
     dashes = {attrs["class"] for attrs in page.named("path") if attrs.get("class", "").startswith("line ")}
     assert dashes == {"line stroke0 dash0", "line stroke1 dash1"}
 

@@ -18,7 +18,7 @@ class Study:
 
 @pytest.fixture
 def toys():
-    """Two sections that know a toy study: a table, and a drawing of their own. They are gone after the test."""
+    """Two sections that know a toy study: a table, and a drawing. They are gone after the test."""
 
     @section("Mean depth", 25, absent="mean depth")
     def mean_depth(report):

@@ -19,7 +19,7 @@ RUN = {
 
 @pytest.fixture(scope="session")
 def recipe(bert, tmp_path_factory):
-    """A study of two sources, one held-out task and four arms, as a file."""
+    """A study of two sources, one held-out task and four methods, as a file."""
     folder = tmp_path_factory.mktemp("composition")
     tasks = {name: question_task(folder / name, train=size) for name, size in (("a", 40), ("b", 44), ("c", 48))}
     study = {

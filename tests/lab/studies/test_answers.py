@@ -126,14 +126,14 @@ def test_losses_and_divergences_are_those_of_each_text_by_itself(ran, method):
         for at, text in enumerate(tested[test].splits["test"][column]):
             index = whole[column].index(text)
             logs, said = log_probs_of(cells, folder, method, place, index)
-            stated = found.loc[(test, at)]
-            assert stated["loss"] == pytest.approx(-logs[range(len(said)), said].mean().item(), abs=1e-5)
+            answer = found.loc[(test, at)]
+            assert answer["loss"] == pytest.approx(-logs[range(len(said)), said].mean().item(), abs=1e-5)
             if test not in grid.sources:
-                assert np.isnan(stated["kl"])
+                assert np.isnan(answer["kl"])
                 continue
             alone, _ = log_probs_of(cells, folder, f"{test} LoRA", place, index)
-            by_hand = sum(float((one.exp() * (one - other)).sum()) for one, other in zip(alone, logs, strict=True))
-            assert stated["kl"] == pytest.approx(by_hand / len(said), abs=1e-5)
+            expected = sum(float((one.exp() * (one - other)).sum()) for one, other in zip(alone, logs, strict=True))
+            assert answer["kl"] == pytest.approx(expected / len(said), abs=1e-5)
 
 
 def test_without_a_lora_it_is_the_backbone_as_it_is(ran):
@@ -141,10 +141,10 @@ def test_without_a_lora_it_is_the_backbone_as_it_is(ran):
     tested = Questions(grid.tests, grid.test_rows, "tokens").loaded()["c"]
     backbone = load_backbone(grid.backbone, tested)
     found = pd.read_parquet(folder.answers(cells[0].key))
-    for text, stated in zip(tested.splits["test"]["text"], found[found["test"] == "c"]["loss"], strict=True):
+    for text, answer in zip(tested.splits["test"]["text"], found[found["test"] == "c"]["loss"], strict=True):
         ids = torch.tensor([encode_one(text, backbone.tokenizer)])
         with torch.no_grad():
-            assert stated == pytest.approx(backbone.model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+            assert answer == pytest.approx(backbone.model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
 
 
 def encode_one(text, tokenizer):

@@ -36,11 +36,11 @@ def test_scores_are_what_the_loaded_models_answer(ran, rows):
 
     known = {tuple(row["input_ids"]): row for row in encoded.test}
     right = 0
-    for text, stated in zip(_ten(task), here.itertuples(), strict=True):
+    for text, answer in zip(_ten(task), here.itertuples(), strict=True):
         row = known[tuple(backbone.tokenizer(text)["input_ids"])]
         with torch.no_grad():
             logits = model(**{k: v for k, v in encoded.collator([row]).items() if k != "labels"}).logits
-        assert stated.log_probs == pytest.approx(logits.double().log_softmax(-1)[0].numpy(), abs=1e-5)
+        assert answer.log_probs == pytest.approx(logits.double().log_softmax(-1)[0].numpy(), abs=1e-5)
         right += int(logits.argmax()) == row["labels"]
     assert rows.loc[("MOLE", 1, "c", "accuracy"), "value"] == right / 10
 
@@ -61,10 +61,10 @@ def test_what_is_kept_is_measured_against_the_lora_alone(ran, rows):
         assert rows.loc[("only a", seed, "b", KL), "value"] > 0
         own, found = (pd.read_parquet(folder.answers(cell_of(cells, name, seed).key)) for name in ("b LoRA", "uniform"))
         p, q = (np.stack(frame[frame["test"] == "b"]["log_probs"].to_list()) for frame in (own, found))
-        by_hand = np.mean(
+        expected = np.mean(
             [sum(np.exp(a) * (a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
         )
-        assert rows.loc[("uniform", seed, "b", KL), "value"] == pytest.approx(by_hand)
+        assert rows.loc[("uniform", seed, "b", KL), "value"] == pytest.approx(expected)
         kept_accuracy = (
             rows.loc[("uniform", seed, "b", "accuracy"), "value"] - rows.loc[("b LoRA", seed, "b", "accuracy"), "value"]
         )
@@ -88,13 +88,13 @@ def test_every_row_says_what_it_cost(ran, rows):
     assert floors["floor_linear"].between(0, 1).all()
 
 
-def test_what_a_mask_takes_is_measured_against_the_whole_arm(ran, study, rows):
+def test_what_a_mask_takes_is_measured_against_the_method_with_all_loras(ran, study, rows):
     masked = pd.read_parquet(ran[2].path / "masked.parquet").set_index(["method", "dropped", "seed", "task"])
-    assert len(masked) == 2 * 2 * 2 * 4  # arms, LoRAs, seeds, tests with the mixture
+    assert len(masked) == 2 * 2 * 2 * 4  # methods, LoRAs, seeds, tests with the mixture
     for seed in (0, 1):
         for test in ("a", "b", "c", MIXTURE):
-            for arm in ("MOLE", "uniform"):
-                one = masked.loc[(arm, "a", seed, test)]
+            for method in ("MOLE", "uniform"):
+                one = masked.loc[(method, "a", seed, test)]
                 assert one["value"] == pytest.approx(rows.loc[("only b", seed, test, "accuracy"), "value"])
                 assert one["value"] == pytest.approx(np.mean(one["scores"]))
     without = masked["value"].loc[("uniform", "b", slice(None), MIXTURE)].mean()
@@ -110,7 +110,7 @@ def test_the_study_says_it_in_words_and_tables(ran, study):
     assert "On 20 test rows of mixture with" in study.summary
     assert "mean accuracy over 2 seed(s): MOLE 0." in study.summary
     assert ", joint LoRA 0." in study.summary
-    assert "only a (" not in study.summary  # figures of many arms are in the table
+    assert "only a (" not in study.summary  # figures of many methods are in the table
     table = study.results.set_index(["task", "method"])
     assert table.loc[(MIXTURE, "MOLE"), "difference"] == "reference"
     assert {"floor (linear)", "floor (majority)"} <= set(study.results["method"])
@@ -122,11 +122,11 @@ def test_the_study_says_it_in_words_and_tables(ran, study):
     assert "uniform, only a, X-LoRA, only b" in left
     masked, examples = (pd.read_parquet(ran[2].path / f"{name}.parquet") for name in ("masked", "examples"))
     heads, lines = masking_table(masked, examples)
-    assert heads == ["arm", "dropped", "a", "b", "c", MIXTURE]
-    assert [line[:2] for line in lines] == [[arm, lora] for arm in ("MOLE", "uniform") for lora in "ab"]
+    assert heads == ["method", "dropped", "a", "b", "c", MIXTURE]
+    assert [line[:2] for line in lines] == [[method, lora] for method in ("MOLE", "uniform") for lora in "ab"]
 
 
-def test_divergence_by_hand():
+def test_divergence_of_known_distributions():
     p, q = np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.25, 0.75], [0.9, 0.1]])
 
     found = divergence(np.log(p), np.log(q))
@@ -134,7 +134,7 @@ def test_divergence_by_hand():
     assert found == pytest.approx([0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0])
 
 
-def test_interference_by_hand():
+def test_interference_of_known_deltas():
     A, B = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, -2.0], [3.0, 0.0]])
     one = {"m": Factors(A, B, 2.0), "n": Factors(A, B, 1.0)}
     other = {"m": Factors(A, torch.tensor([[1.0, 2.0], [3.0, 5.0]]), 1.0)}

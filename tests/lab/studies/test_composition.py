@@ -61,9 +61,9 @@ def test_loras_learn_their_own_rows_and_the_joint_one_all_of_them(ran):
     assert [cell.method for cell in cells][:4] == [HEAD, "a LoRA", "b LoRA", JOINT]
     assert {name: tasks[f"{name} LoRA"] for name in study.sources} == study.sources
     assert tasks[JOINT] == tasks[HEAD] == study.union
-    arms = [cell for cell in cells if cell.method in study.arms]
-    assert {cell.settings.task for cell in arms} == {f"held:{study.union}"}
-    assert all(cell.settings.limit == {"train": 12} for cell in arms)
+    composed = [cell for cell in cells if cell.method in study.arms]
+    assert {cell.settings.task for cell in composed} == {f"held:{study.union}"}
+    assert all(cell.settings.limit == {"train": 12} for cell in composed)
 
 
 def test_cells_need_what_they_are_made_from(ran):
@@ -80,7 +80,7 @@ def test_cells_need_what_they_are_made_from(ran):
     assert len(jobs) == 18 + 18 + 4
 
 
-def test_an_arm_composes_the_sources_that_it_names(ran):
+def test_a_method_composes_the_sources_that_it_names(ran):
     _, cells, folder = ran
     lora, uniform, only = (cell_of(cells, name) for name in ("b LoRA", "uniform", "only b"))
 
@@ -88,12 +88,12 @@ def test_an_arm_composes_the_sources_that_it_names(ran):
     assert set(placed["u"]) == {"a", "b"}
     assert placed["b"] == {"b": placed["u"]["b"]} == {"b": str(folder.run(lora.key))}
     assert only.settings.task == uniform.settings.task
-    own, found = (pd.read_parquet(folder.answers(cell.key)) for cell in (lora, only))
-    for left, right in zip(own["log_probs"], found["log_probs"], strict=True):
+    alone, composed = (pd.read_parquet(folder.answers(cell.key)) for cell in (lora, only))
+    for left, right in zip(alone["log_probs"], composed["log_probs"], strict=True):
         assert right == pytest.approx(left, abs=1e-5)
 
 
-def test_masked_arms_answer_without_each_of_their_loras(ran):
+def test_masked_methods_answer_without_each_of_their_loras(ran):
     _, cells, folder = ran
     complete, only = (pd.read_parquet(folder.answers(cell_of(cells, name).key)) for name in ("MOLE", "only b"))
 
@@ -122,10 +122,10 @@ def test_what_is_done_is_not_done_again(ran, tmp_path, monkeypatch):
     _, cells, folder = ran
     copy = StudyFolder(tmp_path / "copy")
     shutil.copytree(folder.path, copy.path)
-    arm = cell_of(cells, "uniform", 1)
-    (copy.path / "rows" / f"{arm.key}.json").unlink()  # killed between the end of a run and its row
-    (copy.path / "rows" / f"{arm.key}-answers.json").unlink()
-    copy.answers(arm.key).unlink()
+    interrupted = cell_of(cells, "uniform", 1)
+    (copy.path / "rows" / f"{interrupted.key}.json").unlink()  # killed between the end of a run and its row
+    (copy.path / "rows" / f"{interrupted.key}-answers.json").unlink()
+    copy.answers(interrupted.key).unlink()
 
     def untouched(*args, **kwargs):
         raise AssertionError("a finished cell was run again")
@@ -133,8 +133,8 @@ def test_what_is_done_is_not_done_again(ran, tmp_path, monkeypatch):
     monkeypatch.setattr("lamella.lab.studies.folder.train", untouched)
     run_cells(cells, copy)
 
-    assert copy.finished(arm.key)
-    assert copy.answers(arm.key).read_bytes() == folder.answers(arm.key).read_bytes()
+    assert copy.finished(interrupted.key)
+    assert copy.answers(interrupted.key).read_bytes() == folder.answers(interrupted.key).read_bytes()
     assert plan(cells, copy).hours == 0
 
 
@@ -164,9 +164,9 @@ def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
     hours = []
     for rows in (1, 10):
         cells = read_study(recipe, [f"test_rows={rows}"]).cells()
-        found = plan(cells, StudyFolder(tmp_path))
-        assert (found.cells, found.done) == (18, 0)
-        hours.append(found.hours)
+        planned = plan(cells, StudyFolder(tmp_path))
+        assert (planned.cells, planned.done) == (18, 0)
+        hours.append(planned.hours)
     assert 0 < hours[0] < hours[1]
 
 
@@ -181,9 +181,9 @@ def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
         ("sauces={}", "sources"),
         ("arms.uniform.sources=[d]", "There is no source 'd'"),
         ("arms.uniform.sources=[]", "must be a list of the study's sources"),
-        ("masked=[nobody]", "arm for 'masked' 'nobody'"),
-        ("masked=[X-LoRA]", "masked names the arm X-LoRA"),
-        ("masked=[only b]", "masked names the arm only b"),
+        ("masked=[nobody]", "method for 'masked' 'nobody'"),
+        ("masked=[X-LoRA]", "masked names the method X-LoRA"),
+        ("masked=[only b]", "masked names the method only b"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(recipe, change, message):

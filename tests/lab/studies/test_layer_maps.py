@@ -37,7 +37,7 @@ def test_thirds_split_by_length():
     assert set(thirds(pd.Series([3, 3, 3, 3]))) == {"short"}
 
 
-def test_the_distance_is_total_variation_by_hand():
+def test_the_distance_is_total_variation():
     policy, control = decisions([[0, 0], [0, 1], [0, 1], [1, 1]]), decisions([[0, 0], [1, 1], [2, 1], [2, 1]])
     found = map_differences(policy, control).iloc[0]
 
@@ -70,7 +70,7 @@ def test_p_is_even_where_the_policies_are_alike():
     assert np.mean(np.array(p_values) <= 0.1) < 0.2
 
 
-def test_groups_are_told_apart():
+def test_groups_have_their_own_distances():
     chosen = np.array([[0], [0], [1], [1]] * 20)
     control = np.array([[0], [0], [0], [0]] * 20)
     groups = pd.Series([0, 0, 1, 1] * 20)

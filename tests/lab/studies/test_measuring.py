@@ -4,7 +4,7 @@ import torch
 from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
 
 
-def test_every_round_runs_every_arm_and_starts_with_another():
+def test_every_round_runs_every_method_and_starts_with_another():
     ran = []
     steps = {name: (lambda name=name: ran.append(name)) for name in "abc"}
     seconds = time_rounds(steps, rounds=4, clock="process CPU time")
@@ -14,9 +14,9 @@ def test_every_round_runs_every_arm_and_starts_with_another():
 
 def test_a_ratio_is_the_median_within_rounds():
     seconds = {"a": [2.0, 40.0, 6.0], "b": [1.0, 10.0, 2.0]}
-    found = ratio(seconds, "a", "b")
-    assert (found.method, found.over, found.median, found.minima) == ("a", "b", 3.0, 2.0)
-    assert found.quartiles == (2.5, 3.5)
+    measured = ratio(seconds, "a", "b")
+    assert (measured.method, measured.over, measured.median, measured.minima) == ("a", "b", 3.0, 2.0)
+    assert measured.quartiles == (2.5, 3.5)
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,14 @@ def rows(ran, study):
     return pd.read_parquet(ran[2].path / "results.parquet").set_index(["method", "task", "metric"]).sort_index()
 
 
-def test_arms_are_fitted_on_the_held_out_examples(ran):
+def test_methods_are_fitted_on_the_held_out_examples(ran):
     grid, cells, folder = ran
     assert len(cells) == 8
     for cell in cells:
         assert folder.failure(cell.key) is None
-    arms = {cell.settings.task for cell in cells if cell.method in grid.arms}
-    assert arms == {grid.held_out["c"]}
-    assert {cell.settings.task for cell in cells} - arms == {*grid.sources.values(), grid.union}
+    tasks = {cell.settings.task for cell in cells if cell.method in grid.arms}
+    assert tasks == {grid.held_out["c"]}
+    assert {cell.settings.task for cell in cells} - tasks == {*grid.sources.values(), grid.union}
     hub = cell_of(cells, "LoRAHub")
     assert set(folder.row(hub.key)["metrics"]["weights"]) == {"a", "b"}
     assert plan(cells, folder).hours == 0
@@ -95,13 +95,13 @@ def test_options_have_the_probability_of_their_tokens_one_by_one(ran, method):
         model = cell.settings.method.load(backbone, own, folder.run(cell.key) / "adapter").eval()
         assert len(own.splits["test"]) == grid.test_rows[test]
         for at, row in enumerate(own.splits["test"]):
-            sums = [by_hand(model, backbone.tokenizer, row["source"], option) for option in own.label_names]
-            stated = found.loc[(test, at)]
-            assert stated["log_probs"] == pytest.approx(torch.tensor(sums).log_softmax(0).numpy(), abs=1e-5)
-            assert own.label_names[int(stated["label"])] == row["target"]
+            sums = [expected_sum(model, backbone.tokenizer, row["source"], option) for option in own.label_names]
+            answer = found.loc[(test, at)]
+            assert answer["log_probs"] == pytest.approx(torch.tensor(sums).log_softmax(0).numpy(), abs=1e-5)
+            assert own.label_names[int(answer["label"])] == row["target"]
 
 
-def by_hand(model, tokenizer, question, option):
+def expected_sum(model, tokenizer, question, option):
     prompt = tokenizer(f"{question}\n")["input_ids"]
     if prompt[-1] == tokenizer.eos_token_id:
         prompt = prompt[:-1]

@@ -10,7 +10,7 @@ from lamella.errors import LamellaError
 from lamella.lab.report.axis import Axis, count_axis, round_axis
 from lamella.lab.report.formatting import number_text
 
-_MOST_POINTS = 400  # of one line; more cannot be told apart at the width of a page
+_MOST_POINTS = 400  # of one line; more cannot be distinguished at the width of a page
 _LABEL = 18  # height of one label in pixels
 _HEIGHT = 220  # of a chart with few lines, in pixels
 
@@ -106,8 +106,8 @@ def _line(
     label: float,
     reaches: "np.ndarray[tuple[int, int], np.dtype[np.float64]]",  # (points, 2), or (points, 0) without whiskers
 ) -> Line:
-    kept = thinned(y)
-    places = [(across.at(float(x[at])), round(100 - up.at(float(y[at])), 2)) for at in kept]
+    shown = thinned(y)
+    places = [(across.at(float(x[at])), round(100 - up.at(float(y[at])), 2)) for at in shown]
     path = "M" + "L".join(f"{left} {top}" for left, top in places)
     first, last = number_text(float(y[0])), number_text(float(y[-1]))
     words = f"{name}: {first} at {x[0]:,.10g}, {last} at {x[-1]:,.10g}"
@@ -123,10 +123,10 @@ def thinned(values: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> list[int]
     """Positions to draw: all, or the lowest and highest of each of many equal stretches, so that no spike is lost."""
     if len(values) <= _MOST_POINTS:
         return list(range(len(values)))
-    kept = {0, len(values) - 1}
+    shown = {0, len(values) - 1}
     for stretch in np.array_split(np.arange(len(values)), _MOST_POINTS // 2):
-        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
-    return sorted(kept)
+        shown |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    return sorted(shown)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""What the doctor found, put in order for the page."""
+"""The doctor's findings, put in order for the page."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ class Finding(Protocol):
 
     @property
     def severity(self) -> str:
-        """Either "error" or "warning"."""
+        """How badly: "error" or "warning"."""
 
     @property
     def what(self) -> str:

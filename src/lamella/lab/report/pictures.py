@@ -51,7 +51,8 @@ def picture_view(grid: PictureGrid) -> GridView:
     """Puts every picture into the page itself, as a PNG.
 
     Raises:
-        LamellaError: no prompt or column, a column without a picture for each prompt, or what is no picture.
+        LamellaError: no prompt or column, a column without a picture for each prompt, or an array of another form than
+            a picture's.
     """
     if not grid.prompts or not grid.columns:
         raise LamellaError(f"The grid '{grid.caption}' needs a prompt and a column at least.")
@@ -61,7 +62,7 @@ def picture_view(grid: PictureGrid) -> GridView:
                 f"The column {name!r} of '{grid.caption}' has {len(pictures)} pictures for {len(grid.prompts)} prompts."
             )
     rows = (
-        (prompt, tuple((_source(own[at]), f"{name}: {prompt}") for name, own in grid.columns.items()))
+        (prompt, tuple((_source(pictures[at]), f"{name}: {prompt}") for name, pictures in grid.columns.items()))
         for at, prompt in enumerate(grid.prompts)
     )
     return GridView(grid.caption, tuple(grid.columns), tuple(rows))

@@ -1,4 +1,4 @@
-"""A run as one HTML page: verdict, results, cost, the registered sections, findings, settings, notes."""
+"""A run as one HTML page: summary, results, cost, the registered sections, findings, settings, notes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The whole page: nothing loaded from elsewhere, every text of the report escaped, and no script but our own.
+    """The complete page: nothing loaded from elsewhere, every text of the report escaped, and no script but our own.
 
     Raises:
         LamellaError: a table lacks a column it must have, or weights do not fit their tokens.
@@ -85,7 +85,7 @@ def render(report: Report) -> str:
         results=_results_table(report.results),
         plots=dot_plots(report.results),
         cost=frame_table(report.cost, "What each method needs, a row per method", missing="not measured"),
-        found=worst_first(report.findings),
+        findings_in_order=worst_first(report.findings),
         findings_words=findings_words(report.findings, report.findings_checked),
         settings=settings_sections(report.settings),
         sections=sections,
@@ -105,7 +105,7 @@ def _results_table(results: pd.DataFrame) -> Table:
 
 
 def _contents(report: Report, sections: Sequence[Section]) -> list[tuple[str, str]]:
-    """Headings below the verdict with what links point at, in the page's order."""
+    """Headings below the summary with what links point at, in the page's order."""
     fixed = ["Findings", "Settings", *["Notes"] * bool(report.notes)]
     ends = [[(name.lower(), name) for name in names] for names in (["Results", "Cost"], fixed)]
     return [*ends[0], *((one.anchor, one.title) for one in sections), *ends[1]]

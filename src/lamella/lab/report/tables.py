@@ -50,8 +50,8 @@ def frame_table(frame: pd.DataFrame, caption: str, missing: str, first: str = "m
         LamellaError: another column is the first.
     """
     if len(frame.columns) == 0 or frame.columns[0] != first:
-        found = ", ".join(map(repr, frame.columns)) or "none"
-        raise LamellaError(f"The first column of the table '{caption}' must be '{first}'; its columns are: {found}.")
+        names = ", ".join(map(repr, frame.columns)) or "none"
+        raise LamellaError(f"The first column of the table '{caption}' must be '{first}'; its columns are: {names}.")
     columns = [_column_cells(list(frame.iloc[:, at]), missing) for at in range(len(frame.columns))]
     heads = tuple(Cell(str(name), _kind(cells)) for name, cells in zip(frame.columns, columns, strict=True))
     return Table(caption, heads, tuple(zip(*columns, strict=True)))

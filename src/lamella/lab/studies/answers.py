@@ -149,8 +149,8 @@ def _asked(
 ) -> pd.DataFrame:
     frames = []
     for name, task in asked.items():
-        found = _answered(model, backbone, settings, task, None if alone is None else alone.of(name))
-        frames.append(found.assign(test=name, row=range(len(found))))
+        answers = _answered(model, backbone, settings, task, None if alone is None else alone.of(name))
+        frames.append(answers.assign(test=name, row=range(len(answers))))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -168,8 +168,8 @@ def _answered(
 def _classes(model: nn.Module, encoded: Encoded, batch_size: int) -> pd.DataFrame:
     rows = encoded.test
     assert rows is not None
-    found = log_probs(model, rows, encoded.collator, batch_size)
-    return pd.DataFrame({"label": np.asarray(rows["labels"]), "log_probs": list(found)})
+    logs = log_probs(model, rows, encoded.collator, batch_size)
+    return pd.DataFrame({"label": np.asarray(rows["labels"]), "log_probs": list(logs)})
 
 
 def log_probs(model: nn.Module, rows: Any, collator: Any, batch_size: int) -> Floats:
@@ -182,9 +182,9 @@ def log_probs(model: nn.Module, rows: Any, collator: Any, batch_size: int) -> Fl
             inputs.pop("labels")
             parts.append(model(**inputs).logits.double().log_softmax(-1).cpu().numpy())
             order += batch
-    found = np.empty((len(order), parts[0].shape[1]))
-    found[order] = np.concatenate(parts)
-    return found
+    logs = np.empty((len(order), parts[0].shape[1]))
+    logs[order] = np.concatenate(parts)
+    return logs
 
 
 def divergence(from_log: Floats, to_log: Floats) -> Floats:
@@ -206,7 +206,7 @@ def text_answers(model: nn.Module, encoded: Encoded, batch_size: int, other: nn.
         other: a decoder with the same vocabulary.
     """
     rows: Any = encoded.test
-    found: dict[str, Any] = {"loss": np.empty(len(rows)), "kl": np.full(len(rows), np.nan)}
+    measured: dict[str, Any] = {"loss": np.empty(len(rows)), "kl": np.full(len(rows), np.nan)}
     device = next(model.parameters()).device
     with torch.no_grad():
         for batch in length_batches(rows["length"], batch_size):
@@ -217,10 +217,10 @@ def text_answers(model: nn.Module, encoded: Encoded, batch_size: int, other: nn.
             for at, index in enumerate(batch):
                 read = labels[at] != -100
                 log_probs = logits[at][read].float().log_softmax(-1)  # (tokens, vocabulary)
-                found["loss"][index] = nn.functional.nll_loss(log_probs, labels[at][read]).item()
+                measured["loss"][index] = nn.functional.nll_loss(log_probs, labels[at][read]).item()
                 if others is not None:
-                    found["kl"][index] = _divergence(others[at][read].float().log_softmax(-1), log_probs)
-    return pd.DataFrame(found)
+                    measured["kl"][index] = _divergence(others[at][read].float().log_softmax(-1), log_probs)
+    return pd.DataFrame(measured)
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -234,7 +234,7 @@ def _divergence(from_log: Tensor, to_log: Tensor) -> float:
 
 
 class LorasAlone:
-    """Trained LoRAs as adapters of one model of its own, one of them active at a time.
+    """Trained LoRAs as adapters of a separate model, one of them active at a time.
 
     Args:
         model: the backbone, as a run names it.
@@ -262,4 +262,4 @@ class LorasAlone:
     def _loaded(self) -> PeftModel:
         backbone = load_backbone(self._model, self._task)
         loras = read_loras(backbone, self._places)
-        return as_loras(backbone, self._task, {self._adapters[name]: own for name, own in loras.items()}).eval()
+        return as_loras(backbone, self._task, {self._adapters[name]: lora for name, lora in loras.items()}).eval()

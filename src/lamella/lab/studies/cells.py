@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lamella.lab.runs.settings import RunSettings
     from lamella.lab.studies.folder import StudyFolder
 
-# what stands in a cell's settings in place of a path, before the key of the cell that makes what lies there
+# what a cell's settings hold in place of a path, before the key of the cell that makes what lies there
 LORA, BASE = "lora:", "head:"
 
 
@@ -49,7 +49,7 @@ class Cell:
         task: as tables name it.
         method: by its name in the recipe.
         settings: of the run; ``lora:KEY`` and ``head:KEY`` stand for what other cells make.
-        questions: what its model answers when it is trained; None where the run's own scores are all that counts.
+        questions: what its model answers when it is trained; None where the run's scores are all that counts.
         masked: whether its model answers without each of its LoRAs too.
         makes_base: whether its model becomes a backbone that other cells train on.
         compared_with: keys of the cells whose LoRAs its answers are compared with at once, by source.

@@ -115,17 +115,17 @@ def choice_tables(policies: dict[str, BlockChoices], control: str | None) -> dic
         control: which of them chooses at random, so that what it reaches is chance.
     """
     tables = {}
-    if (found := choice_correlations(policies)) is not None:
-        interval = list(zip(found["low"], found["high"], strict=True))
-        found = found.rename(columns={"policy": "method"}).assign(interval=interval)
+    if (correlations := choice_correlations(policies)) is not None:
+        interval = list(zip(correlations["low"], correlations["high"], strict=True))
+        correlations = correlations.rename(columns={"policy": "method"}).assign(interval=interval)
         columns = ["method", "measure", "rho", "interval", "p", "texts"]
-        tables["Rank correlation of a text's complexity with how much deeper its guests lie"] = found[columns]
-    for name, own in policies.items():
+        tables["Rank correlation of a text's complexity with how much deeper its guests lie"] = correlations[columns]
+    for name, choices in policies.items():
         if control is not None and name != control:
-            far = own.differences(policies[control])
+            far = choices.differences(policies[control])
             far.insert(0, "method", name)
             tables[f"Distance of {name}'s map from that of {control}: 0 alike, 1 disjoint"] = far
-        shares = own.maps().pivot_table(index=["group", "layer"], columns="chosen", values="share", sort=False)
+        shares = choices.maps().pivot_table(index=["group", "layer"], columns="chosen", values="share", sort=False)
         shares = shares.reset_index()
         shares.insert(0, "method", name)
         tables[f"Share of texts by the block that each layer of {name} chose"] = shares

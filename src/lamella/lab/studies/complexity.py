@@ -241,6 +241,16 @@ def depth_correlations(
         if unknown := sorted(set(depth.index) - set(measures.index)):
             raise LamellaError(f"The decisions of '{policy}' name the text {unknown[0]}, which has no measures.")
         for measure in measures.columns:
-            found = rank_correlation(measures.loc[depth.index, measure], depth, resamples=resamples, seed=seed)
-            rows.append((policy, measure, found.rho, found.low, found.high, found.p_value, found.count))
+            correlation = rank_correlation(measures.loc[depth.index, measure], depth, resamples=resamples, seed=seed)
+            rows.append(
+                (
+                    policy,
+                    measure,
+                    correlation.rho,
+                    correlation.low,
+                    correlation.high,
+                    correlation.p_value,
+                    correlation.count,
+                )
+            )
     return pd.DataFrame(rows, columns=["policy", "measure", "rho", "low", "high", "p", "texts"])

@@ -48,8 +48,8 @@ def measured(
     """The tables of a study of composition: results, examples, interference, and masked where LoRAs were left out.
 
     The metric is ``accuracy``, or of texts ``loss`` (nats per token, the mean over texts of a text's mean) with its
-    ``perplexity``. On a source's own test, and on the mixture of all of them, also what is kept of each LoRA: ``kl from
-    own LoRA`` (nats, KL(own || this), of texts a mean over tokens) and this one's score less the own one's, ``accuracy
+    ``perplexity``. On a source's test, and on the mixture of all of them, also what is kept of each LoRA: ``kl from
+    own LoRA`` (nats, KL(LoRA || this), of texts a mean over tokens) and this one's score less that LoRA's, ``accuracy
     kept`` or ``loss over own LoRA``; of classes and options ``answers kept`` too, the share of equal predictions.
 
     Args:
@@ -68,15 +68,15 @@ def measured(
     examples: list[dict[str, Any]] = []
     for cell in cells:
         place = place_of(cell) | {"key": cell.key, "split": "test"}
-        own, row = answered(folder, cell), folder.row(cell.key)
-        if own is None or row is None:
+        ours, row = answered(folder, cell), folder.row(cell.key)
+        if ours is None or row is None:
             rows.append(place | {"task": MIXTURE, "metric": metric, "status": "not run"})
             continue
         metrics = row["metrics"]
         costs = {name: metrics.get(name) for name in COSTS} | {"status": "done"}
         costs["entropy"] = (metrics.get("routing") or {}).get("entropy")
         theirs = {source: answers[source, cell.seed] for source in sources}
-        for test, texts in _tests(questions, metric, own, theirs):
+        for test, texts in _tests(questions, metric, ours, theirs):
             for name, values in texts.items():
                 at = place | {"task": test, "metric": name}
                 floor = floors.get(test, {}) if name == metric else {}
@@ -108,14 +108,14 @@ def remarks(tables: Mapping[str, pd.DataFrame]) -> list[str]:
 
 
 def _tests(
-    questions: Questions, metric: str, own: pd.DataFrame, theirs: Mapping[str, pd.DataFrame | None]
+    questions: Questions, metric: str, ours: pd.DataFrame, theirs: Mapping[str, pd.DataFrame | None]
 ) -> Iterator[tuple[str, dict[str, Floats]]]:
     """Of each test and then of the mixture, one number per text by metric."""
     read = _of_texts if metric == "loss" else _of_classes
     parts: list[dict[str, Floats]] = []
     for test in questions.tasks:
         lora = theirs.get(test)
-        texts = read(_on(own, test), None if lora is None else _on(lora, test))
+        texts = read(_on(ours, test), None if lora is None else _on(lora, test))
         yield test, texts
         if test in theirs:
             parts.append(texts)
@@ -123,12 +123,12 @@ def _tests(
     yield MIXTURE, {metric: np.concatenate([texts[metric] for texts in parts]) for metric in shared}
 
 
-def _on(found: pd.DataFrame, test: str) -> pd.DataFrame:
-    return found[found["test"] == test]
+def _on(answers: pd.DataFrame, test: str) -> pd.DataFrame:
+    return answers[answers["test"] == test]
 
 
-def _of_classes(own: pd.DataFrame, lora: pd.DataFrame | None) -> dict[str, Floats]:
-    logs, right = _answered(own)
+def _of_classes(ours: pd.DataFrame, lora: pd.DataFrame | None) -> dict[str, Floats]:
+    logs, right = _answered(ours)
     if lora is None:
         return {"accuracy": right}
     theirs, theirs_right = _answered(lora)
@@ -140,28 +140,28 @@ def _of_classes(own: pd.DataFrame, lora: pd.DataFrame | None) -> dict[str, Float
     }
 
 
-def _answered(found: pd.DataFrame) -> tuple[Floats, Floats]:
+def _answered(answers: pd.DataFrame) -> tuple[Floats, Floats]:
     """Log-probabilities (texts, classes), and whether each text was answered rightly."""
-    logs = np.stack(found["log_probs"].to_list())
-    return logs, (logs.argmax(1) == found["label"].to_numpy()).astype(np.float64)
+    logs = np.stack(answers["log_probs"].to_list())
+    return logs, (logs.argmax(1) == answers["label"].to_numpy()).astype(np.float64)
 
 
-def _of_texts(own: pd.DataFrame, lora: pd.DataFrame | None) -> dict[str, Floats]:
-    loss: Floats = own["loss"].to_numpy()
+def _of_texts(ours: pd.DataFrame, lora: pd.DataFrame | None) -> dict[str, Floats]:
+    loss: Floats = ours["loss"].to_numpy()
     if lora is None:
         return {"loss": loss}
-    return {"loss": loss, KL: own["kl"].to_numpy(), "loss over own LoRA": loss - lora["loss"].to_numpy()}
+    return {"loss": loss, KL: ours["kl"].to_numpy(), "loss over own LoRA": loss - lora["loss"].to_numpy()}
 
 
 def _masked(
     questions: Questions, metric: str, sources: Sequence[str], cells: Sequence[Cell], folder: StudyFolder
 ) -> pd.DataFrame:
-    """What arms score without each of their LoRAs: method, dropped, seed, task (the test), value, scores per text."""
+    """Scores of methods without each of their LoRAs: method, dropped, seed, task (the test), value, scores per text."""
     rows = []
     for cell in cells:
-        found = answered_masked(folder, cell)
-        for dropped, own in () if found is None else found.groupby("dropped", sort=False):
-            for test, texts in _tests(questions, metric, own, dict.fromkeys(sources)):
+        answers = answered_masked(folder, cell)
+        for dropped, rest in () if answers is None else answers.groupby("dropped", sort=False):
+            for test, texts in _tests(questions, metric, rest, dict.fromkeys(sources)):
                 place = {"method": cell.method, "dropped": dropped, "seed": cell.seed, "task": test}
                 scores = texts[metric]
                 rows.append(place | {"value": float(scores.mean()), "scores": scores.astype(np.float32)})
@@ -176,16 +176,16 @@ def _floors(questions: Questions, sources: Sequence[str], union: str | None) -> 
     """
     tests = questions.loaded()
     if union is None:
-        found = {name: _option_floors(task) for name, task in tests.items()}
+        floors = {name: _option_floors(task) for name, task in tests.items()}
     else:
         training = load_task(union)
-        found = {name: _class_floors(training, task) for name, task in tests.items()}
+        floors = {name: _class_floors(training, task) for name, task in tests.items()}
     weights = [len(tests[name].splits["test"]) for name in sources]
-    found[MIXTURE] = {
-        floor: float(np.average([found[name][floor] for name in sources], weights=weights))
-        for floor in next(iter(found.values()))
+    floors[MIXTURE] = {
+        floor: float(np.average([floors[name][floor] for name in sources], weights=weights))
+        for floor in next(iter(floors.values()))
     }
-    return found
+    return floors
 
 
 def _class_floors(union: Task, tested: Task) -> dict[str, float]:
@@ -207,8 +207,8 @@ def _interference(alone: Mapping[tuple[str, int], Cell], folder: StudyFolder) ->
     frames = []
     for seed in dict.fromkeys(seed for _, seed in alone):
         loras: dict[str, Modules] = {}
-        for (source, own), cell in alone.items():
-            if own == seed and folder.finished(cell.key):
+        for (source, trained_with), cell in alone.items():
+            if trained_with == seed and folder.finished(cell.key):
                 read = read_lora(lora_folder(str(folder.run(cell.key))))
                 loras[source] = dict(next(iter(read.components.values())))
         if len(loras) > 1:
@@ -234,15 +234,17 @@ def interference(loras: Mapping[str, Modules]) -> pd.DataFrame:
             both = (a != 0) & (b != 0)
             conflicts += int(((a > 0) != (b > 0))[both].sum())
             entries += int(both.sum())
-        lengths = [sum(float(_delta(own).square().sum()) for own in lora.values()) ** 0.5 for lora in (one, other)]
+        lengths = [
+            sum(float(_delta(factors).square().sum()) for factors in lora.values()) ** 0.5 for lora in (one, other)
+        ]
         scale = lengths[0] * lengths[1]
         row = {"first": first, "second": second, "cosine": product / scale if scale and entries else float("nan")}
         rows.append(row | {"sign_conflict": conflicts / entries if entries else float("nan")})
     return pd.DataFrame(rows)
 
 
-def _delta(own: Factors) -> torch.Tensor:
-    return own.scaling * own.B.double() @ own.A.double()  # (out, in)
+def _delta(factors: Factors) -> torch.Tensor:
+    return factors.scaling * factors.B.double() @ factors.A.double()  # (out, in)
 
 
 def _interference_words(pairs: pd.DataFrame) -> Sequence[str]:
@@ -263,15 +265,15 @@ def _perplexity_words(rows: pd.DataFrame) -> Sequence[str]:
     if here.empty:
         return []
     means = here.groupby("method", sort=False)["value"].mean()
-    said = ", ".join(f"{arm} {value:.1f}" for arm, value in means.items())
+    said = ", ".join(f"{method} {value:.1f}" for method, value in means.items())
     return [f"Perplexity on the mixture, exp of the loss (mean over seeds): {said}."]
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """One arm without one LoRA on one test: its score, and that less the score of the whole arm."""
+    """One method without one LoRA on one test: its score, and that less its score with all of them."""
 
-    arm: str
+    method: str
     dropped: str
     test: str
     score: float
@@ -285,47 +287,47 @@ class _Loss:
 
 
 def masking_words(masked: pd.DataFrame, examples: pd.DataFrame) -> list[str]:
-    """A sentence for each masked arm: what leaving out each LoRA changes on the mixture and on that LoRA's own test."""
-    found: dict[str, list[str]] = {}
+    """A sentence for each masked method: what leaving out each LoRA changes on the mixture and on that LoRA's test."""
+    said: dict[str, list[str]] = {}
     for one in _losses(masked, examples):
         if one.test in (MIXTURE, one.dropped):
             where = "on the mixture" if one.test == MIXTURE else "on its own test"
-            found.setdefault(one.arm, []).append(f"without {one.dropped} {where} {one.words}")
-    return [f"{arm} with a LoRA left out: {'; '.join(said)}. {READING}" for arm, said in found.items()]
+            said.setdefault(one.method, []).append(f"without {one.dropped} {where} {one.words}")
+    return [f"{method} with a LoRA left out: {'; '.join(words)}. {READING}" for method, words in said.items()]
 
 
 def masking_table(masked: pd.DataFrame, examples: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """The same on every test: heads and rows of a table."""
-    found = list(_losses(masked, examples))
-    tests = list(dict.fromkeys(one.test for one in found))
+    losses = list(_losses(masked, examples))
+    tests = list(dict.fromkeys(one.test for one in losses))
     rows = []
-    for arm, dropped in dict.fromkeys((one.arm, one.dropped) for one in found):
-        here = {one.test: one.words for one in found if (one.arm, one.dropped) == (arm, dropped)}
-        rows.append([arm, dropped, *(here[test] for test in tests)])
-    return ["arm", "dropped", *tests], rows
+    for method, dropped in dict.fromkeys((one.method, one.dropped) for one in losses):
+        here = {one.test: one.words for one in losses if (one.method, one.dropped) == (method, dropped)}
+        rows.append([method, dropped, *(here[test] for test in tests)])
+    return ["method", "dropped", *tests], rows
 
 
 READING = (
-    "In brackets: the difference from the arm with all its LoRAs, with its 95 % interval; a star where it is "
-    "significant (Holm over the tests and LoRAs of an arm)."
+    "In brackets: the difference from the method with all its LoRAs, with its 95 % interval; a star where it is "
+    "significant (Holm over the tests and LoRAs of a method)."
 )
 
 
 def _losses(masked: pd.DataFrame, examples: pd.DataFrame) -> Iterator[_Loss]:
     examples = examples[examples["metric"] != KL]
-    for arm, of_arm in masked.groupby("method", sort=False):
-        complete = examples[examples["method"] == arm]
-        values = of_arm.groupby(["dropped", "task"], sort=False)["value"].mean()
-        found: dict[tuple[str, str], tuple[float, Interval]] = {}
-        for test, on_test in of_arm.groupby("task", sort=False):
+    for method, of_method in masked.groupby("method", sort=False):
+        complete = examples[examples["method"] == method]
+        values = of_method.groupby(["dropped", "task"], sort=False)["value"].mean()
+        measured: dict[tuple[str, str], tuple[float, Interval]] = {}
+        for test, on_test in of_method.groupby("task", sort=False):
             scores = {"": _by_seed(complete[complete["task"] == test])}
-            scores |= {dropped: _by_seed(own) for dropped, own in on_test.groupby("dropped", sort=False)}
+            scores |= {dropped: _by_seed(rows) for dropped, rows in on_test.groupby("dropped", sort=False)}
             for one in contrast(scores, [(dropped, "") for dropped in scores if dropped]):
-                found[one.first, str(test)] = values[one.first, test], one.interval
-        places = [place for place in values.index if place in found]
-        corrected = holm([found[place][1].p_value for place in places])
+                measured[one.first, str(test)] = values[one.first, test], one.interval
+        places = [place for place in values.index if place in measured]
+        corrected = holm([measured[place][1].p_value for place in places])
         for (dropped, test), p_value in zip(places, corrected, strict=True):
-            yield _Loss(str(arm), dropped, test, *found[dropped, test], p_value < SIGNIFICANT)
+            yield _Loss(str(method), dropped, test, *measured[dropped, test], p_value < SIGNIFICANT)
 
 
 def _by_seed(frame: pd.DataFrame) -> dict[int, Floats]:

@@ -27,7 +27,7 @@ class CompositionStudy(StudyRecipe):
     """LoRAs trained apart, put together in many ways, and asked what each of them still knows.
 
     Where classes are asked for, a head is trained once per seed, with the backbone frozen, on the training rows of all
-    sources, and is frozen from then on: all LoRAs and all arms share it, and differ in their deltas alone. A language
+    sources, and is frozen from then on: all LoRAs and methods share it, and differ in their deltas alone. A language
     model, which is asked for options or tokens, needs no head.
     """
 
@@ -48,12 +48,13 @@ class CompositionStudy(StudyRecipe):
         description="by the name that tables show: 'method', 'sources' if it composes not all, and settings of its run",
     )
     masked: list[str] = Field(
-        default_factory=list, description="arms that answer again without each of their LoRAs in turn: mole, uniform"
+        default_factory=list, description="methods that answer again without each of their LoRAs in turn: mole, uniform"
     )
     fitted_on: str | None = Field(
-        None, description="the held-out task whose training rows arms are fitted on; else the sources' validation rows"
+        None,
+        description="the held-out task whose training rows methods are fitted on; else the sources' validation rows",
     )
-    rows: int = Field(256, gt=0, description="that arms are fitted on, unseen by LoRAs")
+    rows: int = Field(256, gt=0, description="that methods are fitted on, unseen by LoRAs")
     test_rows: TestRows = Field(None, description="of each source and held-out task, or by their names; all if absent")
 
     @property
@@ -68,7 +69,7 @@ class CompositionStudy(StudyRecipe):
 
     @property
     def fitting(self) -> str:
-        """The task that arms are fitted on."""
+        """The task that methods are fitted on."""
         return f"held:{self.union}" if self.fitted_on is None else self.held_out[self.fitted_on]
 
     @property
@@ -99,32 +100,32 @@ class CompositionStudy(StudyRecipe):
         ]
 
     def check(self) -> None:
-        check_name(self.reference_name, self.arms, "arm for 'reference'")
+        check_name(self.reference_name, self.arms, "method for 'reference'")
         if self.fitted_on is not None:
             check_name(self.fitted_on, self.held_out, "held-out task for 'fitted_on'")
         if isinstance(self.test_rows, dict) and self.test_rows.keys() != self.tests.keys():
             raise LamellaError(f"test_rows by name must name every source and held-out task: {', '.join(self.tests)}.")
-        if lacking := [name for name, own in self.arms.items() if not isinstance(own.get("method"), str | dict)]:
+        if lacking := [name for name, given in self.arms.items() if not isinstance(given.get("method"), str | dict)]:
             raise LamellaError(
                 f"arms.{lacking[0]} does not say which method it is. Add a line 'method: uniform', for example."
             )
         self._check_settings()
         if len({*self.names, *self.tests}) < len(self.names) + len(self.sources) + len(self.held_out):
             raise LamellaError(
-                "Arms, sources and held-out tasks need different names, other than those of the LoRAs alone."
+                "Methods, sources and held-out tasks need different names, other than those of the LoRAs alone."
             )
         self._check_masked()
 
     def _check_settings(self) -> None:
         places = {"run.": self.run, "lora.": self.lora, "head.": self.head}
-        places |= {f"arms.{name}.": own for name, own in self.arms.items()}
-        for place, own in places.items():
-            if given := [key for key in ("model", "task", "seed") if key in own]:
+        places |= {f"arms.{name}.": given for name, given in self.arms.items()}
+        for place, given in places.items():
+            if fixed := [key for key in ("model", "task", "seed") if key in given]:
                 raise LamellaError(
-                    f"{place}{given[0]} follows from the study's backbone, sources and seeds. Leave it out."
+                    f"{place}{fixed[0]} follows from the study's backbone, sources and seeds. Leave it out."
                 )
-        for name, own in self.arms.items():
-            chosen = own.get("sources", list(self.sources))
+        for name, given in self.arms.items():
+            chosen = given.get("sources", list(self.sources))
             if not isinstance(chosen, list) or not chosen:
                 raise LamellaError(
                     f"arms.{name}.sources={chosen} must be a list of the study's sources, for example [a]."
@@ -134,12 +135,12 @@ class CompositionStudy(StudyRecipe):
 
     def _check_masked(self) -> None:
         for name in self.masked:
-            check_name(name, self.arms, "arm for 'masked'")
+            check_name(name, self.arms, "method for 'masked'")
         for cell in self.cells() if self.masked else ():
             method = cell.settings.method
             if cell.masked and not (isinstance(method, Composition) and method.masked_by and len(method.adapters) > 1):
                 raise LamellaError(
-                    f"masked names the arm {cell.method}, but LoRAs can be left out only of an arm that composes at "
+                    f"masked names the method {cell.method}, but LoRAs can be left out only of one that composes at "
                     "least two, by mole or without training, such as uniform."
                 )
 
@@ -147,7 +148,7 @@ class CompositionStudy(StudyRecipe):
         return [cell for seed in self.seed_list for cell in self._of_seed(seed)]
 
     def _of_seed(self, seed: int) -> list[Cell]:
-        """The head, a LoRA per source and the joint one, then the arms."""
+        """The head, a LoRA per source and the joint one, then the methods."""
         classes = self.answers == "classes"
         head = self._cell(HEAD, self.union, seed, self.backbone, {"method": "head" if classes else "bare", **self.head})
         model = f"{BASE}{head.key}" if classes else self.backbone
@@ -155,22 +156,22 @@ class CompositionStudy(StudyRecipe):
         loras = {name: self._cell(alone(name), task, seed, model, lora) for name, task in self.sources.items()}
         joint = self._cell(JOINT, self.union, seed, model, lora)
         adapters = {name: f"{LORA}{cell.key}" for name, cell in loras.items()}
-        arms = [self._arm(name, seed, model, adapters) for name in self.arms]
-        cells = [head, *loras.values(), joint, *arms]
+        composed = [self._composed(name, seed, model, adapters) for name in self.arms]
+        cells = [head, *loras.values(), joint, *composed]
         if not self.questions.compares:
             return cells
         keys = {name: cell.key for name, cell in loras.items()}
         return [replace(cell, compared_with=keys) for cell in cells]
 
-    def _arm(self, name: str, seed: int, model: str, adapters: Mapping[str, str]) -> Cell:
-        own = dict(self.arms[name])
-        chosen, method = own.pop("sources", self.sources), own.pop("method")
+    def _composed(self, name: str, seed: int, model: str, adapters: Mapping[str, str]) -> Cell:
+        given = dict(self.arms[name])
+        chosen, method = given.pop("sources", self.sources), given.pop("method")
         method = {"name": method} if isinstance(method, str) else method
         composed = {**method, "adapters": {source: adapters[source] for source in chosen}}
-        return self._cell(name, self.fitting, seed, model, {"limit": {"train": self.rows}, **own, "method": composed})
+        return self._cell(name, self.fitting, seed, model, {"limit": {"train": self.rows}, **given, "method": composed})
 
-    def _cell(self, name: str, task: str, seed: int, model: str, own: Mapping[str, Any]) -> Cell:
-        settings = method_settings({**self.run, **own, "model": model, "task": task, "seed": seed})
+    def _cell(self, name: str, task: str, seed: int, model: str, given: Mapping[str, Any]) -> Cell:
+        settings = method_settings({**self.run, **given, "model": model, "task": task, "seed": seed})
         makes_base = name == HEAD and self.answers == "classes"
         return Cell(self.backbone, task, name, settings, self.questions, name in self.masked, makes_base)
 
@@ -182,9 +183,9 @@ class CompositionStudy(StudyRecipe):
     def notes(self, cells: Sequence[Cell], folder: StudyFolder, results: Sequence[Results]) -> list[str]:
         head = (
             "The task head is trained once per seed on the training rows of all sources, the backbone frozen, and is "
-            f"frozen in every LoRA and arm; '{HEAD}' is that model."
+            f"frozen in every LoRA and method; '{HEAD}' is that model."
         )
-        compared = "mean KL(LoRA || arm) in nats, 0 for the same."
+        compared = "mean KL(LoRA || method) in nats, 0 for the same."
         if self.answers == "tokens":
             head = (
                 f"'{HEAD}' is the backbone as it is. Loss is in nats per token: the mean over texts of a text's mean."
@@ -202,11 +203,11 @@ class CompositionStudy(StudyRecipe):
             else f"{self.rows} examples of {self.fitted_on}, the same for every seed; no LoRA was trained on that task"
         )
         return [
-            f"{head} Arms are fitted on {fitted}.",
+            f"{head} Methods are fitted on {fitted}.",
             f"'{JOINT}' is one LoRA trained on all sources' training rows: an upper reference, not a composition.",
             "The mixture is the test rows of all sources. 'kl from own LoRA' compares, on every source's test rows, "
-            f"the probabilities of an arm with those of that source's LoRA alone: {compared}",
-            "The tables are of the mixture and of what no LoRA was trained on; each source's own test is in "
+            f"the probabilities of a method with those of that source's LoRA alone: {compared}",
+            "The tables are of the mixture and of what no LoRA was trained on; each source's test is in "
             "results.parquet.",
         ]
 

@@ -30,7 +30,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class _Arm:
+class _Model:
     """An untrained model of a method, and rows of the task to run it on."""
 
     model: nn.Module
@@ -56,16 +56,16 @@ def method_costs(
 
     rows = []
     with using_threads(1):
-        first = _arm(methods[reference])
+        first = _untrained(methods[reference])
         for name, settings in methods.items():
             starting(name)
-            arm = first if name == reference else _arm(settings)
-            rows.append({"method": name} | _measure(arm, first))
+            measured = first if name == reference else _untrained(settings)
+            rows.append({"method": name} | _measure(measured, first))
     return pd.DataFrame(rows)
 
 
 def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None) -> pd.DataFrame:
-    """`method_costs` of a study's finished methods on each backbone, measured once and kept in ``costs.parquet``.
+    """`method_costs` of a study's finished methods on each backbone, measured once and saved in ``costs.parquet``.
 
     A method is measured with the settings of its first finished cell. One that needs what other cells made is not
     measured.
@@ -91,20 +91,20 @@ def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None
             if cell.backbone == backbone and folder.finished(cell.key):
                 firsts.setdefault(cell.method, cell)
         keys = [cell.key for cell in firsts.values()]
-        own = known[(known["backbone"] == backbone) & known["key"].isin(keys)]
-        if reference in firsts and set(own["method"]) != set(firsts):
+        costs = known[(known["backbone"] == backbone) & known["key"].isin(keys)]
+        if reference in firsts and set(costs["method"]) != set(firsts):
             settings = {name: cell.settings for name, cell in firsts.items()}
-            own = method_costs(settings, reference, starting)
-            own.insert(1, "backbone", backbone)
-            own["key"] = keys
-        frames.append(own)
+            costs = method_costs(settings, reference, starting)
+            costs.insert(1, "backbone", backbone)
+            costs["key"] = keys
+        frames.append(costs)
     costs = pd.concat(frames, ignore_index=True)
     with atomic(path) as unfinished:
         costs.to_parquet(unfinished, index=False)
     return costs.drop(columns="key")
 
 
-def _arm(settings: RunSettings) -> _Arm:
+def _untrained(settings: RunSettings) -> _Model:
     torch.manual_seed(settings.seed)
     task = task_of(settings)
     needed = max(settings.batch_size, *_LATENCY_ROWS)
@@ -117,19 +117,19 @@ def _arm(settings: RunSettings) -> _Arm:
     rows = [encoded.train[i % len(encoded.train)] for i in range(needed)]
     model = settings.method.build(backbone, task).model
     latency = {count: encoded.collator(rows[:count]) for count in _LATENCY_ROWS}
-    return _Arm(model, encoded.collator(rows[: settings.batch_size]), latency)
+    return _Model(model, encoded.collator(rows[: settings.batch_size]), latency)
 
 
-def _measure(arm: _Arm, reference: _Arm) -> dict[str, Any]:
+def _measure(measured: _Model, reference: _Model) -> dict[str, Any]:
     clock = clock_for(threads=1, device="cpu")
-    steps = {"arm": _train_step(arm), "reference": _train_step(reference)}
-    time = 1.0 if arm is reference else ratio(time_rounds(steps, _ROUNDS, clock), "arm", "reference").median
-    given = [*arm.model.parameters(), *arm.model.buffers(), *arm.training.values()]
-    kept = kept_megabytes(lambda: _loss(arm.model, arm.training), given)
-    forwards = {str(count): _forward(arm.model, batch) for count, batch in arm.latency.items()}
+    steps = {"measured": _train_step(measured), "reference": _train_step(reference)}
+    time = 1.0 if measured is reference else ratio(time_rounds(steps, _ROUNDS, clock), "measured", "reference").median
+    given = [*measured.model.parameters(), *measured.model.buffers(), *measured.training.values()]
+    kept = kept_megabytes(lambda: _loss(measured.model, measured.training), given)
+    forwards = {str(count): _forward(measured.model, batch) for count, batch in measured.latency.items()}
     seconds = time_rounds(forwards, _ROUNDS, clock)
     return {
-        "active parameters": active_parameters(arm.model),
+        "active parameters": active_parameters(measured.model),
         "step time": time,
         "kept MB": kept,
         **{f"latency ms, batch {count}": 1e3 * statistics.median(taken) for count, taken in seconds.items()},
@@ -150,12 +150,12 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def _train_step(arm: _Arm) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW([p for p in arm.model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+def _train_step(measured: _Model) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW([p for p in measured.model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
-        arm.model.train()
-        _loss(arm.model, arm.training).backward()
+        measured.model.train()
+        _loss(measured.model, measured.training).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

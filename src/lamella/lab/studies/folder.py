@@ -59,10 +59,10 @@ class StudyFolder:
     def row(self, key: str) -> dict[str, Any] | None:
         """What a finished job measured; None if it is not finished."""
         try:
-            found: dict[str, Any] = json.loads(self._row(key).read_text(encoding="utf-8"))
+            row: dict[str, Any] = json.loads(self._row(key).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return found
+        return row
 
     def finished(self, key: str) -> bool:
         """Whether the job has its row."""
@@ -142,10 +142,10 @@ class StudyFolder:
         Nothing is moved: ``keys.json`` then says where such a cell lies.
         """
         keys, adopted = self._keys(), []
-        found = {path.stem: path for path in (self.path / "rows").glob("*.json")}
-        wanted = {cell.key: cell for cell in cells if cell.key not in keys and cell.key not in found}
-        old = {stem: path for stem, path in found.items() if "-" not in stem and stem not in keys.values()}
-        renamed = {stem: stem for stem in found} | {lying: key for key, lying in keys.items()}
+        files = {path.stem: path for path in (self.path / "rows").glob("*.json")}
+        wanted = {cell.key: cell for cell in cells if cell.key not in keys and cell.key not in files}
+        old = {stem: path for stem, path in files.items() if "-" not in stem and stem not in keys.values()}
+        renamed = {stem: stem for stem in files} | {lying: key for key, lying in keys.items()}
         recognised = True
         while wanted and recognised:
             recognised = False
@@ -184,10 +184,10 @@ class StudyFolder:
 
     def _keys(self) -> dict[str, str]:
         try:
-            found: dict[str, str] = json.loads((self.path / "keys.json").read_text(encoding="utf-8"))
+            keys: dict[str, str] = json.loads((self.path / "keys.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        return found
+        return keys
 
     def _lying(self, key: str) -> str:
         return self._keys().get(key, key)

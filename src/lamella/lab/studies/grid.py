@@ -47,7 +47,7 @@ class Grid(StudyRecipe):
     backbones: list[str] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
     methods: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="by the name that tables show: 'method', and any setting of a run that is its own"
+        min_length=1, description="by the name that tables show: 'method', and any setting of its runs"
     )
     budget: Literal["equal-parameters", "equal-compute", "none"] = "none"
     match: str | None = Field(None, description="equal-parameters: the method whose size the others get")
@@ -73,13 +73,13 @@ class Grid(StudyRecipe):
             if (name := getattr(self, key)) is not None:
                 check_name(name, self.methods, f"method for '{key}'")
         known = [key for key in RunSettings.model_fields if key not in ("model", "task", "seed")]
-        places = {"run.": self.run, **{f"methods.{name}.": own for name, own in self.methods.items()}}
+        places = {"run.": self.run, **{f"methods.{name}.": given for name, given in self.methods.items()}}
         for place, values in places.items():
             if unknown := [key for key in values if key not in known]:
                 raise LamellaError(unknown_key(unknown[0], known, place))
         if "method" in self.run:
             raise LamellaError("run.method would give every method of the study the same one. Set it under 'methods'.")
-        if lacking := [name for name, own in self.methods.items() if "method" not in own]:
+        if lacking := [name for name, given in self.methods.items() if "method" not in given]:
             raise LamellaError(
                 f"methods.{lacking[0]} does not say which method it is. Add a line 'method: lora', for example."
             )
@@ -124,17 +124,17 @@ class Grid(StudyRecipe):
         )
 
     def notes(self, cells: Sequence[Cell], folder: StudyFolder, results: Sequence[Results]) -> list[str]:
-        return [line for own in results for line in _budget_notes(self, own, cells, folder)]
+        return [line for table in results for line in _budget_notes(self, table, cells, folder)]
 
 
 def _settings(grid: Grid, name: str, backbone: str, task: str, seed: int, method: Method) -> RunSettings:
-    own = {key: value for key, value in grid.methods[name].items() if key != "method"}
-    return method_settings(grid.run | own | {"model": backbone, "task": task, "seed": seed, "method": method})
+    given = {key: value for key, value in grid.methods[name].items() if key != "method"}
+    return method_settings(grid.run | given | {"model": backbone, "task": task, "seed": seed, "method": method})
 
 
 def _check_compute(grid: Grid) -> None:
-    for name, own in grid.methods.items():
-        if differing := [key for key in _COMPUTE if key in own]:
+    for name, given in grid.methods.items():
+        if differing := [key for key in _COMPUTE if key in given]:
             raise LamellaError(
                 f"methods.{name}.{differing[0]} would train it on other tokens than the rest, and 'budget: "
                 f"{grid.budget}' trains all on the same. Set {differing[0]} under 'run', or 'budget: none'."
@@ -143,7 +143,7 @@ def _check_compute(grid: Grid) -> None:
 
 def _budgeted(grid: Grid) -> dict[str, Method]:
     """The methods; with equal parameters, MoLA's shapes get one mean of experts, and LoRA's rank is matched."""
-    methods = {name: RunSettings.parse({"method": own["method"]}).method for name, own in grid.methods.items()}
+    methods = {name: RunSettings.parse({"method": given["method"]}).method for name, given in grid.methods.items()}
     if grid.match is None:
         return methods
     if (mean := methods[grid.match].mean_experts()) is not None:
@@ -207,7 +207,9 @@ def _rows(cell: Cell, task: Task, floors: Floors, row: Mapping[str, Any] | None)
         return [place | {"split": "test", "status": "not run", **better}]
     metrics = row["metrics"]
     costs = {name: metrics.get(name) for name in COSTS}
-    costs |= {f"alpha_{when}": float(np.mean(list(own.values()))) for when, own in metrics.get("alpha", {}).items()}
+    costs |= {
+        f"alpha_{when}": float(np.mean(list(alphas.values()))) for when, alphas in metrics.get("alpha", {}).items()
+    }
     costs["entropy"] = (metrics.get("routing") or {}).get("entropy")
     return [
         {

@@ -101,10 +101,10 @@ def map_differences(
     both = both.assign(group=_groups(both, groups))
     generator = np.random.default_rng(seed)
     rows = []
-    for group, own in both.groupby("group"):
-        distance, null = _distances(_differences(own), own["layer"].nunique(), permutations, generator)
+    for group, pairs in both.groupby("group"):
+        distance, null = _distances(_differences(pairs), pairs["layer"].nunique(), permutations, generator)
         p_value = (int((null >= distance - 1e-12).sum()) + 1) / (permutations + 1)
-        rows.append((group, distance, float(null.mean()), p_value, own["row"].nunique()))
+        rows.append((group, distance, float(null.mean()), p_value, pairs["row"].nunique()))
     return pd.DataFrame(rows, columns=["group", "distance", "expected", "p", "texts"])
 
 
@@ -113,8 +113,8 @@ def _groups(decisions: pd.DataFrame, groups: pd.Series | None) -> pd.Series | st
         return "all"
     if unknown := sorted(set(decisions["row"]) - set(groups.index)):
         raise LamellaError(f"The decisions name the text {unknown[0]}, which belongs to no group.")
-    found: pd.Series = decisions["row"].map(groups)
-    return found
+    group: pd.Series = decisions["row"].map(groups)
+    return group
 
 
 def _differences(both: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -123,10 +123,10 @@ def _differences(both: pd.DataFrame) -> npt.NDArray[np.float64]:
     layers, layer = np.unique(both["layer"], return_inverse=True)
     choices = np.unique(both[["chosen", "chosen_control"]])
     deciding = np.bincount(layer)[layer]
-    found = np.zeros((len(texts), len(layers), len(choices)))
-    np.add.at(found, (rows, layer, np.searchsorted(choices, both["chosen"])), 1.0 / deciding)
-    np.add.at(found, (rows, layer, np.searchsorted(choices, both["chosen_control"])), -1.0 / deciding)
-    return found.reshape(len(texts), -1)
+    shares = np.zeros((len(texts), len(layers), len(choices)))
+    np.add.at(shares, (rows, layer, np.searchsorted(choices, both["chosen"])), 1.0 / deciding)
+    np.add.at(shares, (rows, layer, np.searchsorted(choices, both["chosen_control"])), -1.0 / deciding)
+    return shares.reshape(len(texts), -1)
 
 
 def _distances(

@@ -21,7 +21,7 @@ def with_options(task: Task) -> Task:
     """A seq2seq task whose label names are the answers that its rows have: what its questions can be answered with.
 
     Raises:
-        LamellaError: there is one answer only, or so many that they are no options.
+        LamellaError: there is one answer only, or too many to be options.
     """
     options = sorted({answer for split in task.splits.values() for answer in split["target"]})
     if not 1 < len(options) <= _MOST:
@@ -47,12 +47,12 @@ def option_answers(model: nn.Module, backbone: Backbone, task: Task, max_length:
         batch_size: texts per forward.
 
     Raises:
-        LamellaError: the backbone is no decoder.
+        LamellaError: the backbone is not a decoder.
     """
     if not backbone.decoder:
         raise LamellaError(
             f"Options are compared by their likelihood after a question, which needs a decoder, and {backbone.name} is "
-            "none. Choose one, such as smollm2, or say answers: classes."
+            "not one. Choose one, such as smollm2, or say answers: classes."
         )
     options = task.label_names
     ids = [backbone.tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
@@ -60,7 +60,7 @@ def option_answers(model: nn.Module, backbone: Backbone, task: Task, max_length:
     asked = _asked(task, [options[group[0]] for group in alike])
     encoded = encode(asked, backbone.tokenizer, max_length=max_length, decoder=True)
     rows: Any = encoded.test
-    found = np.empty((len(task.splits["test"]), len(options)))
+    sums = np.empty((len(task.splits["test"]), len(options)))
     device = next(model.parameters()).device
     with torch.no_grad():
         for batch in length_batches(rows["length"], batch_size):
@@ -71,10 +71,10 @@ def option_answers(model: nn.Module, backbone: Backbone, task: Task, max_length:
                 logs = logits[at][labels[at] != -100].double().log_softmax(-1)  # (tokens of the answer, vocabulary)
                 question, group = divmod(index, len(alike))
                 for option in alike[group]:
-                    found[question, option] = logs[range(len(ids[option])), ids[option]].sum().item()
-    found -= np.logaddexp.reduce(found, axis=1, keepdims=True)
+                    sums[question, option] = logs[range(len(ids[option])), ids[option]].sum().item()
+    sums -= np.logaddexp.reduce(sums, axis=1, keepdims=True)
     right = [options.index(answer) for answer in task.splits["test"]["target"]]
-    return pd.DataFrame({"label": right, "log_probs": list(found)})
+    return pd.DataFrame({"label": right, "log_probs": list(sums)})
 
 
 def _alike(ids: list[list[int]]) -> list[list[int]]:

@@ -63,8 +63,8 @@ def plan(cells: Sequence[Cell], folder: StudyFolder, jobs: int = 1) -> Plan:
 
 def _known(job: Job, timed: Iterable[tuple[Job, float]]) -> float | None:
     same = [(other, taken) for other, taken in timed if _kind(other) == _kind(job)]
-    own = [taken for other, taken in same if _cell(other).method == _cell(job).method]
-    return median(own or [taken for _, taken in same]) if same else None
+    alike = [taken for other, taken in same if _cell(other).method == _cell(job).method]
+    return median(alike or [taken for _, taken in same]) if same else None
 
 
 def _kind(job: Job) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TableOf:
-    """Which rows one table of a study is about; ``parts`` of a study are united in a table of its own.
+    """Which rows one table of a study is about; ``parts`` of a study are united in a separate table.
 
     Attributes:
         metric: None where it is the main one of the task's runs.

@@ -101,7 +101,7 @@ class Results:
     @cached_property
     def means(self) -> dict[str, float]:
         """Over the seeds, of the methods that were run."""
-        return {name: float(np.mean(list(own.values()))) for name, own in self.values.items() if own}
+        return {name: float(np.mean(list(values.values()))) for name, values in self.values.items() if values}
 
     @cached_property
     def against_reference(self) -> list[Contrast]:
@@ -176,15 +176,15 @@ def results_table(results: Sequence[Results]) -> pd.DataFrame:
     """A row per floor and method: task, metric, validation, a column per seed, mean, interval, and the difference
     from the reference with its interval and Holm's p-value. Empty cells were not run.
     """
-    rows = [row for own in results for row in (*_floor_rows(own), *_method_rows(own))]
-    seeds = list(dict.fromkeys(f"seed {seed}" for own in results for seed in own.seeds))
+    rows = [row for one in results for row in (*_floor_rows(one), *_method_rows(one))]
+    seeds = list(dict.fromkeys(f"seed {seed}" for one in results for seed in one.seeds))
     validation = ["validation"] * any("validation" in row for row in rows)
     columns = ["method", "task", "metric", *validation, *seeds, "mean", "interval", "difference", "p"]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
 def _floor_rows(results: Results) -> list[dict[str, Any]]:
-    intervals = mean_intervals({word: {0: own} for word, own in results.floor_scores.items()})
+    intervals = mean_intervals({word: {0: scores} for word, scores in results.floor_scores.items()})
     return [
         {
             "method": f"floor ({word})",
@@ -231,15 +231,15 @@ def cost_table(recipe: StudyRecipe, results: pd.DataFrame) -> pd.DataFrame:
     for backbone, task in places or [(recipe.tables[0].backbone, recipe.tables[0].task)]:
         here = _where(results, backbone=backbone, task=task, status="done")
         for name in recipe.names:
-            own = here[here["method"] == name].drop_duplicates("seed")
+            runs = here[here["method"] == name].drop_duplicates("seed")
             row: dict[str, Any] = {"method": name, "task": task, "backbone": backbone}
-            if len(own):
+            if len(runs):
                 row |= {
-                    "trainable parameters": own["trainable_parameters"].iloc[0],
-                    "building seconds": own["build_seconds"].median(),
-                    "training seconds": own["train_seconds"].median(),
-                    "peak memory MB": own["peak_memory_bytes"].max() / 1e6,
-                    "tokens": own["tokens"].iloc[0],
+                    "trainable parameters": runs["trainable_parameters"].iloc[0],
+                    "building seconds": runs["build_seconds"].median(),
+                    "training seconds": runs["train_seconds"].median(),
+                    "peak memory MB": runs["peak_memory_bytes"].max() / 1e6,
+                    "tokens": runs["tokens"].iloc[0],
                 }
             rows.append(row)
     return pd.DataFrame(rows)

@@ -124,7 +124,7 @@ def work_in_processes(jobs: Sequence[Job], folder: StudyFolder, count: int, fini
     if bad := [process.exitcode for process in processes if process.exitcode]:
         raise LamellaError(
             f"{len(bad)} of {count} processes ended with status {bad[0]} before the study was done (a negative "
-            "one is a signal, -9 often a lack of memory). Finished cells are kept: run it again, with fewer --jobs."
+            "one is a signal, -9 often a lack of memory). Finished cells stay: run it again, with fewer --jobs."
         )
 
 

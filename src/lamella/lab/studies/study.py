@@ -31,7 +31,7 @@ class Study:
         summary: in words.
         results: as `results_table` gives it, of the tables that the summary speaks of.
         cost: as `cost_table` gives it.
-        findings: what the doctor found in every run, the run's label before where it is.
+        findings: the doctor's findings in every run, the run's label before where it is.
         settings: the recipe, what each method's runs were given, and where they lie.
         notes: how the numbers were made.
         not_run: labels of the cells that lack anything.
@@ -81,8 +81,8 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
         folder.write_table(folder.path / f"{name}.parquet", table)
     said = recipe.model_dump(mode="json")
     write_atomic(folder.path / "study.yaml", yaml.safe_dump(recipe.written(), sort_keys=False))
-    found = results_of(recipe, measured.tables["results"], measured.tables["examples"])
-    shown = [results for results in found if not results.part]
+    tables = results_of(recipe, measured.tables["results"], measured.tables["examples"])
+    shown = [results for results in tables if not results.part]
     return Study(
         recipe=recipe,
         cells=cells,
@@ -98,7 +98,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
         },
         notes=[
             HOW_SURE,
-            *recipe.notes(cells, folder, found),
+            *recipe.notes(cells, folder, tables),
             *measured.notes,
             *_unexamined(cells, folder),
             *(_not_run(cell, folder) for cell in cells if not folder.finished(cell.last)),

@@ -70,8 +70,8 @@ def _distances(pairs: pd.DataFrame) -> pd.DataFrame:
     table[[place[name] for name in sources], [place[name] for name in targets]] = others["nmse"]
     both = (table + table.T) / 2
     np.fill_diagonal(both, 0.0)
-    found = pd.DataFrame(both, index=names, columns=names)
-    while found.isna().to_numpy().any():
-        worst = found.isna().sum().idxmax()
-        found = found.drop(index=[worst], columns=[worst])
-    return found
+    distances = pd.DataFrame(both, index=names, columns=names)
+    while distances.isna().to_numpy().any():
+        worst = distances.isna().sum().idxmax()
+        distances = distances.drop(index=[worst], columns=[worst])
+    return distances

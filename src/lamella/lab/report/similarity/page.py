@@ -35,7 +35,7 @@ class SimilarityReport:
         alignment: a row per ordered pair, aligner, seed and kind, as ``align`` gives them.
         controls: tables of controls by caption, first column "control".
         swap: a row per swap, as ``swap_effects`` gives them.
-        distance: what ``distance_regressions`` found in these swaps.
+        distance: `distance_regressions` of these swaps.
         compression: method, budget, domain, ratio, low, high.
         rerouting: how, what, reach, domain, perplexity, baseline, ratio, low, high.
         histogram: norms of tokens: layer, side ("input" or "output"), norm, share.
@@ -131,8 +131,8 @@ def _by_aligner(pairs: Mapping[str, pd.DataFrame], draw: Callable[[pd.DataFrame]
 
 
 def _check_regressions(distance: Mapping[str, Mapping[str, float]]) -> None:
-    for name, found in distance.items():
-        if missing := [part for part in _REGRESSION if part not in found]:
+    for name, regression in distance.items():
+        if missing := [part for part in _REGRESSION if part not in regression]:
             raise LamellaError(
                 f"The regression of {name} on the distance has no {missing[0]}: another version of lamella noted it. "
                 "Run `lamella similarity swap` on the study again; what was swapped is not swapped again."

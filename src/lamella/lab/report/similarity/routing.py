@@ -24,16 +24,16 @@ def routing_matrices(routing: pd.DataFrame | None, shifts: pd.DataFrame | None) 
     Raises:
         LamellaError: a column is missing.
     """
-    found = []
+    matrices = []
     if routing is not None and len(routing):
         require_columns(routing, ("layer", "expert", "share", "selected", "dropped"), "routing")
-        found.append(_matrix(routing, "share", "as captured"))
+        matrices.append(_matrix(routing, "share", "as captured"))
     if shifts is not None and len(shifts):
         require_columns(shifts, ("swap", "layer", "expert", "share_before", "share_after"), "routing after swaps")
         first = shifts[shifts["swap"] == shifts["swap"].iloc[0]]
-        found.append(_matrix(first, "share_before", "before"))
-        found += [_matrix(rows, "share_after", f"after {swap}") for swap, rows in shifts.groupby("swap", sort=False)]
-    return tuple(found)
+        matrices.append(_matrix(first, "share_before", "before"))
+        matrices += [_matrix(rows, "share_after", f"after {swap}") for swap, rows in shifts.groupby("swap", sort=False)]
+    return tuple(matrices)
 
 
 def _matrix(frame: pd.DataFrame, column: str, name: str) -> Matrix:

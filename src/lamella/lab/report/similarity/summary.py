@@ -1,4 +1,4 @@
-"""What a study of expert similarity found, in a few sentences with their numbers."""
+"""The results of a study of expert similarity, in a few sentences with their numbers."""
 
 from collections.abc import Mapping
 
@@ -28,10 +28,10 @@ def summary(
 
 
 def _of_alignment(alignment: pd.DataFrame) -> list[str]:
-    found = {aligner: pairs for aligner, pairs in pair_means(alignment).items() if (pairs["kind"] == "pair").any()}
-    if not found:
+    aligned = {aligner: pairs for aligner, pairs in pair_means(alignment).items() if (pairs["kind"] == "pair").any()}
+    if not aligned:
         return ["No pair of two different experts was aligned."]
-    sentences = [sentence for aligner, pairs in found.items() for sentence in _of_aligner(aligner, pairs)]
+    sentences = [sentence for aligner, pairs in aligned.items() for sentence in _of_aligner(aligner, pairs)]
     return [*sentences, _of_variance(alignment)]
 
 
@@ -76,7 +76,7 @@ def _of_swaps(swap: pd.DataFrame, distance: Mapping[str, Mapping[str, float]] | 
         f"[{worst['low']:+.3f}, {worst['high']:+.3f}] ({worst['unit']} of layers {worst['first_layer']} and "
         f"{worst['second_layer']})."
     ]
-    sentences += [regression_in_words(name, found) for name, found in (distance or {}).items()]
+    sentences += [regression_in_words(name, regression) for name, regression in (distance or {}).items()]
     return " ".join(sentences)
 
 
