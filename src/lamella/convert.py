@@ -74,8 +74,8 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
     """Fits one plain LoRA to a MoLA or MOLE adapter on given data.
 
     In each module the mixture adds ``B (g(x) * A x)``. The LoRA adds ``B T A x`` with T fitted by least squares on the
-    batches, in rank space; where the weights g are constant it is exact. The model given is not changed. Weights stated
-    by hand (``masked_experts``, ``fixed_weights``) are those that are fitted. On a decoder
+    batches, in rank space; where the weights g are constant it is exact. The model given is not changed. Weights set
+    by an override (``masked_experts``, ``fixed_weights``) are those that are fitted. On a decoder
     ``lamella.prompt`` around it says where prompts end; where nothing does, MOLE's first tokens have uniform weights.
 
     Args:
@@ -105,12 +105,12 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
         for name in mixture.layers:
             A, B = mixture.factors(name)
             T = fit[name].map()
-            lost, whole = test[name].lost(T, B)
+            lost, total = test[name].lost(T, B)
             down, up = _truncate(T @ A, B, rank)
             if rank is not None:
                 lost = _lost_after_truncation(test[name], A, B, down, up)
             factors[name] = (down, up)
-            per_module[name] = math.sqrt(lost / whole) if whole > 0 else 0.0
+            per_module[name] = math.sqrt(lost / total) if total > 0 else 0.0
         collapsed = _as_lora(model, adapter, factors)
         error = _output_error(model, list(mixture.layers.values()), collapsed, measured)
     finally:

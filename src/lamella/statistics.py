@@ -76,18 +76,18 @@ def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
     for first, second in pairs:
         if shared := tuple(sorted(set(scores.get(first, {})) & set(scores.get(second, {})))):
             by_seeds.setdefault(shared, []).append((first, second))
-    found: dict[tuple[str, str], Contrast] = {}
-    for seeds, own in by_seeds.items():
-        names = list(dict.fromkeys(name for pair in own for name in pair))
+    contrasts: dict[tuple[str, str], Contrast] = {}
+    for seeds, alike in by_seeds.items():
+        names = list(dict.fromkeys(name for pair in alike for name in pair))
         values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
         if values[0].size == 1:
             continue
         drawn = _resampled_means(values, RESAMPLES, 0)  # (methods, draws)
-        for first, second in own:
+        for first, second in alike:
             a, b = names.index(first), names.index(second)
             interval = _interval(float((values[a] - values[b]).mean()), drawn[a] - drawn[b])
-            found[first, second] = Contrast(first, second, interval, interval.p_value, *values.shape[1:])
-    made = [found[pair] for pair in pairs if pair in found]
+            contrasts[first, second] = Contrast(first, second, interval, interval.p_value, *values.shape[1:])
+    made = [contrasts[pair] for pair in pairs if pair in contrasts]
     corrected = holm([one.p_value for one in made])
     return [replace(one, p_value=p_value) for one, p_value in zip(made, corrected, strict=True)]
 
@@ -99,18 +99,18 @@ def mean_intervals(scores: Mapping[str, BySeed]) -> dict[str, tuple[float, float
         LamellaError: the seeds of a method have different numbers of examples.
     """
     by_seeds: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for name, own in scores.items():
-        if own:
-            by_seeds.setdefault((np.size(next(iter(own.values()))), tuple(sorted(own))), []).append(name)
-    found: dict[str, tuple[float, float]] = {}
+    for name, by_seed in scores.items():
+        if by_seed:
+            by_seeds.setdefault((np.size(next(iter(by_seed.values()))), tuple(sorted(by_seed))), []).append(name)
+    intervals: dict[str, tuple[float, float]] = {}
     for (_, seeds), names in by_seeds.items():
         values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
         if values[0].size == 1:
             continue
         for name, mean, drawn in zip(names, values.mean((1, 2)), _resampled_means(values, RESAMPLES, 0), strict=True):
             interval = _interval(float(mean), drawn)
-            found[name] = (interval.low, interval.high)
-    return {name: found[name] for name in scores if name in found}
+            intervals[name] = (interval.low, interval.high)
+    return {name: intervals[name] for name in scores if name in intervals}
 
 
 def paired_interval(
@@ -145,7 +145,7 @@ def ratio_interval(
 ) -> Interval:
     """Interval of sum(difference) / sum(weights), drawing texts with replacement, numerator and denominator together.
 
-    A mean per token whose texts, not tokens, are independent. Where all texts weigh the same it is `paired_interval`.
+    A mean per token whose texts, not tokens, are independent. Where all texts count the same it is `paired_interval`.
 
     Args:
         difference: the text's sum under one model less that under the other, ``(texts,)``.
@@ -176,7 +176,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _stacked(scores: Sequence[Sequence[npt.ArrayLike]]) -> Floats:
     """(methods, seeds, examples)."""
-    sizes = sorted({np.size(one) for own in scores for one in own})
+    sizes = sorted({np.size(one) for by_seed in scores for one in by_seed})
     if len(sizes) > 1:
         raise LamellaError(
             f"Methods are compared on the same examples, but some have {sizes[0]} scores and some {sizes[-1]}. Score "

@@ -295,7 +295,7 @@ def _kept(routing: Routing) -> Tensor:
 def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]:
     """Records what the routers of a model do inside the context; outside it, recording costs nothing.
 
-    In a mixture-of-experts model with a lamella adapter both are recorded, told apart by the column ``adapter``. In
+    In a mixture-of-experts model with a lamella adapter both are recorded, distinguished by the column ``adapter``. In
     ``generate`` a row that has ended runs on with the others, as real tokens to the model, and so it does here.
 
     Args:

@@ -51,7 +51,7 @@ def examine_files(folder: Path, examination: Examination) -> AdapterFiles:
     """Reads config and weights of an adapter folder.
 
     Raises:
-        LamellaError: the config is no JSON object, so this is no adapter.
+        LamellaError: the config is not a JSON object, so this is not an adapter.
     """
     _examine_pickles(folder, examination)
     config = _config(folder, examination)
@@ -123,7 +123,7 @@ def _report_unknown(unknown: list[str], known: set[str], values: dict[str, Any],
         "config-key-unknown",
         f"{', '.join(said)} is unknown to {values['peft_type']}" + (f"; written by version {writer}" if writer else ""),
         CONFIG,
-        "a setting that is not read is a setting that is not kept: the adapter would not be what was trained",
+        "a setting that is not read has no effect: the adapter would not be what was trained",
         "correct the key, or use the version that wrote the file",
     )
 
@@ -277,18 +277,18 @@ def _adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
 
 
-def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], examination: Examination) -> None:
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def _compare(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], examination: Examination) -> None:
+    missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     shapes = [
-        f"{name} is {tuple(found[name].shape)}, on this base {tuple(tensor.shape)}"
+        f"{name} is {tuple(actual[name].shape)}, on this base {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in actual and actual[name].shape != tensor.shape
     ]
     if shapes:
         _report_misfit(
             f"{len(shapes)} of {len(expected)} tensors have other shapes than on this base", shapes, examination
         )
-    if missing and extra and not set(expected) & set(found):
+    if missing and extra and not set(expected) & set(actual):
         _report_misfit("no tensor has the name that it has on this base", extra, examination)
         return
     if missing:
@@ -307,7 +307,7 @@ def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], examin
             "PEFT drops them: something that was trained is not in the loaded model",
             f"restore {CONFIG} as it was saved (target_modules, num_experts, modules_to_save)",
         )
-    examination.saw(f"tensors by name and shape: {len(found)} in the file, {len(expected)} expected on this base")
+    examination.saw(f"tensors by name and shape: {len(actual)} in the file, {len(expected)} expected on this base")
 
 
 def _report_misfit(what: str, where: str | list[str], examination: Examination) -> None:

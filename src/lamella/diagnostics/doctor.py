@@ -151,7 +151,7 @@ def examine_adapter(
         loaded: the folder's model where it has been loaded already; it is made trainable.
 
     Returns:
-        The model; None where it could not be loaded or is not worth it.
+        The model; None where it could not be loaded or need not be.
     """
     files = examine_files(folder, examination)
     if files.config is None or files.tensors is None or any(f.code == "not-finite" for f in examination.findings):
@@ -173,10 +173,10 @@ def examine_adapter(
             raise LamellaError("The base that was given has an adapter already. Give the bare model, or its path.")
         bare = clone(name)
     elif name:
-        found = _load_base(files.config, files.tensors, name, given=base is not None, examination=examination)
-        if found is None:
+        loaded = _load_base(files.config, files.tensors, name, given=base is not None, examination=examination)
+        if loaded is None:
             return None
-        bare = found
+        bare = loaded
     else:
         raise LamellaError(f"{folder / CONFIG} names no base model. Give it as base (--base).")
     examine_name(files.config, bare, examination)

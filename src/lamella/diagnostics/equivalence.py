@@ -55,8 +55,8 @@ def _saved_and_loaded(model: PeftModel | PreTrainedModel, folder: Path) -> nn.Mo
     copied = clone(model)
     if not isinstance(model, PeftModel):
         copied.save_pretrained(folder)
-        whole: nn.Module = type(model).from_pretrained(folder)
-        return whole
+        loaded: nn.Module = type(model).from_pretrained(folder)
+        return loaded
     adapter = model.active_adapter
     copied.save_pretrained(str(folder), selected_adapters=[adapter])
     return PeftModel.from_pretrained(base_of(copied), str(folder if adapter == "default" else folder / adapter))
@@ -188,10 +188,11 @@ def _prompt(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _generate(model: Any, prompt: Tensor, use_cache: bool) -> Any:
-    own = transformer(model).generation_config
+    defaults = transformer(model).generation_config
     config = GenerationConfig(
         max_new_tokens=_GENERATED, min_new_tokens=_GENERATED, do_sample=False, use_cache=use_cache,
-        output_logits=True, return_dict_in_generate=True, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
-        pad_token_id=_pad_token(model), decoder_start_token_id=own.decoder_start_token_id,
+        output_logits=True, return_dict_in_generate=True,
+        bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id,
+        pad_token_id=_pad_token(model), decoder_start_token_id=defaults.decoder_start_token_id,
     )  # fmt: skip
     return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config)

@@ -126,7 +126,7 @@ class FirstStep(TrainerCallback):
 def check_first_step(model: nn.Module, optimizer: Any) -> None:
     """Asserts, after a backward pass and before the optimizer steps, that routers learn.
 
-    A single gradient of exactly zero is no fault: with B zero a router has the balance loss alone, and that is flat
+    A single gradient of exactly zero is not a fault: with B zero a router has the balance loss alone, and that is flat
     where the batch is balanced perfectly. At all routers at once it is one.
 
     Raises:
@@ -180,7 +180,7 @@ def _estimate(model: nn.Module, batch: dict[str, Any], steps: int, bf16: bool) -
 
 @contextmanager
 def _restored(parameters: list[nn.Parameter]) -> Iterator[int]:
-    """The parameters may be changed inside; gives the bytes that keeping them takes."""
+    """The parameters may be changed inside; gives the bytes that their copies take."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         yield sum(tensor.nbytes for tensor in before)

@@ -133,7 +133,7 @@ def _has_collapsed(router: _Judged) -> bool:
 
 
 def _report_unused(routers: Sequence[_Judged], examination: Examination) -> None:
-    """Trained LoRAs that a composition weighs next to nothing wherever it has them."""
+    """Trained LoRAs whose mixing weights are close to 0 wherever they are."""
     by_names: dict[tuple[str, ...], list[RouterUse]] = {}
     for one in routers:
         if one.layer.expert_names:

@@ -43,7 +43,7 @@ _FILLED_IN = ("adapters", "lamella_version")
 def compose_pipeline(
     pipe: Any, adapters: Mapping[str, Lora] | Sequence[Lora], config: MoleConfig | None = None
 ) -> PipelineComposition:
-    """Puts trained LoRAs into a diffusers pipeline and routers beside them that weigh the LoRAs by what they put out.
+    """Puts trained LoRAs into a diffusers pipeline and routers beside them that weight the LoRAs by their outputs.
 
     Every model that any of the LoRAs adapts is composed: the UNet or transformer, and the text encoders. All LoRAs
     start with the same weight; only the routers train and are saved. Linear modules and 1x1 convolutions are composed.

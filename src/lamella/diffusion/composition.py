@@ -43,7 +43,7 @@ class Component:
 class PipelineComposition:
     """A pipeline with LoRAs composed in it, which is called as before; made by ``lamella.compose_pipeline``.
 
-    Each model of the pipeline weighs the LoRAs by itself, and so has a balance loss of its own. A router decides for
+    Each model of the pipeline has mixing weights, and so a balance loss, of its own. A router decides for
     each sample, by the mean over its tokens: with classifier-free guidance, once for the row with the prompt and once
     for the one without.
 

@@ -95,8 +95,8 @@ def regression_in_words(name: str, regression: Mapping[str, float]) -> str:
     interval = "" if np.isnan(regression["low"]) else f" [{regression['low']:+.4f}, {regression['high']:+.4f}]"
     return (
         f"The effect of {name} {change_in_words(regression)} with the distance of the layers: "
-        f"{regression['slope']:+.4f} per layer{interval}, rank correlation "
-        f"{regression['spearman']:.2f} (p {regression['p_value']:.3f})."
+        f"{regression['slope']:+.4f} per layer{interval}, rank correlation {regression['spearman']:.2f} "
+        f"(p {regression['p_value']:.3f})."
     )
 
 

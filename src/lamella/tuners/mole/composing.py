@@ -23,7 +23,7 @@ def compose(
     config: MoleConfig | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Puts trained LoRAs on a model and routers beside them that weigh the LoRAs by what they put out (MOLE).
+    """Puts trained LoRAs on a model and routers beside them that weight the LoRAs by their outputs (MOLE).
 
     All LoRAs start with the same weight; only the routers train and are saved.
 

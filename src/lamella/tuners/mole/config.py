@@ -23,7 +23,7 @@ _REFERENCE = tuple(f.name for f in fields(Reference))
 
 @dataclass
 class MoleConfig(LamellaConfig):
-    """Mixture of LoRA experts: K LoRAs that are trained already, weighed by routers that read them (arXiv 2404.13628).
+    """Mixture of LoRA experts: K LoRAs that are trained already, mixed by routers that read them (arXiv 2404.13628).
 
     ``y = W0 x + sum_i G_i s_i B_i A_i x`` in every linear module that a LoRA adapts, with one G for each group.
 
@@ -56,7 +56,7 @@ class MoleConfig(LamellaConfig):
         prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
         embed_adapters: save the LoRAs in the adapter's file, so that loading needs none of their own.
         embedded: where they are saved: each LoRA's rank in each module, 0 where it has none; filled in.
-        init_lora_weights: True starts every router at zero, which weighs all LoRAs alike; False at random, for tests.
+        init_lora_weights: True starts every router at zero, with equal weights for all LoRAs; False at random, for tests.
         target_modules: not a setting of MOLE: the LoRAs say what they adapt.
 
     Raises:
@@ -170,7 +170,7 @@ class MoleConfig(LamellaConfig):
             )
         if self.form != "delta" and self.top_k is not None:
             raise LamellaError(
-                f"form={self.form!r} runs the block with every LoRA before its router can weigh them, so that "
+                f"form={self.form!r} runs the block with every LoRA before its router can decide, so that "
                 f"top_k={self.top_k} would spare nothing. Use form='delta', or leave top_k out."
             )
 

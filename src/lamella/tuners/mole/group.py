@@ -157,8 +157,8 @@ class Group:
     def _refuse_too_early(self, layer: Member) -> None:
         if self.inputs and layer not in self.inputs:
             raise LamellaError(
-                f"{layer.name} runs before any module that {self.name} reads to weigh its LoRAs, or outside a forward "
-                "of its model. Call the model itself; if it does run in that order, use granularity='matrix'."
+                f"{layer.name} runs before any module that {self.name} reads to decide its weights, or outside a "
+                "forward of its model. Call the model itself; if it does run in that order, use granularity='matrix'."
             )
 
     def _refuse_other_rows(self, layer: Member, x: Tensor, frame: Frame | None) -> None:
@@ -249,7 +249,7 @@ class Group:
             return x.view(*mask.shape, -1)
         raise LamellaError(
             f"{layer.name} is given rows of which nobody says to which sequence they belong, shape {tuple(x.shape)}, "
-            "and a router weighs its LoRAs for whole sequences. Use router_input='token' with granularity='matrix'."
+            "and a router decides for whole sequences. Use router_input='token' with granularity='matrix'."
         )
 
     def readable(self, tokens: Tensor, layer: Member, frame: Frame | None) -> Readable:

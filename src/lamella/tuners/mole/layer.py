@@ -17,7 +17,7 @@ from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 
 CANNOT_MERGE = (
-    "MOLE weighs its LoRAs anew for each input, so there is no single weight to merge into the base. Use "
+    "MOLE decides the weights of its LoRAs for each input, so there is no single weight to merge into the base. Use "
     "lamella.collapse(model, batches) for one plain LoRA with measured error. A trainer that syncs weights by merging "
     "(TRL with vLLM) needs the collapsed LoRA."
 )

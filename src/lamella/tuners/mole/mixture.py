@@ -15,7 +15,7 @@ from lamella.tuners.routed import See
 
 
 class MoleMixture:
-    """The LoRAs of one adapter, weighed by its groups.
+    """The LoRAs of one adapter, mixed with the weights of its groups.
 
     Raises:
         LamellaError: outputs of blocks are mixed.

@@ -29,7 +29,7 @@ class MoleModel(RoutedModel):
     tuner_layer_cls = MoleLinear
     method = "MOLE"
     cannot_merge = CANNOT_MERGE
-    instead_of_adapter_names = "To weigh the LoRAs differently per row, use lamella.fixed_weights(model, [{...}, ...])."
+    instead_of_adapter_names = "For other weights per row, use lamella.fixed_weights(model, [{...}, ...])."
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Reads the LoRAs and checks the whole request before the first module is touched, then injects."""
