@@ -69,9 +69,9 @@ def test_the_p_value_belongs_to_the_interval():
     for shift in (0.0, 0.03, 0.06, 0.1, 0.2):
         first = (generator.random((3, 200)) < 0.6 + shift).astype(float)
         second = (generator.random((3, 200)) < 0.6).astype(float)
-        found = paired_interval(first, second, resamples=4000)
-        assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)
-        assert paired_interval(second, first, resamples=4000).p_value == found.p_value
+        actual = paired_interval(first, second, resamples=4000)
+        assert (actual.p_value < 0.05) == (actual.low > 0 or actual.high < 0)
+        assert paired_interval(second, first, resamples=4000).p_value == actual.p_value
     assert paired_interval(first, first).p_value == 1.0
     assert paired_interval(np.ones(50), np.zeros(50), resamples=999).p_value == 2 / 1000
 
@@ -100,25 +100,25 @@ def test_contrasts_of_a_table_are_those_of_each_pair_alone():
     a, b, noise = generator.normal(size=(3, 3, 60))
     scores = {"a": a, "b": b + 2, "c": a + 0.1 * (noise - noise.mean())}
 
-    found = contrast({name: by_seed(own) for name, own in scores.items()}, [("b", "a"), ("c", "a"), ("b", "c")])
+    actual = contrast({name: by_seed(own) for name, own in scores.items()}, [("b", "a"), ("c", "a"), ("b", "c")])
 
     alone = [paired_interval(scores[first], scores[second]) for first, second in (("b", "a"), ("c", "a"), ("b", "c"))]
-    assert [one.p_value for one in found] == pytest.approx(holm([one.p_value for one in alone]))
-    for one, interval in zip(found, alone, strict=True):
+    assert [one.p_value for one in actual] == pytest.approx(holm([one.p_value for one in alone]))
+    for one, interval in zip(actual, alone, strict=True):
         assert one.interval.resamples == RESAMPLES
         assert (one.interval.difference, one.interval.low, one.interval.high) == pytest.approx(
             (interval.difference, interval.low, interval.high)
         )
         assert (one.seeds, one.examples) == (3, 60)
-    assert [one.significant for one in found] == [True, False, True]
+    assert [one.significant for one in actual] == [True, False, True]
 
 
 def test_only_shared_seeds_are_compared_and_paired():
     scores = {"a": {0: [1, 0], 1: [0, 0]}, "b": {1: [1, 1], 2: [0, 0]}, "c": {2: [1, 0]}, "d": {}}
 
-    found = contrast(scores, [("b", "a"), ("c", "a"), ("c", "b"), ("d", "a"), ("unknown", "a")])
+    actual = contrast(scores, [("b", "a"), ("c", "a"), ("c", "b"), ("d", "a"), ("unknown", "a")])
 
-    assert [(one.first, one.second, one.seeds, one.interval.difference) for one in found] == [
+    assert [(one.first, one.second, one.seeds, one.interval.difference) for one in actual] == [
         ("b", "a", 1, 1.0),
         ("c", "b", 1, 0.5),
     ]
@@ -143,12 +143,12 @@ def test_intervals_of_means_are_those_of_differences_from_zero():
     generator = np.random.default_rng(8)
     scores = {"a": generator.normal(size=(3, 50)), "b": generator.normal(size=(1, 50)), "floor": np.ones((1, 20))}
 
-    found = mean_intervals({**{name: by_seed(own) for name, own in scores.items()}, "nothing": {}})
+    actual = mean_intervals({**{name: by_seed(own) for name, own in scores.items()}, "nothing": {}})
 
     for name, own in scores.items():
         alone = paired_interval(own, np.zeros_like(own))
-        assert found[name] == pytest.approx((alone.low, alone.high))
-    assert list(found) == ["a", "b", "floor"]
+        assert actual[name] == pytest.approx((alone.low, alone.high))
+    assert list(actual) == ["a", "b", "floor"]
 
 
 def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
@@ -165,26 +165,26 @@ def test_a_ratio_is_that_of_drawing_texts_and_dividing():
     generator = np.random.default_rng(0)
     weights = generator.integers(1, 40, 30).astype(float)
     difference = weights * generator.normal(0.1, 0.3, 30)
-    found = ratio_interval(difference, weights, resamples=20_000)
-    assert found.difference == pytest.approx(difference.sum() / weights.sum())
+    actual = ratio_interval(difference, weights, resamples=20_000)
+    assert actual.difference == pytest.approx(difference.sum() / weights.sum())
     draws = ratio_draws(torch.from_numpy(difference), torch.from_numpy(weights), 20_000, seed=1)
     low, high = np.quantile(draws.numpy(), [0.025, 0.975])
-    assert found.low == pytest.approx(low, abs=0.005)
-    assert found.high == pytest.approx(high, abs=0.005)
+    assert actual.low == pytest.approx(low, abs=0.005)
+    assert actual.high == pytest.approx(high, abs=0.005)
     below = 2 * (draws <= 0).double().mean().item()
-    assert found.p_value == pytest.approx(below, abs=0.02)
+    assert actual.p_value == pytest.approx(below, abs=0.02)
 
 
 def test_a_ratio_with_equal_weights_is_the_paired_interval():
     difference = np.random.default_rng(1).normal(0.1, 0.3, 25)
-    found = ratio_interval(difference, np.ones(25), resamples=20_000, level=0.9)
+    actual = ratio_interval(difference, np.ones(25), resamples=20_000, level=0.9)
     expected = paired_interval(difference, np.zeros(25), resamples=20_000, level=0.9, seed=5)
-    assert found.difference == pytest.approx(expected.difference)
-    assert found.low == pytest.approx(expected.low, abs=0.005)
-    assert found.high == pytest.approx(expected.high, abs=0.005)
+    assert actual.difference == pytest.approx(expected.difference)
+    assert actual.low == pytest.approx(expected.low, abs=0.005)
+    assert actual.high == pytest.approx(expected.high, abs=0.005)
 
 
 def test_texts_without_predicted_tokens_do_not_break_the_interval():
-    found = ratio_interval(np.array([0.0, 0.0, 2.0]), np.array([0.0, 0.0, 4.0]), resamples=200)
-    assert (found.difference, found.low, found.high) == (0.5, 0.5, 0.5)
-    assert found.resamples < 200  # draws of empty texts alone
+    actual = ratio_interval(np.array([0.0, 0.0, 2.0]), np.array([0.0, 0.0, 4.0]), resamples=200)
+    assert (actual.difference, actual.low, actual.high) == (0.5, 0.5, 0.5)
+    assert actual.resamples < 200  # draws of empty texts alone

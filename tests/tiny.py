@@ -240,15 +240,15 @@ def watch(model: nn.Module) -> Iterator[list[tuple[Place, Routing, Tensor | None
 
 def gradients(model: nn.Module, part: str = "") -> dict[str, Tensor]:
     """The gradients that have arrived at the trainable parameters whose name contains ``part``; then forgets them."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if part in name and p.grad is not None}
+    actual = {name: p.grad.clone() for name, p in model.named_parameters() if part in name and p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return actual
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
     # Looser than float64 allows: Llama and T5 take their norms in float32 whatever the model's precision.
     tolerance = {"rtol": 1e-5, "atol": 1e-6, **tolerance}
-    assert found.keys() == expected.keys()
-    assert found, "nothing to compare"
+    assert actual.keys() == expected.keys()
+    assert actual, "nothing to compare"
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")

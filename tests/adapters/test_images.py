@@ -101,13 +101,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return Written(tmp_path_factory.mktemp("loras"))
 
 
-def assert_same(found: dict[str, Factors], expected: dict[str, Factors]) -> None:
-    assert found.keys() == expected.keys()
-    assert found, "nothing to compare"
+def assert_same(actual: dict[str, Factors], expected: dict[str, Factors]) -> None:
+    assert actual.keys() == expected.keys()
+    assert actual, "nothing to compare"
     for name, factors in expected.items():
-        assert torch.equal(found[name].A, factors.A), name
-        assert torch.equal(found[name].B, factors.B), name
-        assert found[name].scaling == pytest.approx(factors.scaling), name
+        assert torch.equal(actual[name].A, factors.A), name
+        assert torch.equal(actual[name].B, factors.B), name
+        assert actual[name].scaling == pytest.approx(factors.scaling), name
 
 
 def on_unet(path: Path) -> dict[str, Factors]:
@@ -214,11 +214,11 @@ def test_diffusers_older_names_are_the_same_lora(written: Written, tmp_path: Pat
     source = read_lora(tmp_path / "old.safetensors")
     new = read_lora(written.diffusers)
     for component in ("unet", "text_encoder"):
-        found, expected = source.components[component], new.components[component]
-        assert found.keys() == expected.keys()
+        actual, expected = source.components[component], new.components[component]
+        assert actual.keys() == expected.keys()
         for name in expected:
-            assert torch.equal(found[name].A, expected[name].A)
-            assert torch.equal(found[name].B, expected[name].B)
+            assert torch.equal(actual[name].A, expected[name].A)
+            assert torch.equal(actual[name].B, expected[name].B)
 
 
 def test_a_file_of_one_model_that_names_no_component_is_for_that_model(tmp_path: Path) -> None:
@@ -237,9 +237,9 @@ def test_kohyas_numbering_of_sdxl_blocks_is_translated(tmp_path: Path) -> None:
         f"{stem}.alpha": torch.tensor(1.0),
     }
     save_file(tensors, tmp_path / "xl.safetensors")
-    found = on_unet(tmp_path / "xl.safetensors")
+    actual = on_unet(tmp_path / "xl.safetensors")
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert_same(found, {name: Factors(tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"], 0.5)})
+    assert_same(actual, {name: Factors(tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"], 0.5)})
 
 
 def test_3x3_convolutions_are_skipped_by_name(tmp_path: Path) -> None:

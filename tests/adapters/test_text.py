@@ -39,12 +39,12 @@ def trained(kind: str, folder: Path, **changes: object) -> PeftModel:
 
 def deltas_of(model: PeftModel) -> dict[str, torch.Tensor]:
     """PEFT's own delta of each module's weight, as (out, in)."""
-    found = {}
+    actual = {}
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and module.lora_A:
             delta = module.get_delta_weight("default")
-            found[name] = delta.t() if module.fan_in_fan_out else delta
-    return found
+            actual[name] = delta.t() if module.fan_in_fan_out else delta
+    return actual
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

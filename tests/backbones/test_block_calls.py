@@ -54,8 +54,8 @@ def test_the_cache_is_found_by_place_or_name_and_replaced() -> None:
     for args, kwargs in (((H,), {"past_key_values": "cache"}), ((H, MASK, None, "cache"), {})):
         call = BlockCall(Block(), args, kwargs)
         assert call.cache == "cache"
-        found_args, found = call.on(None, "view", (H, None))
-        assert (found | dict(zip(("h", "m", "b", "past_key_values"), found_args, strict=False)))[
+        found_args, actual = call.on(None, "view", (H, None))
+        assert (actual | dict(zip(("h", "m", "b", "past_key_values"), found_args, strict=False)))[
             "past_key_values"
         ] == "view"
     assert BlockCall(Block(), (H,), {"past_key_values": None}).cache is None
@@ -86,12 +86,12 @@ def kinds(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_blocks_of_a_family_are_alike_where_their_attention_is(name: str) -> None:
-    found = kinds(name)
+    actual = kinds(name)
     if name in ("gemma2", "gemma3"):
-        assert found[0] == found[2] != found[1] == found[3]
-        assert "sliding" in found[0]
-        assert "full" in found[1]
+        assert actual[0] == actual[2] != actual[1] == actual[3]
+        assert "sliding" in actual[0]
+        assert "full" in actual[1]
     elif name == "t5":
-        assert len(set(found[:4])) == len(set(found[4:])) == 1
+        assert len(set(actual[:4])) == len(set(actual[4:])) == 1
     else:
-        assert len(set(found)) == 1
+        assert len(set(actual)) == 1

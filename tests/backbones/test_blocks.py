@@ -20,7 +20,7 @@ from lamella import LamellaError
 from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
 
 
-def found(model: nn.Module) -> list[tuple[str, str, int]]:
+def actual(model: nn.Module) -> list[tuple[str, str, int]]:
     return [(stack.name, stack.role, stack.depth) for stack in locate_stacks(model)]
 
 
@@ -36,7 +36,7 @@ def found(model: nn.Module) -> list[tuple[str, str, int]]:
 )
 def test_the_stacks_of_the_families_we_train(name: str, expected: list[tuple[str, str, int]]) -> None:
     model = tiny.MODELS[name](layers=3)
-    assert found(model) == expected
+    assert actual(model) == expected
     assert {stack.found_by for stack in locate_stacks(model)} == {f"family {model.config.model_type}"}
 
 
@@ -97,7 +97,7 @@ def test_two_large_lists_are_two_stacks() -> None:
     model = nn.ModuleDict(
         {"encoder": nn.ModuleList([block(), block()]), "decoder": nn.ModuleList([block(), block(), block()])}
     )
-    assert found(model) == [("encoder", "encoder", 2), ("decoder", "decoder", 3)]
+    assert actual(model) == [("encoder", "encoder", 2), ("decoder", "decoder", 3)]
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ModuleList([block()]), nn.ModuleList([block(), nn.ReLU()])])
@@ -193,14 +193,14 @@ class Given:
 
     def siblings(self, endings: tuple[str, ...]) -> set[tuple[str, ...]]:
         """Those that the table says share an input with the modules so named, all of them asserted to do so."""
-        found = set()
+        actual = set()
         for name, x in self.by_name.items():
             *block, attention, own = name.split(".")
             if own in endings:
                 names = siblings_with_same_input(Place("blocks", 0, f"{attention}.{own}"))
                 assert all(self.by_name[".".join([*block, sibling])] is x for sibling in names), (name, names)
-                found.add(names)
-        return found
+                actual.add(names)
+        return actual
 
 
 def test_siblings_in_deberta_are_given_the_very_same_tensor() -> None:

@@ -85,7 +85,7 @@ def test_of_nested_replacements_the_inner_one_counts_and_the_outer_one_comes_bac
         torch.testing.assert_close(logits(model), both)
 
 
-def by_hand(layer: MoELayer, x: Tensor, masked: list[int]) -> tuple[Tensor, Tensor]:
+def intervened(layer: MoELayer, x: Tensor, masked: list[int]) -> tuple[Tensor, Tensor]:
     """Indices and weights of the router with the masked experts' logits at -inf, written anew for each family."""
     router: Any = layer.router_module
     weight = router.classifier.weight if hasattr(router, "classifier") else router.weight
@@ -141,7 +141,7 @@ def test_a_mask_is_the_router_with_those_logits_at_minus_infinity(family, data):
     layer = moe_layers(tiny_moe.build(family, seed=data.draw(st.integers(0, 5)), expert_capacity=99, **config))[-1]
     masked = data.draw(st.sets(st.integers(0, layer.num_experts - 1), max_size=layer.num_experts - layer.top_k))
     x = torch.randn(6, tiny_moe.HIDDEN)
-    indices, weights = by_hand(layer, x, sorted(masked))
+    indices, weights = intervened(layer, x, sorted(masked))
     with layer.mask(masked):
         routing = layer.router(x)
     assert not set(routing.indices.flatten().tolist()) & masked

@@ -58,7 +58,7 @@ def test_the_k_best_collapse_exactly_where_they_are_the_same_for_all(folder: Pat
 
 @settings(max_examples=5, deadline=None)
 @drawn(weights=st.lists(st.floats(0, 2), min_size=3, max_size=3).filter(lambda w: sum(w) > 0.1))
-def test_weights_by_hand_collapse_exactly(weights: list[float], folder: Path) -> None:
+def test_fixed_weights_collapse_exactly(weights: list[float], folder: Path) -> None:
     model = trained.composition("bert", folder)
     given = batches("bert")
     with fixed_weights(model, dict(zip(trained.NAMES, weights, strict=True))):

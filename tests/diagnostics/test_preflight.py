@@ -36,10 +36,10 @@ def test_a_healthy_model_passes(name, init_lora_weights):
     base = tiny.MODELS[name]()
     batch = tiny.batch(base)
 
-    found = preflight(mixture(base, init_lora_weights=init_lora_weights), batch, steps=100)
+    actual = preflight(mixture(base, init_lora_weights=init_lora_weights), batch, steps=100)
 
-    assert found.ok, str(found)
-    said = "\n".join(found.checked)
+    assert actual.ok, str(actual)
+    said = "\n".join(actual.checked)
     for effect in (
         "balance loss in training mode",
         "gradient in a training step",
@@ -49,12 +49,12 @@ def test_a_healthy_model_passes(name, init_lora_weights):
         assert effect in said
     generates = name in ("gpt2", "llama", "t5")
     assert ("generated tokens" in said) == generates
-    assert found.estimate.steps == 100
-    assert found.estimate.seconds == pytest.approx(100 * found.estimate.seconds_per_step)
-    assert found.estimate.seconds_per_step > 0
-    assert found.estimate.peak_bytes > 0
-    assert "estimate: 100 steps" in str(found)
-    assert found.as_dict()["estimate"]["steps"] == 100
+    assert actual.estimate.steps == 100
+    assert actual.estimate.seconds == pytest.approx(100 * actual.estimate.seconds_per_step)
+    assert actual.estimate.seconds_per_step > 0
+    assert actual.estimate.peak_bytes > 0
+    assert "estimate: 100 steps" in str(actual)
+    assert actual.as_dict()["estimate"]["steps"] == 100
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -69,10 +69,10 @@ def test_other_methods_pass(name, method):
         "full": None,
     }[method]
 
-    found = preflight(get_peft_model(base, config) if config else base, batch)
+    actual = preflight(get_peft_model(base, config) if config else base, batch)
 
-    assert found.ok, str(found)
-    assert "tensors bit by bit" in str(found)
+    assert actual.ok, str(actual)
+    assert "tensors bit by bit" in str(actual)
 
 
 def test_as_many_labels_as_tokens_are_not_taken_for_tokens():
@@ -86,9 +86,9 @@ def test_an_adapter_of_another_name_passes():
     batch = tiny.batch(base)
     model = get_peft_model(base, MolaConfig(r=2), adapter_name="mine")
 
-    found = preflight(model, batch)
+    actual = preflight(model, batch)
 
-    assert found.ok, str(found)
+    assert actual.ok, str(actual)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
@@ -151,10 +151,10 @@ def test_a_frozen_router_ends_it_before_the_cost_is_estimated():
     model = mixture(base)
     layers_of(model)[0].lamella_mola_router.requires_grad_(False)
 
-    found = preflight(model, batch)
+    actual = preflight(model, batch)
 
-    assert codes(found) == ["router-no-gradient"]
-    assert found.estimate is None
+    assert codes(actual) == ["router-no-gradient"]
+    assert actual.estimate is None
 
 
 def test_a_balance_loss_that_is_perfect_on_the_batch_is_no_fault(monkeypatch):
@@ -214,10 +214,10 @@ def test_a_state_that_is_not_saved():
     layer = layers_of(model)[0]
     layer.experts["default"] = type(layer.experts["default"])(4, 1, 2, 8.0, 1e-3, 0.0)  # top-1 of the config's top-2
 
-    found = preflight(model, batch)
+    actual = preflight(model, batch)
 
-    assert codes(found) == ["saved-unequal"]
-    assert "outputs differ" in found.findings[0].what
+    assert codes(actual) == ["saved-unequal"]
+    assert "outputs differ" in actual.findings[0].what
 
 
 def test_an_estimate_can_be_read():

@@ -9,11 +9,11 @@ from lamella.diffusion.clip import embed_images, embed_texts, image_alignment, t
 def test_texts_are_embedded_as_the_model_does_and_padding_counts_for_nothing() -> None:
     model = clip()
     tokens = tokenizer()(["a cat", "dog"], padding=True, return_tensors="pt")
-    found = embed_texts(model, tokens["input_ids"], tokens["attention_mask"])
+    actual = embed_texts(model, tokens["input_ids"], tokens["attention_mask"])
     by_model = model(pixel_values=torch.zeros(1, 3, 16, 16), **tokens).text_embeds
-    torch.testing.assert_close(found, by_model)
+    torch.testing.assert_close(actual, by_model)
     alone = tokenizer()(["dog"], return_tensors="pt")
-    torch.testing.assert_close(found[1:], embed_texts(model, alone["input_ids"]))
+    torch.testing.assert_close(actual[1:], embed_texts(model, alone["input_ids"]))
 
 
 @torch.no_grad()
@@ -46,5 +46,5 @@ def test_alignments_are_cosines_by_hand() -> None:
     texts = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     torch.testing.assert_close(text_alignment(images, texts), torch.tensor([1.0, 0.0]))
     concept = torch.tensor([[0.0, 5.0], [2.0, 0.0], [4.0, 3.0]])
-    by_hand = torch.tensor([(0.8 + 0.6 + 0.96) / 3, (0.0 + 1.0 + 0.8) / 3])
-    torch.testing.assert_close(image_alignment(images, concept), by_hand)
+    expected = torch.tensor([(0.8 + 0.6 + 0.96) / 3, (0.0 + 1.0 + 0.8) / 3])
+    torch.testing.assert_close(image_alignment(images, concept), expected)

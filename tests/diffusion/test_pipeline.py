@@ -50,8 +50,8 @@ def case(request: pytest.FixtureRequest, sd: Case, tmp_path_factory: pytest.Temp
     return sd if request.param == "stable_diffusion" else Case(tiny.sdxl, tmp_path_factory.mktemp("sdxl"))
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
 def watch(composition: PipelineComposition, component: str = "unet") -> dict[str, list[Tensor]]:

@@ -42,8 +42,8 @@ def test_a_fresh_process_makes_the_same_images_bit_for_bit(composition: Pipeline
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.diffusion.fresh_pipeline", str(saved), str(tmp_path / "out.safetensors")]
     subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=300)
-    found = load_file(tmp_path / "out.safetensors")["latents"]
-    assert torch.equal(found, tiny.run(composition.pipe, PROMPTS))
+    actual = load_file(tmp_path / "out.safetensors")["latents"]
+    assert torch.equal(actual, tiny.run(composition.pipe, PROMPTS))
 
 
 def test_the_folder_holds_routers_and_references_and_no_lora(
@@ -160,7 +160,7 @@ def test_3x3_convolutions_are_listed_as_skipped(loras: dict[str, Path], tmp_path
     assert "skipped conv: unet.down_blocks.0.resnets.0.conv1: a 3x3 convolution" in str(composition)
 
 
-def test_weights_by_hand_are_checked(composition: PipelineComposition) -> None:
+def test_overrides_are_checked(composition: PipelineComposition) -> None:
     with pytest.raises(LamellaError, match="drop names 'bird'"), composition.masked_experts(["bird"]):
         pass
     with pytest.raises(LamellaError, match="leaves none"), composition.masked_experts(["cat", "dog"]):

@@ -59,8 +59,8 @@ def test_a_wrong_bound_would_be_counted(monkeypatch):
 
 def test_parallel_members_gain_nothing():
     maps = np.array([[[1.0, 2.0], [0.0, 0.0]], [[3.0, 6.0], [0.0, 0.0]]])
-    found = radii(np.array([0.3, 0.7]), maps, np.array([1.0, 0.0]), 0)
-    np.testing.assert_allclose(found.ensemble, found.length_weighted)
+    actual = radii(np.array([0.3, 0.7]), maps, np.array([1.0, 0.0]), 0)
+    np.testing.assert_allclose(actual.ensemble, actual.length_weighted)
 
 
 def test_it_runs_as_a_script():

@@ -139,10 +139,10 @@ def test_a_batch_without_tokens_keeps_its_shapes_and_gets_zero_gradients(form: s
 def test_an_unused_expert_gets_zero_gradient_and_the_used_ones_do_not(form: str) -> None:
     case = Case(tokens=6, experts=4, top_k=2, rank=2, seed=3, unused=1)
     leaves = case.leaves()
-    found = gradients(FORMS[form](case, leaves), leaves)
+    actual = gradients(FORMS[form](case, leaves), leaves)
     for factor in ("A", "B"):
-        assert not found[factor][1].any()
-        assert found[factor][[0, 2, 3]].flatten(1).any(dim=1).all()
+        assert not actual[factor][1].any()
+        assert actual[factor][[0, 2, 3]].flatten(1).any(dim=1).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -152,13 +152,13 @@ def test_one_expert_without_weights_is_plain_lora(tokens: int, rank: int, in_pla
     leaves = case.leaves()
     (h,) = project(leaves["x"], [leaves["A"].flatten(0, 1)])
     result = mix_dense(leaves["y"] * 1, h, None, leaves["B"], SCALING, in_place)
-    found = gradients(result, leaves)
+    actual = gradients(result, leaves)
     again = case.leaves()
     plain = again["y"] + SCALING * again["x"] @ again["A"][0].t() @ again["B"][0].t()
     torch.testing.assert_close(result, plain, **CLOSE)
     expected = gradients(plain, again)
     for leaf in ("y", "x", "A", "B"):
-        torch.testing.assert_close(found[leaf], expected[leaf], **CLOSE)
+        torch.testing.assert_close(actual[leaf], expected[leaf], **CLOSE)
 
 
 @pytest.mark.parametrize("form", ["dense", "dense in place", "sorted"])
@@ -202,7 +202,7 @@ def test_project_is_each_map_by_itself(rows: list[int], tokens: int) -> None:
     together = project(x, factors)
     assert [product.shape for product in together] == [(tokens, n) for n in rows]
     sum((i + 1) * product.square().sum() for i, product in enumerate(together)).backward()
-    found = [x.grad, *(factor.grad for factor in factors)]
+    actual = [x.grad, *(factor.grad for factor in factors)]
     x.grad = None
     for factor in factors:
         factor.grad = None
@@ -210,7 +210,7 @@ def test_project_is_each_map_by_itself(rows: list[int], tokens: int) -> None:
     sum((i + 1) * product.square().sum() for i, product in enumerate(alone)).backward()
     for product, own in zip(together, alone, strict=True):
         torch.testing.assert_close(product, own, **CLOSE)
-    for gradient, own in zip(found, [x.grad, *(factor.grad for factor in factors)], strict=True):
+    for gradient, own in zip(actual, [x.grad, *(factor.grad for factor in factors)], strict=True):
         torch.testing.assert_close(gradient, own, **CLOSE)
 
 

@@ -78,8 +78,8 @@ class Case:
     def gradients(self, result: Tensor) -> tuple[Tensor, Tensor]:
         if not result.numel():
             return torch.zeros_like(self.x), torch.zeros_like(self.weights)
-        found = torch.autograd.grad((result * self.direction).sum(), (self.x, self.weights), allow_unused=True)
-        return found[0], found[1]
+        actual = torch.autograd.grad((result * self.direction).sum(), (self.x, self.weights), allow_unused=True)
+        return actual[0], actual[1]
 
 
 @st.composite
@@ -102,8 +102,8 @@ def test_all_forms_equal_the_loops_in_outputs_and_gradients(case: Case) -> None:
     }
     for name, result in forms.items():
         torch.testing.assert_close(result, expected, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
-        for found, wanted in zip(case.gradients(result), gradients, strict=True):
-            torch.testing.assert_close(found, wanted, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+        for actual, wanted in zip(case.gradients(result), gradients, strict=True):
+            torch.testing.assert_close(actual, wanted, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("per", ["token", "sequence", "call"])
@@ -180,8 +180,8 @@ def test_a_layer_computes_the_same_in_whichever_form_is_chosen(kind: str, rows: 
     assert len(calls) == (1 if plain is None else 0)
     expected = case.by_loops()
     torch.testing.assert_close(result, expected, **CLOSE)
-    for found, wanted in zip(case.gradients(result), case.gradients(expected), strict=True):
-        torch.testing.assert_close(found, wanted, **CLOSE)
+    for actual, wanted in zip(case.gradients(result), case.gradients(expected), strict=True):
+        torch.testing.assert_close(actual, wanted, **CLOSE)
 
 
 def test_a_rank_space_that_is_there_already_is_used() -> None:
@@ -209,9 +209,9 @@ def test_low_precision_stays_close_to_float32_and_keeps_the_weights_gradient_wid
         result = forward_frozen(layer, plain_of(layer), x.bfloat16(), weights, loras.to(torch.bfloat16))
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), exact, rtol=0.05, atol=0.05)
-    (found,) = torch.autograd.grad(result.float().square().sum(), weights)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+    (actual,) = torch.autograd.grad(result.float().square().sum(), weights)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
 
 
 def test_loras_in_float32_on_a_layer_in_bfloat16_answer_in_the_layers_precision() -> None:
@@ -274,9 +274,9 @@ def test_leaving_out_loras_without_weight_changes_nothing(ranks: list[int], used
         assert case.frozen.ranks == tuple(rank for rank, one in zip(ranks, used, strict=True) if one)
         fewer = form()
         torch.testing.assert_close(fewer, result, **CLOSE)
-        found = torch.autograd.grad((fewer * case.direction).sum(), (case.x, weights))
-        torch.testing.assert_close(found[0], of_x, **CLOSE)
-        torch.testing.assert_close(found[1], of_weights * kept, **CLOSE)
+        actual = torch.autograd.grad((fewer * case.direction).sum(), (case.x, weights))
+        torch.testing.assert_close(actual[0], of_x, **CLOSE)
+        torch.testing.assert_close(actual[1], of_weights * kept, **CLOSE)
 
 
 def test_where_no_lora_has_weight_none_is_left_out() -> None:

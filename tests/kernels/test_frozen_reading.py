@@ -90,9 +90,9 @@ def test_logits_and_gradients_equal_those_of_materialised_outputs(kind: str, cas
     torch.testing.assert_close(ours, naive, **CLOSE)
     leaves = [case.u, case.bias, case.e_flat if kind == "flattened" else case.e]
     direction = case.draw(*ours.shape)
-    found = torch.autograd.grad((ours * direction).sum(), leaves)
+    actual = torch.autograd.grad((ours * direction).sum(), leaves)
     wanted = torch.autograd.grad((naive * direction).sum(), leaves)
-    for gradient, expected in zip(found, wanted, strict=True):
+    for gradient, expected in zip(actual, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)
 
 

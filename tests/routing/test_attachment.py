@@ -36,12 +36,12 @@ def explicit(
 def test_the_attached_gradient_carries_the_scale_of_the_task_loss(name: str, scale: float) -> None:
     model, given = model_and_batch(name)
     (model(**given).loss * scale).backward()
-    found = tiny.gradients(model)
-    tiny.assert_same(found, explicit(model, given, lambda task, own: scale * (task + own)))
+    actual = tiny.gradients(model)
+    tiny.assert_same(actual, explicit(model, given, lambda task, own: scale * (task + own)))
     without, _ = model_and_batch(name, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     (without(**given).loss * scale).backward()
     plain = tiny.gradients(without, "router")
-    assert all(not torch.allclose(found[router], plain[router], rtol=1e-3) for router in plain)
+    assert all(not torch.allclose(actual[router], plain[router], rtol=1e-3) for router in plain)
 
 
 def test_scaling_the_loss_in_place_is_seen_too() -> None:
@@ -63,9 +63,9 @@ def test_num_items_in_batch_gives_this_batch_its_share_of_the_labels() -> None:
     here = given["labels"][:, 1:].ne(-100).sum()  # the first token of a row predicts nothing
     total = here + 11
     model(**given, num_items_in_batch=total).loss.backward()
-    found = tiny.gradients(model)
+    actual = tiny.gradients(model)
     given["num_items_in_batch"] = total
-    tiny.assert_same(found, explicit(model, given, lambda task, own: task + here / total * own))
+    tiny.assert_same(actual, explicit(model, given, lambda task, own: task + here / total * own))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
@@ -131,10 +131,10 @@ def test_two_forwards_before_one_backward_keep_their_own_scales() -> None:
     model, given = model_and_batch("llama")
     second = tiny.batch(model.get_base_model(), rows=2, tokens=5, seed=9)
     (2 * model(**given).loss + 5 * model(**second).loss).backward()
-    found = tiny.gradients(model)
+    actual = tiny.gradients(model)
     one = explicit(model, given, lambda task, own: 2 * (task + own))
     two = explicit(model, second, lambda task, own: 5 * (task + own))
-    tiny.assert_same(found, {name: one[name] + two[name] for name in one})
+    tiny.assert_same(actual, {name: one[name] + two[name] for name in one})
 
 
 def test_in_eval_nothing_is_attached() -> None:
@@ -198,8 +198,8 @@ def test_collecting_through_non_reentrant_checkpointing_is_right() -> None:
     model, given = model_and_batch("llama")
     expected = explicit(model, given, lambda task, own: task + own)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = explicit(model, given, lambda task, own: task + own)
-    tiny.assert_same(found, expected)
+    actual = explicit(model, given, lambda task, own: task + own)
+    tiny.assert_same(actual, expected)
 
 
 def test_collecting_through_reentrant_checkpointing_is_refused() -> None:

@@ -40,9 +40,9 @@ def test_both_losses_equal_the_loops_in_value_and_gradient(decision: tuple[Tenso
         (balance_loss(routing, mask), mola.balance_loss(logits, top_k, mask)),
         (z_loss(routing, mask), mola.z_loss(logits, mask)),
     ]
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected)
-        gradient, oracle = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected)
+        gradient, oracle = (torch.autograd.grad(loss, logits)[0] for loss in (actual, expected))
         torch.testing.assert_close(gradient, oracle)
 
 

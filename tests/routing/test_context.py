@@ -191,18 +191,18 @@ def test_a_model_run_in_the_middle_of_another_changes_nothing() -> None:
 
 def test_a_deep_copy_has_hooks_of_its_own() -> None:
     model = tiny.adapted(tiny.llama())
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     given = tiny.inputs(model.get_base_model())
-    assert find_tracker(twin) is not None
-    assert find_tracker(twin) is not find_tracker(model)
-    with tiny.watch(model) as seen, tiny.watch(twin) as seen_in_twin, torch.no_grad():
+    assert find_tracker(clone) is not None
+    assert find_tracker(clone) is not find_tracker(model)
+    with tiny.watch(model) as seen, tiny.watch(clone) as seen_in_clone, torch.no_grad():
         expected = model(**given).logits
         assert len(seen) == 14
-        assert not seen_in_twin
-        assert torch.equal(twin(**given).logits, expected)
-        assert len(seen) == len(seen_in_twin) == 14
-    layers = {id(module) for module in twin.modules()}
-    for module in twin.modules():
+        assert not seen_in_clone
+        assert torch.equal(clone(**given).logits, expected)
+        assert len(seen) == len(seen_in_clone) == 14
+    layers = {id(module) for module in clone.modules()}
+    for module in clone.modules():
         if isinstance(module, tiny.MolaLinear):
             assert all(id(sibling) in layers for sibling in module.same_input)
 

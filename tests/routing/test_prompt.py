@@ -104,8 +104,8 @@ def test_generate_tells_the_ids_it_was_given() -> None:
         model.generate(torch.zeros(1, 5))
     assert model.seen == [(True, 5), (True, 4), (True, 3), (True, None), (False, None)]
     assert current_context().prompt is None
-    twin = copy.deepcopy(model)
-    twin.generate(torch.zeros(2, 6))
+    clone = copy.deepcopy(model)
+    clone.generate(torch.zeros(2, 6))
     assert len(model.seen) == 5
     untrack_calls(model)
     assert "generate" not in model.__dict__

@@ -65,9 +65,9 @@ def test_a_screen_meets_the_same_noise_as_the_ceiling():
             .loc[drawn[2]["kind"] == "pair", NAMES]
             .assign(floor=drawn[2]["nmse"], cka_distance=np.nan, weight_distance=0.5)
         )
-        found = reliability(pd.concat(drawn[:2]), screened)
-        assert not {"cka_distance", "weight_distance"} & set(found)  # they rank nothing
-        runs.append((found["floor"], found["ceiling within"]))
+        facts = reliability(pd.concat(drawn[:2]), screened)
+        assert not {"cka_distance", "weight_distance"} & set(facts)  # they rank nothing
+        runs.append((facts["floor"], facts["ceiling within"]))
     screens, ceilings = np.mean(runs, axis=0)
     assert screens == pytest.approx(ceilings, abs=0.1)
     single = reliability(drawn[0], screened)
@@ -77,16 +77,16 @@ def test_a_screen_meets_the_same_noise_as_the_ceiling():
 
 def test_there_is_no_ceiling_where_seeds_change_nothing():
     same = alignment(by_kind)
-    found = reliability(same.assign(nmse=alignment(by_kind, seeds=(0, 0))["nmse"].to_numpy()))
-    assert not {"ceiling", "ceiling within"} & set(found)
+    facts = reliability(same.assign(nmse=alignment(by_kind, seeds=(0, 0))["nmse"].to_numpy()))
+    assert not {"ceiling", "ceiling within"} & set(facts)
 
 
 def test_it_counts_what_is_beyond_and_what_is_below_the_floor():
-    found = alignment(lambda s, t: 0.95 if t == (0, 3) and s != t else by_kind(s, t))
-    names = found.loc[(found["kind"] == "pair") & (found["seed"] == 0), NAMES].reset_index(drop=True)
+    facts = alignment(lambda s, t: 0.95 if t == (0, 3) and s != t else by_kind(s, t))
+    names = facts.loc[(facts["kind"] == "pair") & (facts["seed"] == 0), NAMES].reset_index(drop=True)
     screened = names.assign(floor=0.1, cka_distance=0.5, weight_distance=0.5)
     screened.loc[0, "floor"] = 0.9
-    result = reliability(found, screened)
+    result = reliability(facts, screened)
     assert result["beyond"] == pytest.approx(16 / 20)
     assert result["below the floor"] == 2  # the first pair, both seeds
     assert result["ceiling"] == pytest.approx(1.0)
@@ -105,9 +105,9 @@ def test_the_auc_of_a_measure_that_knows_the_kinds_is_one_and_of_a_blind_one_a_h
 def test_the_auc_is_the_chance_counted_by_hand():
     values = {(0, 1): 0.3, (0, 2): 0.2, (0, 3): 0.3}  # replacements of expert (0, 0): own kind first
     rng = np.random.default_rng(0)
-    found = alignment(lambda s, t: values.get(t, 0.0) if s == (0, 0) else rng.uniform(), seeds=(0,))
-    found = found[(found["source_layer"] == 0) & (found["source_expert"] == 0)]
-    assert truth_auc(found, KINDS)["auc"] == pytest.approx((0 + 0.5) / 2)
+    facts = alignment(lambda s, t: values.get(t, 0.0) if s == (0, 0) else rng.uniform(), seeds=(0,))
+    facts = facts[(facts["source_layer"] == 0) & (facts["source_expert"] == 0)]
+    assert truth_auc(facts, KINDS)["auc"] == pytest.approx((0 + 0.5) / 2)
 
 
 def test_kinds_without_a_second_expert_are_refused():

@@ -56,18 +56,18 @@ def texts(batches, tokenizer) -> list[str]:
 )
 def test_every_kind_of_task_is_text_for_a_decoder(tmp_path, chat_tokenizer, kind, expected):
     path = written(tmp_path, kind)
-    found = text_batches(path, chat_tokenizer, "all", batch_size=4)
-    assert found.documents == len(NUMBERS)
-    assert len(found) == 8
-    assert expected in texts(found, chat_tokenizer)
-    assert all("labels" not in batch for batch in found)
+    prepared = text_batches(path, chat_tokenizer, "all", batch_size=4)
+    assert prepared.documents == len(NUMBERS)
+    assert len(prepared) == 8
+    assert expected in texts(prepared, chat_tokenizer)
+    assert all("labels" not in batch for batch in prepared)
     task = load_task(f"file:{path}")
     for split in ("train", "test"):
         of_split = text_batches(task, chat_tokenizer, split)
         assert of_split.documents == len(task.splits[split])  # one document a row, also of questions
         assert f"({split})" in of_split.origin
         assert "sha256" in of_split.origin
-    assert set(texts(text_batches(task, chat_tokenizer, "test"), chat_tokenizer)) < set(texts(found, chat_tokenizer))
+    assert set(texts(text_batches(task, chat_tokenizer, "test"), chat_tokenizer)) < set(texts(prepared, chat_tokenizer))
 
 
 def test_an_encoder_decoder_reads_a_text_and_writes_one(tmp_path, encoder_tokenizer):
@@ -87,10 +87,10 @@ def test_an_encoder_decoder_reads_a_text_and_writes_one(tmp_path, encoder_tokeni
 def test_paragraphs_of_a_text_file_are_documents(tmp_path, decoder_tokenizer):
     path = tmp_path / "prose.txt"
     path.write_text("w1 w2\nw3\n\n\nw4 w5\n \nw6 w7\n")
-    found = text_batches(str(path), decoder_tokenizer)
-    assert texts(found, decoder_tokenizer) == ["w1 w2 w3 <end>", "w4 w5 <end>", "w6 w7 <end>"]
-    assert texts(found, decoder_tokenizer) == texts(found, decoder_tokenizer)  # it can be gone through again
-    assert "3 documents of prose.txt (train)" in found.origin
+    prepared = text_batches(str(path), decoder_tokenizer)
+    assert texts(prepared, decoder_tokenizer) == ["w1 w2 w3 <end>", "w4 w5 <end>", "w6 w7 <end>"]
+    assert texts(prepared, decoder_tokenizer) == texts(prepared, decoder_tokenizer)  # it can be gone through again
+    assert "3 documents of prose.txt (train)" in prepared.origin
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -110,10 +110,10 @@ def test_a_file_is_measured_on_other_documents_than_it_is_captured_on(tmp_path, 
 
 
 def test_long_documents_are_cut_and_said(tmp_path, decoder_tokenizer):
-    found = text_batches(written(tmp_path, "prose"), decoder_tokenizer, max_length=3)
-    assert {len(text.split()) for text in texts(found, decoder_tokenizer)} == {3}
-    assert any("cut" in note for note in found.notes)
-    assert "at most 3 tokens" in found.origin
+    prepared = text_batches(written(tmp_path, "prose"), decoder_tokenizer, max_length=3)
+    assert {len(text.split()) for text in texts(prepared, decoder_tokenizer)} == {3}
+    assert any("cut" in note for note in prepared.notes)
+    assert "at most 3 tokens" in prepared.origin
 
 
 def test_a_limit_is_a_fixed_sample_in_order(tmp_path, decoder_tokenizer):
@@ -165,13 +165,13 @@ def test_texts_and_rows_are_taken_as_they_come(decoder_tokenizer):
 def test_they_are_what_a_capture_reads(tmp_path, decoder_tokenizer, family):
     model = FAMILIES[family](dtype=torch.float64, **({} if family == "mixtral" else {"expert_capacity": 64}))
     source = written(tmp_path, "prose")
-    found = []
+    prepared = []
     for size in (4, 7):
         given = text_batches(source, decoder_tokenizer, batch_size=size, encoder_decoder=family != "mixtral")
         settings = {"tokenizer": decoder_tokenizer, "origin": given.origin}
-        found.append(capture(model, given, tmp_path / str(size), per_expert=9, **settings))
-    assert_same_samples(*found)
-    assert found[0].manifest.origin == given.origin
+        prepared.append(capture(model, given, tmp_path / str(size), per_expert=9, **settings))
+    assert_same_samples(*prepared)
+    assert prepared[0].manifest.origin == given.origin
 
 
 def test_a_model_that_writes_answers_with_the_token_of_the_class(tmp_path, encoder_tokenizer):

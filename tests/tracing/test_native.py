@@ -47,11 +47,11 @@ class Truth:
 
 
 def assert_trace_is(trace: Any, truth: Truth) -> None:
-    found = {f"{stack}.{layer}.{module}": key for key in trace.counts for _, stack, layer, module in [key]}
+    actual = {f"{stack}.{layer}.{module}": key for key in trace.counts for _, stack, layer, module in [key]}
     named = {name.rpartition(".")[0]: name for name in truth.counts}
-    assert found.keys() == named.keys()
+    assert actual.keys() == named.keys()
     frame = trace.frame.groupby(["adapter", "stack", "layer", "module"]).tokens.first()
-    for module, key in found.items():
+    for module, key in actual.items():
         name = named[module]
         assert trace.counts[key].tolist() == truth.counts[name].tolist(), name
         assert int(trace.dropped[key].sum()) == truth.dropped[name], name

@@ -43,10 +43,10 @@ class Truth:
 
 
 def assert_trace_is(trace, truth: Truth) -> None:
-    found = {f"{stack}.{layer}.{module}": counts for (_, stack, layer, module), counts in trace.counts.items()}
-    assert found.keys() == truth.counts.keys()
+    actual = {f"{stack}.{layer}.{module}": counts for (_, stack, layer, module), counts in trace.counts.items()}
+    assert actual.keys() == truth.counts.keys()
     for name, counts in truth.counts.items():
-        assert found[name].tolist() == counts.tolist(), name
+        assert actual[name].tolist() == counts.tolist(), name
     entropy = {f"{stack}.{layer}.{module}": value for (_, stack, layer, module), value in trace.entropy.items()}
     for name, values in truth.entropies.items():
         assert entropy[name] == pytest.approx(sum(values) / len(values), rel=1e-5)

@@ -42,12 +42,12 @@ def step(folder: Path, name: str, copies: int, processes: int) -> dict[str, torc
     rows = Dataset.from_list(rows_of(model.get_base_model())).with_format("torch")
     trainer = Trainer(model, arguments, train_dataset=rows)
     assert trainer.args.world_size == processes
-    found: dict[str, torch.Tensor] = {}
+    actual: dict[str, torch.Tensor] = {}
     trainer.create_optimizer().register_step_pre_hook(
-        lambda *_: found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        lambda *_: actual.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
     trainer.train()
-    return found
+    return actual
 
 
 if __name__ == "__main__":

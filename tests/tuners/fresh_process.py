@@ -13,7 +13,7 @@ import lamella  # noqa: F401  registers the methods with PEFT
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
-found: dict[str, torch.Tensor] = {}
+actual: dict[str, torch.Tensor] = {}
 for folder in sorted(path for path in root.iterdir() if path.is_dir() and (path / "adapter").exists()):
     base, adapter, given = folder / "base", folder / "adapter", load_file(folder / "given.safetensors")
     architecture = AutoConfig.from_pretrained(base).architectures[0]
@@ -26,10 +26,10 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir() and (path 
         models["auto"] = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=3)
     for way, model in models.items():
         with torch.no_grad():
-            found[f"{folder.name} {way}"] = model.eval()(**given).logits
+            actual[f"{folder.name} {way}"] = model.eval()(**given).logits
     if hasattr(kind, "generate") and kind.can_generate():
         start = {name: tensor for name, tensor in given.items() if not name.startswith("decoder_")}
-        found[f"{folder.name} says"] = models["peft"].generate(
+        actual[f"{folder.name} says"] = models["peft"].generate(
             **start, max_new_tokens=4, min_new_tokens=4, do_sample=False
         )
-save_file(found, root / "found.safetensors")
+save_file(actual, root / "found.safetensors")

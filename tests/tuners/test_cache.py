@@ -128,8 +128,8 @@ def test_a_cache_that_the_model_made_itself_is_gone_on_with(model: PeftModel, be
         whole = model(input_ids=IDS).logits[:, 5:]
         first = model(input_ids=IDS[:, :5], use_cache=True, **begin())
         cache = first[1] if isinstance(first, tuple) else first.past_key_values
-        found = model(input_ids=IDS[:, 5:], past_key_values=cache).logits
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+        actual = model(input_ids=IDS[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(actual, whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny.llama(seed=1).double()}])
@@ -137,8 +137,8 @@ def test_tokens_that_are_taken_back_change_nothing(model: PeftModel, options: di
     ids = IDS[:1, :4].repeat(1, 2)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD}
     text = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **settings)
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **options)
-    assert torch.equal(found, text)
+    actual = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **options)
+    assert torch.equal(actual, text)
 
 
 def test_another_number_of_sequences_is_refused(model: PeftModel) -> None:

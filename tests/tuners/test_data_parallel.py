@@ -25,6 +25,6 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     for name in NAMES:
-        found = load_file(tmp_path / f"{name}.safetensors")
-        assert any("router" in key for key in found)
-        tiny.assert_same(found, step(tmp_path, name, copies=2, processes=1))
+        actual = load_file(tmp_path / f"{name}.safetensors")
+        assert any("router" in key for key in actual)
+        tiny.assert_same(actual, step(tmp_path, name, copies=2, processes=1))

@@ -50,12 +50,12 @@ def test_a_new_process_loads_the_very_same_models(folder: Path, tmp_path: Path) 
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    found = load_file(tmp_path / "found.safetensors")
+    actual = load_file(tmp_path / "found.safetensors")
     assert {f"{case} {way}" for case in ("mola", "mole", "molex-llama") for way in ("auto", "transformers")} < set(
-        found
+        actual
     )
-    assert "mola-head auto" in found
-    assert sum("says" in name for name in found) == 7
-    for name, tensor in found.items():
+    assert "mola-head auto" in actual
+    assert sum("says" in name for name in actual) == 7
+    for name, tensor in actual.items():
         wanted = expected[name if "says" in name else name.split(" ")[0]]
         assert torch.equal(tensor, wanted), name

@@ -67,11 +67,11 @@ def assert_as_fresh(model: PeftModel, make: Callable[..., PeftModel], kind: str)
     assert current_frame() is None
     assert current_context().around is None
     model.zero_grad()
-    found, expected = step(model, seed=2), step(make(kind=kind), seed=2)
-    assert found.keys() == expected.keys()
-    assert any("router" in name for name in found)
+    actual, expected = step(model, seed=2), step(make(kind=kind), seed=2)
+    assert actual.keys() == expected.keys()
+    assert any("router" in name for name in actual)
     for name in expected:
-        assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(actual[name], expected[name]), name
 
 
 def places(model: PeftModel, given: dict[str, Tensor]) -> list[nn.Module]:
@@ -134,10 +134,10 @@ def test_an_interrupted_stack_inside_does_not_end_the_call_around_it(make: Calla
             prepend=True,
         )
         base.encoder.forward = again
-        found = model(**given).logits
+        actual = model(**given).logits
         del base.encoder.forward
         hook.remove()
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     first, second, after = frames
     assert first.call is second.call
     assert after is first.parent

@@ -2,8 +2,8 @@
 
 A decision that read what the model has yet to say would leak it in training and be another one in generation. So it
 reads the prompt alone: inside ``generate`` the ids given; with labels the tokens before the first one that is to be
-predicted; by hand whatever ``prompt`` says. Where nothing says, the first few real tokens decide, and they themselves
-run without the decision, so that no token's output depends on a later one.
+predicted; where the user sets it, what ``prompt`` says. Where nothing says, the first few real tokens decide, and they
+themselves run without the decision, so that no token's output depends on a later one.
 """
 
 from collections.abc import Sequence

@@ -39,17 +39,17 @@ def held(capture: Capture) -> dict[str, Tensor]:
     return parts | {name: torch.tensor(table.to_numpy(dtype=float)) for name, table in tables.items()}
 
 
-def assert_equal(found: Capture, expected: Capture) -> None:
+def assert_equal(actual: Capture, expected: Capture) -> None:
     """The same samples and counts, bit for bit."""
-    mine, theirs = held(found), held(expected)
+    mine, theirs = held(actual), held(expected)
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(mine[name], tensor), name
 
 
-def assert_same_samples(found: Capture, expected: Capture) -> None:
+def assert_same_samples(actual: Capture, expected: Capture) -> None:
     """The same tokens and counts; what they are, as close as other shapes of the same sums come."""
-    mine, theirs = held(found), held(expected)
+    mine, theirs = held(actual), held(expected)
     for name, tensor in theirs.items():
         if name.startswith("inputs"):
             torch.testing.assert_close(mine[name], tensor)

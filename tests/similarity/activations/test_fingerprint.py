@@ -84,11 +84,11 @@ def test_a_tokenizer_without_rules_of_its_own_is_its_words():
 
 def test_another_tokenizer_is_refused(tmp_path):
     model = FAMILIES["mixtral"]()
-    found = capture(model, batches(documents()), tmp_path / "known", per_expert=4, tokenizer=tokenizer())
-    found.check(model, tokenizer())
+    snapshot = capture(model, batches(documents()), tmp_path / "known", per_expert=4, tokenizer=tokenizer())
+    snapshot.check(model, tokenizer())
     other = tokenizer(lower=True)
     with pytest.raises(LamellaError, match="is of the tokenizer") as error:
-        found.check(model, other)
+        snapshot.check(model, other)
     assert tokenizer_fingerprint(other) in str(error.value)
     with pytest.raises(LamellaError, match=r"has tokenizer '.*', but tokenizer '.*' is asked for"):
         capture(model, batches(documents()), tmp_path / "known", per_expert=4, tokenizer=other)

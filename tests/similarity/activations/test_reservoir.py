@@ -32,8 +32,8 @@ def filled(
     return reservoir
 
 
-def assert_equal(found: Reservoir, expected: Reservoir) -> None:
-    mine, theirs = found.packed(), expected.packed()
+def assert_equal(actual: Reservoir, expected: Reservoir) -> None:
+    mine, theirs = actual.packed(), expected.packed()
     for name, tensor in theirs.items():
         assert torch.equal(mine[name], tensor), name
 
@@ -49,8 +49,8 @@ def test_it_keeps_what_the_reference_keeps_of_all_keys(tokens, per_expert):
         tokens_of = zip(rows[mine].tolist(), positions[mine].tolist(), strict=True)
         expected = reference.smallest(9, LAYER, expert, tokens_of, per_expert)
         part = slice(start, start + int(packed["captured"][expert]))
-        found = zip(*(packed[name][part].tolist() for name in ("keys", "rows", "positions")), strict=True)
-        assert list(found) == expected
+        actual = zip(*(packed[name][part].tolist() for name in ("keys", "rows", "positions")), strict=True)
+        assert list(actual) == expected
         assert packed["inputs"][part, 0].tolist() == [50 * row + position for _, row, position in expected]
         start = part.stop
 

@@ -59,15 +59,15 @@ def test_killed_before_any_batch(model, unbroken, tmp_path, before):
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    found = run(model, tmp_path)
+    snapshot = run(model, tmp_path)
     handle.remove()
     assert sum(read) == len(TEXTS) - 2 * before  # nothing is read twice, though the batches are of another size now
-    assert found.manifest.rows_done == len(TEXTS)
+    assert snapshot.manifest.rows_done == len(TEXTS)
     for name in ("routing", "coactivation"):
-        pd.testing.assert_frame_equal(getattr(found, name), getattr(unbroken, name))
+        pd.testing.assert_frame_equal(getattr(snapshot, name), getattr(unbroken, name))
     for at in unbroken.experts:
-        assert torch.equal(found.keys(*at), unbroken.keys(*at))
-        torch.testing.assert_close(found.inputs(*at), unbroken.inputs(*at))
+        assert torch.equal(snapshot.keys(*at), unbroken.keys(*at))
+        torch.testing.assert_close(snapshot.inputs(*at), unbroken.inputs(*at))
 
 
 def every_write(monkeypatch, act: Callable[[int], None]) -> list[int]:
@@ -237,8 +237,8 @@ def test_more_text_after_the_end_is_refused(model, tmp_path):
 
 
 def test_a_lost_or_broken_shard_is_told(model, tmp_path):
-    found = run(model, tmp_path)
-    shard = found.manifest.shard(tmp_path, 1)
+    snapshot = run(model, tmp_path)
+    shard = snapshot.manifest.shard(tmp_path, 1)
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(LamellaError, match=r"layer-001.safetensors in .* cannot be read"):
         Capture.load(tmp_path)

@@ -41,23 +41,23 @@ def test_every_expert_has_the_tokens_with_the_smallest_keys(model, tmp_path):
             for position, chosen in enumerate(dispatch.routing.indices.tolist()):
                 for expert in chosen:
                     given.setdefault((dispatch.layer.index, expert), {})[row, position] = dispatch.x[position]
-    found = capture(model, batches(TEXTS), tmp_path, per_expert=6, seed=4)
-    routing = found.routing.set_index(["layer", "expert"])
-    for layer, expert in found.experts:
+    snapshot = capture(model, batches(TEXTS), tmp_path, per_expert=6, seed=4)
+    routing = snapshot.routing.set_index(["layer", "expert"])
+    for layer, expert in snapshot.experts:
         tokens = given.get((layer, expert), {})
         expected = reference.smallest(4, layer, expert, tokens, 6)
-        parts = (found.keys(layer, expert), found.rows(layer, expert), found.positions(layer, expert))
+        parts = (snapshot.keys(layer, expert), snapshot.rows(layer, expert), snapshot.positions(layer, expert))
         assert list(zip(*(part.tolist() for part in parts), strict=True)) == expected
         if expected:
             x = torch.stack([tokens[row, position] for _, row, position in expected])
-            torch.testing.assert_close(found.inputs(layer, expert), x.float())
+            torch.testing.assert_close(snapshot.inputs(layer, expert), x.float())
         assert routing.loc[(layer, expert), "selected"] == len(tokens)
         assert routing.loc[(layer, expert), "captured"] == len(expected)
     assert (routing.tokens == sum(map(len, TEXTS))).all()
     assert routing.dropped.sum() == 0
-    assert found.manifest.tokens == sum(map(len, TEXTS))
-    assert found.manifest.rows_done == len(TEXTS)
-    assert found.manifest.complete
+    assert snapshot.manifest.tokens == sum(map(len, TEXTS))
+    assert snapshot.manifest.rows_done == len(TEXTS)
+    assert snapshot.manifest.complete
 
 
 @pytest.mark.parametrize("other", [{"size": 1}, {"size": 7}, {"padding": "left"}, {"size": 2, "wider": 3}])
@@ -70,8 +70,8 @@ def test_documents_with_numbers_of_their_own_may_come_in_any_order(model, tmp_pa
     expected = capture(model, batches(TEXTS), tmp_path / "expected", per_expert=6)
     order = [3, 0, 6, 5, 1, 2, 4]
     stream = list(batches([TEXTS[row] for row in order], rows=order))
-    found = capture(model, stream, tmp_path / "found", per_expert=6)
-    assert_same_samples(found, expected)
+    snapshot = capture(model, stream, tmp_path / "found", per_expert=6)
+    assert_same_samples(snapshot, expected)
     assert all("rows" in batch for batch in stream)  # what was given is not changed
 
 
@@ -92,14 +92,14 @@ def test_another_seed_draws_others_and_the_same_seed_the_same(model, tmp_path):
 
 def test_outputs_recomputed_are_what_the_model_computed(model, tmp_path):
     layer = moe_layers(model)[1]
-    found = capture(model, batches(TEXTS), tmp_path, per_expert=1000)
+    snapshot = capture(model, batches(TEXTS), tmp_path, per_expert=1000)
     for row, text in enumerate(TEXTS):
         ((_, dispatch, _),) = dispatches(model, [{"input_ids": text[None]}])
         outputs = torch.zeros_like(dispatch.x)
         for expert in range(layer.num_experts):
-            mine = found.rows(1, expert) == row
-            at = found.positions(1, expert)[mine]
-            y = layer.experts[expert](found.inputs(1, expert)[mine].double())
+            mine = snapshot.rows(1, expert) == row
+            at = snapshot.positions(1, expert)[mine]
+            y = layer.experts[expert](snapshot.inputs(1, expert)[mine].double())
             outputs[at] += dispatch.routing.dense_weights()[at, expert, None] * y
         if layer.shared is not None:
             outputs += layer.shared(dispatch.x)
@@ -112,14 +112,14 @@ def test_every_family_is_captured(family, tmp_path):
     model = FAMILIES[family]()
     stream = [inputs_for(model, seed=seed, batch=4, tokens=9) for seed in range(3)]
     seen = dispatches(model, stream)
-    found = capture(model, stream, tmp_path, per_expert=8)
-    routing = found.routing.groupby("layer")[["selected", "dropped"]].sum()
+    snapshot = capture(model, stream, tmp_path, per_expert=8)
+    routing = snapshot.routing.groupby("layer")[["selected", "dropped"]].sum()
     for place, layer in enumerate(moe_layers(model)):
         of_layer = [batch[place] for batch in seen]
         real = sum(int(dispatch.real.sum()) for dispatch in of_layer)
         lost = sum(0 if one.routing.kept is None else int((~one.routing.kept[one.real]).sum()) for one in of_layer)
         assert routing.loc[layer.index].tolist() == [real * layer.top_k, lost]
-    assert found.hidden_size == moe_layers(model)[0].experts[0].up.shape[1]
+    assert snapshot.hidden_size == moe_layers(model)[0].experts[0].up.shape[1]
 
 
 def test_tokens_without_room_are_counted_apart_and_not_sampled(tmp_path):
@@ -133,24 +133,24 @@ def test_tokens_without_room_are_counted_apart_and_not_sampled(tmp_path):
             for row, token in torch.nonzero(real & ~kept).tolist():
                 expert = int(dispatch.routing.indices.view(dispatch.shape)[row, token])
                 lost.add((dispatch.layer.index, expert, 4 * number + row, int(real[row, :token].sum())))
-    found = capture(model, stream, tmp_path, per_expert=1000)
+    snapshot = capture(model, stream, tmp_path, per_expert=1000)
     sampled = {
         (*at, row, position)
-        for at in found.experts
-        for row, position in zip(found.rows(*at).tolist(), found.positions(*at).tolist(), strict=True)
+        for at in snapshot.experts
+        for row, position in zip(snapshot.rows(*at).tolist(), snapshot.positions(*at).tolist(), strict=True)
     }
     assert lost
     assert not lost & sampled
-    assert found.routing.dropped.sum() == len(lost)
-    assert (found.routing.selected - found.routing.dropped == found.routing.captured).all()
-    assert len(sampled) == found.routing.captured.sum()
+    assert snapshot.routing.dropped.sum() == len(lost)
+    assert (snapshot.routing.selected - snapshot.routing.dropped == snapshot.routing.captured).all()
+    assert len(sampled) == snapshot.routing.captured.sum()
     with torch.no_grad(), record_routing(model) as trace:
         for batch in stream:
             model(**batch)
-    assert sorted(found.routing.share) == pytest.approx(sorted(trace.frame.share))
-    taken = found.routing.captured
-    totals = taken.groupby(found.routing.layer).transform("sum")
-    assert found.routing.share.tolist() == pytest.approx((taken / totals).tolist())
+    assert sorted(snapshot.routing.share) == pytest.approx(sorted(trace.frame.share))
+    taken = snapshot.routing.captured
+    totals = taken.groupby(snapshot.routing.layer).transform("sum")
+    assert snapshot.routing.share.tolist() == pytest.approx((taken / totals).tolist())
 
 
 def test_bfloat16_keeps_the_same_tokens_in_half_the_room(model, tmp_path):
@@ -171,28 +171,28 @@ def test_modules_train_on_as_they_did(tmp_path):
     seen = []
     model.register_forward_hook(lambda module, args, output: seen.append(module.training))
     before = {name: module.training for name, module in model.named_modules()}
-    found = capture(model, batches(TEXTS), tmp_path / "found", per_expert=4)
+    snapshot = capture(model, batches(TEXTS), tmp_path / "found", per_expert=4)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert not frozen.training
     assert not any(seen)
-    assert_equal(found, capture(model.eval(), batches(TEXTS), tmp_path / "expected", per_expert=4))
+    assert_equal(snapshot, capture(model.eval(), batches(TEXTS), tmp_path / "expected", per_expert=4))
 
 
 def test_progress_tells_tokens_and_experts_that_are_short(model, tmp_path):
     told: list[Progress] = []
-    found = capture(model, batches(TEXTS), tmp_path, per_expert=12, progress=told.append)
+    snapshot = capture(model, batches(TEXTS), tmp_path, per_expert=12, progress=told.append)
     assert [one.rows for one in told] == [3, 6, 7]
     assert [one.tokens for one in told] == [sum(map(len, TEXTS[:rows])) for rows in (3, 6, 7)]
-    assert all(one.tokens_per_second > 0 and one.experts == len(found.experts) for one in told)
+    assert all(one.tokens_per_second > 0 and one.experts == len(snapshot.experts) for one in told)
     assert told[0].short > told[-1].short
-    assert told[-1].short == len(found.short(12))
+    assert told[-1].short == len(snapshot.short(12))
 
 
 def test_the_folder_holds_shards_and_manifest_alone(model, tmp_path):
-    found = capture(model, batches(TEXTS), tmp_path)
-    shards = {f"layer-{layer:03d}.safetensors" for layer, _ in found.manifest.layers}
+    snapshot = capture(model, batches(TEXTS), tmp_path)
+    shards = {f"layer-{layer:03d}.safetensors" for layer, _ in snapshot.manifest.layers}
     assert left_over(tmp_path) == shards | {"manifest.json"}
-    assert_equal(Capture.load(tmp_path), found)
+    assert_equal(Capture.load(tmp_path), snapshot)
 
 
 def test_inputs_that_are_no_text_or_not_one_document_a_row_are_refused(model, tmp_path):
@@ -231,8 +231,8 @@ def test_activations_of_padding_may_be_anything(tmp_path):
         return (torch.cat([args[0][:, :3], torch.full_like(args[0][:, 3:], torch.nan)], dim=1),)
 
     moe_layers(model)[-1].module.register_forward_pre_hook(spoil)
-    found = capture(model, batches([TEXTS[0][:3]], wider=4), tmp_path, per_expert=4)
-    assert (found.routing.tokens == 3).all()
+    snapshot = capture(model, batches([TEXTS[0][:3]], wider=4), tmp_path, per_expert=4)
+    assert (snapshot.routing.tokens == 3).all()
     with pytest.raises(LamellaError, match="NaN"):
         capture(model, batches([TEXTS[0][:4]], wider=4), tmp_path / "real", per_expert=4)
 
@@ -252,8 +252,8 @@ def test_a_model_without_experts_is_refused(tmp_path):
 
 def test_experts_of_an_adapter_are_captured_where_a_block_has_one_layer_of_them(tmp_path):
     adapted = tiny.adapted(tiny.llama(), target_modules=["q_proj"]).eval()
-    found = capture(adapted, batches(TEXTS), tmp_path, per_expert=6)
-    assert found.experts == [(layer, expert) for layer in range(2) for expert in range(3)]
-    assert (found.routing.tokens == sum(map(len, TEXTS))).all()
+    snapshot = capture(adapted, batches(TEXTS), tmp_path, per_expert=6)
+    assert snapshot.experts == [(layer, expert) for layer in range(2) for expert in range(3)]
+    assert (snapshot.routing.tokens == sum(map(len, TEXTS))).all()
     with pytest.raises(LamellaError, match=r"14 layers of experts, 12 more than blocks .* of the widths 16, 24"):
         capture(tiny.adapted(tiny.llama()), batches(TEXTS), tmp_path / "many")

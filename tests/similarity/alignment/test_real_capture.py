@@ -25,6 +25,6 @@ def test_a_capture_is_aligned_alike_after_loading(tmp_path, dtype):
 
 
 def test_a_capture_of_another_model_is_refused(tmp_path):
-    found = _captured(tiny_moe.build("qwen2_moe"), tmp_path)
+    actual = _captured(tiny_moe.build("qwen2_moe"), tmp_path)
     with pytest.raises(LamellaError):
-        align(found, tiny_moe.build("qwen2_moe", seed=1))
+        align(actual, tiny_moe.build("qwen2_moe", seed=1))

@@ -126,5 +126,5 @@ def test_swiglu_is_told_from_a_clamped_one():
     clamped = replace(expert, activation=lambda gate, up: torch.nn.functional.silu(gate.clamp(max=7)) * up)
     assert type(hidden_units(expert)) is Swiglu
     assert type(hidden_units(clamped)) is HiddenUnits
-    found = {family: type(hidden_units(moe_layers(build())[-1].experts[0])) for family, build in FAMILIES.items()}
-    assert {family for family, kind in found.items() if kind is HiddenUnits} == {"gpt_oss", "switch_transformers"}
+    actual = {family: type(hidden_units(moe_layers(build())[-1].experts[0])) for family, build in FAMILIES.items()}
+    assert {family for family, kind in actual.items() if kind is HiddenUnits} == {"gpt_oss", "switch_transformers"}

@@ -68,9 +68,9 @@ def test_the_curve_measures_each_compressed_model():
         assert (row.parameters, row.experts_left) == (small.report.parameters, 6)
     twins = frame[(frame["budget"] == ONE_LESS) & (frame["method"] == "similarity")]
     assert (twins["ratio"] - 1).abs().max() < 1e-6
-    found = largest_compression(frame).set_index(["method", "domain"])
-    assert found.loc[("similarity", "in"), "removed"] >= 1 - ONE_LESS - 1e-9
-    assert found.loc[("similarity", "in"), "low"] >= 1 - ONE_LESS - 1e-9
+    actual = largest_compression(frame).set_index(["method", "domain"])
+    assert actual.loc[("similarity", "in"), "removed"] >= 1 - ONE_LESS - 1e-9
+    assert actual.loc[("similarity", "in"), "low"] >= 1 - ONE_LESS - 1e-9
 
 
 def curve(ratios, spread=0.005, **columns):

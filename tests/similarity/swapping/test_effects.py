@@ -121,13 +121,13 @@ def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path):
     assert len(pd.read_parquet(tmp_path / "swap.parquet")) == 2
     forwards, steps = [], []
     handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    found = swap_effects(
+    actual = swap_effects(
         model, texts(), swaps, progress=lambda done, total: steps.append((done, total)), folder=tmp_path
     )
     handle.remove()
     assert len(forwards) == 1 + 3  # the plain model and what was missing
     assert steps == [(at, 5) for at in range(1, 6)]
-    pd.testing.assert_frame_equal(found, expected)
+    pd.testing.assert_frame_equal(actual, expected)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "swap.parquet"), expected)
 
 

@@ -291,13 +291,13 @@ def test_an_aligner_keeps_its_own_precision():
 def test_random_weights_are_of_the_seed_and_leave_nothing_behind(unit):
     model = FAMILIES["qwen2_moe"]()
     a, _ = two_of(model, unit)
-    base, before, found = logits(model), state(model), []
+    base, before, actual = logits(model), state(model), []
     for seed in (0, 0, 1):
         with randomised(model, a, unit, seed):
-            found.append(logits(model))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], base)
+            actual.append(logits(model))
+    assert torch.equal(actual[0], actual[1])
+    assert not torch.equal(actual[0], actual[2])
+    assert not torch.equal(actual[0], base)
     assert same_state(model, before)
 
 

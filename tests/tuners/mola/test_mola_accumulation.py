@@ -102,10 +102,10 @@ def test_fp16_with_a_gradient_scaler_gives_the_gradients_of_fp32() -> None:
             loss = model(**given).loss
         scaler.scale(loss / 2).backward()
     scaler.unscale_(optimizer)
-    found = tiny.gradients(model)
+    actual = tiny.gradients(model)
     for name in expected:
-        assert (found[name] - expected[name]).norm() < 0.02 * expected[name].norm() + 1e-4, name
-    assert any("router" in name for name in found)
+        assert (actual[name] - expected[name]).norm() < 0.02 * expected[name].norm() + 1e-4, name
+    assert any("router" in name for name in actual)
 
 
 def test_bf16_autocast_is_close_to_fp32() -> None:
@@ -119,9 +119,9 @@ def test_bf16_autocast_is_close_to_fp32() -> None:
     loss.backward()
     assert all(routing.weights.dtype == torch.float32 for _, routing, _ in seen)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=0.02)
-    found = tiny.gradients(model)
+    actual = tiny.gradients(model)
     norm = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5
-    apart = sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
+    apart = sum(float((actual[name] - expected[name]).square().sum()) for name in expected) ** 0.5
     assert apart < 0.1 * norm
 
 

@@ -54,8 +54,8 @@ def test_the_balance_loss_is_what_is_compared(mode: str) -> None:
     with_balance, without = prepared("llama", mode), tiny.adapted(tiny.llama().double()).double().train()
     for model in (with_balance, without):
         model(**tiny.batch(model.get_base_model())).loss.backward()
-    found, plain = tiny.gradients(with_balance, "router"), tiny.gradients(without, "router")
-    assert all((found[key] - plain[key]).norm() > 0.1 * plain[key].norm() for key in plain)
+    actual, plain = tiny.gradients(with_balance, "router"), tiny.gradients(without, "router")
+    assert all((actual[key] - plain[key]).norm() > 0.1 * plain[key].norm() for key in plain)
 
 
 def preference_loss(model: torch.nn.Module, chosen: dict[str, Tensor], rejected: dict[str, Tensor]) -> Tensor:

@@ -52,9 +52,9 @@ def test_a_layer_equals_the_loops(
     torch.manual_seed(3)
     for layer in layers_of(model).values():
         x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
-        found, expected = backward(layer, layer, x), backward(lambda x, layer=layer: by_loops(layer, x), layer, x)
-        tiny.assert_same(found, expected, **FLOAT64)
-        assert len(found) == 4 + (experts > 1) * (1 + (router == "cosine"))
+        actual, expected = backward(layer, layer, x), backward(lambda x, layer=layer: by_loops(layer, x), layer, x)
+        tiny.assert_same(actual, expected, **FLOAT64)
+        assert len(actual) == 4 + (experts > 1) * (1 + (router == "cosine"))
 
 
 def test_the_scaling_is_lora_alpha_over_r_or_over_its_root() -> None:
@@ -84,10 +84,10 @@ def as_lora(model: PeftModel, base: nn.Module, **config: Any) -> PeftModel:
     """PEFT's LoRA with the A and B of a mixture of one expert."""
     lora = get_peft_model(base, LoraConfig(target_modules=list(layers_of(model.get_base_model())), **config))
     for name, layer in layers_of(model.get_base_model()).items():
-        twin = lora.get_base_model().get_submodule(name)
+        peft_layer = lora.get_base_model().get_submodule(name)
         with torch.no_grad():
-            twin.lora_A["default"].weight.copy_(layer.lamella_mola_lora_A["default"][0])
-            twin.lora_B["default"].weight.copy_(layer.lamella_mola_lora_B["default"][0])
+            peft_layer.lora_A["default"].weight.copy_(layer.lamella_mola_lora_A["default"][0])
+            peft_layer.lora_B["default"].weight.copy_(layer.lamella_mola_lora_B["default"][0])
     return lora
 
 
@@ -103,15 +103,15 @@ def test_one_expert_is_pefts_lora_in_outputs_and_gradients(name: str, use_rslora
     torch.testing.assert_close(mine.logits, theirs.logits, **FLOAT64)
     mine.loss.backward()
     theirs.loss.backward()
-    found, expected = tiny.gradients(model), tiny.gradients(lora)
-    assert not any("router" in key for key in found)
+    actual, expected = tiny.gradients(model), tiny.gradients(lora)
+    assert not any("router" in key for key in actual)
     renamed = {
         key.replace("lora_A.default.weight", "lamella_mola_lora_A.default").replace(
             "lora_B.default.weight", "lamella_mola_lora_B.default"
         ): gradient[None]
         for key, gradient in expected.items()
     }
-    tiny.assert_same(found, renamed, **FLOAT64)
+    tiny.assert_same(actual, renamed, **FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])

@@ -45,11 +45,11 @@ def test_a_trainable_load_trains_and_only_the_adapter(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny.llama(), tmp_path, is_trainable=True).train()
     again(**tiny.batch(again.get_base_model())).loss.backward()
-    found = tiny.gradients(again)
-    assert found
-    assert all("lamella_mola_" in key and gradient.any() for key, gradient in found.items())
+    actual = tiny.gradients(again)
+    assert actual
+    assert all("lamella_mola_" in key and gradient.any() for key, gradient in actual.items())
     trainable, total = again.get_nb_trainable_parameters()
-    assert trainable == again.base_model.summary().trainable == sum(gradient.numel() for gradient in found.values())
+    assert trainable == again.base_model.summary().trainable == sum(gradient.numel() for gradient in actual.values())
     assert total > trainable
 
 
@@ -85,9 +85,9 @@ def test_transformers_own_adapter_methods(tmp_path: Path) -> None:
 
 
 def test_a_model_adapted_by_transformers_trains_with_its_balance_loss() -> None:
-    model, twin = tiny.llama(), tiny.llama()
+    model, clone = tiny.llama(), tiny.llama()
     results = []
-    for each, coefficient in ((model, 0.5), (twin, 0.0)):
+    for each, coefficient in ((model, 0.5), (clone, 0.0)):
         torch.manual_seed(0)
         each.add_adapter(config(router_aux_loss_coef=coefficient))
         each.train()(**tiny.batch(each)).loss.backward()
@@ -222,13 +222,13 @@ def test_a_deep_copy_is_independent() -> None:
     model = tiny.adapted(tiny.llama())
     given = tiny.inputs(model.get_base_model())
     expected = run(model, given)
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     with torch.no_grad():
-        for key, p in twin.named_parameters():
+        for key, p in clone.named_parameters():
             if "lora_B" in key:
                 p.zero_()
     assert torch.equal(run(model, given), expected)
-    assert not torch.equal(run(twin, given), expected)
+    assert not torch.equal(run(clone, given), expected)
 
 
 def test_a_row_of_the_batch_cannot_choose_its_adapter() -> None:

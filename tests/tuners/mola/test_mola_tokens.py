@@ -46,8 +46,8 @@ def test_right_padding_of_any_amount_changes_nothing(name: str, amount: int) -> 
     padding = torch.zeros(3, amount, dtype=torch.long)
     padded = {**given, "input_ids": torch.cat([given["input_ids"], padding], 1)}
     padded["attention_mask"] = torch.cat([given["attention_mask"], padding], 1)
-    found = logits(model, padded)
-    real = found[:, : expected.shape[1]] if found.dim() == 3 else found
+    actual = logits(model, padded)
+    real = actual[:, : expected.shape[1]] if actual.dim() == 3 else actual
     torch.testing.assert_close(real, expected, **CLOSE)
 
 
@@ -88,9 +88,9 @@ def test_later_tokens_change_nothing(name: str, kind: str) -> None:
     expected = logits(model, given)
     changed = {**given, key: given[key].clone()}
     changed[key][:, 4:] = 5
-    found = logits(model, changed)
-    torch.testing.assert_close(found[:, :4], expected[:, :4], **CLOSE)
-    assert not torch.allclose(found[:, 4:], expected[:, 4:])
+    actual = logits(model, changed)
+    torch.testing.assert_close(actual[:, :4], expected[:, :4], **CLOSE)
+    assert not torch.allclose(actual[:, 4:], expected[:, 4:])
 
 
 @pytest.mark.parametrize(("name", "search"), [("llama", {}), ("gpt2", {"num_beams": 3}), ("t5", {"num_beams": 3})])

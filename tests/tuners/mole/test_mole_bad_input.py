@@ -106,7 +106,7 @@ def test_settings_out_of_range(options: dict[str, object], match: str) -> None:
         MoleConfig(**options)
 
 
-def test_weights_by_hand(folder: Path) -> None:
+def test_overrides(folder: Path) -> None:
     model = trained.composition("bert", folder)
     given = tiny.inputs(model.get_base_model())
     bad = [
@@ -127,8 +127,8 @@ def test_weights_by_hand(folder: Path) -> None:
             pass
     with fixed_weights(model, [{"news": 1}, {"code": 1}]), pytest.raises(LamellaError, match="weights for 2 sequences"):
         trained.run(model, given)
-    by_hand = masked_experts(model, drop=["news"])
-    with fixed_weights(model, {"news": 1}), pytest.raises(LamellaError, match="fixed weights are 0"), by_hand:
+    override = masked_experts(model, drop=["news"])
+    with fixed_weights(model, {"news": 1}), pytest.raises(LamellaError, match="fixed weights are 0"), override:
         pass
     plain = trained.run(model, given)
     with masked_experts(model, drop=["news"]), masked_experts(model, drop=["code"]):
@@ -157,9 +157,9 @@ def test_a_mask_shares_out_fixed_weights_in_proportion(weights: list[float], dro
     left = {name: weight for name, weight in table.items() if name not in dropped}
     grown = {name: weight * sum(weights) / sum(left.values()) for name, weight in left.items()}
     with fixed_weights(model, table), masked_experts(model, drop=sorted(dropped)):
-        found = trained.run(model, given)
+        actual = trained.run(model, given)
     with fixed_weights(model, grown):
-        torch.testing.assert_close(found, trained.run(model, given))
+        torch.testing.assert_close(actual, trained.run(model, given))
 
 
 def test_a_layer_by_itself_says_what_it_lacks(folder: Path) -> None:

@@ -29,7 +29,7 @@ def weights_of(outputs: Sequence[Tensor], read: Tensor, router: nn.Module) -> Te
 
 
 @contextmanager
-def by_hand(
+def plainly(
     model: nn.Module, stack: str, loras: dict[str, list], routers: dict[str, nn.Module], read: Tensor, form: str
 ) -> Iterator[None]:
     """A plain model whose blocks are run K + 1 times by a hook, with merged weights."""
@@ -73,7 +73,7 @@ def test_a_block_form_is_what_it_says(kind: str, stack: str, form: str, folder: 
     base = tiny.build(kind, layers=2).double()
     loras = trained.deltas(model, kind, folder)
     read = given["attention_mask"].bool()
-    with torch.no_grad(), by_hand(base, stack, loras, trained.routers_of(model), read, form):
+    with torch.no_grad(), plainly(base, stack, loras, trained.routers_of(model), read, form):
         expected = base(**given).logits
     torch.testing.assert_close(trained.run(model, given), expected, rtol=1e-5, atol=1e-6)
     weights = trained.weights_seen(model, given)
@@ -92,9 +92,9 @@ def test_one_hot_block_delta_is_that_lora(kind: str, folder: Path) -> None:
         with fixed_weights(model, {name: 1}):
             torch.testing.assert_close(trained.run(model, given), alone, rtol=1e-5, atol=1e-6)
     with masked_experts(model, drop=["news", "law"]):
-        found = trained.run(model, given)
+        actual = trained.run(model, given)
     alone = trained.run(trained.alone(kind, trained.lora(kind, folder, 1)), given)
-    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

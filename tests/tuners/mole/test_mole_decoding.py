@@ -219,14 +219,14 @@ def test_what_cannot_be_gone_on_with_is_refused(folder: Path) -> None:
             model(input_ids=ids[:, 5:].repeat(2, 1), past_key_values=cache)
 
 
-def test_a_mask_and_weights_by_hand_hold_in_generation(folder: Path) -> None:
+def test_overrides_hold_in_generation(folder: Path) -> None:
     model = trained.composition("llama", folder)
     given = _left_padded("llama")
-    for by_hand in (
+    for override in (
         masked_experts(model, drop=["news"]),
         fixed_weights(model, [{"news": 1}, {"code": 1}, {"law": 0.5, "news": 0.5}]),
     ):
-        with by_hand:
+        with override:
             for options in ({}, {"num_beams": 2}):
                 cached = generate(model, given, **options)
                 assert torch.equal(cached, generate(model, given, use_cache=False, **options))

@@ -270,10 +270,10 @@ def test_a_deep_copy_is_independent(folder: Path) -> None:
     model = trained.composition("bert", folder)
     given = tiny.inputs(model.get_base_model())
     expected = trained.run(model, given)
-    twin = copy.deepcopy(model)
-    assert torch.equal(trained.run(twin, given), expected)
-    trained.one_hot(twin, 0)
-    assert not torch.allclose(trained.run(twin, given), expected)
+    clone = copy.deepcopy(model)
+    assert torch.equal(trained.run(clone, given), expected)
+    trained.one_hot(clone, 0)
+    assert not torch.allclose(trained.run(clone, given), expected)
     assert torch.equal(trained.run(model, given), expected)
 
 

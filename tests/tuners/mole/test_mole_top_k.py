@@ -26,11 +26,11 @@ def test_the_weights_are_the_softmax_over_the_k_largest(values: list[float], k: 
     logits = torch.tensor(values, dtype=torch.float64)
     smallest = sorted(values)[-k]
     expected = [torch.exp(torch.tensor(value, dtype=torch.float64)) * (value >= smallest) for value in values]
-    found = mixing_weights(logits, k)
-    torch.testing.assert_close(found, torch.stack(expected) / sum(expected))
+    actual = mixing_weights(logits, k)
+    torch.testing.assert_close(actual, torch.stack(expected) / sum(expected))
     assert torch.equal(mixing_weights(logits, 6), torch.softmax(logits, dim=-1))
     order = torch.randperm(6, generator=torch.Generator().manual_seed(k))
-    torch.testing.assert_close(mixing_weights(logits[order], k), found[order])
+    torch.testing.assert_close(mixing_weights(logits[order], k), actual[order])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -38,16 +38,16 @@ def test_what_is_not_used_gets_no_gradient_and_a_single_one_that_of_its_probabil
     logits = torch.tensor([0.3, 2.0, -torch.inf, 1.0], dtype=torch.float64, requires_grad=True)
     effect = torch.tensor([0.7, -1.1, 5.0, 0.4], dtype=torch.float64)
     weights = mixing_weights(logits, k)
-    (found,) = torch.autograd.grad(weights @ effect, logits)
+    (actual,) = torch.autograd.grad(weights @ effect, logits)
     if k == 1:
         assert torch.equal(weights, torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64))
         chances = torch.softmax(logits.detach(), dim=-1)
         expected = -1.1 * (torch.tensor([0.0, 1.0, 0.0, 0.0]) - chances)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
     else:
         w = weights.detach()
-        torch.testing.assert_close(found, w * (effect - w @ effect))
-        assert bool((found[w == 0] == 0).all())
+        torch.testing.assert_close(actual, w * (effect - w @ effect))
+        assert bool((actual[w == 0] == 0).all())
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_all_k_is_none_bit_for_bit(granularity: str, router_input: str, folder: 
         "granularity": granularity, "router_input": router_input, "balance": "log",
         "flatten_length": 9 if router_input == "flatten" else None, "exclude_modules": ["pooler.dense"],
     }  # fmt: skip
-    found = []
+    actual = []
     for top_k in (None, 3):
         model = trained.composition("bert", folder, top_k=top_k, **config)
         logits = trained.run(model, tiny.inputs(model.get_base_model()))
         model.train()(**tiny.batch(model.get_base_model())).loss.backward()
-        found.append((logits, tiny.gradients(model)))
-    (plain, expected), (used, gradients) = found
+        actual.append((logits, tiny.gradients(model)))
+    (plain, expected), (used, gradients) = actual
     assert torch.equal(used, plain)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
@@ -203,7 +203,7 @@ def test_loras_that_no_sequence_uses_are_not_computed(tmp_path: Path, monkeypatc
     assert computed[-1] == 16
 
 
-def test_weights_by_hand_are_used_as_they_are(folder: Path) -> None:
+def test_fixed_weights_are_used_as_they_are(folder: Path) -> None:
     model, plain = (trained.composition("bert", folder, top_k=top_k) for top_k in (1, None))
     given = tiny.inputs(model.get_base_model())
     for rows in ([{"news": 0.5, "law": 0.5}, {"code": 1.0}, {"news": 0.2}], [{}, {}, {}], [{"law": 2.0}] * 3):
@@ -218,7 +218,7 @@ def test_weights_by_hand_are_used_as_they_are(folder: Path) -> None:
 @pytest.mark.parametrize("granularity", ["matrix", "network"])
 def test_checkpointing_changes_no_gradient(mode: dict[str, bool], granularity: str, tmp_path: Path) -> None:
     paths = {f"lora{i}": trained.random_lora(tmp_path, i) for i in range(8)}
-    found = []
+    actual = []
     for each in (None, mode):
         model = lamella.compose(tiny.bert().double(), paths, MoleConfig(top_k=2, granularity=granularity))
         trained.sharpen(model, 8.0)
@@ -226,9 +226,9 @@ def test_checkpointing_changes_no_gradient(mode: dict[str, bool], granularity: s
             model.gradient_checkpointing_enable(each)
             model.enable_input_require_grads()
         model.train()(**tiny.batch(model.get_base_model())).loss.backward()
-        found.append(tiny.gradients(model))
-    assert found[0]
-    tiny.assert_same(found[1], found[0])
+        actual.append(tiny.gradients(model))
+    assert actual[0]
+    tiny.assert_same(actual[1], actual[0])
 
 
 def test_generation_with_a_cache_is_generation_without(folder: Path) -> None:

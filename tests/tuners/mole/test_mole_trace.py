@@ -44,7 +44,7 @@ def test_each_unit_has_the_mean_weights_that_its_modules_were_given(kind: str, r
         assert rows.share.tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_weights_by_hand_are_traced_as_they_are(folder: Path) -> None:
+def test_fixed_weights_are_traced_as_they_are(folder: Path) -> None:
     model = trained.composition("bert", folder)
     given = tiny.inputs(model.get_base_model())
     with fixed_weights(model, {"news": 0.25, "law": 0.75}), record_routing(model) as trace:
@@ -92,15 +92,15 @@ def test_lower_precision(dtype: torch.dtype, folder: Path, tmp_path: Path) -> No
     assert {layer.loras("default").A.dtype for layer in layers.values()} == {dtype}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     given = tiny.inputs(model.get_base_model())
-    found = trained.run(model, given)
-    assert found.dtype == dtype
+    actual = trained.run(model, given)
+    assert actual.dtype == dtype
     wide = lamella.compose(tiny.llama(), trained.loras("llama", folder)).eval()
     trained.sharpen(wide)
-    torch.testing.assert_close(found.float(), trained.run(wide, given), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(actual.float(), trained.run(wide, given), rtol=0.1, atol=0.1)
     model.save_pretrained(tmp_path)
     again = lamella.MoleConfig.from_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.llama().to(dtype), tmp_path, config=again)
-    assert torch.equal(trained.run(loaded, given), found)
+    assert torch.equal(trained.run(loaded, given), actual)
 
 
 def test_autocast_trains_routers_in_their_own_precision(folder: Path) -> None:
@@ -109,5 +109,5 @@ def test_autocast_trains_routers_in_their_own_precision(folder: Path) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**tiny.batch(model.get_base_model())).loss
     loss.backward()
-    found = tiny.gradients(model)
-    assert all(gradient.dtype == torch.float32 and torch.isfinite(gradient).all() for gradient in found.values())
+    actual = tiny.gradients(model)
+    assert all(gradient.dtype == torch.float32 and torch.isfinite(gradient).all() for gradient in actual.values())

@@ -44,13 +44,13 @@ def test_every_router_gets_a_gradient_and_nothing_else_does(
     kind: str, sharp: bool, granularity: str, folder: Path
 ) -> None:
     model = composition(kind, folder, sharp=sharp, granularity=granularity)
-    found = step(model, tiny.batch(model.get_base_model()))
-    assert found
-    assert all("mole_router" in name for name in found)
+    actual = step(model, tiny.batch(model.get_base_model()))
+    assert actual
+    assert all("mole_router" in name for name in actual)
     units = {layer.groups["default"] for layer in trained.layers_of(model).values()}
-    biases = [gradient for name, gradient in found.items() if name.endswith(".bias")]
+    biases = [gradient for name, gradient in actual.items() if name.endswith(".bias")]
     assert len(biases) == len(units)
-    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    assert all(torch.isfinite(gradient).all() for gradient in actual.values())
     for unit in units:  # a module that one LoRA alone adapts still tells its router something
         assert unit.router.bias.requires_grad
     assert all(gradient.any() for gradient in biases)

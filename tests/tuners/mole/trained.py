@@ -141,15 +141,15 @@ def deltas(
     model: nn.Module, kind: str, folder: Path, layers: int = 2
 ) -> dict[str, list[tuple[Tensor, Tensor, float] | None]]:
     """The LoRAs of every module as PEFT has them: A, B and scaling, in float64."""
-    found: dict[str, list[tuple[Tensor, Tensor, float] | None]] = {}
+    actual: dict[str, list[tuple[Tensor, Tensor, float] | None]] = {}
     for index, path in enumerate(loras(kind, folder, layers=layers).values()):
         adapted = alone(kind, path, layers)
         for name, module in adapted.get_base_model().named_modules():
             if hasattr(module, "lora_A") and "default" in module.lora_A:
-                entry = found.setdefault(name, [None, None, None])
+                entry = actual.setdefault(name, [None, None, None])
                 A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
                 entry[index] = (A.detach().double(), B.detach().double(), module.scaling["default"])
-    return found
+    return actual
 
 
 def weights_seen(model: nn.Module, given: dict[str, Tensor]) -> dict[tuple[str, int, str], Tensor]:

@@ -34,7 +34,7 @@ def rows_of(batch: dict[str, Tensor]) -> list[Tensor]:
     return [ids[mask.bool()][None] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
-def by_hand(model: PeftModel, batch: dict[str, Tensor], candidates: list[int], **config: Any) -> tuple[Tensor, Tensor]:
+def plainly(model: PeftModel, batch: dict[str, Tensor], candidates: list[int], **config: Any) -> tuple[Tensor, Tensor]:
     """The model's task loss and balance, sequence by sequence and block by block."""
     config = {**DEFAULTS, **config}
     base = model.get_base_model()
@@ -77,12 +77,12 @@ def test_loss_and_every_gradient_are_the_oracles(config: dict[str, Any], candida
     model = model_of(**config, candidates=candidates, router_aux_loss_coef=0.5)
     batch = tiny.batch(model.get_base_model(), seed=seed)
     listed = list(range(4)) if candidates == "all" else candidates
-    task, balance = by_hand(model, batch, listed, **config)
+    task, balance = plainly(model, batch, listed, **config)
     (task + 0.5 * balance).backward()
     expected = tiny.gradients(model)
-    found = model(**batch).loss
-    torch.testing.assert_close(found, task)
-    found.backward()
+    actual = model(**batch).loss
+    torch.testing.assert_close(actual, task)
+    actual.backward()
     tiny.assert_same(tiny.gradients(model), expected)
 
 
@@ -92,7 +92,7 @@ def test_the_balance_loss_is_collected_as_it_is_attached(granularity: str) -> No
     batch = tiny.batch(model.get_base_model())
     with collect_losses() as losses:
         model(**batch)
-    _, balance = by_hand(model, batch, list(range(4)), granularity=granularity)
+    _, balance = plainly(model, batch, list(range(4)), granularity=granularity)
     torch.testing.assert_close(losses.total(), 0.25 * balance)
     assert len(losses.by_name) == 4
     with collect_losses() as losses:
@@ -177,9 +177,9 @@ def test_a_block_that_chooses_itself_runs_once_and_its_router_has_no_gradient(ro
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
     assert runs(model, batch) == [3] * 4
     model.train()(**batch).loss.backward()
-    found = tiny.gradients(model, "molex_router")
-    assert len(found) == 8, "data-parallel training waits for a gradient of every parameter"
-    assert not any(gradient.any() for gradient in found.values())
+    actual = tiny.gradients(model, "molex_router")
+    assert len(actual) == 8, "data-parallel training waits for a gradient of every parameter"
+    assert not any(gradient.any() for gradient in actual.values())
 
 
 def test_each_guest_runs_on_its_own_sequences_alone() -> None:
@@ -285,11 +285,11 @@ def test_a_learned_alpha_starts_where_it_says_and_moves(scope: str) -> None:
         torch.testing.assert_close(model(**batch).logits, fixed(**batch).logits)
     with tiny.watch(model) as seen:
         model.train()(**batch).loss.backward()
-    found = list(tiny.gradients(model, "molex_alpha").values())
+    actual = list(tiny.gradients(model, "molex_alpha").values())
     mixed = [bool((routing.indices != place.layer).any()) for place, routing, _ in seen]
-    assert [bool(gradient != 0) for gradient in found] == ([True] if scope == "shared" else mixed)
+    assert [bool(gradient != 0) for gradient in actual] == ([True] if scope == "shared" else mixed)
     assert any(mixed)
-    assert all(gradient.shape == () for gradient in found)
+    assert all(gradient.shape == () for gradient in actual)
     names = ["model.layers"] if scope == "shared" else [block.name for block in tiny.blocks(model)]
     assert model.base_model.alphas() == pytest.approx(dict.fromkeys(names, 0.8))
     assert fixed.base_model.alphas() == {}
@@ -351,8 +351,8 @@ def test_hidden_states_and_attentions_are_the_mixtures_and_no_guests(name: str) 
     states, attentions = output[f"{decoder}hidden_states"], output[f"{decoder}attentions"]
     assert len(states) == 5
     assert len(attentions) == 4
-    for found, expected in zip(states[1:-1], mixed[:-1], strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(states[1:-1], mixed[:-1], strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_a_model_asks_the_wrapper_what_it_would_ask_the_block() -> None:

@@ -24,8 +24,8 @@ def ids_of(seed: int, rows: int = 2, tokens: int = N) -> Tensor:
 
 def logits(model: PeftModel, ids: Tensor, **more: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids, **more).logits
-    return found
+        actual: Tensor = model(input_ids=ids, **more).logits
+    return actual
 
 
 def choices(model: PeftModel, ids: Tensor, **more: Any) -> list[list[int]]:
@@ -65,16 +65,16 @@ def test_the_tokens_that_decide_run_without_a_guest(name: str) -> None:
     mixed = tiny.molex(tiny.build(name), prompt_tokens=4, policy="uniform")
     plain = tiny.molex(tiny.build(name), policy="self")
     ids = ids_of(0)
-    found, expected = logits(mixed, ids), logits(plain, ids)
-    torch.testing.assert_close(found[:, :4], expected[:, :4])
-    assert not torch.allclose(found[:, 4], expected[:, 4])
+    actual, expected = logits(mixed, ids), logits(plain, ids)
+    torch.testing.assert_close(actual[:, :4], expected[:, :4])
+    assert not torch.allclose(actual[:, 4], expected[:, 4])
     padded = torch.cat([torch.full((2, 3), tiny.PAD), ids], dim=1)
     mask = (padded != tiny.PAD).long()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     if name != "opt":
-        found = logits(mixed, padded, attention_mask=mask, position_ids=positions)[:, 3:]
-        torch.testing.assert_close(found[:, :4], expected[:, :4], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(found[:, 4], expected[:, 4])
+        actual = logits(mixed, padded, attention_mask=mask, position_ids=positions)[:, 3:]
+        torch.testing.assert_close(actual[:, :4], expected[:, :4], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(actual[:, 4], expected[:, 4])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -116,7 +116,7 @@ def test_each_sequence_has_a_prompt_of_its_own() -> None:
     assert not torch.allclose(mixed[0, 0], plain[0, 0]), "a known prompt runs with its guest"
 
 
-def test_a_prompt_by_hand_counts_real_tokens_and_wins_over_labels() -> None:
+def test_a_prompt_set_by_the_user_counts_real_tokens_and_wins_over_labels() -> None:
     model = tiny.molex(tiny.llama(layers=4))
     ids = ids_of(4)
     padded = torch.cat([torch.full((2, 3), tiny.PAD), ids], dim=1)

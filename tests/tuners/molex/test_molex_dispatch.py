@@ -50,9 +50,9 @@ def test_offloaded_weights_come_in_for_guests_routers_and_alphas(
     expected = said(model)
     offload(model, tmp_path)
     assert any(p.is_meta for p in model.parameters())
-    found = said(model)
-    torch.testing.assert_close(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    actual = said(model)
+    torch.testing.assert_close(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
     assert all(alpha == pytest.approx(0.5) for alpha in model.base_model.alphas().values())
     assert any(p.is_meta for p in model.parameters()), "what came in went out again"
 
@@ -85,6 +85,6 @@ def test_blocks_on_two_devices_mix(options: dict[str, Any]) -> None:
     places |= {f"model.layers.{layer}": (0, "cpu")[layer % 2] for layer in range(4)}
     places = {f"base_model.model.{name}": place for name, place in places.items()}
     dispatch_model(model, places, main_device=0, force_hooks=True)
-    found = said(model)
-    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[1].cpu(), expected[1])
+    actual = said(model)
+    torch.testing.assert_close(actual[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual[1].cpu(), expected[1])

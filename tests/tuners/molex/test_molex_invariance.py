@@ -58,9 +58,9 @@ def test_alone_or_with_others(name: str, setting: int, rows: list[list[int]], wi
     model = mixture(name, setting)
     sides = side if name != "bert" else "right"  # BERT counts positions from the left, padding included
     together = at_real(model, padded(rows, width, sides))
-    for found, row in zip(together, rows, strict=True):
+    for actual, row in zip(together, rows, strict=True):
         (alone,) = at_real(model, padded([row], len(row), "right"))
-        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_decision_does_depend_on_the_others() -> None:
@@ -76,8 +76,8 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
     given = padded([[5, 6, 7, 8], [9, 10, 11]], 8, "right")
     expected = at_real(model, given)
     given["input_ids"] = torch.where(given["attention_mask"].bool(), given["input_ids"], 33)
-    for found, row in zip(at_real(model, given), expected, strict=True):
-        assert torch.equal(found, row)
+    for actual, row in zip(at_real(model, given), expected, strict=True):
+        assert torch.equal(actual, row)
 
 
 def test_a_sequence_of_nothing_but_padding_is_no_nan() -> None:

@@ -85,10 +85,10 @@ def test_only_the_adapter_trains_and_all_of_it(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(tiny.bert(layers=4), tmp_path, is_trainable=True)
     for each in (model, again):
         each.train()(**tiny.batch(each.get_base_model())).loss.backward()
-        found = tiny.gradients(each)
-        assert all("lora_" in key or "lamella_molex_" in key for key in found)
-        assert all(gradient.any() for gradient in found.values())
-        assert {key for key, p in each.named_parameters() if p.requires_grad} == found.keys()
+        actual = tiny.gradients(each)
+        assert all("lora_" in key or "lamella_molex_" in key for key in actual)
+        assert all(gradient.any() for gradient in actual.values())
+        assert {key for key, p in each.named_parameters() if p.requires_grad} == actual.keys()
         assert each.get_nb_trainable_parameters()[0] == each.base_model.summary().trainable
 
 
@@ -258,17 +258,17 @@ def test_a_deep_copy_is_independent() -> None:
     model = tiny.molex(tiny.llama(layers=4))
     given = tiny.inputs(model.get_base_model())
     expected, said = run(model, given), model.generate(**given, max_new_tokens=3, do_sample=False)
-    twin = copy.deepcopy(model)
-    theirs = {id(module) for module in twin.modules()}
-    for block in tiny.blocks(twin):
+    clone = copy.deepcopy(model)
+    theirs = {id(module) for module in clone.modules()}
+    for block in tiny.blocks(clone):
         assert all(id(other) in theirs for other in [*block.blocks, *block.routers.values()])
-    assert twin.get_base_model().generate.model is twin.get_base_model()
+    assert clone.get_base_model().generate.model is clone.get_base_model()
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in clone.parameters():
             parameter.zero_()
     assert torch.equal(run(model, given), expected)
     assert torch.equal(model.generate(**given, max_new_tokens=3, do_sample=False), said)
-    assert not torch.equal(run(twin, given), expected)
+    assert not torch.equal(run(clone, given), expected)
 
 
 def test_a_row_of_the_batch_cannot_choose_its_adapter() -> None:

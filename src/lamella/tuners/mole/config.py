@@ -56,7 +56,7 @@ class MoleConfig(LamellaConfig):
         prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
         embed_adapters: save the LoRAs in the adapter's file, so that loading needs none of their own.
         embedded: where they are saved: each LoRA's rank in each module, 0 where it has none; filled in.
-        init_lora_weights: True starts every router at zero, with equal weights for all LoRAs; False at random, for tests.
+        init_lora_weights: True starts every router at zero, with equal weights; False at random, for tests.
         target_modules: not a setting of MOLE: the LoRAs say what they adapt.
 
     Raises:
