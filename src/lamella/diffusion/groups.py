@@ -61,7 +61,7 @@ def _plan(
         group.members.append(name)
         inside = find_place(name, stacks)
         if inside is None or place == inside or not place.stack or _reads(inside, place, stacks[0], attention):
-            group.reads.append(name)
+            group.inputs.append(name)
     return share_balance(groups.values())
 
 

@@ -147,18 +147,18 @@ class Composition:
         layer = target if isinstance(target, MoleLinear) else MoleLinear(target, name, find_place(name, self.stacks))
         one, group = self._of_module[name]
         group.members.append(layer)
-        if name in one.reads:
+        if name in one.inputs:
             group.inputs.append(layer)
         has_factors = self.plan.factors is not None
         loras = self.plan.loras(name) if has_factors else empty(self.plan.ranks[name], layer)
-        router = self._router(one, group) if name == (one.reads or one.members)[0] else None
+        router = self._router(one, group) if name == (one.inputs or one.members)[0] else None
         layer.groups[self.adapter] = group
         layer.update_layer(self.adapter, loras, self.config.embed_adapters, router)
         return layer
 
     def _router(self, one: GroupPlan, group: Group) -> MoleRouter:
         config, count = self.config, len(self.plan.names)
-        widths = sum(self.plan.widths[read] for read in one.reads)
+        widths = sum(self.plan.widths[read] for read in one.inputs)
         if isinstance(group, BlockGroup):
             widths = group.features
         positions = None if group.by_token else config.flatten_length
@@ -212,7 +212,7 @@ def _settings(config: MoleConfig, groups: Sequence[GroupPlan], parameters: int) 
         "no balance loss" if config.balance == "none" else f"balance {config.balance} x {config.router_aux_loss_coef:g}"
     )
     yield f"{loss}; LoRAs {'embedded in the file' if config.embed_adapters else 'saved as references'}"
-    blind = [group.name for group in groups if not group.reads]
+    blind = [group.name for group in groups if not group.inputs]
     if blind:
         yield f"{len(blind)} routers read nothing, since no LoRA adapts what is given their input, first {blind[0]}"
     outside = [group.name for group in groups if group.input == "row"]

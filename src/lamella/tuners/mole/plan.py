@@ -29,14 +29,14 @@ class GroupPlan:
         input: what a row of its input is: a token of its "own" stack, a token of the "encoder", or a "row" of which
             nothing is known, outside the blocks.
         members: the adapted modules that its weights are for, in the model's order.
-        reads: those of them that are given the group's own input; their LoRAs' outputs are what the router reads.
+        inputs: those of them that are given the group's own input; their LoRAs' outputs are the router inputs.
         balance_share: what its router's loss counts: one over the routers of its block.
     """
 
     place: Place
     input: str
     members: list[str] = field(default_factory=list)
-    reads: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
     balance_share: float = 1.0
 
     @property
@@ -249,7 +249,7 @@ def plan_groups(
         group = groups.setdefault(key, GroupPlan(place, input_))
         group.members.append(name)
         if granularity == "matrix" or input_ == "row" or entries.get(name) == key:
-            group.reads.append(name)
+            group.inputs.append(name)
     return share_balance(groups.values())
 
 
