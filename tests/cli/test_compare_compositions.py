@@ -43,6 +43,7 @@ def test_compare_runs_a_study_of_composition_and_says_what_it_could_not_run(lame
     assert "Not run: 1 cell(s), the first: X-LoRA" in err
 
 
+@pytest.mark.heavy  # minutes: each way by itself is tested on tiny models
 @pytest.mark.real
 def test_all_ways_to_compose_three_kinds_of_texts_in_miniature(lamella, tmp_path):
     small = ["seeds=1", "rows=24", "test_rows=8", "run.max_length=24", "lora.limit={train: 32, validation: 8, test: 8}"]

@@ -27,6 +27,7 @@ def test_upcycled_smollm2_is_smollm2():
     torch.testing.assert_close(last, expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.heavy  # a minute: all held-out texts
 def test_the_packaged_tiny_moe_is_what_its_log_says():
     backbone = load_backbone("tiny-moe")
     log = json.loads((Path(backbone.path) / "log.json").read_text())
