@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+UNFINISHED = ".writing-"  # how the names begin of what a killed process left half-written
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -19,7 +21,7 @@ def atomic(path: Path) -> Iterator[Path]:
         OSError: it could not be written (a full disk, say); it names ``path``, and what was there is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".writing-{uuid.uuid4().hex[:12]}-{path.name}")
+    unfinished = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         yield unfinished
         if path.is_dir() and unfinished.is_dir():

@@ -227,6 +227,13 @@ def test_a_folder_of_something_else_is_left_alone_even_with_force(bert, question
     assert (run_folder / "thesis.txt").read_text() == "years of work"
 
 
+def test_what_a_killed_process_left_half_written_keeps_nobody_from_a_folder(bert, questions, run_folder):
+    run_folder.mkdir()
+    (run_folder / ".writing-2a4ddf921f75-run.yaml").write_text("model: ber")  # the first file of a run
+
+    assert train(tiny_settings(bert, questions), run_folder).metrics["steps"] == 6
+
+
 class Poison(TrainerCallback):
     """Makes the loss of the third step NaN."""
 

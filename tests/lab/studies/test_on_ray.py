@@ -71,6 +71,7 @@ def test_killed_workers_change_nothing(cluster, bert, questions, tmp_path):
     work(cells, alone)
     run_cells([mortal, cells[1], cells[3]], there, ray="auto", finished=lambda job: seen.append(job.key))
 
+    assert [there.failure(cell.key) for cell in cells] == [None] * len(cells)
     assert sorted(seen) == sorted({cell.key for cell in cells})
     tables = []
     for folder in (alone, there):

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lamella.errors import LamellaError
-from lamella.files import write_atomic
+from lamella.files import UNFINISHED, write_atomic
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.version import __version__
 
@@ -62,7 +62,8 @@ class RunFolder:
         Raises:
             LamellaError: the folder holds a finished run, a run of other settings, or something that is not a run.
         """
-        foreign = sorted(path.name for path in self.path.glob("*") if path.name not in _OURS)
+        there = [path.name for path in self.path.glob("*") if not path.name.startswith(UNFINISHED)]
+        foreign = sorted(name for name in there if name not in _OURS)
         if foreign and not (self.path / "run.yaml").is_file():
             raise LamellaError(
                 f"{self.path} holds no run, but {foreign[0]} lies in it. Choose another folder with -o; "
