@@ -162,7 +162,8 @@ def work_on_ray(jobs: Sequence[Job], folder: StudyFolder, address: str, finished
             if not cluster.waiting:
                 if not any(not _settled(job, folder) for job in left):
                     return
-                continue  # what is left needs what failed, or others are doing it
+                time.sleep(_POLL_SECONDS)  # what is left needs what failed, or others are doing it
+                continue
             done = cluster.next()
             if not _settled(done, folder):
                 raise LamellaError(
