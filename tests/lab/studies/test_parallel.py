@@ -40,7 +40,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.heavy)], ids=["torchrun", "accelerate"]
+)
 def test_two_processes_train_one_model(bert, questions, tmp_path, launcher):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
