@@ -17,6 +17,7 @@ def generate(model, tokenizer, use_cache: bool) -> list[int]:
     return model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache)[0].tolist()
 
 
+@pytest.mark.heavy  # half a minute; tiny decoders take the same way by default
 @pytest.mark.real
 def test_perplexity_falls_and_a_cache_writes_the_same_text(tmp_path):
     settings = resolve(

@@ -57,6 +57,7 @@ def dying(marker, first):
     return align_or_die
 
 
+@pytest.mark.heavy  # half a minute; by default a study's workers are killed, on the same piece of code
 def test_a_killed_worker_changes_nothing(study, tmp_path, connected):
     seen = []
     here = sweep(study.capture, study.model, tmp_path / "here", load=study.load, **QUICK)
