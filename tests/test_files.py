@@ -1,8 +1,10 @@
 import shutil
 
+import pandas as pd
 import pytest
 
-from lamella.files import atomic, write_atomic
+from lamella.errors import LamellaError
+from lamella.files import atomic, read_json, read_table, read_tensors, read_yaml, write_atomic
 
 
 def test_a_file_appears_with_its_folder(tmp_path):
@@ -52,3 +54,24 @@ def test_what_is_written_lies_as_deep_as_it_will(tmp_path):
     with atomic(tmp_path / "it") as unfinished:
         unfinished.mkdir()
         assert unfinished.parent == tmp_path
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml, read_table, read_tensors])
+@pytest.mark.parametrize("content", [None, "folder", b"", b"[1, 2", b"\xff\x00\x81", b"[" * 3000, b"PAR1" * 20])
+def test_what_cannot_be_read_is_named(tmp_path, read, content):
+    path = tmp_path / "it"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(LamellaError, match=r"it (cannot be read|is not valid|holds)"):
+        read(path)
+
+
+def test_a_table_without_a_column_is_named(tmp_path):
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "it")
+
+    assert read_table(tmp_path / "it", "a")["a"].tolist() == [1]
+    with pytest.raises(LamellaError, match="no column 'b'"):
+        read_table(tmp_path / "it", "a", "b")

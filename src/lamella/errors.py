@@ -8,6 +8,10 @@ class LamellaError(ValueError):
     """Something the caller gave cannot be used. The command prints the message alone and exits with status 2."""
 
 
+class UnreadableError(LamellaError):
+    """A file is missing, damaged, or holds something else than its name says."""
+
+
 class CannotMergeError(LamellaError, NotImplementedError):
     """A layer whose experts are routed per token has no single weight it could be merged into."""
 

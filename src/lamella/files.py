@@ -1,11 +1,21 @@
-"""Files and folders written atomically (complete or not at all), and the digest of what is read."""
+"""Files and folders written atomically (complete or not at all); files read whole or refused by name; digests."""
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamella.errors import UnreadableError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
 
 UNFINISHED = ".writing-"  # how the names begin of what a killed process left half-written
 
@@ -52,3 +62,86 @@ def sha256_of(*files: Path) -> str:
             while piece := stream.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UnreadableError: it cannot be read, is not JSON, or holds something else than an object.
+    """
+    return _mapping(path, "JSON", json.loads)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, without tags of Python's.
+
+    Raises:
+        UnreadableError: it cannot be read, is not YAML, or holds something else than a mapping.
+    """
+    import yaml
+
+    return _mapping(path, "YAML", yaml.safe_load)
+
+
+def read_table(path: Path, *columns: str) -> pd.DataFrame:
+    """The table in a Parquet file.
+
+    Args:
+        path: of the file.
+        columns: that it must have; others are read too.
+
+    Raises:
+        UnreadableError: it cannot be read, is not Parquet, or lacks a column.
+    """
+    import pandas as pd
+
+    with _reading(path, "Parquet"):
+        table = pd.read_parquet(path)
+    if missing := [column for column in columns if column not in table.columns]:
+        raise UnreadableError(f"{path} has no column '{missing[0]}', so it is not what was written there. {_WAY_OUT}")
+    return table
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, by name, on the CPU.
+
+    Raises:
+        UnreadableError: it cannot be read or is not safetensors.
+    """
+    from safetensors.torch import load_file
+
+    with _reading(path, "safetensors"):
+        tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+_WAY_OUT = "Restore it from a copy, or make it again."
+
+
+def _mapping(path: Path, form: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    with _reading(path, form):
+        content = parse(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UnreadableError(f"{path} holds {type(content).__name__} and no 'key: value' pairs. {_WAY_OUT}")
+    return content
+
+
+@contextlib.contextmanager
+def _reading(path: Path, form: str) -> Iterator[None]:
+    """Whatever a library raises over damaged bytes becomes one sentence that names the file."""
+    if path.is_dir():  # pandas would take it for a table in parts
+        raise UnreadableError(f"{path} cannot be read: it is a folder where a file should be. {_WAY_OUT}")
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or _first_line(error)
+        raise UnreadableError(f"{path} cannot be read: {reason}. {_WAY_OUT}") from error
+    except Exception as error:
+        reason = _first_line(error)
+        raise UnreadableError(f"{path} is not valid {form}: {reason}. {_WAY_OUT}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")

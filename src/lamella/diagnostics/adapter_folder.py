@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,13 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lamella.adapters import located, published_name
 from lamella.diagnostics.running import clone, transformer
 from lamella.diagnostics.weights import examine_numbers, examine_targets
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, UnreadableError
+from lamella.files import read_json, read_tensors
 from lamella.findings import Examination
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,7 +50,7 @@ def examine_files(folder: Path, examination: Examination) -> AdapterFiles:
     """Reads config and weights of an adapter folder.
 
     Raises:
-        LamellaError: the config is not a JSON object, so this is not an adapter.
+        UnreadableError: the config is not a JSON object, so this is not an adapter.
     """
     _examine_pickles(folder, examination)
     config = _config(folder, examination)
@@ -79,14 +78,8 @@ def _examine_pickles(folder: Path, examination: Examination) -> None:
 
 
 def _config(folder: Path, examination: Examination) -> PeftConfig | None:
-    try:
-        values = PeftConfig.from_json_file(str(folder / CONFIG))
-    except json.JSONDecodeError as error:
-        raise LamellaError(f"{folder / CONFIG} is not valid JSON: {error}. Save the adapter again.") from error
-    if not isinstance(values, dict):
-        raise LamellaError(f"{folder / CONFIG} holds no settings. Save the adapter again.")
-    kind = values.get("peft_type")
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    kind = read_json(folder / CONFIG).get("peft_type")
+    if str(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), [str(one.value) for one in PEFT_TYPE_TO_CONFIG_MAPPING], n=1)
         examination.error(
             "method-unknown",
@@ -96,7 +89,8 @@ def _config(folder: Path, examination: Examination) -> PeftConfig | None:
             "correct peft_type, or install the package that wrote the adapter",
         )
         return None
-    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[str(kind)])}
+    values = PeftConfig.from_json_file(str(folder / CONFIG))  # under the names that keys have today
     unknown = sorted(set(values) - known)
     if unknown:
         _report_unknown(unknown, known, values, examination)
@@ -104,7 +98,7 @@ def _config(folder: Path, examination: Examination) -> PeftConfig | None:
     examination.saw(f"{CONFIG}: {len(values)} keys, all known")
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a config's own code meets values of any type
         examination.error(
             "config-invalid",
             f"a value cannot be used: {error}",
@@ -140,17 +134,66 @@ def _tensors(folder: Path, examination: Examination) -> dict[str, Tensor] | None
         )
         return None
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
+        return read_tensors(path)
+    except UnreadableError as error:
         examination.error(
             "weights-unreadable",
-            f"the file cannot be read: {error}",
+            str(error),
             WEIGHTS,
             "it was cut short or damaged, and the adapter cannot be loaded",
             "copy or save it again",
         )
         return None
-    return tensors
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter's files, whole and readable."""
+
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedAdapter:
+        """What lies in the folder.
+
+        Raises:
+            LamellaError: what `examine_files` calls an error.
+        """
+        examination = Examination()
+        files = examine_files(folder, examination)
+        _refuse_faults(folder, examination)
+        assert files.config is not None  # else there was a fault
+        assert files.tensors is not None
+        return cls(folder, files.config, files.tensors)
+
+    def on(self, base: nn.Module) -> PeftModel:
+        """Loaded on its base, in evaluation mode: every tensor of the file, and none left as it was drawn.
+
+        Raises:
+            LamellaError: it does not fit the base, or a tensor is missing or has no place there.
+        """
+        examination = Examination()
+        files = AdapterFiles(self.config, self.tensors)
+        with warnings.catch_warnings():  # what PEFT warns of is an error here, and one sentence
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            model = load_adapter(self.folder, files, base, examination, trainable=False)
+        if model is not None:
+            # an embedding that was saved with the adapter is the base's own parameter
+            embedded = {name: tensor for name, tensor in model.state_dict().items() if name in self.tensors}
+            _compare({**embedded, **_state(model)}, self.tensors, examination)
+        _refuse_faults(self.folder, examination)
+        assert model is not None  # else there was a fault
+        return model.eval()
+
+
+def _refuse_faults(folder: Path, examination: Examination) -> None:
+    for fault in examination.diagnosis().findings:
+        raise LamellaError(
+            f"The adapter in {folder} cannot be used: {fault.what} ({fault.where}). {fault.fix[0].upper()}"
+            f"{fault.fix[1:]}. `lamella doctor` says what else is wrong with it."
+        )
 
 
 def load_base(config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> nn.Module:
@@ -171,7 +214,7 @@ def load_base(config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> n
     revision = config.revision if name == config.base_model_name_or_path else None
     try:
         model: nn.Module = loader.from_pretrained(path, revision=revision, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files make libraries raise anything
         first_line = str(error).strip().split("\n")[0]
         raise LamellaError(f"The base model {name!r} could not be loaded: {first_line}") from error
     return model
@@ -221,14 +264,18 @@ def examine_fit(files: AdapterFiles, base: nn.Module, examination: Examination) 
     return len(examination.findings) == before
 
 
-def load_adapter(folder: Path, files: AdapterFiles, base: nn.Module, examination: Examination) -> PeftModel | None:
+def load_adapter(
+    folder: Path, files: AdapterFiles, base: nn.Module, examination: Examination, *, trainable: bool = True
+) -> PeftModel | None:
     """Loads the folder as a user would, and compares it; None where it cannot be loaded."""
     assert files.config is not None
+    trainable = trainable and not files.config.is_prompt_learning
     try:
-        trainable = not files.config.is_prompt_learning
         model: PeftModel = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    except ValueError as error:
-        _report_misfit(f"it cannot be loaded: {error}", folder.name, examination)
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        lines = str(error).split("\n")[:2]  # the first of torch's only announces the others
+        said = " ".join(line.strip() for line in lines) or type(error).__name__
+        _report_misfit(f"it cannot be loaded on {type(base).__name__}: {said}", folder.name, examination)
         return None
     examine_loaded_tensors(model, files, examination)
     return model
@@ -237,7 +284,7 @@ def load_adapter(folder: Path, files: AdapterFiles, base: nn.Module, examination
 def examine_loaded_tensors(model: PeftModel, files: AdapterFiles, examination: Examination) -> None:
     """Compares every tensor of a loaded model with the file's, bit by bit."""
     assert files.tensors is not None
-    loaded = get_peft_model_state_dict(model)
+    loaded = model.state_dict() | _state(model)
     # PEFT widens half precision when it loads, which loses nothing
     unequal = [
         name
@@ -254,6 +301,12 @@ def examine_loaded_tensors(model: PeftModel, files: AdapterFiles, examination: E
         )
     base = type(transformer(model)).__name__
     examination.saw(f"loaded on {base}: {len(files.tensors)} tensors compared bit by bit with the file")
+
+
+def _state(model: PeftModel) -> dict[str, Tensor]:
+    """The tensors that PEFT would save of the adapter; to find out whether embeddings grew, it would ask the hub."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
 
 
 def _class(config: PeftConfig) -> Any:

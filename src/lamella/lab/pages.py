@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lamella.files import read_table
 from lamella.findings import Diagnosis
 from lamella.lab.report.report import Report
 from lamella.lab.report.tokens import token_texts
@@ -36,7 +37,7 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         summary=study.summary,
         results=study.results,
         cost=_shown_cost(study.cost.merge(costs, how="left")),
-        routing=_over_methods({method: pd.read_parquet(run / "trace.parquet") for method, run in routed.items()}),
+        routing=_over_methods({method: read_table(run / "trace.parquet") for method, run in routed.items()}),
         entropy=_entropy(routed),
         texts=()
         if traced is None or traced.tokens.empty
@@ -69,7 +70,7 @@ def _over_methods(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
 def _entropy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
     histories = {method: run / "routing.parquet" for method, run in runs.items()}
     curves = [
-        entropy_over_training(pd.read_parquet(history)).assign(run=method)
+        entropy_over_training(read_table(history)).assign(run=method)
         for method, history in histories.items()
         if history.is_file()  # a run shorter than its logging interval has none
     ]
@@ -101,8 +102,8 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         summary=f"{metrics['model']} with {name} reaches {main} {score} after {metrics['steps']} steps.",
         results=pd.DataFrame([*before, *rows]),
         cost=pd.DataFrame([cost]),
-        routing=pd.read_parquet(routing) if routing.is_file() else None,
-        entropy=entropy_over_training(pd.read_parquet(history)).assign(run=name) if history.is_file() else None,
+        routing=read_table(routing) if routing.is_file() else None,
+        entropy=entropy_over_training(read_table(history)).assign(run=name) if history.is_file() else None,
         settings=settings.model_dump(mode="json"),
         notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
         redundancy=redundancy_of(result.folder.path),

@@ -68,6 +68,7 @@ class Backbone:
         revision: package version or commit, where known.
         path: the `name_or_path` by which a later process loads the same weights.
         published: the name under which others find them; the path where there is none.
+        drawn: tensors that the weights lack and that are random therefore: those of a new head, as a rule.
     """
 
     model: PreTrainedModel
@@ -77,6 +78,7 @@ class Backbone:
     revision: str | None
     path: str
     published: str
+    drawn: tuple[str, ...] = ()
 
     @property
     def decoder(self) -> bool:
@@ -123,10 +125,12 @@ def load_backbone(
         config = AutoConfig.from_pretrained(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         loader, head = _head(name, config, task)
-        model = loader.from_pretrained(path, revision=revision, dtype=_DTYPES[dtype], **head)
+        model, read = loader.from_pretrained(
+            path, revision=revision, dtype=_DTYPES[dtype], output_loading_info=True, **head
+        )
     except LamellaError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files make transformers, tokenizers and safetensors raise anything
         raise LamellaError(_not_loaded(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -140,6 +144,7 @@ def load_backbone(
         revision=known_revision or getattr(model.config, "_commit_hash", None),
         path=path,
         published=_PUBLISHED.get(name, path),
+        drawn=tuple(sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})),
     )
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, create_model, model_validator
 from torch import nn
 from typing_extensions import Self
 
+from lamella.diagnostics.adapter_folder import SavedAdapter
 from lamella.errors import LamellaError
 from lamella.lab.schema import Settings, unknown_key
 from lamella.tuners.config import FORMER_DEFAULTS, RENAMED
@@ -68,8 +69,12 @@ class Method(Settings):
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def load(self, backbone: Backbone, task: Task, folder: Path) -> nn.Module:
-        """What `save` wrote, on a fresh backbone."""
-        return PeftModel.from_pretrained(backbone.model, str(folder))
+        """What `save` wrote, on a fresh backbone.
+
+        Raises:
+            LamellaError: a file is missing or damaged, a tensor is missing, is not finite or has no place.
+        """
+        return SavedAdapter.read(folder).on(backbone.model)
 
     def mean_experts(self) -> float | None:
         """Mean number of experts per layer of a shape that can be scaled; None for other methods."""

@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora.config import ArrowConfig
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from lamella.errors import LamellaError
+from lamella.files import read_tensors
 from lamella.lab.methods.base import Built, Configured, method, require_own_head, settings_of, shared
 from lamella.lab.methods.compositions import (
     Composition,
@@ -188,7 +189,7 @@ class XLora(Composition):
     def load(self, backbone: Backbone, task: Task, folder: Path) -> nn.Module:
         """Built anew with the saved classifier, since PEFT would read the LoRAs in another way."""
         model = self.build(backbone, task).model
-        saved = load_file(folder / "adapter_model.safetensors")
+        saved = read_tensors(folder / "adapter_model.safetensors")
         wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if saved.keys() != wanted:
             raise LamellaError(

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lamella.diagnostics.usage import DEAD_SHARE
-from lamella.files import atomic
+from lamella.errors import UnreadableError
+from lamella.files import atomic, read_table
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
 
@@ -68,12 +69,22 @@ class RoutingHistory(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up what an interrupted training recorded before the step it goes on from."""
-        import pandas as pd
+        """Take up what an interrupted training recorded before the step it goes on from.
 
+        Raises:
+            LamellaError: it is not all there, so that the history would have a gap.
+        """
         self._frames = []
-        if state.global_step and self._path.is_file():
-            earlier = pd.read_parquet(self._path)
+        if not state.global_step or not is_routed(self._model):
+            return
+        logged = set(range(state.logging_steps, state.global_step + 1, state.logging_steps))
+        earlier = read_table(self._path, "step") if logged else None
+        if earlier is not None:
+            if missing := sorted(logged - set(earlier["step"])):
+                raise UnreadableError(
+                    f"{self._path} lacks step {missing[0]} of the training that is resumed. Restore it from a copy, or "
+                    "start the training afresh."
+                )
             self._frames.append(earlier[earlier["step"] <= state.global_step])
 
     def on_step_begin(

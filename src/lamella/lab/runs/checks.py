@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,8 @@ from lamella.diagnostics.preflight import Preflight, preflight
 from lamella.diagnostics.running import preserve_state
 from lamella.diagnostics.usage import judge_usage
 from lamella.diagnostics.weights import examine_numbers, tensors_of
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, UnreadableError
+from lamella.files import read_table
 from lamella.findings import Diagnosis, Examination
 from lamella.lab.data import encode, load_backbone
 from lamella.lab.data.models import is_decoder
@@ -31,7 +34,7 @@ from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trained import find_trained
 from lamella.lab.runs.trainer import total_steps
 from lamella.lab.scoring import score
-from lamella.tracing import routers_of
+from lamella.tracing import COLUMNS, RouterUse, routers_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,11 +84,34 @@ def examine_run(
     if model is None or any(finding.code == "not-finite" for finding in examination.findings):
         return
     examine_record(path, model, settings, examination)
-    if (path / "trace.parquet").is_file():
-        frame = pd.read_parquet(path / "trace.parquet")
-        judge_usage(routers_of(frame), model, "the run's validation rows", examination)
+    if (path / "trace.parquet").exists():
+        with _readable("trace.parquet", examination):
+            judge_usage(_traced(path / "trace.parquet"), model, "the run's validation rows", examination)
     else:
         say_without_batches(model, batches, examination)
+
+
+@contextmanager
+def _readable(name: str, examination: Examination) -> Iterator[None]:
+    """What cannot be read is a finding, and the examination goes on."""
+    try:
+        yield
+    except UnreadableError as error:
+        examination.error(
+            "unreadable",
+            str(error),
+            name,
+            "what the run reports cannot be compared with it",
+            "restore it from a copy, or run it again with --force",
+        )
+
+
+def _traced(path: Path) -> list[RouterUse]:
+    frame = read_table(path, *COLUMNS)
+    try:
+        return routers_of(frame)
+    except (TypeError, ValueError) as error:
+        raise UnreadableError(f"{path} holds no trace: {error}. Restore it from a copy, or make it again.") from error
 
 
 def examine_record(folder: Path, model: nn.Module, settings: RunSettings, examination: Examination) -> None:
@@ -95,16 +121,17 @@ def examine_record(folder: Path, model: nn.Module, settings: RunSettings, examin
         examination.saw("the run's record: not examined, the run is not finished")
         return
     try:
-        examination.saw(_examine_predictions(folder, model, settings, examination))
+        with _readable("predictions.parquet", examination):
+            examination.saw(_examine_predictions(folder, model, settings, examination))
     except LamellaError as error:
         examination.saw(f"the run's predictions: not examined. {error}")
 
 
 def _examine_predictions(folder: Path, model: nn.Module, settings: RunSettings, examination: Examination) -> str:
     path = folder / "predictions.parquet"
-    if not path.is_file():
+    if not path.exists():
         return "the run's predictions: not examined, the run saved none"
-    saved = pd.read_parquet(path)
+    saved = read_table(path, "split")
     task = task_of(settings)
     split = "validation" if "validation" in task.splits else "test"
     encoded = encode(
@@ -136,6 +163,10 @@ def _first(rows: Dataset) -> list[int]:
 
 def _unlike(saved: pd.DataFrame, columns: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     name = "nll" if "nll" in columns else "prediction"
+    if len(saved) < len(columns[name]) or name not in saved or saved[name].dtype.kind not in "fiu":
+        raise UnreadableError(
+            f"predictions.parquet does not hold {len(columns[name])} numbers '{name}', as it did when it was written."
+        )
     before = saved[name].to_numpy()[: len(columns[name])]
     return np.abs(before - columns[name]) > _DIFFERENCE * np.maximum(1.0, np.abs(before))
 

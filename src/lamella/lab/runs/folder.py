@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lamella.errors import LamellaError
-from lamella.files import UNFINISHED, write_atomic
+from lamella.files import UNFINISHED, read_json, write_atomic
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.version import __version__
 
@@ -53,8 +53,7 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any]:
         """What a finished run measured."""
-        measured: dict[str, Any] = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
-        return measured
+        return read_json(self.path / "metrics.json")
 
     def check(self, settings: RunSettings, *, force: bool = False) -> None:
         """Whether a run of these settings may be written here, anew or from where it was interrupted.

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, UnreadableError
+from lamella.files import read_yaml
 from lamella.lab.methods import Method, method_from, read_saved
 from lamella.lab.schema import Settings
 
@@ -85,9 +86,15 @@ def settings_of(folder: Path) -> RunSettings:
     """The settings of the run in a folder, whichever version of lamella wrote it.
 
     Raises:
-        LamellaError: a key or value that does not fit.
+        LamellaError: ``run.yaml`` cannot be read, or a key or value does not fit.
     """
-    return RunSettings.parse(read_saved(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))))
+    path = folder / "run.yaml"
+    try:
+        return RunSettings.parse(read_saved(read_yaml(path)))
+    except UnreadableError:
+        raise
+    except LamellaError as error:
+        raise UnreadableError(f"{path} does not describe a run: {error}") from error
 
 
 def resolve(recipe: str | None, overrides: Iterable[str] = (), **values: Any) -> RunSettings:

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from lamella.diagnostics.adapter_folder import CONFIG, head_size, load_base
+from lamella.diagnostics.adapter_folder import (
+    CONFIG,
+    SavedAdapter,
+    head_size,
+    load_base,
+)
+from lamella.diagnostics.weights import examine_numbers, tensors_of
 from lamella.errors import LamellaError
-from lamella.lab.data import Encoded, Task, encode, load_backbone, load_task
+from lamella.files import read_table
+from lamella.findings import Examination
+from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.scoring import trains_tokens
@@ -107,10 +115,8 @@ class Trained:
 
 def redundancy_of(run: Path) -> pd.DataFrame | None:
     """`lamella.redundancy` of a finished run's LoRA experts, as it was saved; None where it has none."""
-    import pandas as pd
-
     if (saved := run / "redundancy.parquet").is_file():
-        return pd.read_parquet(saved)
+        return read_table(saved)
     # the first edition saved none
     return load_trained(run).redundancy() if (run / "trace.parquet").is_file() else None
 
@@ -161,10 +167,14 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
         if base is not None:
             raise LamellaError(f"{path} holds a complete model, which has no base. Leave --base out.")
         backbone = load_backbone(str(place.folder), task)
+        _check_whole(place.folder, backbone)
         return Trained(place, backbone.model.eval(), backbone.tokenizer, task)
-    backbone = load_backbone(base or _base_of(place), task)
-    _check_head(place.folder, backbone.model, task)
-    model = _adapted(backbone.model, place.folder)
+    saved = SavedAdapter.read(place.folder)
+    backbone = load_backbone(base or _base_of(place, saved), task)
+    _check_head(saved, backbone.model, task)
+    if place.settings is None:
+        return Trained(place, saved.on(backbone.model), backbone.tokenizer, task)
+    model = place.settings.method.load(backbone, task, saved.folder).eval()
     return Trained(place, model, backbone.tokenizer, task)
 
 
@@ -177,30 +187,30 @@ def load_adapted(path: Path, base: str | None = None) -> PeftModel:
     place = find_trained(path)
     if not place.is_adapter:
         raise LamellaError(f"{path} holds a complete model and no adapter: there are no experts in it.")
-    config = PeftConfig.from_pretrained(str(place.folder))
-    bare = load_base(config, load_peft_weights(str(place.folder), device="cpu"), base or _base_of(place))
-    return _adapted(bare, place.folder)
+    saved = SavedAdapter.read(place.folder)
+    return saved.on(load_base(saved.config, saved.tensors, base or _base_of(place, saved)))
 
 
-def _base_of(place: Place) -> str:
+def _base_of(place: Place, saved: SavedAdapter) -> str:
     if place.settings is not None:
         return place.settings.model
-    named: str | None = PeftConfig.from_pretrained(str(place.folder)).base_model_name_or_path
+    named: str | None = saved.config.base_model_name_or_path
     if not named:
         raise LamellaError(f"{place.folder / CONFIG} names no base model. Give it with --base.")
     return named
 
 
-def _adapted(base: nn.Module, folder: Path) -> PeftModel:
-    try:
-        model: PeftModel = PeftModel.from_pretrained(base, str(folder))
-    except (ValueError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
+def _check_whole(folder: Path, backbone: Backbone) -> None:
+    """Whether a complete model had all its tensors on disk, and all of them numbers."""
+    if backbone.drawn:
         raise LamellaError(
-            f"The adapter in {folder} cannot be loaded on {type(base).__name__}: {first_line} "
-            "`lamella doctor` says what does not fit."
-        ) from error
-    return model.eval()
+            f"The model in {folder} is not whole: {len(backbone.drawn)} tensor(s) are missing or of another shape, the "
+            f"first {backbone.drawn[0]}, and would be random. Restore it from a copy, or train it again."
+        )
+    examination = Examination()
+    examine_numbers(tensors_of(backbone.model), "model", examination)
+    for fault in examination.findings:
+        raise LamellaError(f"The model in {folder} cannot be used: {fault.what} ({fault.where}). Train it again.")
 
 
 def _check_labels(trained_on: Task, task: Task) -> None:
@@ -221,9 +231,9 @@ def _listed(names: tuple[str, ...]) -> str:
     return f"{len(names)} labels ({shown}{', ...' if len(names) > 8 else ''})" if names else "no labels"
 
 
-def _check_head(folder: Path, base: nn.Module, task: Task) -> None:
+def _check_head(saved: SavedAdapter, base: nn.Module, task: Task) -> None:
     """Whether the adapter's head, where it saved one, has the size that the task needs."""
-    size = head_size(load_peft_weights(str(folder), device="cpu"))
+    size = head_size(saved.tensors)
     if task.kind in _HEADS:
         needed: int | None = 1 if task.kind == "regression" else len(task.label_names)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lamella.files import atomic
+from lamella.files import atomic, read_table
 from lamella.lab.data import encode, load_backbone
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.settings import RunSettings
@@ -83,7 +83,11 @@ def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None
     if not cells:
         return pd.DataFrame(columns=["method", "backbone"])
     reference, path = study.recipe.reference_name, folder.path / "costs.parquet"
-    known = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["method", "backbone", "key"])
+    known = (
+        read_table(path, "method", "backbone", "key")
+        if path.is_file()
+        else pd.DataFrame(columns=["method", "backbone", "key"])
+    )
     frames = []
     for backbone in dict.fromkeys(cell.backbone for cell in cells):
         firsts: dict[str, Cell] = {}

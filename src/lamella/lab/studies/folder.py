@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
-from lamella.files import atomic, write_atomic
+from lamella.files import atomic, read_json, read_table, write_atomic
 from lamella.lab.data import load_backbone
 from lamella.lab.methods import read_saved
 from lamella.lab.runs.checks import diagnose
@@ -58,11 +58,7 @@ class StudyFolder:
 
     def row(self, key: str) -> dict[str, Any] | None:
         """What a finished job measured; None if it is not finished."""
-        try:
-            row: dict[str, Any] = json.loads(self._row(key).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return row
+        return read_json(self._row(key)) if self.finished(key) else None
 
     def finished(self, key: str) -> bool:
         """Whether the job has its row."""
@@ -150,7 +146,7 @@ class StudyFolder:
         while wanted and recognised:
             recognised = False
             for stem in [stem for stem in old if renamed[stem] == stem]:
-                settings = _saved_settings(json.loads(old[stem].read_text(encoding="utf-8"))["settings"], renamed)
+                settings = _saved_settings(read_json(old[stem])["settings"], renamed)
                 key = key_of(settings, next(iter(wanted.values())).questions) if wanted else ""
                 if key in wanted:
                     adopted.append(wanted.pop(key).label)
@@ -183,11 +179,8 @@ class StudyFolder:
         return text if folder is None else str(self.path / folder / self._lying(key))
 
     def _keys(self) -> dict[str, str]:
-        try:
-            keys: dict[str, str] = json.loads((self.path / "keys.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        return keys
+        path = self.path / "keys.json"
+        return read_json(path) if path.is_file() else {}
 
     def _lying(self, key: str) -> str:
         return self._keys().get(key, key)
@@ -217,10 +210,10 @@ def _saved_settings(values: Mapping[str, Any], renamed: Mapping[str, str]) -> Ru
 def answered(folder: StudyFolder, cell: Cell) -> pd.DataFrame | None:
     """What a cell's model answered; None where it has not."""
     asked = Asked(cell)
-    return pd.read_parquet(folder.answers(cell.key)) if folder.finished(asked.key) else None
+    return read_table(folder.answers(cell.key), "test", "row") if folder.finished(asked.key) else None
 
 
 def answered_masked(folder: StudyFolder, cell: Cell) -> pd.DataFrame | None:
     """What it answered without each of its LoRAs; None where it was not asked or has not answered."""
     done = cell.masked and folder.finished(Asked(cell, masked=True).key)
-    return pd.read_parquet(folder.masked(cell.key)) if done else None
+    return read_table(folder.masked(cell.key), "test", "row", "dropped") if done else None

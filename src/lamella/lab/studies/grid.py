@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import Field
 
 from lamella.errors import LamellaError
+from lamella.files import read_table
 from lamella.lab.methods import Method
 from lamella.lab.metrics import METRICS, metric_for
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
@@ -163,7 +163,7 @@ def example_scores(metric: str, run: Path) -> Floats | None:
     column = _COLUMNS.get(metric)
     if column is None:
         return None
-    frame = pd.read_parquet(run / "predictions.parquet", columns=["split", column])
+    frame = read_table(run / "predictions.parquet", "split", column)
     return frame.loc[frame["split"] == "test", column].to_numpy(np.float64)
 
 

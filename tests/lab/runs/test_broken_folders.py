@@ -1,0 +1,157 @@
+"""Whatever is broken in a folder is named: by the doctor as a finding, by all that would use it as an error."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lamella import LamellaError
+from lamella.diagnostics.doctor import doctor
+from lamella.lab.runs.evaluating import evaluate, trace
+from lamella.lab.runs.exporting import export_as_experts, export_collapsed
+from lamella.lab.runs.trained import load_trained
+
+MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
+WEIGHTS = "adapter/adapter_model.safetensors"
+CONFIG = "adapter/adapter_config.json"
+
+
+@pytest.fixture
+def broken(finished_run, tmp_path):
+    """A copy of a finished run in which one thing is broken."""
+
+    def copy(method, breaking):
+        run = shutil.copytree(finished_run(method).folder.path, tmp_path / "run")
+        breaking(run)
+        return run
+
+    return copy
+
+
+def tensors_changed(change, name=WEIGHTS):
+    def breaking(run):
+        save_file(change(load_file(run / name)), run / name, metadata={"format": "pt"})
+
+    return breaking
+
+
+def without_a_block(tensors):
+    return {name: tensor for name, tensor in tensors.items() if ".layer.1." not in name}
+
+
+def with_a_hole(tensors):
+    first = next(iter(tensors))
+    return tensors | {first: torch.full_like(tensors[first], float("nan"))}
+
+
+def config_changed(**values):
+    def breaking(run):
+        (run / CONFIG).write_text(json.dumps(json.loads((run / CONFIG).read_text()) | values))
+
+    return breaking
+
+
+def under_lora_s_type(run):
+    config = json.loads((run / CONFIG).read_text())
+    kept = ("base_model_name_or_path", "task_type", "r", "target_modules", "lora_alpha")
+    (run / CONFIG).write_text(json.dumps({"peft_type": "LORA", **{key: config[key] for key in kept}}))
+
+
+def cut(name):
+    return lambda run: (run / name).write_bytes((run / name).read_bytes()[: (run / name).stat().st_size // 2])
+
+
+def a_folder_instead(name):
+    def breaking(run):
+        (run / name).unlink()
+        (run / name).mkdir()
+
+    return breaking
+
+
+def written(name, content):
+    return lambda run: (run / name).write_bytes(content)
+
+
+UNUSABLE = {
+    "a block is missing": (MOLA, tensors_changed(without_a_block), "missing"),
+    "a block of a LoRA is missing": ("lora", tensors_changed(without_a_block), "missing"),
+    "a tensor too many": ("lora", tensors_changed(lambda t: t | {"base_model.model.lora_A": torch.ones(2)}), "lora_A"),
+    "another shape": ("lora", tensors_changed(lambda t: {n: x[..., :1].clone() for n, x in t.items()}), "shape"),
+    "NaN": ("lora", tensors_changed(with_a_hole), "NaN"),
+    "MoLA under LoRA's type": (MOLA, under_lora_s_type, "no place|missing|mola"),
+    "LoRA under MoLA's type": ("lora", config_changed(peft_type="LAMELLA_MOLA"), "lora_dropout|bias|unknown|known"),
+    "weights cut short": (MOLA, cut(WEIGHTS), "adapter_model"),
+    "no weights": (MOLA, lambda run: (run / WEIGHTS).unlink(), "adapter_model"),
+    "a config cut short": (MOLA, cut(CONFIG), "adapter_config"),
+    "a config of another kind": (MOLA, written(CONFIG, b"[1, 2]"), "adapter_config"),
+    "a value of another type": (MOLA, config_changed(target_modules=7), "adapter_config"),
+    "a config that is no text": (MOLA, written(CONFIG, b"\xff\xfe\x00"), "adapter_config"),
+    "a folder in place of weights": (MOLA, a_folder_instead(WEIGHTS), "adapter_model"),
+    "a folder in place of a config": (MOLA, a_folder_instead(CONFIG), "adapter_config|neither"),
+    "settings that are no YAML": (MOLA, written("run.yaml", b"model: [\n"), "run.yaml"),
+    "settings of another kind": (MOLA, written("run.yaml", b"- a list"), "run.yaml"),
+    "no settings at all": (MOLA, written("run.yaml", b""), "run.yaml"),
+    "a model without a tensor": (
+        "full",
+        tensors_changed(lambda t: dict(list(t.items())[:-3]), "model/model.safetensors"),
+        "missing",
+    ),
+    "a model with NaN": ("full", tensors_changed(with_a_hole, "model/model.safetensors"), "NaN"),
+    "a model cut short": ("full", cut("model/model.safetensors"), "model"),
+    "a model's config cut short": ("full", cut("model/config.json"), "model"),
+    "a model's tokenizer cut short": ("full", cut("model/tokenizer.json"), "model"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_is_broken_is_not_used(broken, case, tmp_path):
+    method, breaking, named = UNUSABLE[case]
+    run = broken(method, breaking)
+
+    with pytest.raises(LamellaError, match=named):
+        load_trained(run)  # what evaluate, trace, evaluate --noise and export --collapse begin with
+    if method is MOLA:
+        with pytest.raises(LamellaError, match=named):
+            export_as_experts(run, tmp_path / "experts")
+        assert not (tmp_path / "experts").exists()
+    try:
+        findings = doctor(run).findings
+    except LamellaError:
+        return  # nothing can be examined
+    assert any(finding.severity == "error" for finding in findings)
+
+
+@pytest.mark.parametrize("use", [evaluate, trace, lambda run: export_collapsed(run, run / "new")])
+def test_every_use_of_a_broken_adapter_is_refused(broken, use):
+    run = broken(MOLA, tensors_changed(with_a_hole))
+
+    with pytest.raises(LamellaError, match="NaN"):
+        use(run)
+    assert not (run / "new").exists()
+
+
+RECORDS = {
+    "predictions cut short": ("predictions.parquet", cut("predictions.parquet")),
+    "a folder in place of predictions": ("predictions.parquet", a_folder_instead("predictions.parquet")),
+    "predictions of something else": (
+        "predictions.parquet",
+        lambda run: shutil.copy(run / "routing.parquet", run / "predictions.parquet"),
+    ),
+    "a trace cut short": ("trace.parquet", cut("trace.parquet")),
+    "a trace of something else": (
+        "trace.parquet",
+        lambda run: shutil.copy(run / "predictions.parquet", run / "trace.parquet"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_broken_record_is_a_finding(broken, case):
+    name, breaking = RECORDS[case]
+
+    findings = doctor(broken(MOLA, breaking)).findings
+
+    assert any(name in finding.where for finding in findings), findings
