@@ -6,7 +6,7 @@ BENCH ?=
 MODEL ?= tiny-moe
 STUDIES ?=
 
-.PHONY: demo test lint types imports check bench evidence models clean
+.PHONY: demo test lint types imports check bench evidence families models clean
 
 demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
@@ -32,6 +32,11 @@ bench: .venv/installed
 # docs/evidence.md, from what is kept of the project's own studies: make evidence STUDIES="--add runs/trec-shapes"
 evidence: .venv/installed
 	$(BIN)/python -m studies $(STUDIES)
+
+# docs/what-runs-where.md: every family of transformers x every method; goes on where it was stopped.
+families: .venv/installed
+	-$(BIN)/python -m pytest -n 2 --dist worksteal -m heavy tests/families
+	$(BIN)/python -m tests.families
 
 # A small mixture of experts: make models MODEL="switch-trec layers=4"
 models: .venv/installed

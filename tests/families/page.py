@@ -1,0 +1,113 @@
+"""docs/what-runs-where.md, made from the rows of docs/results/families.json."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.families.catalogue import FAMILIES, GROUPS
+from tests.families.checks import CHECKS, METHODS
+
+DOCS = Path(__file__).parents[2] / "docs"
+KEPT = DOCS / "results" / "families.json"
+PAGE = DOCS / "what-runs-where.md"
+ROWS = Path("runs/families")
+Answers = dict[str, dict[str, dict[str, Any]]]
+
+INTRODUCTION = """# What runs where
+
+`make families` builds a tiny random model of each family of transformers {transformers}, puts PEFT's LoRA (peft
+{peft}), MoLA, MoLEx and MOLE on it, and asks eight questions. **y** is yes. A number is *no*: the error that says so is
+below. **·** is not asked, because the base model itself does not keep it, which is found by running the base.
+
+- **start**: a fresh adapter is the base: MoLA; MoLEx at alpha=1; MOLE at weights 0, and at one-hot it is that LoRA. An
+  adapter that is not fresh changes the output.
+- **backward**: all parameters of the adapter (experts, routers) get a gradient, finite and not zero, wherever the
+  adapted module's own weight has one.
+- **saved**: saved, and loaded on another copy of the base, it gives the same output to the last bit.
+- **generation**: greedy generation with the model's cache has the logits of that without, also where padded.
+- **padding**: sequences padded on the left or on the right are what they are alone.
+- **batch-mates**: each sequence of a batch is what it is alone.
+- **causality**: outputs before a token are the same whatever follows, with labels and without.
+- **checkpointing**: gradients with gradient checkpointing are those without.
+
+Equal means by less than 1e-4 of the largest value, in float32.
+"""
+
+
+def keep_and_write() -> None:
+    """Gathers the rows of `make families`, keeps them and writes the page.
+
+    Raises:
+        SystemExit: a family has no row, or rows are of different code.
+    """
+    rows = {path.stem: json.loads(path.read_text()) for path in ROWS.glob("*.json")}
+    missing = [family.name for family in FAMILIES if family.name not in rows]
+    if missing:
+        raise SystemExit(f"No row of {', '.join(missing)} in {ROWS}: run `make families` to its end.")
+    if len({rows[family.name]["code"] for family in FAMILIES}) > 1:
+        raise SystemExit(f"The rows in {ROWS} are of different code: run `make families` again.")
+    import peft
+    import transformers
+
+    kept = {
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "families": {family.name: rows[family.name]["answers"] for family in FAMILIES},
+    }
+    KEPT.write_text(json.dumps(kept, indent=0) + "\n")
+    PAGE.write_text(page(kept))
+
+
+def page(kept: dict[str, Any]) -> str:
+    """The whole page."""
+    reasons: dict[str, int] = {}
+    families: dict[str, Answers] = kept["families"]
+    parts = [INTRODUCTION.format(**kept), "\n".join(_counts(families))]
+    for title, members in GROUPS.items():
+        header = f"| {title} | " + " | ".join(METHODS) + " |"
+        lines = [
+            f"| {family.name} | {' | '.join(_cell(families[family.name][method], reasons) for method in METHODS)} |"
+            for family in members
+        ]
+        parts.append(
+            "\n".join([f"## {title}", "", f"In each cell: {', '.join(CHECKS)}.", "", header, "|---" * 5 + "|", *lines])
+        )
+    parts.append("\n".join(["## Why not", "", *(f"{number}. {reason}" for reason, number in reasons.items())]))
+    parts.append("\n".join(["## Not asked", "", *_not_asked(families)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(answers: dict[str, dict[str, Any]], reasons: dict[str, int]) -> str:
+    """One sign for each check."""
+    signs = []
+    for check in CHECKS:
+        answer = answers[check]
+        if answer["said"] in ("no", "fault"):
+            signs.append(str(reasons.setdefault(answer["reason"], len(reasons) + 1)))
+        else:
+            signs.append({"yes": "y", "not asked": "·"}[answer["said"]])
+    return " ".join(signs)
+
+
+def _counts(families: dict[str, Answers]) -> Iterator[str]:
+    yield f"{len(families)} families. Families with every question that is asked answered yes, and answers in all:"
+    yield ""
+    yield "| method | families all yes | yes | no | not asked |"
+    yield "|---|---|---|---|---|"
+    for method in METHODS:
+        of_family = [[answer["said"] for answer in answers[method].values()] for answers in families.values()]
+        said = [answer for answers in of_family for answer in answers]
+        whole = sum(all(answer in ("yes", "not asked") for answer in answers) for answers in of_family)
+        yield f"| {method} | {whole} | {said.count('yes')} | {said.count('no')} | {said.count('not asked')} |"
+
+
+def _not_asked(families: dict[str, Answers]) -> Iterator[str]:
+    """Why, by check and reason, with the families; numbers are left out so that alike ones stand together."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for name, answers in families.items():
+        for check, answer in answers["LoRA"].items():
+            if answer["said"] == "not asked":
+                by_reason.setdefault((check, answer["reason"]), []).append(name)
+    for (check, reason), names in sorted(by_reason.items()):
+        yield f"- {check}, {', '.join(names)}: {reason}"

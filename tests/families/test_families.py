@@ -1,0 +1,67 @@
+"""Each answer of the matrix is yes, or no by name; one family per code path by default, all of them in `heavy`."""
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.families.catalogue import FAMILIES, PATHS
+from tests.families.checks import examine
+from tests.families.models import Family
+
+import lamella
+
+SECONDS = 240  # for one family; several times what the slowest one needs
+ROWS = Path("runs/families")
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_one_family_for_each_path(name: str) -> None:
+    answers = examine(BY_NAME[name])
+    assert not _faults(answers)
+    assert all(answers[method][check]["said"] != "no" for method in answers for check in answers[method])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_family(name: str) -> None:
+    """Keeps the family's row, and asks again only where the code has changed since."""
+    path, code = ROWS / f"{name}.json", _digest()
+    row = json.loads(path.read_text()) if path.exists() else {}
+    if row.get("code") != code:
+        row = {"code": code, "family": name, "head": BY_NAME[name].head, "answers": _in_time(BY_NAME[name])}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=1) + "\n")
+    assert not _faults(row["answers"])
+
+
+def _in_time(family: Family) -> dict[str, Any]:
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{family.name} took more than {SECONDS} s")
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        return examine(family)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def _faults(answers: dict[str, Any]) -> list[str]:
+    return [
+        f"{method} {check}: {answer['reason']}"
+        for method, of_method in answers.items()
+        for check, answer in of_method.items()
+        if answer["said"] == "fault"
+    ]
+
+
+def _digest() -> str:
+    """Of the code whose answers the rows are: lamella's and the checks'."""
+    folders = (Path(lamella.__file__).parent, Path(__file__).parent)
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
