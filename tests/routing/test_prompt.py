@@ -13,9 +13,14 @@ from transformers import CompileConfig, GenerationConfig
 from lamella import LamellaError
 from lamella.routing import prompt, track_calls, untrack_calls
 from lamella.routing.context import current_context
-from lamella.routing.prompt import Prompt, find_readable
+from lamella.routing.prompt import Given, Prompt, find_readable
 
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
+
+
+def said_from(*starts: int) -> Given:
+    """Labels that begin at these positions."""
+    return Given(torch.arange(REAL.shape[1]) >= torch.tensor(starts)[:, None])
 
 
 def rows(mask: Tensor | None) -> list[str] | None:
@@ -37,14 +42,14 @@ def test_a_width_counts_positions_and_stays_that_of_the_first_forward() -> None:
     known = Prompt(width=None)
     assert rows(find_readable(REAL[:, :3], known, None, 2).read) == ["..x", "xxx"]
     assert known.width == 3
-    assert rows(find_readable(REAL, known, torch.tensor([6, 6]), 2).read) == ["..x...", "xxx..."]
+    assert rows(find_readable(REAL, known, said_from(6, 6), 2).read) == ["..x...", "xxx..."]
 
 
 def test_labels_tell_where_the_given_ends_and_rows_without_a_prompt_have_the_first_tokens() -> None:
-    readable = find_readable(REAL, None, torch.tensor([5, 0]), 2)
+    readable = find_readable(REAL, None, said_from(5, 0), 2)
     assert rows(readable.read) == ["..xxx.", "xx...."]
     assert rows(readable.without) == ["......", "xx...."]
-    assert find_readable(REAL, None, torch.tensor([5, 4]), 2).without is None
+    assert find_readable(REAL, None, said_from(5, 4), 2).without is None
 
 
 @settings(max_examples=50, deadline=None)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.routing import Frame, Readable
+from lamella.routing import Frame, Readable, Rows
 from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.layer import MoleLinear
 
@@ -22,8 +22,9 @@ class SampleGroup(Group):
     def readable(self, tokens: Tensor, layer: Member, frame: Frame | None) -> Readable:
         mask = None if frame is None else frame.mask
         if mask is not None and mask.shape == tokens.shape[:2]:
-            return Readable(mask.to(tokens.device), None)
-        return Readable(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), None)
+            return Readable(mask.to(tokens.device), None, Rows(len(tokens)))
+        everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Readable(everything, None, Rows(len(tokens)))
 
     def repeated(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
         """Classifier-free guidance runs all samples twice, one whole batch after the other."""

@@ -4,6 +4,7 @@ from lamella.routing.attachment import attach, refuse_reentrant_collection
 from lamella.routing.balance import CollectedLoss, RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
 from lamella.routing.context import Frame, RoutedCall, RouterKey, collect_losses, current_frame, in_frame, prompt
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision, mixing_weights
+from lamella.routing.documents import Rows, Sequences
 from lamella.routing.pooling import count_votes, pool_mean, pool_mode
 from lamella.routing.prompt import Prompt, Readable
 from lamella.routing.router import CosineRouter, LinearRouter, ProjectedCosineRouter, Router, Routing, make_router
@@ -36,6 +37,8 @@ __all__ = [
     "RouterKey",
     "RouterLoss",
     "Routing",
+    "Rows",
+    "Sequences",
     "SharedDecision",
     "attach",
     "balance_gradient",

@@ -5,6 +5,7 @@ statements around it have said about prompts and losses. A module that ended by 
 more, and what it put there is taken away by whoever looks next.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
-from lamella.routing.prompt import Prompt, Readable, find_readable, prompt_of
+from lamella.routing.documents import Packing, Sequences
+from lamella.routing.prompt import Given, Prompt, Readable, find_readable, prompt_of
 
 Observer = Callable[..., None]
 RouterKey = tuple[str, str]  # an adapter, and the router's name in the model
@@ -34,6 +36,7 @@ class TrackedModel:
         observers: who wants to see routings.
         overrides: what was said in place of an adapter's routers, the latest last.
         scale: of a loss that a trainer builds outside the model.
+        said: the warnings that were given, each of which is given once.
     """
 
     shifts_labels: bool = False
@@ -41,6 +44,13 @@ class TrackedModel:
     observers: list[Observer] = field(default_factory=list)
     overrides: list[Override] = field(default_factory=list)
     scale: float | None = None
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, about: str, warning: str) -> None:
+        """Warns of something unless it has been said for this model."""
+        if about not in self.said:
+            self.said.add(about)
+            warnings.warn(warning, stacklevel=2)
 
     def override(self, adapter: str) -> Override:
         """What holds now in place of an adapter's routers."""
@@ -60,7 +70,7 @@ class RoutedCall:
         collected: where the layers' own losses go instead of being attached.
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
         prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
-        label_start: the first position of the decoder's input that labels say is not given, ``(batch,)``.
+        given: what its arguments say of which tokens are given and which are to be predicted.
         cache: of the sequences that the forward continues or begins, as it was given.
         past: tokens it held when the forward began.
         cached: the decisions for those sequences that it brought, and those taken since.
@@ -76,7 +86,7 @@ class RoutedCall:
     collected: CollectedLoss | None = None
     recorded_scale: Tensor | None = None
     prompt: Prompt | None = None
-    label_start: Tensor | None = None
+    given: Given | None = None
     cache: Any = None
     past: int = 0
     cached: dict[RouterKey, CachedDecision] = field(default_factory=dict)
@@ -122,6 +132,7 @@ class Frame:
         checkpointed: whether the block runs inside gradient checkpointing.
         recomputing: whether this is the recomputation of a checkpointed block.
         given: what the stack was given to read: token ids, embeddings or pixels.
+        packing: what its arguments say of the documents in its rows.
         projections: what one layer computed for a sibling with the same input, by that layer and adapter.
         decisions: those that several layers of the stack share.
         alone: where a block runs with one expert at a time, for which router and which expert this run is.
@@ -134,6 +145,7 @@ class Frame:
     checkpointed: bool = False
     recomputing: bool = False
     given: Tensor | None = None
+    packing: Packing = field(default_factory=lambda: Packing({}))
     projections: dict[tuple[nn.Module, str], Projection] = field(default_factory=dict)
     decisions: dict[RouterKey, Decision] = field(default_factory=dict)
     alone: tuple[RouterKey, int] | None = None
@@ -149,15 +161,26 @@ class Frame:
             return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return mask.view(x.shape[:2]).to(x.device)
 
+    def sequences(self, x: Tensor) -> Sequences:
+        """The sequences of ``x (batch, tokens, features)``.
+
+        Raises:
+            LamellaError: the stack is given documents packed into rows, and these are other rows.
+        """
+        return self.packing.sequences(self.real_tokens(x))
+
     def readable(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
         """What a decision for a whole sequence of ``x (batch, tokens, features)`` may read.
 
         All of it in an encoder and in a model that answers about its whole input, otherwise the prompt alone.
         """
-        real = self.real_tokens(x)
-        if not decoder or self.call.tracker.whole_input:
-            return Readable(real, None)
-        return find_readable(real, self.call.prompt, self.call.label_start, prompt_tokens)
+        real, sequences, call = self.real_tokens(x), self.sequences(x), self.call
+        if not decoder or call.tracker.whole_input:
+            return Readable(real, None, sequences)
+        readable = find_readable(real, call.prompt, call.given, prompt_tokens, sequences)
+        if readable.unknown:
+            call.tracker.say_once(*_unknown_prompt(readable, call, prompt_tokens))
+        return readable
 
     def token_mask(self, x: Tensor, of_encoder: bool = False) -> Tensor | None:
         """Which rows of ``x`` flattened to ``(N, features)`` are real, ``(N,)``; None when all are, or none says.
@@ -177,6 +200,27 @@ class Frame:
     def observers(self) -> tuple[Observer, ...]:
         """Who wants to see routings: nobody during recomputation, which would count a token twice."""
         return () if self.recomputing else tuple(self.call.tracker.observers)
+
+
+def _unknown_prompt(readable: Readable, call: RoutedCall, prompt_tokens: int) -> tuple[str, str]:
+    """What to say, and about what, where the prompts of some sequences are unknown."""
+    which = f"{readable.unknown} of {readable.sequences.count} sequences"
+    effect = (
+        f"decisions for whole sequences read their first {prompt_tokens} tokens (prompt_tokens), which run without "
+        "them, while in generate they read the whole prompt"
+    )
+    if call.given is None:
+        return "no prompt", (
+            f"Nothing in this forward says where the prompts of {which} end, so {effect}. Where there are prompts, "
+            "pass labels that are -100 on them, or their completion_mask, or run the forward inside "
+            "`with lamella.prompt(lengths):`; a trainer that takes the labels out of the batch (label smoothing, "
+            "compute_loss_func) and a harness that scores logits need one of the latter two."
+        )
+    return "labels from the start", (
+        f"In this forward the labels of {which} begin with the text, so that nothing of it is a prompt: {effect}. "
+        "Where there are prompts, give them labels of -100 (in TRL completion_only_loss, or assistant_only_loss for "
+        "messages), or run the forward inside `with lamella.prompt(lengths):`."
+    )
 
 
 @dataclass(frozen=True, eq=False)

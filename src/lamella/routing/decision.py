@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lamella.routing.documents import Sequences
+
 
 class Projection(NamedTuple):
     """Products of one input that several layers are given, computed in one GEMM by the first of them.
@@ -76,11 +78,12 @@ class Decision:
     """A decision of one call.
 
     Attributes:
-        weights: ``(batch, K)``, ``(batch, tokens, K)``, or ``(rows, K)`` outside the blocks.
+        weights: ``(sequences, K)``, ``(batch, tokens, K)``, or ``(rows, K)`` outside the blocks.
         taken_at: the module at whose call it was taken.
         rows: of that module's input.
         without: tokens that run with uniform weights, ``(batch, tokens)``; None where there are none.
         uniform: those weights, ``(K,)``.
+        sequences: that the decision is for; None where it is for tokens.
     """
 
     weights: Tensor
@@ -88,6 +91,7 @@ class Decision:
     rows: torch.Size
     without: Tensor | None = None
     uniform: Tensor | None = None
+    sequences: Sequences | None = None
 
 
 @dataclass(frozen=True, eq=False)

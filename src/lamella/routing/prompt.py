@@ -6,13 +6,15 @@ predicted; where the user sets it, what ``prompt`` says. Where nothing says, the
 themselves run without the decision, so that no token's output depends on a later one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lamella.errors import LamellaError
+from lamella.routing.documents import Rows, Sequences
 
 
 @dataclass(eq=False)
@@ -42,12 +44,83 @@ class Readable:
     Attributes:
         read: ``(batch, tokens)``, True where the decision looks.
         without: ``(batch, tokens)``, True where the decision has no effect; None where it has one everywhere.
+        sequences: those that decide, one in each row or several.
         complete: whether nothing that comes later would have been read too.
+        unknown: how many sequences' prompts nothing speaks of.
     """
 
     read: Tensor
     without: Tensor | None
+    sequences: Sequences
     complete: bool = True
+    unknown: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a call says of its tokens.
+
+    Attributes:
+        predicted: True for tokens that are to be predicted, ``(batch, tokens)``; what is before the first is given.
+        separates: whether the first token of a document in a packed row is never said to be predicted, so that where it
+            alone is given, nothing is said of a prompt; collators mask its label, which the loss does not use.
+        never_first: the same in every row.
+    """
+
+    predicted: Tensor
+    separates: bool = False
+    never_first: bool = False
+
+    def prompt(self, real: Tensor, sequences: Sequences) -> Tensor | None:
+        """The tokens of each sequence's prompt, ``(batch, tokens)``; None where it speaks of other tokens."""
+        if self.predicted.shape != real.shape:
+            return None
+        given = real & (sequences.running(self.predicted.to(real.device).long()) == 0)
+        least = 2 if self.never_first or (self.separates and sequences.packed) else 1
+        return given & sequences.spread(sequences.total(given.long()) >= least)
+
+
+def find_given(arguments: Mapping[str, Any], shifts_labels: bool, is_encoder_decoder: bool) -> Given | None:
+    """What the arguments of a model's forward say of its tokens; None where they say nothing.
+
+    Args:
+        arguments: its own, and what a data collator may hand on beside them (``completion_mask``, ``assistant_masks``).
+        shifts_labels: whether the loss predicts token t+1 at t.
+        is_encoder_decoder: whether labels lie one to the left of the decoder's tokens, the first of which is given.
+    """
+    labels = arguments.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        predicted = labels.ne(-100)
+        return Given(_one_later(predicted)) if is_encoder_decoder else Given(predicted, separates=shifts_labels)
+    shifted = arguments.get("shift_labels")
+    if isinstance(shifted, Tensor) and shifted.dim() == 2:
+        return Given(_one_later(shifted.ne(-100)), never_first=True)
+    for name in ("completion_mask", "assistant_masks"):
+        mask = arguments.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return Given(mask.bool())
+    return _by_logits(arguments)
+
+
+def _one_later(predicted: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(predicted[:, :1]), predicted[:, :-1]], dim=1)
+
+
+def _by_logits(arguments: Mapping[str, Any]) -> Given | None:
+    """By the logits that are asked for: the first of them predicts the token after its own."""
+    kept = arguments.get("logits_to_keep")
+    named = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    given = next((value for value in named if isinstance(value, Tensor) and value.dim() > 1), None)
+    if given is None or kept is None:
+        return None
+    batch, tokens = given.shape[:2]
+    if isinstance(kept, Tensor):
+        first = int(kept.min()) if kept.numel() else 0
+    elif kept > 0:
+        first = max(tokens - kept, 0)
+    else:
+        return None
+    return Given((torch.arange(tokens, device=given.device) > first).expand(batch, -1))
 
 
 def prompt_of(lengths: Sequence[int] | Tensor) -> Prompt:
@@ -65,51 +138,71 @@ def prompt_of(lengths: Sequence[int] | Tensor) -> Prompt:
     return Prompt(lengths=given.long())
 
 
-def find_readable(real: Tensor, known: Prompt | None, label_start: Tensor | None, prompt_tokens: int) -> Readable:
+def find_readable(
+    real: Tensor,
+    known: Prompt | None,
+    given: Given | None,
+    prompt_tokens: int,
+    sequences: Sequences | None = None,
+) -> Readable:
     """What a decision for each whole sequence may read.
 
     Args:
         real: True for real tokens, ``(batch, tokens)``.
         known: what ``generate`` or ``lamella.prompt`` says.
-        label_start: the first position of each sequence that is not given, by its labels, ``(batch,)``.
+        given: what the call itself says, by its labels for instance.
         prompt_tokens: how many first real tokens decide where nothing is known.
+        sequences: S of them, in these rows; None where each row is one.
 
     Raises:
-        LamellaError: prompts of another number of sequences than the batch has, or one that comes in parts.
+        LamellaError: prompts of another number of sequences than there are, one that comes in parts, or rows of
+            several documents in ``generate``.
     """
-    order = real.cumsum(dim=1)  # (batch, tokens): how many real tokens so far
-    given = _given(real, order, known, label_start)
+    sequences = sequences or Rows(len(real))
+    order = sequences.running(real.long())  # (batch, tokens): how many real tokens so far
+    length = sequences.total(real.long())  # (S,)
     first = real & (order <= prompt_tokens)
-    enough = order[:, -1] >= prompt_tokens  # (batch,)
-    if given is None:
-        return Readable(first, first, bool(enough.all()))
-    has_prompt = given.any(dim=1, keepdim=True)  # (batch, 1)
-    if bool(has_prompt.all()):
-        return Readable(given, None, _is_whole(order, known))
-    complete = _is_whole(order, known) and bool((enough | has_prompt[:, 0]).all())
-    return Readable(torch.where(has_prompt, given, first), first & ~has_prompt, complete)
+    is_whole = _is_whole(length, known)
+    prompt = _prompt(real, order, known, given, sequences)
+    if prompt is None:
+        return Readable(first, first, sequences, bool((length >= prompt_tokens).all()), unknown=sequences.count)
+    has_prompt = sequences.total(prompt.long()) > 0  # (S,)
+    missing = sequences.count - int(has_prompt.sum())
+    if missing == 0:
+        return Readable(prompt, None, sequences, is_whole)
+    complete = is_whole and bool(((length >= prompt_tokens) | has_prompt).all())
+    here = sequences.spread(has_prompt)  # (batch, tokens or 1)
+    return Readable(torch.where(here, prompt, first), first & ~here, sequences, complete, unknown=missing)
 
 
-def _is_whole(order: Tensor, known: Prompt | None) -> bool:
+def _is_whole(length: Tensor, known: Prompt | None) -> bool:
     """Whether the prompts that ``lamella.prompt`` speaks of are all there."""
-    if known is None or known.lengths is None:
+    if known is None or known.lengths is None or len(length) % max(len(known.lengths), 1):
         return True
-    lengths = known.lengths.to(order.device)
-    return bool((order[:, -1] >= lengths.repeat_interleave(len(order) // len(lengths))).all())
+    lengths = known.lengths.to(length.device)
+    return bool((length >= lengths.repeat_interleave(len(length) // len(lengths))).all())
 
 
-def _given(real: Tensor, order: Tensor, known: Prompt | None, label_start: Tensor | None) -> Tensor | None:
-    rows, tokens = real.shape
+def _prompt(
+    real: Tensor, order: Tensor, known: Prompt | None, given: Given | None, sequences: Sequences
+) -> Tensor | None:
+    """The tokens of each sequence's prompt, ``(batch, tokens)``; None where nothing says anything."""
     if known is not None and known.lengths is not None:
-        lengths = known.lengths.to(real.device)
-        if len(lengths) == 0 or rows % len(lengths):
+        lengths, count = known.lengths.to(real.device), sequences.count
+        if len(lengths) == 0 or count % len(lengths) or (sequences.packed and count != len(lengths)):
+            holds = f"{count} documents in {len(real)} rows" if sequences.packed else f"{count} sequences"
             raise LamellaError(
-                f"lamella.prompt was given {len(lengths)} lengths, but the batch has {rows} sequences; give one per "
-                "sequence."
+                f"lamella.prompt was given {len(lengths)} lengths, but the batch has {holds}; give one per "
+                f"{'document' if sequences.packed else 'sequence'}."
             )
-        return real & (order <= lengths.repeat_interleave(rows // len(lengths))[:, None])
-    position = torch.arange(tokens, device=real.device)
+        return real & (order <= sequences.spread(lengths.repeat_interleave(count // len(lengths))))
+    tokens = real.shape[1]
     if known is not None:
+        if sequences.packed:
+            raise LamellaError(
+                f"generate is given {sequences.count} documents packed into {len(real)} rows, which end and go on "
+                "together. Give each document a row of its own, with padding on the left."
+            )
         if known.width is None:
             known.width = tokens
         if tokens < known.width:
@@ -117,7 +210,5 @@ def _given(real: Tensor, order: Tensor, known: Prompt | None, label_start: Tenso
                 f"A decision reads the whole prompt, but generate hands over {tokens} of its {known.width} tokens "
                 "first. Generate without prefill_chunk_size, and from an empty cache."
             )
-        return real & (position < known.width)
-    if label_start is None or len(label_start) != rows:
-        return None
-    return real & (position < label_start.to(real.device)[:, None])
+        return real & (torch.arange(tokens, device=real.device) < known.width)
+    return None if given is None else given.prompt(real, sequences)

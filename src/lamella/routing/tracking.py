@@ -27,7 +27,9 @@ from lamella.routing.context import (
     leave,
 )
 from lamella.routing.decision import Override
+from lamella.routing.documents import Packing, expanded_mask
 from lamella.routing.generating import set_prompted_generate, unset_prompted_generate
+from lamella.routing.prompt import find_given
 
 
 class CallListener(Protocol):
@@ -93,7 +95,7 @@ class CallTracker(TrackedModel):
             decoder_mask=predicts if is_encoder_decoder else None,
             prompt=context.prompt,
             overrides={override.adapter: override for override in self.overrides},
-            label_start=None if predicts is None else _first_predicted(predicts, is_encoder_decoder),
+            given=find_given(arguments, self.shifts_labels, is_encoder_decoder),
             collected=context.collected,
             half=any(
                 torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
@@ -106,16 +108,6 @@ class CallTracker(TrackedModel):
             return 1.0
         counted = labels[..., 1:] if self.shifts_labels else labels
         return counted.ne(-100).sum() / total
-
-
-def _first_predicted(predicts: Tensor, is_encoder_decoder: bool) -> Tensor:
-    """The first position of a decoder's input that is not given, ``(batch,)``; past the end where nothing is predicted.
-
-    Labels lie at the place of their own token. In an encoder-decoder they lie one to the left of it, since what comes
-    first there is the given start token.
-    """
-    first = predicts.int().argmax(dim=1) + is_encoder_decoder
-    return torch.where(predicts.any(dim=1), first, predicts.shape[1])
 
 
 def track_calls(
@@ -241,7 +233,7 @@ def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Fram
     given = next((value for value in named if isinstance(value, Tensor)), None)
     if given is None and parent is not None and parent.call is call:
         given = parent.given
-    return Frame(call, real, encoder_real, parent, given=given)
+    return Frame(call, real, encoder_real, parent, given=given, packing=Packing(arguments))
 
 
 def _real_by_expanded(mask: Any) -> Tensor | None:
@@ -249,13 +241,11 @@ def _real_by_expanded(mask: Any) -> Tensor | None:
 
     A token is real if any token attends to it. A static cache has columns for tokens that are yet to come.
     """
-    if isinstance(mask, Mapping):  # one for each kind of attention
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
+    attends = expanded_mask(mask)
+    if attends is None:
         return None
-    attends = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    attended = attends.any(dim=1).any(dim=1)  # (batch, keys)
-    if mask.shape[2] == mask.shape[3]:
+    attended = attends.any(dim=1)  # (batch, keys)
+    if attends.shape[1] == attends.shape[2]:
         return attended
     so_far = int(attended.any(dim=0).nonzero().max()) + 1 if bool(attended.any()) else 0
     return attended[:, :so_far]

@@ -37,7 +37,8 @@ def recall(call: RoutedCall, key: RouterKey, sequences: int) -> CachedDecision |
     if decision is None:
         raise LamellaError(
             f"The cache holds {call.past} tokens for which {name} has not decided: they were read without the adapter "
-            f"{adapter!r} or with fixed weights. Start from an empty cache, or pass use_cache=False."
+            f"{adapter!r}, with fixed weights, or as documents packed into a row. Start from an empty cache, or "
+            "pass use_cache=False."
         )
     if not decision.complete:
         raise LamellaError(

@@ -22,6 +22,7 @@ from lamella.routing import (
     Projection,
     Readable,
     Routing,
+    Rows,
     SharedDecision,
     mixing_weights,
 )
@@ -231,14 +232,15 @@ class Group:
             logits = cached.tensors[0].to(x.device)
             return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
         readable = self.readable(tokens, layer, frame)
-        logits = inputs.by_sequence(tokens, readable.read)  # (batch, K)
-        if frame is not None and self._is_cached(frame):
+        read, sequences = readable.read, readable.sequences
+        logits = inputs.by_sequence(tokens, read, sequences)  # (S, K)
+        if frame is not None and self._is_cached(frame) and not sequences.packed:
             frame.call.cached[self.key] = CachedDecision((logits.detach(),), readable.complete)
-        real = readable.read.any(dim=1)
-        self._show(logits, override, real, x.shape[:1], frame)
+        real = sequences.total(read.long()) > 0  # (S,)
+        self._show(logits, override, real, logits.shape[:1], frame)
         uniform = None if readable.without is None else override.weights(torch.zeros_like(logits[0]), None)
         weights = override.weights(logits, self.config.top_k)
-        return Decision(weights, layer, x.shape[:-1], readable.without, uniform), logits, real
+        return Decision(weights, layer, x.shape[:-1], readable.without, uniform, sequences), logits, real
 
     def as_sequences(self, layer: Member, x: Tensor, frame: Frame | None) -> Tensor:
         """An input as ``(batch, tokens, in)``."""
@@ -255,11 +257,13 @@ class Group:
     def readable(self, tokens: Tensor, layer: Member, frame: Frame | None) -> Readable:
         """What a decision for whole sequences may read."""
         if frame is None:
-            return Readable(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), None)
+            everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            return Readable(everything, None, Rows(len(tokens)))
         if self.input == "encoder":
             mask = frame.token_mask(tokens, of_encoder=True)
             ones = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-            return Readable(ones if mask is None else mask.view(tokens.shape[:2]).to(tokens.device), None)
+            read = ones if mask is None else mask.view(tokens.shape[:2]).to(tokens.device)
+            return Readable(read, None, Rows(len(tokens)))
         return frame.readable(tokens, self.decoder, self.config.prompt_tokens)
 
     def _is_cached(self, frame: Frame) -> bool:
@@ -276,15 +280,25 @@ class Group:
                     f"{tuple(weights.shape[:-1])}. Use router_input='mean' or granularity='matrix'."
                 )
             return weights.view(*x.shape[:-1], -1)
-        if decision.without is None:
+        sequences = decision.sequences
+        packed = sequences is not None and sequences.packed
+        if packed and layer.reads_encoder:
+            raise LamellaError(
+                f"{layer.name} reads the encoder's states for several documents in one row, and which of them each "
+                "state belongs to is not known. Give each document a row of its own, or use router_input='token'."
+            )
+        if decision.without is None and not packed:
             return self.repeated(weights, layer, x)
-        without, uniform = decision.without.to(x.device), decision.uniform
-        assert uniform is not None
-        uniform = uniform.to(x.device)
+        uniform = None if decision.uniform is None else decision.uniform.to(x.device)
+        without = None if decision.without is None else decision.without.to(x.device)
         if layer.reads_encoder:  # every token attends to these rows, those that run without the decision too
+            assert without is not None
+            assert uniform is not None
             mixed = torch.where(without.any(dim=1, keepdim=True), uniform, weights)
             return self.repeated(mixed, layer, x)
-        by_token = torch.where(without[..., None], uniform, weights[:, None])  # (batch, tokens, K)
+        by_token = weights[:, None] if sequences is None else sequences.spread(weights)  # (batch, tokens or 1, K)
+        if without is not None and uniform is not None:
+            by_token = torch.where(without[..., None], uniform, by_token)  # (batch, tokens, K)
         return by_token.view(*x.shape[:-1], -1)
 
     def repeated(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:

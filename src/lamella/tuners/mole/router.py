@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, project, read_outputs, read_positions
-from lamella.routing import pool_mean
+from lamella.routing import Sequences, pool_mean
 
 # Below it the softmax is a hard choice, and a learned temperature gets no more gradient.
 LOWEST_TEMPERATURE = 0.01
@@ -80,30 +80,33 @@ class MoleRouter(nn.Module):
         tau = self.temperature()
         return logits / (tau.to(logits.device) if isinstance(tau, Tensor) else tau)
 
-    def lay_out(self, values: Tensor, real: Tensor) -> Tensor:
+    def lay_out(self, values: Tensor, real: Tensor, sequences: Sequences) -> Tensor:
         """Puts each sequence's real tokens at its first positions, zeros after them.
 
         Args:
             values: ``(batch, tokens, F)``.
             real: ``(batch, tokens)``.
+            sequences: S of them, in these rows.
 
         Returns:
-            ``(batch, positions, F)``.
+            ``(S, positions, F)``.
 
         Raises:
             LamellaError: a sequence is longer.
         """
         assert self.positions is not None
-        longest = int(real.sum(dim=1).max()) if real.numel() else 0
+        longest = int(sequences.total(real.long()).max()) if real.numel() else 0
         if longest > self.positions:
             raise LamellaError(
                 f"A sequence of {longest} tokens is longer than flatten_length={self.positions}, which the routers were"
                 " made for. Truncate it, compose with a larger flatten_length, or use router_input='mean'."
             )
-        batch, features = len(values), values.shape[-1]
-        place = (real.cumsum(dim=1) - 1).masked_fill(~real, self.positions)  # padding goes to a place that is cut off
-        laid = values.new_zeros(batch, self.positions + 1, features)
-        return laid.scatter(1, place[..., None].expand(-1, -1, features), values)[:, : self.positions]
+        number = torch.arange(sequences.count, device=real.device)  # (S,)
+        place = (sequences.running(real.long()) - 1).masked_fill(~real, self.positions)  # padding is cut off again
+        place = place + sequences.spread(number) * (self.positions + 1)  # (batch, tokens)
+        laid = values.new_zeros(sequences.count * (self.positions + 1), values.shape[-1])
+        laid = laid.index_copy(0, place.flatten(), values.flatten(0, 1))
+        return laid.view(sequences.count, self.positions + 1, -1)[:, : self.positions]
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
@@ -117,8 +120,8 @@ class RouterInputs(Protocol):
     def by_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Each row's logits, ``(*rows, K)`` for ``x (*rows, in)``; and ``A x`` of each matrix that is read."""
 
-    def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
-        """Each sequence's, ``(batch, K)``, from ``tokens (batch, tokens, in)`` where ``read (batch, tokens)`` is."""
+    def by_sequence(self, tokens: Tensor, read: Tensor, sequences: Sequences) -> Tensor:
+        """Each sequence's, ``(S, K)``, from ``tokens (batch, tokens, in)`` where ``read (batch, tokens)`` is."""
 
 
 class RankSpaceInputs:
@@ -137,15 +140,15 @@ class RankSpaceInputs:
         h = [product.view(*x.shape[:-1], -1) for product in products]  # (*rows, R_m)
         return self.router(h, self.loras, x.shape[:-1], x.device), h
 
-    def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
+    def by_sequence(self, tokens: Tensor, read: Tensor, sequences: Sequences) -> Tensor:
         """As promised; the mean of the outputs is the output of the mean, so that one row a sequence is read."""
         wide = _only(tokens, read)
         if self.router.positions is None:
-            pooled = pool_mean(wide, read)  # (batch, in)
+            pooled = pool_mean(wide, read, sequences)  # (S, in)
             h = [pooled @ one.A.to(pooled).t() for one in self.loras]
         else:
-            h = [self.router.lay_out(wide @ one.A.to(wide).t(), read) for one in self.loras]
-        return self.router(h, self.loras, tokens.shape[:1], tokens.device)
+            h = [self.router.lay_out(wide @ one.A.to(wide).t(), read, sequences) for one in self.loras]
+        return self.router(h, self.loras, torch.Size([sequences.count]), tokens.device)
 
 
 class BlockOutputs:
@@ -159,12 +162,13 @@ class BlockOutputs:
         """As promised, of the outputs at x's places; no matrix is read."""
         return self.router.from_outputs(torch.stack(list(self.outputs), dim=-2)), []
 
-    def by_sequence(self, tokens: Tensor, read: Tensor) -> Tensor:
+    def by_sequence(self, tokens: Tensor, read: Tensor, sequences: Sequences) -> Tensor:
         """As promised."""
         wide = [_only(output, read) for output in self.outputs]
         if self.router.positions is None:
-            return self.router.from_outputs(torch.stack([pool_mean(output, read) for output in wide], dim=-2))
-        laid = [self.router.lay_out(output, read) for output in wide]  # K of (batch, positions, features)
+            pooled = [pool_mean(output, read, sequences) for output in wide]  # K of (S, features)
+            return self.router.from_outputs(torch.stack(pooled, dim=-2))
+        laid = [self.router.lay_out(output, read, sequences) for output in wide]  # K of (S, positions, features)
         return self.router.from_outputs(torch.stack(laid, dim=-2))
 
 

@@ -17,6 +17,8 @@ from lamella.routing import (
     Readable,
     Router,
     RouterLoss,
+    Rows,
+    Sequences,
     attach,
     current_frame,
     make_router,
@@ -140,7 +142,8 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         choice = self._choice(adapter, call.hidden_states, frame, slots)
         output = self.base_layer(*args, **kwargs)
         host = hidden_states_of(output)
-        mixed = self._with_guests(adapter, host, choice, call, output, slots)
+        spans_rows = frame is not None and frame.packing.spans_rows
+        mixed = self._with_guests(adapter, host, choice, call, output, slots, spans_rows)
         mixed = self._attach_losses(adapter, mixed, choice, frame)
         show_mixture(host, mixed)
         return with_hidden_states(output, mixed)
@@ -198,7 +201,9 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         if call.cache is None or is_checkpointed(self.base_layer):
             return None
         if self.mixtures[adapter].granularity != "token":
-            return guest_slots(call.cache, len(self.blocks))
+            packed = frame is not None and frame.call.past == 0 and frame.sequences(call.hidden_states).packed
+            # A row of several documents is not continued, by the base neither.
+            return None if packed else guest_slots(call.cache, len(self.blocks))
         generating = frame is not None and frame.call.generating
         if generating or int(call.cache.get_seq_length(self.place.layer)) > 0 or _is_static(call.cache):
             raise LamellaError(
@@ -228,35 +233,35 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         mixture = self.mixtures[adapter]
         config, depth, granularity = mixture.config, mixture.depth, mixture.granularity
         readable = self._readable(h, frame, granularity, config)
-        read = readable.read
+        read, sequences = readable.read, readable.sequences
         if self.routed(adapter):
             scores = score_candidates(self._logits(adapter, h), depth.candidates, config.score)
-            rows, read_rows = pool_scores(scores, read, granularity)
-            picked, mean = choose(rows, read_rows, depth.top_k, config.aggregate)
+            rows = pool_scores(scores, read, sequences, granularity)
+            picked, mean = choose(*rows, depth.top_k, config.aggregate)
             weights = guest_weights(mean.gather(1, picked), config.router_gradient)
             logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
         else:
-            logits, picked = self._without_router(mixture, h, read, frame)
+            logits, picked = self._without_router(mixture, h, readable, frame)
             weights = torch.full_like(logits[:, :1], 1 / picked.shape[1]).expand(picked.shape)
         is_watched = frame is not None and bool(frame.observers)
         every = (depth.candidates, len(self.blocks), granularity)
-        batch, tokens = h.shape[:2]
+        laid_out = (*h.shape[:2], sequences, granularity)
         return Choice(
-            indices=spread(torch.as_tensor(depth.candidates, device=h.device)[picked], batch, tokens, granularity),
-            weights=spread(weights, batch, tokens, granularity),
+            indices=spread(torch.as_tensor(depth.candidates, device=h.device)[picked], *laid_out),
+            weights=spread(weights, *laid_out),
             without=readable.without,
             complete=readable.complete,
             routing=as_routing(logits, picked, weights, *every) if is_watched else None,
-            real=_decides_for_something(read, granularity),
+            real=_decides_for_something(read, sequences, granularity),
             scores=logits if self.routed(adapter) else None,
             picked=picked,
         )
 
     def _readable(self, h: Tensor, frame: Frame | None, granularity: str, config: MolexConfig) -> Readable:
         if frame is None:
-            return Readable(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device), None)
+            return Readable(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device), None, Rows(len(h)))
         if granularity == "token":  # a token decides by itself, so it sees nothing later
-            return Readable(frame.real_tokens(h), None)
+            return Readable(frame.real_tokens(h), None, frame.sequences(h))
         return frame.readable(h, self.decoder, config.prompt_tokens)
 
     def _logits(self, adapter: str, h: Tensor) -> Tensor:
@@ -266,20 +271,22 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             wide = h.to(router.weight.device, torch.promote_types(h.dtype, torch.float32))
             return router.logits(wide.flatten(0, 1)).view(*h.shape[:2], -1).to(h.device)
 
-    def _without_router(self, mixture: _Mixture, h: Tensor, read: Tensor, frame: Frame | None) -> tuple[Tensor, Tensor]:
+    def _without_router(
+        self, mixture: _Mixture, h: Tensor, readable: Readable, frame: Frame | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits of the candidates, equal, and those chosen: for the policies, and where there is only one."""
-        config, depth = mixture.config, mixture.depth
+        config, depth, read, sequences = mixture.config, mixture.depth, readable.read, readable.sequences
         count = len(depth.candidates)
         if config.policy == "random":
             if frame is None:
                 raise LamellaError(
                     f"policy='random' draws from what the model reads, so {self.name} cannot run outside its forward."
                 )
-            tokens = hash_tokens(frame.given, read, self._hash_source(frame, len(read)))
-            drawn = draw(tokens, read, depth.index, config.seed, count, mixture.granularity)
+            tokens = hash_tokens(frame.given, read, sequences, self._hash_source(frame, len(read)))
+            drawn = draw(tokens, sequences, depth.index, config.seed, count, mixture.granularity)
             picked = drawn.sort(dim=1, descending=True, stable=True).indices[:, : depth.top_k]
         else:
-            rows = {"token": read.numel(), "batch": 1}.get(mixture.granularity, len(read))
+            rows = {"token": read.numel(), "batch": 1}.get(mixture.granularity, sequences.count)
             picked = torch.arange(depth.top_k, device=h.device).expand(rows, -1)
         logits = torch.zeros(len(picked), count, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         return logits, picked
@@ -300,9 +307,16 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         return hash_sequences(given.repeat_interleave(rows // len(given), dim=0), frame.encoder_mask)
 
     def _with_guests(
-        self, adapter: str, host: Tensor, choice: Choice, call: BlockCall, output: Any, slots: GuestSlots | None
+        self,
+        adapter: str,
+        host: Tensor,
+        choice: Choice,
+        call: BlockCall,
+        output: Any,
+        slots: GuestSlots | None,
+        spans_rows: bool,
     ) -> Tensor:
-        """Adds each chosen block's difference from this one, run on the sequences that chose it alone."""
+        """Adds each chosen block's difference from this one, run on the rows in which something chose it."""
         mixture, depth = self.mixtures[adapter], self.place.layer
         choice = choice.to(host.device)  # which need not be where the block's input is
         weights = choice.weights * (1 - self.alpha(adapter, host.device))  # (batch, k) or (batch, tokens, k)
@@ -316,7 +330,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             if choice.without is not None:
                 share = share.masked_fill(choice.without, 0)
             chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
-            rows = None if bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
+            rows = None if spans_rows or bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
             view = None if slots is None else slots.view(depth, rows, choice.indices)
             settings = mixture.config.guest_dtype, mixture.config.recompute_guest
             states = run_guest(self.blocks[guest], call, rows, view, output, *settings)
@@ -416,8 +430,8 @@ def _is_static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False))
 
 
-def _decides_for_something(read: Tensor, granularity: str) -> Tensor | None:
+def _decides_for_something(read: Tensor, sequences: Sequences, granularity: str) -> Tensor | None:
     """Which decisions have a real token to read, ``(rows,)``."""
     if granularity == "batch":
         return None
-    return read.flatten() if granularity == "token" else read.any(dim=1)
+    return read.flatten() if granularity == "token" else sequences.total(read.long()) > 0

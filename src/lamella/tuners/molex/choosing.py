@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lamella.routing import Routing, count_votes, pool_mean
+from lamella.routing import Routing, Rows, Sequences, count_votes, pool_mean
 from lamella.routing.router import Granularity
 
 
@@ -16,7 +16,7 @@ class Choice:
     """The guests at one block, for the sequences of a batch.
 
     Attributes:
-        indices: block indices, ``(batch, k)``, or ``(batch, tokens, k)`` where each token has its own.
+        indices: block indices, ``(batch, k)``, or ``(batch, tokens, k)`` where each token or document has its own.
         weights: how much each guest counts, of the same shape; the k of them sum to 1 in value.
         without: tokens that run without guest, ``(batch, tokens)``; None where there are none.
         routing: the decision as it was taken, over all blocks of the stack, for who watches; None where nobody
@@ -57,41 +57,46 @@ def score_candidates(logits: Tensor, candidates: Sequence[int], score: str) -> T
     return torch.sigmoid(among) if score == "sigmoid" else torch.softmax(among, dim=-1)
 
 
-def pool_scores(scores: Tensor, read: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """Lays a decision's tokens side by side: a row per decision.
+def pool_scores(
+    scores: Tensor, read: Tensor, sequences: Sequences, granularity: str
+) -> tuple[Tensor, Tensor, Sequences]:
+    """Lays out tokens by the decisions that read them.
 
     Args:
         scores: ``(batch, tokens, C)``.
         read: the tokens a decision reads, ``(batch, tokens)``.
+        sequences: the sequences in these rows.
         granularity: "sequence", "batch" or "token".
 
     Returns:
-        Scores ``(rows, tokens per row, C)`` with zeros where nothing is read, and the same mask laid out alike.
+        Scores ``(rows, tokens per row, C)`` with zeros where nothing is read, the same mask laid out alike, and the
+        decisions as sequences of these rows.
     """
     if granularity == "batch":
-        scores, read = scores.flatten(0, 1)[None], read.flatten()[None]
+        scores, read, sequences = scores.flatten(0, 1)[None], read.flatten()[None], Rows(1)
     elif granularity == "token":
-        scores, read = scores.flatten(0, 1)[:, None], read.flatten()[:, None]
+        scores, read, sequences = scores.flatten(0, 1)[:, None], read.flatten()[:, None], Rows(read.numel())
     # Masked, not multiplied: what attention makes of padding need not be finite.
-    return scores.masked_fill(~read[..., None], 0), read
+    return scores.masked_fill(~read[..., None], 0), read, sequences
 
 
-def choose(scores: Tensor, read: Tensor, top_k: int, aggregate: str) -> tuple[Tensor, Tensor]:
-    """The best candidates of each row.
+def choose(scores: Tensor, read: Tensor, sequences: Sequences, top_k: int, aggregate: str) -> tuple[Tensor, Tensor]:
+    """The best candidates of each decision.
 
     Args:
         scores: ``(rows, tokens, C)``.
         read: ``(rows, tokens)``.
+        sequences: D of them in these rows, each of which decides.
         top_k: how many.
         aggregate: by the "mean" score of the tokens, or by the "mode" of their own choices (the most frequent ones).
 
     Returns:
-        Their places among the candidates, best first, ``(rows, k)``, ties to the smallest; and all mean scores,
-        ``(rows, C)``.
+        Their places among the candidates, best first, ``(D, k)``, ties to the smallest; and all mean scores,
+        ``(D, C)``.
     """
-    mean = pool_mean(scores, read)  # (rows, C)
+    mean = pool_mean(scores, read, sequences)  # (D, C)
     with torch.no_grad():
-        by = mean if aggregate == "mean" else count_votes(scores.argmax(dim=-1), scores.shape[-1], read)
+        by = mean if aggregate == "mean" else count_votes(scores.argmax(dim=-1), scores.shape[-1], read, sequences)
         picked = by.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     return picked, mean
 
@@ -135,21 +140,23 @@ def as_routing(
     return Routing(everywhere, weights.detach(), places[picked], cast(Granularity, granularity))
 
 
-def spread(rows: Tensor, batch: int, tokens: int, granularity: str) -> Tensor:
-    """A value per decision ``(rows, k)`` as one per sequence ``(batch, k)`` or per token ``(batch, tokens, k)``."""
+def spread(rows: Tensor, batch: int, tokens: int, sequences: Sequences, granularity: str) -> Tensor:
+    """A value per decision ``(rows, k)`` as one per row of the batch ``(batch, k)`` or token ``(batch, tokens, k)``."""
     if granularity == "batch":
         return rows.expand(batch, -1)
-    return rows.view(batch, tokens, -1) if granularity == "token" else rows
+    if granularity == "token":
+        return rows.view(batch, tokens, -1)
+    return sequences.spread(rows) if sequences.packed else rows
 
 
-def draw(tokens: Tensor, read: Tensor, depth: int, seed: int, candidates: int, granularity: str) -> Tensor:
+def draw(tokens: Tensor, sequences: Sequences, depth: int, seed: int, candidates: int, granularity: str) -> Tensor:
     """A random number for each candidate of each decision, by a hash of what the sequence reads.
 
     It depends on nothing else: not on the other sequences, the padding, the device or the order of calls.
 
     Args:
         tokens: what ``hash_tokens`` makes of them, ``(batch, tokens)``.
-        read: the tokens a decision reads, ``(batch, tokens)``.
+        sequences: the sequences in these rows.
         depth: the block's index.
         seed: of the policy.
         candidates: C.
@@ -161,26 +168,27 @@ def draw(tokens: Tensor, read: Tensor, depth: int, seed: int, candidates: int, g
     if granularity == "token":
         value = tokens.flatten()
     else:
-        value = tokens.sum(dim=1)
+        value = sequences.total(tokens)
         value = value.sum(dim=0, keepdim=True) if granularity == "batch" else value
-    which = torch.arange(candidates, device=read.device)
-    keyed = _mix(_mix(value + _mix(torch.tensor(seed, device=read.device)))[:, None] + (depth << 20) + which)
+    which = torch.arange(candidates, device=tokens.device)
+    keyed = _mix(_mix(value + _mix(torch.tensor(seed, device=tokens.device)))[:, None] + (depth << 20) + which)
     return _mix(keyed) & 0x7FFFFFFFFFFFFFFF
 
 
-def hash_tokens(given: Tensor | None, read: Tensor, before: Tensor | None = None) -> Tensor:
-    """A hash of each token and its place among those that are read.
+def hash_tokens(given: Tensor | None, read: Tensor, sequences: Sequences, before: Tensor | None = None) -> Tensor:
+    """A hash of each token and its place among those of its sequence that are read.
 
     Args:
         given: token ids ``(batch, tokens)``, or embeddings or pixels ``(batch, ...)``.
         read: the tokens that count, ``(batch, tokens)``.
+        sequences: the sequences in these rows.
         before: a hash of what each sequence has read elsewhere, ``(batch,)``.
 
     Returns:
         ``(batch, tokens)`` of int64, 0 for tokens that are not read.
     """
     content = _content(given, read)
-    place = read.cumsum(dim=1)  # the same token counts for something else elsewhere, padding for nothing
+    place = sequences.running(read.long())  # the same token counts for something else elsewhere, padding for nothing
     value = _mix(content) + _mix(place + 1)
     if before is not None:
         value = value + before.to(read.device)[:, None]
@@ -197,7 +205,7 @@ def hash_sequences(given: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or given.shape[:2] != mask.shape:
         tokens = given.shape[1] if given.dim() < 4 else 1
         mask = torch.ones(given.shape[0], tokens, dtype=torch.bool, device=given.device)
-    return hash_tokens(given, mask).sum(dim=1)
+    return hash_tokens(given, mask, Rows(len(mask))).sum(dim=1)
 
 
 def _content(given: Tensor | None, read: Tensor) -> Tensor:

@@ -1,0 +1,236 @@
+"""Which sequence each token belongs to: its row, or one of the documents that are packed into the row.
+
+What the documents are is read from what a stack is given, in this order: a mask expanded for attention (tokens that
+are connected are one document), ``seq_idx``, cumulative lengths (``cu_seq_lens_q`` and the like), an attention mask
+that numbers the documents, and ``position_ids`` that start anew, by transformers' own rule where no mask is given.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import find_packed_sequence_indices
+
+from lamella.errors import LamellaError
+
+_CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens")
+
+
+class Sequences(Protocol):
+    """The sequences of a batch of rows, in the order in which they begin.
+
+    Attributes:
+        count: S, how many there are.
+    """
+
+    @property
+    def count(self) -> int:
+        """S."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether any row holds several."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums ``(batch, tokens, ...)`` over each sequence: ``(S, ...)``."""
+
+    def running(self, values: Tensor) -> Tensor:
+        """Sums ``(batch, tokens)`` over each sequence's tokens so far, this one included; of the same shape."""
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What each token's sequence has: ``(batch, tokens, ...)`` from ``(S, ...)``, or ``(batch, 1, ...)``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One sequence in each of ``count`` rows."""
+
+    count: int
+    packed = False
+
+    def total(self, values: Tensor) -> Tensor:
+        """As promised."""
+        return values.sum(dim=1)
+
+    def running(self, values: Tensor) -> Tensor:
+        """As promised."""
+        return values.cumsum(dim=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """As promised."""
+        return values[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Documents packed into rows.
+
+    Attributes:
+        of: the number of each token's document, counted through the rows, ``(batch, tokens)``.
+        count: how many there are.
+    """
+
+    of: Tensor
+    count: int
+    packed = True
+
+    def total(self, values: Tensor) -> Tensor:
+        """As promised."""
+        summed = torch.promote_types(values.dtype, torch.int64) if not values.is_floating_point() else values.dtype
+        empty = values.new_zeros(self.count, *values.shape[2:], dtype=summed)  # (S, ...)
+        return empty.index_add(0, self.of.flatten(), values.flatten(0, 1).to(summed))
+
+    def running(self, values: Tensor) -> Tensor:
+        """As promised."""
+        order = self.of.flatten().argsort(stable=True)  # (N,): the documents' tokens behind each other
+        so_far = values.flatten()[order].cumsum(dim=0)  # (N,)
+        sizes = self.of.flatten().bincount(minlength=self.count)  # (S,)
+        before = so_far[sizes.cumsum(dim=0) - 1].roll(1)  # (S,): at the end of the document before
+        before[0] = 0
+        placed = torch.empty_like(so_far)
+        placed[order] = so_far - before.repeat_interleave(sizes)
+        return placed.view(values.shape)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """As promised."""
+        return values[self.of]
+
+
+class Packing:
+    """What the arguments of one forward of a stack say of the documents in its rows."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        names = ("attention_mask", "seq_idx", "position_ids", *_CUMULATIVE)
+        self._said = {name: arguments[name] for name in names if arguments.get(name) is not None}
+        self._found: dict[tuple[torch.Size, torch.device], Sequences] = {}
+
+    @property
+    def spans_rows(self) -> bool:
+        """Whether lengths are counted through all rows, so that no row can be left out."""
+        return any(name in self._said for name in _CUMULATIVE)
+
+    def sequences(self, real: Tensor) -> Sequences:
+        """The sequences of rows in which ``real (batch, tokens)`` are the real tokens.
+
+        Raises:
+            LamellaError: rows of another shape hold several documents.
+        """
+        key = (real.shape, real.device)
+        if key not in self._found:
+            self._found[key] = self._find(real)
+        return self._found[key]
+
+    def _find(self, real: Tensor) -> Sequences:
+        numbers = self._numbers(real)
+        batch, tokens = real.shape
+        if numbers is None or bool((numbers == numbers[:, :1]).all()):
+            return Rows(batch)
+        if numbers.shape[1] != tokens or numbers.shape[0] not in (1, batch):
+            raise LamellaError(
+                f"The model is given documents packed into rows of {numbers.shape[1]} tokens, and a decision for whole "
+                f"sequences is to be taken for rows of {tokens}, of which nobody says which document they belong to. "
+                "Give each document a row of its own."
+            )
+        return number_documents(numbers.to(real.device).expand(batch, -1), real)
+
+    def _numbers(self, real: Tensor) -> Tensor | None:
+        """A number for each token that is its document's alone in its row, ``(batch or 1, tokens)``; None unsaid."""
+        mask = self._said.get("attention_mask")
+        expanded = expanded_mask(mask)
+        if expanded is not None:
+            return _connected(expanded) if expanded.shape[-1] == expanded.shape[-2] else None
+        index = self._said.get("seq_idx")
+        if isinstance(index, Tensor):
+            return index.view(-1, index.shape[-1])
+        for name in _CUMULATIVE:
+            if isinstance(self._said.get(name), Tensor):
+                return _by_lengths(self._said[name], real.shape)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask > 1).any()):
+            return mask
+        return _by_positions(self._said.get("position_ids"), real, is_masked=mask is not None)
+
+
+def number_documents(numbers: Tensor, real: Tensor) -> Sequences:
+    """The sequences of rows whose tokens have numbers, ``(batch, tokens)``; padding belongs to none of its own."""
+    batch, tokens = numbers.shape
+    first_real = real.int().argmax(dim=1, keepdim=True)  # (batch, 1)
+    numbers = torch.where(real, numbers, numbers.gather(1, first_real))
+    keyed = torch.stack([torch.arange(batch, device=numbers.device)[:, None].expand_as(numbers), numbers], dim=-1)
+    unique, of = keyed.view(-1, 2).unique(dim=0, return_inverse=True)
+    if len(unique) == batch:
+        return Rows(batch)
+    # Numbered as they begin, whatever numbers they were given.
+    begins = torch.full((len(unique),), batch * tokens, device=of.device)
+    begins = begins.scatter_reduce(0, of, torch.arange(len(of), device=of.device), "amin")
+    rank = begins.argsort().argsort()
+    return Documents(rank[of].view(batch, tokens), len(unique))
+
+
+def expanded_mask(mask: Any) -> Tensor | None:
+    """A mask that was expanded for attention, one head of it, True where a token attends: ``(batch, queries, keys)``.
+
+    None where a mask is none of these: a tensor ``(batch, heads, queries, keys)``, flex attention's, or one for each
+    kind of attention.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if hasattr(mask, "mask_mod"):
+        from torch.nn.attention.flex_attention import create_mask  # brings torch's compiler along
+
+        batch, heads, queries, keys = mask.shape
+        mask = create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_indices.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    attends = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    return attends.any(dim=1)
+
+
+def _connected(attends: Tensor) -> Tensor:
+    """For each token the first one that attention connects it with, over whatever others, ``(batch, tokens)``."""
+    batch, tokens, _ = attends.shape
+    found = torch.empty(batch, tokens, dtype=torch.int32, device=attends.device)
+    for row in range(batch):  # one at a time: the pairs of a long row are many
+        pairs = attends[row] | attends[row].t()  # (tokens, tokens)
+        first = torch.arange(tokens, dtype=torch.int32, device=attends.device)
+        while True:
+            reached = torch.where(pairs, first, tokens).amin(dim=1).minimum(first)  # (tokens,)
+            reached = reached[reached.long()]
+            if torch.equal(reached, first):
+                break
+            first = reached
+        found[row] = first
+    return found
+
+
+def _by_lengths(cumulative: Tensor, shape: torch.Size) -> Tensor:
+    """By where each document ends among the tokens of all rows behind each other."""
+    ends = cumulative.flatten()[1:]
+    if bool((ends > shape.numel()).any()):
+        return torch.arange(int(ends[-1]))[None]  # of other rows than these
+    tokens = torch.arange(shape.numel(), device=ends.device, dtype=ends.dtype)
+    return torch.bucketize(tokens, ends, right=True).view(shape)
+
+
+def _by_positions(positions: Any, real: Tensor, is_masked: bool) -> Tensor | None:
+    """By positions that do not go on; where a mask says which tokens are real, among those."""
+    if not isinstance(positions, Tensor):
+        return None
+    if positions.dim() == 3 and positions.shape[::2] == (4, real.shape[1]):  # the text's, then time, height, width
+        positions = positions[0]
+    if positions.dim() == 1:
+        positions = positions[None]
+    if positions.dim() != 2:
+        return None
+    if not is_masked:
+        return find_packed_sequence_indices(positions)
+    if positions.shape[1] != real.shape[1]:
+        return None
+    # Padding has positions of all kinds, and under a mask one sequence may have gaps: only going back begins anew.
+    positions = positions.to(real.device).expand_as(real)
+    place = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, place, -1).cummax(dim=1).values.roll(1, dims=1)  # (batch, tokens): the real one before
+    last[:, 0] = -1
+    goes_back = positions <= positions.gather(1, last.clamp_min(0))
+    return (real & (last >= 0) & goes_back).cumsum(dim=1)
