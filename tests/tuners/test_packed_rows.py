@@ -1,5 +1,6 @@
 """Documents packed into a row decide each for itself, as if each had a row of its own."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,17 @@ def test_rows_of_another_shape_are_refused_by_name() -> None:
     ids = torch.cat(documents(), dim=1)
     with pytest.raises(LamellaError, match="documents packed into rows of 30 tokens"):
         logits(model, input_ids=ids, cu_seq_lens_q=torch.tensor([0, 10, 30]))
+
+
+@pytest.mark.parametrize("method", ["molex", "mole"])
+def test_a_base_that_mixes_documents_is_named_once(method: str, tmp_path: Path) -> None:
+    model = tiny.molex(tiny.llama()) if method == "molex" else trained.composition("llama", tmp_path)
+    inputs = packed(documents())
+    apart = {name: inputs[name] for name in ("input_ids", "position_ids")}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model(**apart, use_cache=False)
+        assert not any("see each other" in str(one.message) for one in said)
+        for _ in range(2):
+            model.train()(**apart, attention_mask=torch.ones_like(inputs["input_ids"]))
+    assert sum("attention of LlamaModel (sdpa) lets them see each other" in str(one.message) for one in said) == 1

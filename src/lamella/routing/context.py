@@ -5,6 +5,7 @@ statements around it have said about prompts and losses. A module that ended by 
 more, and what it put there is taken away by whoever looks next.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
-from lamella.routing.documents import Packing, Sequences
+from lamella.routing.documents import Documents, Packing, Sequences, watch_for_mixing
 from lamella.routing.prompt import Given, Prompt, Readable, find_readable, prompt_of
 
 Observer = Callable[..., None]
@@ -167,7 +168,14 @@ class Frame:
         Raises:
             LamellaError: the stack is given documents packed into rows, and these are other rows.
         """
-        return self.packing.sequences(self.real_tokens(x))
+        sequences, stack = self.packing.sequences(self.real_tokens(x)), current_context().module
+        if isinstance(sequences, Documents) and stack is not None:
+            tracker, about = self.call.tracker, f"documents in {'training' if stack.training else 'evaluation'}"
+            if about not in tracker.said:
+                tracker.said.add(about)
+                warn = functools.partial(tracker.say_once, "documents")
+                watch_for_mixing(stack, sequences, self.packing.spans_rows, warn)
+        return sequences
 
     def readable(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
         """What a decision for a whole sequence of ``x (batch, tokens, features)`` may read.

@@ -5,12 +5,13 @@ are connected are one document), ``seq_idx``, cumulative lengths (``cu_seq_lens_
 that numbers the documents, and ``position_ids`` that start anew, by transformers' own rule where no mask is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import find_packed_sequence_indices
 
 from lamella.errors import LamellaError
@@ -150,6 +151,44 @@ class Packing:
         if isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask > 1).any()):
             return mask
         return _by_positions(self._said.get("position_ids"), real, is_masked=mask is not None)
+
+
+def watch_for_mixing(stack: nn.Module, documents: Documents, lengths_given: bool, warn: Callable[[str], None]) -> None:
+    """Warns where a stack's own attention lets documents of a row see each other, by what its next layer is given.
+
+    Args:
+        stack: a transformer whose forward is running.
+        documents: of that forward.
+        lengths_given: whether it is told their lengths, which flash attention reads.
+        warn: is told at most once.
+    """
+    handles: list[RemovableHandle] = []
+
+    def look(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for handle in handles:
+            handle.remove()
+        implementation = str(getattr(getattr(stack, "config", None), "_attn_implementation", None))
+        mask, of = kwargs.get("attention_mask"), documents.of
+        if "flash" in implementation:
+            mixes = mask is not None or (len(of) > 1 and not lengths_given)
+        else:
+            attends = expanded_mask(mask)
+            if attends is None or attends.shape[1:] == (of.shape[1], of.shape[1]):
+                apart = of[:, :, None] != of[:, None]  # (batch, tokens, tokens)
+                mixes = attends is None or bool((attends.to(of.device) & apart).any())
+            else:
+                return
+        if mixes:
+            warn(
+                f"A row holds several documents, and the attention of {type(stack).__name__} ({implementation}) lets "
+                "them see each other, whatever adapter it has. transformers keeps them apart by position_ids alone "
+                "with use_cache=False and no attention_mask; otherwise give a block-diagonal mask, or each document a "
+                "row of its own."
+            )
+
+    for module in stack.modules():
+        if hasattr(module, "is_causal"):  # as transformers' attention layers are, whatever implements them
+            handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
 
 
 def number_documents(numbers: Tensor, real: Tensor) -> Sequences:
