@@ -155,8 +155,8 @@ def _mola_gradients(layer: MolaLinear) -> dict[str, Tensor]:
     (adapter,) = layer.experts
     router = layer.lamella_mola_router[adapter]
     assert isinstance(router, Router)
-    factors = {"A": layer.lamella_mola_lora_A[adapter], "B": layer.lamella_mola_lora_B[adapter]}
-    tensors = {**factors, "router": router.weight}
+    A, B = layer.factors(adapter)
+    tensors = {"A": A, "B": B, "router": router.weight}
     return {part: tensor.grad for part, tensor in tensors.items() if tensor.grad is not None}
 
 

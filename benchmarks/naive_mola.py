@@ -83,7 +83,7 @@ def _copy_layer(layer: MolaLinear, adapter: str, base: nn.Module) -> NaiveMola:
     assert isinstance(base, nn.Linear)  # the measured models have no other
     experts = layer.experts[adapter]
     naive = NaiveMola(base, experts.num_experts, experts.r, experts.top_k, experts.scaling).to(base.weight)
-    down, up = layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter]
+    down, up = layer.factors(adapter)
     for expert in range(experts.num_experts):
         _weight(naive.down[expert]).copy_(down[expert])
         _weight(naive.up[expert]).copy_(up[expert])

@@ -20,7 +20,7 @@ def layers_of(model):
 @torch.no_grad()
 def dense(layer, adapter="default"):
     """All products written out."""
-    A, B = layer.lamella_mola_lora_A[adapter].double(), layer.lamella_mola_lora_B[adapter].double()
+    A, B = layer.lamella_mola_lora_A[adapter].weight.double(), layer.lamella_mola_lora_B[adapter].weight.double()
     deltas = [layer.experts[adapter].scaling * b @ a for a, b in zip(A, B, strict=True)]
     distances = [torch.linalg.matrix_norm(one - other) for one, other in itertools.combinations(deltas, 2)]
     raw = torch.stack(distances).mean()
@@ -48,7 +48,7 @@ def test_the_basis_of_the_factors_does_not_matter(seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in layers_of(model):
-            A, B = layer.lamella_mola_lora_A["default"], layer.lamella_mola_lora_B["default"]
+            A, B = layer.lamella_mola_lora_A["default"].weight, layer.lamella_mola_lora_B["default"].weight
             change = torch.randn(len(A), 2, 2, generator=generator, dtype=torch.float64) + 3 * torch.eye(2)
             A.copy_(change @ A)
             B.copy_(B @ torch.linalg.inv(change))
@@ -64,7 +64,7 @@ def test_larger_updates_of_the_same_kind_are_only_larger():
     before = redundancy(model)
     with torch.no_grad():
         for layer in layers_of(model):
-            layer.lamella_mola_lora_B["default"].mul_(3)
+            layer.lamella_mola_lora_B["default"].weight.mul_(3)
 
     after = redundancy(model)
 
@@ -76,7 +76,7 @@ def test_twins_are_at_no_distance():
     model = tiny.adapted(tiny.bert(layers=1))
     with torch.no_grad():
         for layer in layers_of(model):
-            for factor in (layer.lamella_mola_lora_A["default"], layer.lamella_mola_lora_B["default"]):
+            for factor in (layer.lamella_mola_lora_A["default"].weight, layer.lamella_mola_lora_B["default"].weight):
                 factor[1:] = factor[0]
 
     assert redundancy(model)["normalised"].tolist() == pytest.approx([0.0] * 6, abs=1e-6)

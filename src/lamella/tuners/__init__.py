@@ -8,7 +8,7 @@ from lamella.tuners.registry import (
     LamellaType,
     read_saved_configs,
     register,
-    rename_inner_lora,
+    rename_tensors,
     say_what_was_done,
 )
 from lamella.tuners.summary import Summary
@@ -17,7 +17,7 @@ register(LamellaType.MOLA, MolaConfig, MolaModel)
 register(LamellaType.MOLEX, MolexConfig, MolexModel)
 register(LamellaType.MOLE, MoleConfig, MoleModel)
 read_saved_configs()
-rename_inner_lora()
+rename_tensors()
 say_what_was_done()
 
 __all__ = [

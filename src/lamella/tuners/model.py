@@ -37,6 +37,7 @@ class RoutedModel(BaseTuner):
     cannot_merge: ClassVar[str]
     no_lora_mixture: ClassVar[str] = "The experts of this adapter are not LoRAs that lie side by side."
     instead_of_adapter_names: ClassVar[str] = "Call the model once for each."
+    lone_tensors: ClassVar[tuple[str, ...]] = ()  # of `AdapterTensors`, which a file calls so
     also_loaded_strictly: ClassVar[
         tuple[str, ...]
     ] = ()  # prefixes beside the method's own of tensors that must be there
@@ -100,6 +101,12 @@ class RoutedModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise CannotMergeError(self.cannot_merge)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        container = name.removesuffix(".weight")
+        return container if container.endswith(cls.lone_tensors) else name
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -5,6 +5,7 @@ are filled here, with members of our enum: everything in PEFT and transformers l
 """
 
 import functools
+import re
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from transformers.core_model_loading import WeightRenaming
 
 from lamella.tuners.config import LamellaConfig
+from lamella.tuners.model import RoutedModel
 
 
 class LamellaType(str, Enum):
@@ -87,10 +89,11 @@ def read_saved_configs() -> None:
     PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
 
 
-def rename_inner_lora() -> None:
-    """Makes transformers' own ``load_adapter`` find the LoRA that a MoLEx file holds beside the method's tensors.
+def rename_tensors() -> None:
+    """Makes transformers' own ``load_adapter`` find tensors whose names in a file differ from those in a model.
 
-    It puts the adapter's name into the keys that carry the method's own prefix alone.
+    It puts the adapter's name into the keys that carry the method's own prefix, behind the first part. A MoLEx file
+    holds a LoRA beside those, and a tensor alone in its module is called as the module's container.
     """
     original = conversion.build_peft_weight_mapping
     if hasattr(original, "__wrapped__"):
@@ -99,9 +102,11 @@ def rename_inner_lora() -> None:
     @functools.wraps(original)
     def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
         renamings: list[Any] = original(weight_conversions, adapter_name, peft_config=peft_config)
-        if renamings and getattr(peft_config, "peft_type", None) == LamellaType.MOLEX:
-            inner = WeightRenaming(source_patterns=r"(lora_[^\.]*)", target_patterns=rf"\1.{adapter_name}")
-            return [*renamings, inner]
-        return renamings
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(peft_config, "peft_type", None))
+        if not renamings or tuner is None or not issubclass(tuner, RoutedModel):
+            return renamings
+        beside = [(rf"({prefix}[^\.]*)", rf"\1.{adapter_name}") for prefix in tuner.also_loaded_strictly]
+        lone = [(rf"({name}\.{re.escape(adapter_name)})$", r"\1.weight") for name in tuner.lone_tensors]
+        return [*renamings, *(WeightRenaming(source, target) for source, target in beside + lone)]
 
     conversion.build_peft_weight_mapping = build_peft_weight_mapping

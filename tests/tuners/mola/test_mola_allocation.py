@@ -116,8 +116,8 @@ def test_each_block_has_the_experts_of_its_depth(name: str) -> None:
         experts, top_k = [(1, 1), (2, 1), (4, 3)][layer.place.layer]
         settings = layer.experts["default"]
         assert (settings.num_experts, settings.top_k) == (experts, top_k)
-        assert layer.lamella_mola_lora_A["default"].shape == (experts, 2, layer.in_features)
-        assert layer.lamella_mola_lora_B["default"].shape == (experts, layer.out_features, 2)
+        assert layer.lamella_mola_lora_A["default"].weight.shape == (experts, 2, layer.in_features)
+        assert layer.lamella_mola_lora_B["default"].weight.shape == (experts, layer.out_features, 2)
         assert layer.routed("default") == (experts > 1)
         if experts > 1:
             assert [p.shape for p in layer.lamella_mola_router.parameters()] == [(experts, layer.in_features)]

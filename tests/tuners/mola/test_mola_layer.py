@@ -18,7 +18,7 @@ def layers_of(model: nn.Module) -> dict[str, tiny.MolaLinear]:
 
 
 def by_loops(layer: tiny.MolaLinear, x: Tensor) -> Tensor:
-    A, B = layer.lamella_mola_lora_A["default"], layer.lamella_mola_lora_B["default"]
+    A, B = layer.lamella_mola_lora_A["default"].weight, layer.lamella_mola_lora_B["default"].weight
     settings = layer.experts["default"]
     flat = x.reshape(-1, x.shape[-1])
     y = layer.base_layer(x).reshape(-1, B.shape[1])
@@ -77,7 +77,7 @@ def test_b_zero_is_the_base_bit_for_bit(name: str, router: str) -> None:
         adapted = tiny.adapted(model, init_lora_weights=True, router=router)
         assert torch.equal(adapted(**given).logits, base.logits)
         assert torch.equal(adapted(**given).loss, base.loss)
-    assert any((layer.lamella_mola_lora_A["default"] != 0).all() for layer in layers_of(adapted).values())
+    assert any((layer.lamella_mola_lora_A["default"].weight != 0).all() for layer in layers_of(adapted).values())
 
 
 def as_lora(model: PeftModel, base: nn.Module, **config: Any) -> PeftModel:
@@ -86,8 +86,8 @@ def as_lora(model: PeftModel, base: nn.Module, **config: Any) -> PeftModel:
     for name, layer in layers_of(model.get_base_model()).items():
         peft_layer = lora.get_base_model().get_submodule(name)
         with torch.no_grad():
-            peft_layer.lora_A["default"].weight.copy_(layer.lamella_mola_lora_A["default"][0])
-            peft_layer.lora_B["default"].weight.copy_(layer.lamella_mola_lora_B["default"][0])
+            peft_layer.lora_A["default"].weight.copy_(layer.lamella_mola_lora_A["default"].weight[0])
+            peft_layer.lora_B["default"].weight.copy_(layer.lamella_mola_lora_B["default"].weight[0])
     return lora
 
 
@@ -105,12 +105,7 @@ def test_one_expert_is_pefts_lora_in_outputs_and_gradients(name: str, use_rslora
     theirs.loss.backward()
     actual, expected = tiny.gradients(model), tiny.gradients(lora)
     assert not any("router" in key for key in actual)
-    renamed = {
-        key.replace("lora_A.default.weight", "lamella_mola_lora_A.default").replace(
-            "lora_B.default.weight", "lamella_mola_lora_B.default"
-        ): gradient[None]
-        for key, gradient in expected.items()
-    }
+    renamed = {key.replace(".lora_", ".lamella_mola_lora_"): gradient[None] for key, gradient in expected.items()}
     tiny.assert_same(actual, renamed, **FLOAT64)
 
 
@@ -187,7 +182,7 @@ def test_dropout_draws_one_mask_per_module_and_keeps_the_mean(threshold: int, mo
     # Each token's delta is its weights' mixture of the dropped input, with the router reading the undropped one.
     router = query.lamella_mola_router["default"]
     chosen = mola.choose(mola.linear_logits(x[0], router.weight), 2)
-    A, B = query.lamella_mola_lora_A["default"], query.lamella_mola_lora_B["default"]
+    A, B = query.lamella_mola_lora_A["default"].weight, query.lamella_mola_lora_B["default"].weight
     expected = mola.mola(query.base_layer(x)[0], dropped[0], A, B, chosen, query.experts["default"].scaling)
     torch.testing.assert_close(result[0], expected, **FLOAT64)
 

@@ -67,7 +67,10 @@ def test_an_embedded_composition_needs_no_lora(folder: Path, tmp_path: Path) -> 
 def test_embedded_loras_that_were_not_read_cannot_pass_for_some_that_do_nothing(folder: Path, tmp_path: Path) -> None:
     trained.composition("bert", folder, double=False, embed_adapters=True).save_pretrained(tmp_path)
     model = get_peft_model(tiny.bert(), MoleConfig.from_pretrained(tmp_path)).eval()
-    assert trained.run(model, tiny.inputs(tiny.bert())).isnan().all()
+    with pytest.raises(
+        LamellaError, match=r"LoRAs of adapter 'default' at bert\.encoder.*embed_adapters.*from_pretrained"
+    ):
+        trained.run(model, tiny.inputs(tiny.bert()))
 
 
 def test_references_are_relative_and_move_along(folder: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def hidden_routing(
 
 
 def _freeze_experts(layer: MolaLinear, module: str, experts: list[Modules]) -> None:
-    down, up = layer.lamella_mola_lora_A["default"], layer.lamella_mola_lora_B["default"]  # (E, r, in), (E, out, r)
+    down, up = layer.factors("default")  # (E, r, in), (E, out, r)
     with torch.no_grad():
         down.zero_()
         up.zero_()

@@ -56,7 +56,7 @@ class MolaExperts(MoEFamily):
         """``up`` is ``A_e (r, in)``, ``down`` is ``B_e (out, r)``."""
         layer = cast(MolaLinear, sparse)
         scaling = layer.experts[self.adapter].scaling
-        A, B = layer.lamella_mola_lora_A[self.adapter], layer.lamella_mola_lora_B[self.adapter]
+        A, B = layer.factors(self.adapter)
         return Expert(A[index], B[index], lambda _, up: scaling * up)
 
     def route(self, sparse: nn.Module, x: Tensor) -> NativeRouting:
@@ -124,7 +124,7 @@ class _StandIns:
         with self.family.routed(self.sparse, lambda _, routing: routings.append(routing)):
             y: Tensor = self.original(x, *args, **kwargs)
         layer = cast(MolaLinear, self.sparse)
-        flat = x.reshape(-1, x.shape[-1]).to(layer.lamella_mola_lora_A[self.family.adapter].dtype)  # (N, in)
+        flat = x.reshape(-1, x.shape[-1]).to(layer.factors(self.family.adapter)[0].dtype)  # (N, in)
         output = y.reshape(-1, y.shape[-1]).clone()  # (N, out)
         for routing in routings:  # none where the adapter has been disabled
             places = {index: routing.indices == index for index in self.experts}

@@ -26,6 +26,7 @@ from lamella.routing import (
 )
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
+from lamella.tuners.tensors import AdapterTensors
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class _Experts:
 class MolaLinear(nn.Module, BaseTunerLayer):
     """``y = W0 x + s * sum_{e in top-k} g_e B_e A_e x`` (MoLA eq. 3-4), with one expert and no router as plain LoRA.
 
-    Tensors per adapter: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
+    Tensors per adapter, as a file calls them: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
     ``lamella_mola_router.weight (E, in)``; no router where E is 1.
     PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
     """
@@ -67,8 +68,8 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.place = place
-        self.lamella_mola_lora_A = nn.ParameterDict()
-        self.lamella_mola_lora_B = nn.ParameterDict()
+        self.lamella_mola_lora_A = AdapterTensors()
+        self.lamella_mola_lora_B = AdapterTensors()
         self.lamella_mola_router = nn.ModuleDict()
         self.lamella_mola_dropout = nn.ModuleDict()
         self.experts: dict[str, _Experts] = {}
@@ -93,8 +94,8 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             nn.init.kaiming_uniform_(A[expert], a=math.sqrt(5))
             if not config.init_lora_weights:
                 nn.init.kaiming_uniform_(B[expert], a=math.sqrt(5))
-        self.lamella_mola_lora_A[adapter] = nn.Parameter(A)
-        self.lamella_mola_lora_B[adapter] = nn.Parameter(B)
+        self.lamella_mola_lora_A.put(adapter, A)
+        self.lamella_mola_lora_B.put(adapter, B)
         self.lamella_mola_dropout[adapter] = nn.Dropout(config.lora_dropout)
         if num_experts > 1:
             self.lamella_mola_router[adapter] = make_router(config.router, self.in_features, num_experts)
@@ -112,23 +113,21 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _add_experts(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        experts = self.experts[adapter]
-        dtype = _compute_dtype(x, self.lamella_mola_lora_A[adapter])
+        experts, (A, B) = self.experts[adapter], self.factors(adapter)
+        dtype = _compute_dtype(x, A)
         frame = current_frame()
         h, logits = self._project(adapter, x, dtype, frame)  # (N, E*r) or None, (N, E) or None
         routing = self._route(adapter, x, logits, frame)
         flat_y = y.reshape(-1, self.out_features)  # (N, out)
-        B = self.lamella_mola_lora_B[adapter].to(dtype)
         in_place = y.dtype == dtype and self._owns_its_output
         if h is not None:
             weights = None if routing is None else routing.dense_weights()
-            mixed = mix_dense(flat_y.to(dtype), h, weights, B, experts.scaling, in_place)
+            mixed = mix_dense(flat_y.to(dtype), h, weights, B.to(dtype), experts.scaling, in_place)
         else:
             assert routing is not None  # the sorted form is for many experts
             dropped = self._flat(self.lamella_mola_dropout[adapter](x), dtype)
-            A = self.lamella_mola_lora_A[adapter].to(dtype)
-            chosen = (routing.weights, routing.indices)
-            mixed = mix_sorted(flat_y.to(dtype), dropped, *chosen, A, B, experts.scaling, in_place)
+            chosen, factors = (routing.weights, routing.indices), (A.to(dtype), B.to(dtype))
+            mixed = mix_sorted(flat_y.to(dtype), dropped, *chosen, *factors, experts.scaling, in_place)
         return mixed.view(y.shape).to(y.dtype)
 
     @property
@@ -179,7 +178,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     def _down(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if not self.experts[adapter].is_dense:
             return []
-        return [self.lamella_mola_lora_A[adapter].to(dtype).reshape(-1, self.in_features)]  # (E*r, in)
+        return [self.factors(adapter)[0].to(dtype).reshape(-1, self.in_features)]  # (E*r, in)
 
     def _router_weight(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if adapter not in self.lamella_mola_router:
@@ -237,6 +236,10 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         assert isinstance(router, Router)
         return router
 
+    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The experts of an adapter, ``A (E, r, in)`` and ``B (E, out, r)``."""
+        return self.lamella_mola_lora_A.of(adapter), self.lamella_mola_lora_B.of(adapter)
+
     def routed(self, adapter: str) -> bool:
         """Whether this module has a router for the adapter."""
         return adapter in self.lamella_mola_router
@@ -256,8 +259,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             loss = AttachedLoss(self.name, settings, is_flat=balance_is_flat and not experts.router_z_loss_coef)
         return RoutedLayer(
             self, self.name, self.place, adapter, self.lamella_mola_router[adapter], experts.num_experts, experts.top_k,
-            factors=(self.lamella_mola_lora_A[adapter], self.lamella_mola_lora_B[adapter]), scaling=experts.scaling,
-            loss=loss,
+            factors=self.factors(adapter), scaling=experts.scaling, loss=loss,
         )  # fmt: skip
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:

@@ -30,15 +30,14 @@ class MolaMixture:
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """``(E*r, in)`` and ``(out, E*r)``."""
         layer = self.layers[name]
-        A = layer.lamella_mola_lora_A[self.adapter].double().cpu().flatten(0, 1)
-        B = layer.lamella_mola_lora_B[self.adapter].double().cpu().transpose(1, 2).flatten(0, 1).t()
-        return A, layer.experts[self.adapter].scaling * B
+        A, B = (factor.double().cpu() for factor in layer.factors(self.adapter))
+        return A.flatten(0, 1), layer.experts[self.adapter].scaling * B.transpose(1, 2).flatten(0, 1).t()
 
     def experts(self) -> tuple[LoraConfig, list[dict[str, tuple[Tensor, Tensor]]]]:
         """Expert e of every module that has one."""
         each: list[dict[str, tuple[Tensor, Tensor]]] = []
         for name, layer in self.layers.items():
-            A, B = layer.lamella_mola_lora_A[self.adapter], layer.lamella_mola_lora_B[self.adapter]
+            A, B = layer.factors(self.adapter)
             each += [{} for _ in range(len(A) - len(each))]
             for expert in range(len(A)):
                 each[expert][name] = A[expert], B[expert]
@@ -56,7 +55,7 @@ class MolaMixture:
                 routings[id(layer)] = (routing, mask)
 
         def add(layer: MolaLinear, args: tuple[Tensor, ...], _: Tensor) -> None:
-            A = layer.lamella_mola_lora_A[self.adapter].flatten(0, 1)  # (E*r, in)
+            A = layer.factors(self.adapter)[0].flatten(0, 1)  # (E*r, in)
             h = args[0].reshape(-1, layer.in_features).to(A.dtype) @ A.t()  # (N, E*r)
             u = h
             if layer.routed(self.adapter):

@@ -20,6 +20,7 @@ class MolaModel(RoutedModel):
     """
 
     prefix: str = "lamella_mola_"
+    lone_tensors = ("lamella_mola_lora_A", "lamella_mola_lora_B")
     tuner_layer_cls = MolaLinear
     method = "MoLA"
     cannot_merge = (
@@ -94,8 +95,8 @@ def _layers(model: nn.Module) -> list[MolaLinear]:
 
 
 def _adapter_parameters(layer: MolaLinear, adapter: str) -> list[nn.Parameter]:
-    parameters = [layer.lamella_mola_lora_A[adapter], layer.lamella_mola_lora_B[adapter]]
-    return parameters + (list(layer.lamella_mola_router[adapter].parameters()) if layer.routed(adapter) else [])
+    router = layer.lamella_mola_router[adapter].parameters() if layer.routed(adapter) else ()
+    return [*layer.factors(adapter), *router]
 
 
 def _connect(layers: list[MolaLinear], adapter: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
-from lamella.errors import CannotMergeError
+from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
 from lamella.tuners.mole.group import Group, Member
@@ -32,6 +32,7 @@ class FrozenFactors(nn.Module):
     def __init__(self, loras: FrozenLoras, saved: bool) -> None:
         super().__init__()
         self.ranks = loras.ranks
+        self.known = False
         self.register_buffer("A", loras.A, persistent=saved)
         self.register_buffer("B", loras.B, persistent=saved)
 
@@ -92,7 +93,18 @@ class MoleLinear(Member, BaseTunerLayer):
         """The LoRAs of an adapter, scaling inside B."""
         factors = self.lamella_mole_loras[adapter]
         assert isinstance(factors, FrozenFactors)
+        if not factors.known:
+            self._refuse_unread(adapter, factors)
         return FrozenLoras(factors.A, factors.B, factors.ranks)
+
+    def _refuse_unread(self, adapter: str, factors: FrozenFactors) -> None:
+        if bool(factors.A.isnan().any() | factors.B.isnan().any()):
+            raise LamellaError(
+                f"The LoRAs of adapter {adapter!r} at {self.name} are not numbers: they are to come from the adapter's "
+                "own file (embed_adapters), which was not read or is broken. Load the folder that it was saved to with "
+                "PeftModel.from_pretrained or load_adapter."
+            )
+        factors.known = True
 
     def runs(self, group: Group) -> bool:
         """Whether the group's adapter is on here."""

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from lamella.backbones import Stack, find_place, locate_stacks
+from lamella.kernels import FrozenLoras
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.block_forms import BlockGroup, hidden_width, mix_at_block, remove_mixtures
 from lamella.tuners.mole.config import MoleConfig
@@ -38,7 +39,8 @@ class MoleModel(RoutedModel):
         sources = read_sources(config) if config.embedded is None else None
         plan = make_plan(model, config, sources, stacks)
         make = self._group_maker(model, plan, adapter_name, config, stacks)
-        self._composition = Composition(plan, adapter_name, config, stacks, make)
+        twin = self._adapter_with_the_same_loras(adapter_name) if sources is None else None
+        self._composition = Composition(plan, adapter_name, config, stacks, make, twin)
         if sources is not None:
             config.adapters = {source.name: source for source in sources}  # the references are those of what was read
             config.adapters = {name: reference.to_dict() for name, reference in config.references.items()}
@@ -49,6 +51,18 @@ class MoleModel(RoutedModel):
             if isinstance(group, BlockGroup):
                 mix_at_block(model.get_submodule(group.name), group)
         self.keep_summary(self._composition.summary())
+
+    def _adapter_with_the_same_loras(self, adapter_name: str) -> str | None:
+        """Another adapter of the model that has the LoRAs which are embedded in this one's file."""
+        config: MoleConfig = self.peft_config[adapter_name]
+        for name, other in self.peft_config.items():
+            same = isinstance(other, MoleConfig) and (other.references, other.embedded) == (
+                config.references,
+                config.embedded,
+            )
+            if same and name != adapter_name:
+                return name
+        return None
 
     def lora_mixture(self, adapter_name: str) -> MoleMixture:
         return MoleMixture(self.model, adapter_name)
@@ -118,6 +132,7 @@ class Composition:
         config: its settings.
         stacks: the model's stacks of blocks.
         make: makes a group from its plan.
+        twin: an adapter that is there already and has the same LoRAs, where the plan has none.
     """
 
     def __init__(
@@ -127,8 +142,10 @@ class Composition:
         config: MoleConfig,
         stacks: Sequence[Stack],
         make: Callable[[GroupPlan], Group],
+        twin: str | None = None,
     ) -> None:
         self.plan, self.adapter, self.config, self.stacks = plan, adapter, config, stacks
+        self.twin = twin
         self.distinct = [make(one) for one in plan.groups]
         self._of_module = {
             name: (one, group) for one, group in zip(plan.groups, self.distinct, strict=True) for name in one.members
@@ -149,12 +166,18 @@ class Composition:
         group.members.append(layer)
         if name in one.inputs:
             group.inputs.append(layer)
-        has_factors = self.plan.factors is not None
-        loras = self.plan.loras(name) if has_factors else empty(self.plan.ranks[name], layer)
         router = self._router(one, group) if name == (one.inputs or one.members)[0] else None
         layer.groups[self.adapter] = group
-        layer.update_layer(self.adapter, loras, self.config.embed_adapters, router)
+        layer.update_layer(self.adapter, self._loras(name, layer), self.config.embed_adapters, router)
         return layer
+
+    def _loras(self, name: str, layer: MoleLinear) -> FrozenLoras:
+        if self.plan.factors is not None:
+            return self.plan.loras(name)
+        if self.twin is not None:
+            A, B, ranks = layer.loras(self.twin)
+            return FrozenLoras(A.clone(), B.clone(), ranks)
+        return empty(self.plan.ranks[name], layer)
 
     def _router(self, one: GroupPlan, group: Group) -> MoleRouter:
         config, count = self.config, len(self.plan.names)

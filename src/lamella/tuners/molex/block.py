@@ -41,6 +41,7 @@ from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.guests import is_checkpointed, onloaded, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
+from lamella.tuners.tensors import AdapterTensors
 
 CANNOT_MERGE = (
     "MoLEx lets each sequence choose the blocks it runs through, so there is no single weight to merge into the base, "
@@ -66,8 +67,8 @@ class _Mixture:
 class MolexBlock(nn.Module, BaseTunerLayer):
     """``h' = B_t(h) + (1 - alpha) * sum_i c_i (B_i(h) - B_t(h))`` over the guests i that were chosen for h.
 
-    Tensors per adapter, where the block has its own: ``lamella_molex_router.weight (T, in)`` and ``.bias (T,)``, and
-    ``lamella_molex_alpha ()``, a logit. Blocks that share them find them at the first one that has them.
+    Tensors per adapter, as a file calls them, where the block has its own: ``lamella_molex_router.weight (T, in)`` and
+    ``.bias (T,)``, and ``lamella_molex_alpha ()``, a logit. Blocks that share them find them at the first that has one.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lamella_molex_router", "lamella_molex_alpha")
@@ -89,7 +90,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         # A plain list, so that the other blocks are not registered here a second time.
         self.blocks = blocks
         self.lamella_molex_router = nn.ModuleDict()
-        self.lamella_molex_alpha = nn.ParameterDict()
+        self.lamella_molex_alpha = AdapterTensors()
         self.mixtures: dict[str, _Mixture] = {}
         self.routers: dict[str, MolexBlock] = {}
         self.alphas: dict[str, MolexBlock] = {}
@@ -128,7 +129,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
                 self.frozen_peft_weight_names[adapter] = ("lamella_molex_router",)
         if alpha_at is self:
             alpha = torch.tensor(float(config.alpha)).logit()
-            self.lamella_molex_alpha[adapter] = nn.Parameter(alpha if alpha.is_meta else alpha.to(device))
+            self.lamella_molex_alpha.put(adapter, alpha if alpha.is_meta else alpha.to(device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +184,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             return self.mixtures[adapter].config.alpha
         logits = self.alphas[adapter].lamella_molex_alpha
         with onloaded(logits):
-            return torch.sigmoid(logits[adapter]).to(device)
+            return torch.sigmoid(logits.of(adapter)).to(device)
 
     def _running(self) -> str | None:
         if self.disable_adapters:
@@ -346,7 +347,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         """The router's own loss, and a place in the graph for parameters that no guest used."""
         if not self.training or not torch.is_grad_enabled():
             return mixed
-        idle = [self.alphas[adapter].lamella_molex_alpha[adapter]] if adapter in self.alphas else []
+        idle: list[Tensor] = [self.alphas[adapter].lamella_molex_alpha.of(adapter)] if adapter in self.alphas else []
         if choice.scores is not None:
             self._check_trainable(adapter)
             if choice.scores.requires_grad:

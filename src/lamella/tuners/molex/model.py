@@ -37,6 +37,7 @@ class MolexModel(RoutedModel):
         "the same: lamella.collapse and lamella.export_experts are for MoLA and MOLE. Serve it with PEFT as it is, or "
         "train with policy='self', which is plain LoRA."
     )
+    lone_tensors = ("lamella_molex_alpha",)
     also_loaded_strictly = ("lora_",)
 
     def inject_adapter(
