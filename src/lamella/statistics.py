@@ -1,4 +1,4 @@
-"""How sure a difference is: the paired bootstrap over examples and seeds, for every interval that lamella states."""
+"""How sure a difference between methods is: the paired bootstrap over examples and seeds, one for library and lab."""
 
 from __future__ import annotations
 
