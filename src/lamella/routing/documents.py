@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.masking_utils import find_packed_sequence_indices
 
 from lamella.errors import LamellaError
 
@@ -262,8 +261,8 @@ def _by_positions(positions: Any, real: Tensor, is_masked: bool) -> Tensor | Non
         positions = positions[None]
     if positions.dim() != 2:
         return None
-    if not is_masked:
-        return find_packed_sequence_indices(positions)
+    if not is_masked:  # transformers' own rule, by which its masks keep documents apart
+        return positions.diff(dim=1, prepend=positions[:, :1] - 1).ne(1).cumsum(dim=1)
     if positions.shape[1] != real.shape[1]:
         return None
     # Padding has positions of all kinds, and under a mask one sequence may have gaps: only going back begins anew.
