@@ -13,7 +13,7 @@ from transformers import CompileConfig, GenerationConfig
 from lamella import LamellaError
 from lamella.routing import prompt, track_calls, untrack_calls
 from lamella.routing.context import current_context
-from lamella.routing.prompt import Given, Prompt, find_readable
+from lamella.routing.prompt import Beginning, Generation, Given, Prompt, find_readable
 
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
 
@@ -38,11 +38,14 @@ def test_lengths_count_real_tokens() -> None:
     assert readable.without is None
 
 
-def test_a_width_counts_positions_and_stays_that_of_the_first_forward() -> None:
-    known = Prompt(width=None)
-    assert rows(find_readable(REAL[:, :3], known, None, 2).read) == ["..x", "xxx"]
-    assert known.width == 3
-    assert rows(find_readable(REAL, known, said_from(6, 6), 2).read) == ["..x...", "xxx..."]
+def test_a_width_counts_positions_and_without_one_all_is_prompt() -> None:
+    assert rows(find_readable(REAL, Prompt(width=3), said_from(6, 6), 2).read) == ["..x...", "xxx..."]
+    assert rows(find_readable(REAL, Prompt(), said_from(1, 1), 2).read) == ["..xxxx", "xxxx.."]
+
+
+def test_an_extent_says_how_many_tokens_are_read_and_how_many_run_without() -> None:
+    assert find_readable(REAL, None, said_from(5, 0), 2).extent.tolist() == [[3, 0], [2, 2]]
+    assert find_readable(REAL, Prompt(width=3), None, 2).extent.tolist() == [[1, 0], [3, 0]]
 
 
 def test_labels_tell_where_the_given_ends_and_rows_without_a_prompt_have_the_first_tokens() -> None:
@@ -78,7 +81,7 @@ def test_the_context_ends_and_nests() -> None:
         assert current_context().prompt.lengths.tolist() == [1, 2]
         with prompt(torch.tensor([3])):
             assert current_context().prompt.lengths.tolist() == [3]
-        assert not current_context().prompt.generating
+        assert current_context().generation is None
     assert current_context().prompt is None
 
 
@@ -93,8 +96,9 @@ class Generates(nn.Module):
         return input_ids
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> str:
-        known = current_context().prompt
-        self.seen.append((known.generating, known.width))
+        context = current_context()
+        widths = [beginning.width for beginning in context.generation.beginnings]
+        self.seen.append((widths, context.prompt and context.prompt.lengths.tolist()))
         return "said"
 
 
@@ -107,8 +111,8 @@ def test_generate_tells_the_ids_it_was_given() -> None:
     model.generate()
     with prompt([2]):
         model.generate(torch.zeros(1, 5))
-    assert model.seen == [(True, 5), (True, 4), (True, 3), (True, None), (False, None)]
-    assert current_context().prompt is None
+    assert model.seen == [([5], None), ([4], None), ([3], None), ([], None), ([5], [2])]
+    assert current_context().generation is None
     clone = copy.deepcopy(model)
     clone.generate(torch.zeros(2, 6))
     assert len(model.seen) == 5
@@ -118,7 +122,7 @@ def test_generate_tells_the_ids_it_was_given() -> None:
 
 def test_a_generate_of_the_models_own_is_kept() -> None:
     model = Generates()
-    model.generate = lambda *args, **kwargs: current_context().prompt.width
+    model.generate = lambda *args, **kwargs: current_context().generation.beginnings[0].width
     track_calls(model)
     assert model.generate(torch.zeros(2, 7)) == 7
     untrack_calls(model)
@@ -157,9 +161,36 @@ def test_generate_compiles_only_for_who_asks(
         assert set(seen) == {disabled}
 
 
+IDS = torch.tensor([[5, 6, 7], [8, 9, 9]])
+
+
+def test_a_forward_is_known_by_what_it_begins_with() -> None:
+    unconditional = torch.tensor([[5], [8]])
+    generation = Generation([Beginning(IDS, is_asked=True), Beginning(unconditional)])
+    said, beside = IDS.repeat_interleave(2, dim=0), unconditional.repeat_interleave(2, dim=0)  # two beams
+    for _ in range(4):  # of which the second has forwards that begin like the prompt
+        assert generation.prompt_of(said).width == 3
+        assert generation.prompt_of(beside).width == 1
+        said = torch.cat([said, said[:, :1] + 1], dim=1)
+        beside = torch.cat([beside, said[:, beside.shape[1] : beside.shape[1] + 1]], dim=1)
+    assert generation.prompt_of(torch.tensor([[3, 3, 3, 3, 3]])).width == 5  # of other sequences, all that it is given
+    assert generation.prompt_of(torch.tensor([[3, 3, 3, 3, 3, 4]])).width == 5
+    assert generation.prompt_of(None).width is None
+    numbers = {Generation([]).number for _ in range(3)}
+    assert len(numbers) == 3
+
+
 def test_a_prompt_that_comes_in_parts_is_an_error() -> None:
-    with pytest.raises(LamellaError, match=r"6 of its 9 tokens.*prefill_chunk_size"):
-        find_readable(REAL, Prompt(width=9), None, 2)
+    generation = Generation([Beginning(IDS, is_asked=True)])
+    with pytest.raises(LamellaError, match="2 of its 3 tokens first"):
+        generation.prompt_of(IDS[:, :2])
+
+
+def test_guessed_tokens_are_no_part_of_the_prompt() -> None:
+    generation = Generation([Beginning(IDS, drafts=True)], drafts=True)
+    assert generation.prompt_of(torch.cat([IDS, IDS], dim=1)).width == 3
+    with pytest.raises(LamellaError, match=r"guessed tokens .* lamella\.prompt"):
+        generation.prompt_of(torch.cat([IDS + 1, IDS], dim=1))
 
 
 def test_another_number_of_sequences_is_an_error() -> None:

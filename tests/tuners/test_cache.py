@@ -15,7 +15,8 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, LlamaConfig, 
 
 import lamella
 from lamella import LamellaError
-from lamella.routing import CachedDecision, CallTracker, RoutedCall
+from lamella.routing import CachedDecision, CallTracker, Frame, RoutedCall
+from lamella.routing.prompt import prompt_of
 from lamella.tuners.cache import DecisionLayer, DecisionsInCache, recall
 
 FULL = LlamaConfig(num_hidden_layers=2)
@@ -52,15 +53,16 @@ def _decided(cache: Cache) -> Tensor:
     call, decided = RoutedCall(CallTracker(False, ())), torch.randn(3, 2)
     listener = DecisionsInCache()
     listener.opened(call, {"past_key_values": cache})
-    call.cached[KEY] = CachedDecision((decided, torch.arange(3)), complete=True)
+    call.cached[KEY] = CachedDecision((decided, torch.arange(3)), torch.tensor([[1, 0], [2, 0], [3, 0]]), 4)
     listener.closed(call, None)
     return decided
 
 
-def _recalled(cache: Cache, sequences: int) -> tuple[Tensor, ...]:
-    call = RoutedCall(CallTracker(False, ()))
-    DecisionsInCache().opened(call, {"past_key_values": cache})
-    decision = recall(call, KEY, sequences)
+def _recalled(cache: Cache, lengths: list[int]) -> tuple[Tensor, ...]:
+    """What is recalled in a forward of one more token, where the prompts are said to have these lengths."""
+    call = RoutedCall(CallTracker(False, ()), prompt=prompt_of(lengths))
+    DecisionsInCache().opened(call, {"any_name": cache})
+    decision = recall(Frame(call, None, None), KEY, torch.zeros(len(lengths), 1, 2), True, 4)
     assert decision is not None
     return decision.tensors
 
@@ -72,16 +74,18 @@ def test_decisions_go_where_the_rows_go_and_the_cache_looks_as_before(name: str)
     copied = copy.deepcopy(cache)
     order = torch.tensor([2, 0, 0])
     cache.reorder_cache(order)
-    weights, rows = _recalled(cache, 3)
+    weights, rows = _recalled(cache, [3, 1, 1])
     assert torch.equal(weights, decided[order])
     assert rows.tolist() == [2, 0, 0]
     if "static" not in name:
         cache.batch_select_indices(torch.tensor([0, 2]))
         cache.batch_repeat_interleave(2)
-        assert _recalled(cache, 4)[1].tolist() == [2, 2, 0, 0]
+        assert _recalled(cache, [3, 3, 1, 1])[1].tolist() == [2, 2, 0, 0]
         cache.crop(-1)
-        assert _recalled(cache, 4)[1].tolist() == [2, 2, 0, 0]
-    assert torch.equal(_recalled(copied, 3)[0], decided)
+        assert _recalled(cache, [3, 3, 1, 1])[1].tolist() == [2, 2, 0, 0]
+    assert torch.equal(_recalled(copied, [1, 2, 3])[0], decided)
+    with pytest.raises(LamellaError, match=r"by the first 1, 2, 3 tokens, and .* by the first 1, 2, 4 tokens"):
+        _recalled(copied, [1, 2, 4])
     _decided(copied)
     layers = (copied.self_attention_cache if _is_pair(copied) else copied).layers
     assert sum(isinstance(layer, DecisionLayer) for layer in layers) == 1
@@ -100,7 +104,7 @@ def test_decisions_go_where_the_rows_go_and_the_cache_looks_as_before(name: str)
     copied.reset()
     _filled(copied)
     with pytest.raises(LamellaError, match=r"holds 4 tokens for which model\.layers\.0 has not decided"):
-        _recalled(copied, 3)
+        _recalled(copied, [1, 2, 3])
 
 
 def test_a_cache_without_tokens_has_nothing_to_go_on_with() -> None:
@@ -109,7 +113,7 @@ def test_a_cache_without_tokens_has_nothing_to_go_on_with() -> None:
     cache.crop(-4)
     call = RoutedCall(CallTracker(False, ()))
     DecisionsInCache().opened(call, {"past_key_values": cache})
-    assert recall(call, KEY, 3) is None
+    assert recall(Frame(call, None, None), KEY, torch.zeros(3, 1, 2), True, 4) is None
 
 
 @pytest.fixture(params=["molex", "mole"])

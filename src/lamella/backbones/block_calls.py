@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Cache
 
 from lamella.errors import LamellaError
-
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 # Arguments with one entry per sequence; a leading axis of 1 is shared by all.
 _PER_SEQUENCE = frozenset(
@@ -41,8 +40,9 @@ class BlockCall:
         self._names = _parameter_names(type(block).forward)
         self._input = self._names[0]
         self.hidden_states: Tensor = args[0] if args else kwargs[self._input]
-        self._cache_name = next((name for name in _CACHES if self._get(name) is not None), None)
-        self.cache: Any = None if self._cache_name is None else self._get(self._cache_name)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self._cache_name = next((name for name, value in given.items() if isinstance(value, Cache)), None)
+        self.cache: Cache | None = None if self._cache_name is None else given[self._cache_name]
 
     def on(self, rows: Tensor | None, cache: Any, output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for another block on the same input.

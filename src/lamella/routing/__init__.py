@@ -2,14 +2,23 @@
 
 from lamella.routing.attachment import attach, refuse_reentrant_collection
 from lamella.routing.balance import CollectedLoss, RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
-from lamella.routing.context import Frame, RoutedCall, RouterKey, collect_losses, current_frame, in_frame, prompt
+from lamella.routing.context import (
+    CallListener,
+    Frame,
+    RoutedCall,
+    RouterKey,
+    collect_losses,
+    current_frame,
+    in_frame,
+    prompt,
+)
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision, mixing_weights
 from lamella.routing.documents import Rows, Sequences
+from lamella.routing.generating import Asked
 from lamella.routing.pooling import count_votes, pool_mean, pool_mode
-from lamella.routing.prompt import Prompt, Readable
+from lamella.routing.prompt import Generation, Prompt, Readable, find_readable
 from lamella.routing.router import CosineRouter, LinearRouter, ProjectedCosineRouter, Router, Routing, make_router
 from lamella.routing.tracking import (
-    CallListener,
     CallTracker,
     find_tracker,
     loss_scale,
@@ -19,6 +28,7 @@ from lamella.routing.tracking import (
 )
 
 __all__ = [
+    "Asked",
     "CachedDecision",
     "CallListener",
     "CallTracker",
@@ -26,6 +36,7 @@ __all__ = [
     "CosineRouter",
     "Decision",
     "Frame",
+    "Generation",
     "LinearRouter",
     "Override",
     "ProjectedCosineRouter",
@@ -46,6 +57,7 @@ __all__ = [
     "collect_losses",
     "count_votes",
     "current_frame",
+    "find_readable",
     "find_tracker",
     "in_frame",
     "loss_scale",

@@ -7,12 +7,12 @@ more, and what it put there is taken away by whoever looks next.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
-from lamella.routing.documents import Documents, Packing, Sequences, watch_for_mixing
-from lamella.routing.prompt import Given, Prompt, Readable, find_readable, prompt_of
+from lamella.routing.documents import Documents, Packing, Rows, Sequences, watch_for_mixing
+from lamella.routing.prompt import Generation, Given, Prompt, Readable, find_readable, prompt_of
 
 Observer = Callable[..., None]
 RouterKey = tuple[str, str]  # an adapter, and the router's name in the model
@@ -35,6 +35,7 @@ class TrackedModel:
         shifts_labels: whether its loss predicts token t+1 at t, so that the first label counts for nothing.
         whole_input: whether it answers about its whole input instead of continuing it.
         observers: who wants to see routings.
+        listeners: who takes part in the beginning and the end of each call.
         overrides: what was said in place of an adapter's routers, the latest last.
         scale: of a loss that a trainer builds outside the model.
         said: the warnings that were given, each of which is given once.
@@ -43,6 +44,7 @@ class TrackedModel:
     shifts_labels: bool = False
     whole_input: bool = False
     observers: list[Observer] = field(default_factory=list)
+    listeners: list["CallListener"] = field(default_factory=list)
     overrides: list[Override] = field(default_factory=list)
     scale: float | None = None
     said: set[str] = field(default_factory=set)
@@ -59,6 +61,22 @@ class TrackedModel:
         return said[-1] if said else Override(adapter)
 
 
+class CallListener(Protocol):
+    """Who takes part in the beginning and the end of each call."""
+
+    def asked(self, generation: Generation, asked: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A ``generate`` is asked for something; returns the named arguments that it is to run with."""
+
+    def batched(self, model: nn.Module) -> None:
+        """Continuous batching of a model is to begin."""
+
+    def opened(self, call: "RoutedCall", arguments: Mapping[str, Any]) -> None:
+        """A call begins with these arguments."""
+
+    def closed(self, call: "RoutedCall", output: Any) -> None:
+        """It ends with this output; not told where it failed."""
+
+
 @dataclass(eq=False)
 class RoutedCall:
     """One forward of a tracked model.
@@ -71,10 +89,14 @@ class RoutedCall:
         collected: where the layers' own losses go instead of being attached.
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
         prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
+        generation: the ``generate`` it runs in; None outside.
         given: what its arguments say of which tokens are given and which are to be predicted.
         cache: of the sequences that the forward continues or begins, as it was given.
-        past: tokens it held when the forward began.
+        foreign: what it was given instead that is none of transformers' caches, by its type; None where nothing.
+        past: tokens the cache held when the forward began.
+        tokens: those that the forward adds.
         cached: the decisions for those sequences that it brought, and those taken since.
+        is_settled: whether those that it brought are known to be those of a forward of the whole sequences.
         overrides: what holds in place of the routers, by adapter.
         decisions: those that blocks of different stacks share.
         balances: losses that all routers of an adapter have in common, by adapter.
@@ -87,18 +109,17 @@ class RoutedCall:
     collected: CollectedLoss | None = None
     recorded_scale: Tensor | None = None
     prompt: Prompt | None = None
+    generation: Generation | None = None
     given: Given | None = None
     cache: Any = None
+    foreign: str | None = None
     past: int = 0
+    tokens: int = 0
     cached: dict[RouterKey, CachedDecision] = field(default_factory=dict)
+    is_settled: bool = False
     overrides: dict[str, Override] = field(default_factory=dict)
     decisions: dict[RouterKey, SharedDecision] = field(default_factory=dict)
     balances: dict[str, JointBalance] = field(default_factory=dict)
-
-    @property
-    def generating(self) -> bool:
-        """Whether it runs inside ``generate``."""
-        return self.prompt is not None and self.prompt.generating
 
     def attached_scale(self) -> Tensor | float:
         """The factor of an attached loss: the task loss's own.
@@ -190,6 +211,18 @@ class Frame:
             call.tracker.say_once(*_unknown_prompt(readable, call, prompt_tokens))
         return readable
 
+    def readable_so_far(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
+        """What it could read in a forward of all that the sequences have had so far, ``x`` being their last tokens."""
+        call, tokens = self.call, self.call.past + x.shape[1]
+        real = torch.ones(x.shape[0], tokens, dtype=torch.bool, device=x.device)
+        if self.mask is not None and len(self.mask) == len(x):
+            told = self.mask[:, -tokens:].to(x.device)
+            real[:, tokens - told.shape[1] :] = told
+        if not decoder or call.tracker.whole_input:
+            return Readable(real, None, Rows(len(real)))
+        given = None if call.given is None else call.given.after(call.past)
+        return find_readable(real, call.prompt, given, prompt_tokens)
+
     def token_mask(self, x: Tensor, of_encoder: bool = False) -> Tensor | None:
         """Which rows of ``x`` flattened to ``(N, features)`` are real, ``(N,)``; None when all are, or none says.
 
@@ -240,7 +273,8 @@ class Context:
         module: whose forward opened that frame.
         runs_in: the interpreter's frame of that forward; None where a ``with`` statement guards the frame.
         around: the context before that forward began.
-        prompt: what is known about the prompts of a forward that starts now.
+        prompt: what ``lamella.prompt`` says about the prompts of a forward that starts now.
+        generation: the ``generate`` that such a forward runs in.
         collected: where the losses of such a forward go; None when they are attached.
     """
 
@@ -249,6 +283,7 @@ class Context:
     runs_in: FrameType | None = None
     around: "Context | None" = None
     prompt: Prompt | None = None
+    generation: Generation | None = None
     collected: CollectedLoss | None = None
 
 
@@ -322,14 +357,14 @@ def prompt(lengths: Sequence[int] | Tensor) -> Iterator[None]:
     Raises:
         LamellaError: a length below 0, or not a flat list of whole numbers.
     """
-    with prompted(prompt_of(lengths)):
+    with _saying(prompt=prompt_of(lengths)):
         yield
 
 
 @contextmanager
-def prompted(known: Prompt) -> Iterator[None]:
-    """The same with what is known as it is."""
-    with _saying(prompt=known):
+def generating(generation: Generation) -> Iterator[None]:
+    """Says that the forwards inside the context belong to one ``generate``."""
+    with _saying(generation=generation):
         yield
 
 

@@ -100,15 +100,17 @@ class CachedDecision:
 
     Attributes:
         tensors: what was decided, each ``(batch, ...)``.
-        complete: whether all that the decision is meant to read was there; if not, the sequences may not be continued.
+        extent: by how many first tokens, and how many run without it (``Readable.extent``), ``(batch, 2)``.
+        prompt_tokens: by how many it is taken where nothing tells the prompt.
     """
 
     tensors: tuple[Tensor, ...]
-    complete: bool
+    extent: Tensor
+    prompt_tokens: int
 
     def by(self, choose: Callable[[Tensor], Tensor]) -> "CachedDecision":
         """The decision for a batch made of these sequences in another way."""
-        return CachedDecision(tuple(choose(tensor) for tensor in self.tensors), self.complete)
+        return replace(self, tensors=tuple(choose(tensor) for tensor in self.tensors), extent=choose(self.extent))
 
 
 class SharedDecision:

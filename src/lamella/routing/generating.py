@@ -3,13 +3,18 @@
 Nothing in transformers tells a model's layers where the prompt ends, so ``generate`` itself is wrapped on the model.
 """
 
-from dataclasses import replace
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lamella.routing.context import current_context, prompted
-from lamella.routing.prompt import Prompt
+from lamella.routing.context import TrackedModel, generating
+from lamella.routing.prompt import Beginning, Generation
+
+# What generate is asked for where its first forward holds guessed tokens after the prompt.
+_DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 
 
 class PromptedGenerate:
@@ -19,47 +24,133 @@ class PromptedGenerate:
     transformers compiles by itself for a static cache on a GPU, and what runs here is decided while it runs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, tracker: TrackedModel) -> None:
+        self.model, self.tracker = model, tracker
         self.before = model.__dict__.get("generate")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's own ``generate``."""
         generate = self.before or type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
-        if not self._compilation_is_settled(args, kwargs):
+        names = tuple(inspect.signature(type(self.model).generate).parameters)[1:]  # type: ignore[attr-defined]
+        asked = Asked(self.model, self.tracker, {**dict(zip(names, args, strict=False)), **kwargs})
+        if not asked.is_compilation_settled:
             kwargs = {**kwargs, "disable_compile": True}
-        with prompted(self._known(args, kwargs)):
+        generation = asked.generation()
+        for listener in self.tracker.listeners:
+            kwargs = listener.asked(generation, asked, kwargs)
+        with generating(generation):
             return generate(*args, **kwargs)
 
-    def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
-        said = current_context().prompt
-        named = (kwargs.get("inputs_embeds"), *args[:1], *(kwargs.get(n) for n in ("inputs", "input_ids")))
-        given = [tensor for tensor in named if isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[1] > 0]
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            # The ids given are the encoder's; what the decoder starts from, its first forward shows.
-            given += [tensor for tensor in (kwargs.get("pixel_values"),) if isinstance(tensor, Tensor)]
-            return replace(said or Prompt(), source=next(iter(given), None))
-        return said or Prompt(width=int(given[0].shape[1]) if given else None)
 
-    def _compilation_is_settled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        default = getattr(self.model, "generation_config", None)
-        if default is None:
-            return True  # no generate of transformers'
-        configs = (default, kwargs.get("generation_config"), *args[1:2])
-        names = ("disable_compile", "compile_config")
-        return any(kwargs.get(n) is not None or any(getattr(c, n, None) is not None for c in configs) for n in names)
+class Asked:
+    """What a ``generate`` is asked for.
+
+    Attributes:
+        model: whose it is.
+        tracker: of its calls.
+        arguments: by name.
+    """
+
+    def __init__(self, model: nn.Module, tracker: TrackedModel, arguments: Mapping[str, Any]) -> None:
+        self.model, self.tracker, self.arguments = model, tracker, arguments
+        self.is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        default = getattr(model, "generation_config", None)
+        self._configs = [config for config in (arguments.get("generation_config"), default) if config is not None]
+
+    def setting(self, name: str) -> Any:
+        """What is asked for by an argument, by the configuration or by the model's own; None where by none."""
+        values = (self.arguments.get(name), *(getattr(config, name, None) for config in self._configs))
+        return next((value for value in values if value is not None), None)
+
+    @property
+    def is_compilation_settled(self) -> bool:
+        """Whether somebody has said whether to compile, or it is no ``generate`` of transformers'."""
+        is_foreign = getattr(self.model, "generation_config", None) is None
+        return is_foreign or any(self.setting(name) is not None for name in ("disable_compile", "compile_config"))
+
+    @property
+    def given(self) -> Tensor | None:
+        """What the decoder is given, ``(batch, tokens)`` or embeddings; None where it begins by itself."""
+        names = ("decoder_inputs_embeds", "decoder_input_ids")
+        return self._first(names if self.is_encoder_decoder else ("inputs_embeds", "inputs", "input_ids"))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which of the sequences' tokens so far are real, ``(batch, tokens)``, where it is told."""
+        mask = self.arguments.get("decoder_attention_mask" if self.is_encoder_decoder else "attention_mask")
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    @property
+    def real(self) -> Tensor:
+        """The same where it is not told too; with a cache it counts the tokens in it."""
+        mask, given = self.mask, self.given
+        assert given is not None
+        return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if mask is None else mask.bool()
+
+    def generation(self) -> Generation:
+        """The prompts that are known before the first forward."""
+        drafts = any(self.setting(name) is not None and self.setting(name) is not False for name in _DRAFTS)
+        given, unconditional = self.given, self.arguments.get("negative_prompt_ids")
+        beginnings = [] if given is None else [Beginning(given, is_asked=True, drafts=drafts)]
+        if given is None and (start := self._start_token()) is not None:
+            beginnings.append(Beginning(torch.tensor([[start]]), drafts=drafts))
+        if self.setting("guidance_scale") is not None and unconditional is None and given is not None:
+            unconditional = given[:, -1:]
+        if isinstance(unconditional, Tensor):
+            beginnings.append(Beginning(unconditional))
+        return Generation(beginnings, self._source() if self.is_encoder_decoder else None, drafts)
+
+    def _start_token(self) -> int | None:
+        """The one token with which transformers' own ``generate`` begins where nothing is given."""
+        if "generate" in type(self.model).__dict__:  # a generate of the model's own, as Whisper's, gives more
+            return None
+        names = ("decoder_start_token_id", "bos_token_id") if self.is_encoder_decoder else ("bos_token_id",)
+        start = next((self.setting(name) for name in names if self.setting(name) is not None), None)
+        return start if isinstance(start, int) else None
+
+    def _source(self) -> Tensor | None:
+        """What the encoder is given."""
+        main = getattr(self.model, "main_input_name", "input_ids")
+        return self._first(("inputs_embeds", "inputs", "input_ids", main))
+
+    def _first(self, names: tuple[str, ...]) -> Tensor | None:
+        given = [self.arguments.get(name) for name in names]
+        return next((one for one in given if isinstance(one, Tensor) and one.dim() > 1 and one.shape[1] > 0), None)
 
 
-def set_prompted_generate(model: nn.Module) -> None:
-    """Lets a model's ``generate``, where it has one, say which ids it was given."""
-    if hasattr(type(model), "generate"):
-        model.__dict__["generate"] = PromptedGenerate(model)
+class AnnouncedBatching:
+    """A model's way into continuous batching, which runs its forwards in another thread, where no error is raised."""
+
+    def __init__(self, model: nn.Module, tracker: TrackedModel) -> None:
+        self.model, self.tracker = model, tracker
+        self.before = model.__dict__.get("init_continuous_batching")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes the manager, if nobody objects."""
+        for listener in self.tracker.listeners:
+            listener.batched(self.model)
+        make = self.before or type(self.model).init_continuous_batching.__get__(self.model)  # type: ignore[attr-defined]
+        return make(*args, **kwargs)
 
 
-def unset_prompted_generate(model: nn.Module) -> None:
+_WRAPPED: dict[str, type[PromptedGenerate] | type[AnnouncedBatching]] = {
+    "generate": PromptedGenerate,
+    "init_continuous_batching": AnnouncedBatching,
+}
+
+
+def wrap_generation(model: nn.Module, tracker: TrackedModel) -> None:
+    """Lets a model's ways to generate, where it has any, say what they are given."""
+    for name, wrapper in _WRAPPED.items():
+        if hasattr(type(model), name):
+            model.__dict__[name] = wrapper(model, tracker)
+
+
+def unwrap_generation(model: nn.Module) -> None:
     """Takes that away again."""
-    generate = model.__dict__.get("generate")
-    if isinstance(generate, PromptedGenerate):
-        del model.__dict__["generate"]
-        if generate.before is not None:
-            model.__dict__["generate"] = generate.before
+    for name, wrapper in _WRAPPED.items():
+        wrapped = model.__dict__.get(name)
+        if isinstance(wrapped, wrapper):
+            del model.__dict__[name]
+            if wrapped.before is not None:
+                model.__dict__[name] = wrapped.before

@@ -6,8 +6,9 @@ predicted; where the user sets it, what ``prompt`` says. Where nothing says, the
 themselves run without the decision, so that no token's output depends on a later one.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,22 +20,105 @@ from lamella.routing.documents import Rows, Sequences
 
 @dataclass(eq=False)
 class Prompt:
-    """What is known about the prompts of the forwards inside a context.
+    """What is known about the prompts of one forward.
 
     Attributes:
         lengths: real tokens of each sequence's prompt, ``(batch,)``; None inside ``generate``.
-        width: positions before this one are the prompt, in every row; None until the first forward tells.
-        source: inside ``generate`` of an encoder-decoder, what its encoder is given, ``(batch, ...)``.
+        width: positions before this one are the prompt, in every row; None where all that the forward is given is.
     """
 
     lengths: Tensor | None = None
     width: int | None = None
-    source: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Beginning:
+    """What the sequences of some forwards inside ``generate`` begin with: their prompt.
+
+    Attributes:
+        given: ids ``(batch, tokens)`` or embeddings ``(batch, tokens, features)``.
+        is_asked: whether ``generate`` was given it, so that no forward is to be given only a part of it.
+        drafts: whether the first forward may hold guessed tokens after it.
+        seen: how many tokens the last forward had that began so; None where none has.
+    """
+
+    given: Tensor
+    is_asked: bool = False
+    drafts: bool = False
+    seen: int | None = None
 
     @property
-    def generating(self) -> bool:
-        """Whether it is ``generate`` that says so."""
-        return self.lengths is None
+    def width(self) -> int:
+        """How many tokens it has."""
+        return self.given.shape[1]
+
+    def begins(self, given: Tensor) -> bool:
+        """Whether a forward without past is given these sequences, with what has been generated since."""
+        tokens = given.shape[1]
+        if self.seen is not None:
+            follows = tokens in (self.seen, self.seen + 1)
+        else:
+            follows = tokens == self.width or (self.drafts and tokens > self.width)
+        return follows and self._agrees(given, self.width)
+
+    def is_cut(self, given: Tensor) -> bool:
+        """Whether a forward is given the first part of it alone."""
+        return self.is_asked and given.shape[1] < self.width and self._agrees(given, given.shape[1])
+
+    def _agrees(self, given: Tensor, tokens: int) -> bool:
+        if given.dim() != self.given.dim() or len(given) % len(self.given):
+            return False
+        rows = self.given[:, :tokens].repeat_interleave(len(given) // len(self.given), dim=0)  # beams and samples
+        return torch.equal(given[:, :tokens], rows.to(given))
+
+
+@dataclass(eq=False)
+class Generation:
+    """What one ``generate`` was asked for, and the sequences that its forwards have begun.
+
+    Not every forward inside is of the sequences that it was given: classifier-free guidance has others beside them,
+    each with a prompt of its own. So a forward without past is known by what it begins with.
+
+    Attributes:
+        beginnings: the prompts that are known.
+        source: of an encoder-decoder, what its encoder is given, ``(batch, ...)``.
+        drafts: whether a first forward may hold guessed tokens after the prompt.
+        number: no two have the same.
+    """
+
+    beginnings: list[Beginning]
+    source: Tensor | None = None
+    drafts: bool = False
+    number: int = field(default_factory=itertools.count(1).__next__)
+
+    def prompt_of(self, given: Tensor | None) -> Prompt:
+        """The prompt of a forward without past, by what it is given.
+
+        Raises:
+            LamellaError: only a part of a prompt, or one of which nobody says where it ends.
+        """
+        if given is None:
+            return Prompt()
+        known = next((one for one in self.beginnings if one.begins(given)), None)
+        if known is None:
+            self._refuse(given)
+            known = Beginning(given)
+            self.beginnings.append(known)
+        known.seen = given.shape[1]
+        return Prompt(width=known.width)
+
+    def _refuse(self, given: Tensor) -> None:
+        cut = next((one for one in self.beginnings if one.is_cut(given)), None)
+        if cut is not None:
+            raise LamellaError(
+                f"A decision reads the whole prompt, but generate hands over {given.shape[1]} of its {cut.width} "
+                "tokens first. Give it in one forward, or say what decisions are to read (lamella.prompt)."
+            )
+        if self.drafts:
+            raise LamellaError(
+                "A decision reads the prompt, and with an assistant the first forward holds guessed tokens after it, "
+                "so that nothing tells where it ends. Say it by lamella.prompt, or generate without an assistant."
+            )
 
 
 @dataclass(frozen=True)
@@ -45,15 +129,19 @@ class Readable:
         read: ``(batch, tokens)``, True where the decision looks.
         without: ``(batch, tokens)``, True where the decision has no effect; None where it has one everywhere.
         sequences: those that decide, one in each row or several.
-        complete: whether nothing that comes later would have been read too.
         unknown: how many sequences' prompts nothing speaks of.
     """
 
     read: Tensor
     without: Tensor | None
     sequences: Sequences
-    complete: bool = True
     unknown: int = 0
+
+    @property
+    def extent(self) -> Tensor:
+        """How many first tokens of each sequence are read, and how many run without the decision, ``(batch, 2)``."""
+        without = torch.zeros_like(self.read) if self.without is None else self.without
+        return torch.stack([self.read.sum(dim=1), without.sum(dim=1)], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +158,11 @@ class Given:
     predicted: Tensor
     separates: bool = False
     never_first: bool = False
+
+    def after(self, tokens: int) -> "Given":
+        """The same of rows that begin with so many tokens more, of which nothing was to be predicted."""
+        before = torch.zeros_like(self.predicted[:, :1]).expand(-1, tokens)
+        return replace(self, predicted=torch.cat([before, self.predicted], dim=1))
 
     def prompt(self, real: Tensor, sequences: Sequences) -> Tensor | None:
         """The tokens of each sequence's prompt, ``(batch, tokens)``; None where it speaks of other tokens."""
@@ -155,32 +248,21 @@ def find_readable(
         sequences: S of them, in these rows; None where each row is one.
 
     Raises:
-        LamellaError: prompts of another number of sequences than there are, one that comes in parts, or rows of
-            several documents in ``generate``.
+        LamellaError: prompts of another number of sequences than there are, or rows of several documents in
+            ``generate``.
     """
     sequences = sequences or Rows(len(real))
     order = sequences.running(real.long())  # (batch, tokens): how many real tokens so far
-    length = sequences.total(real.long())  # (S,)
     first = real & (order <= prompt_tokens)
-    is_whole = _is_whole(length, known)
     prompt = _prompt(real, order, known, given, sequences)
     if prompt is None:
-        return Readable(first, first, sequences, bool((length >= prompt_tokens).all()), unknown=sequences.count)
+        return Readable(first, first, sequences, unknown=sequences.count)
     has_prompt = sequences.total(prompt.long()) > 0  # (S,)
     missing = sequences.count - int(has_prompt.sum())
     if missing == 0:
-        return Readable(prompt, None, sequences, is_whole)
-    complete = is_whole and bool(((length >= prompt_tokens) | has_prompt).all())
+        return Readable(prompt, None, sequences)
     here = sequences.spread(has_prompt)  # (batch, tokens or 1)
-    return Readable(torch.where(here, prompt, first), first & ~here, sequences, complete, unknown=missing)
-
-
-def _is_whole(length: Tensor, known: Prompt | None) -> bool:
-    """Whether the prompts that ``lamella.prompt`` speaks of are all there."""
-    if known is None or known.lengths is None or len(length) % max(len(known.lengths), 1):
-        return True
-    lengths = known.lengths.to(length.device)
-    return bool((length >= lengths.repeat_interleave(len(length) // len(lengths))).all())
+    return Readable(torch.where(here, prompt, first), first & ~here, sequences, unknown=missing)
 
 
 def _prompt(
@@ -196,19 +278,12 @@ def _prompt(
                 f"{'document' if sequences.packed else 'sequence'}."
             )
         return real & (order <= sequences.spread(lengths.repeat_interleave(count // len(lengths))))
-    tokens = real.shape[1]
     if known is not None:
         if sequences.packed:
             raise LamellaError(
                 f"generate is given {sequences.count} documents packed into {len(real)} rows, which end and go on "
                 "together. Give each document a row of its own, with padding on the left."
             )
-        if known.width is None:
-            known.width = tokens
-        if tokens < known.width:
-            raise LamellaError(
-                f"A decision reads the whole prompt, but generate hands over {tokens} of its {known.width} tokens "
-                "first. Generate without prefill_chunk_size, and from an empty cache."
-            )
-        return real & (torch.arange(tokens, device=real.device) < known.width)
+        position = torch.arange(real.shape[1], device=real.device)
+        return real if known.width is None else real & (position < known.width)
     return None if given is None else given.prompt(real, sequences)

@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,8 @@ from lamella.routing.context import (
 )
 from lamella.routing.decision import Override
 from lamella.routing.documents import Packing, expanded_mask
-from lamella.routing.generating import set_prompted_generate, unset_prompted_generate
+from lamella.routing.generating import unwrap_generation, wrap_generation
 from lamella.routing.prompt import find_given
-
-
-class CallListener(Protocol):
-    """Who takes part in the beginning and the end of each call."""
-
-    def opened(self, call: RoutedCall, arguments: Mapping[str, Any]) -> None:
-        """A call begins with these arguments."""
-
-    def closed(self, call: RoutedCall, output: Any) -> None:
-        """It ends with this output; not told where it failed."""
 
 
 class CallTracker(TrackedModel):
@@ -51,7 +41,6 @@ class CallTracker(TrackedModel):
     def __init__(self, shifts_labels: bool, checkpointed: Sequence[nn.Module], whole_input: bool = False) -> None:
         super().__init__(shifts_labels, whole_input)
         self.checkpointed = checkpointed
-        self.listeners: list[CallListener] = []
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model and of each stack in it."""
@@ -63,6 +52,10 @@ class CallTracker(TrackedModel):
             call = self._start_call(module, arguments)
             for listener in self.listeners:
                 listener.opened(call, arguments)
+            given = _decoder_input(module, arguments)
+            call.tokens = 0 if given is None else given.shape[1]
+            if call.generation is not None and call.prompt is None and call.past == 0:
+                call.prompt = call.generation.prompt_of(given)
         else:
             call = parent.call
         enter(_frame_of_stack(call, arguments, parent), module, runs_in=sys._getframe(1))
@@ -94,6 +87,7 @@ class CallTracker(TrackedModel):
             label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
             decoder_mask=predicts if is_encoder_decoder else None,
             prompt=context.prompt,
+            generation=context.generation,
             overrides={override.adapter: override for override in self.overrides},
             given=find_given(arguments, self.shifts_labels, is_encoder_decoder),
             collected=context.collected,
@@ -108,6 +102,13 @@ class CallTracker(TrackedModel):
             return 1.0
         counted = labels[..., 1:] if self.shifts_labels else labels
         return counted.ne(-100).sum() / total
+
+
+def _decoder_input(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """What the decoder is given in a call, ids or embeddings; None where it is given nothing."""
+    is_pair = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    names = ("decoder_inputs_embeds", "decoder_input_ids") if is_pair else ("inputs_embeds", "input_ids")
+    return next((value for name in names if isinstance(value := arguments.get(name), Tensor)), None)
 
 
 def track_calls(
@@ -126,7 +127,7 @@ def track_calls(
         return existing
     checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     tracker = CallTracker(shifts_labels, checkpointed, whole_input)
-    set_prompted_generate(model)
+    wrap_generation(model, tracker)
     for module in (model, *stacks):
         module.register_forward_pre_hook(tracker.open, with_kwargs=True)
         module.register_forward_hook(tracker.close, always_call=True)
@@ -146,7 +147,7 @@ def find_tracker(model: nn.Module) -> CallTracker | None:
 def untrack_calls(model: nn.Module) -> None:
     """Takes away what ``track_calls`` set on a model and what its calls left on the blocks."""
     for module in model.modules():
-        unset_prompted_generate(module)
+        unwrap_generation(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if _is_trackers(hook)]:
                 del hooks[key]

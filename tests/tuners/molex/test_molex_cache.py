@@ -411,8 +411,19 @@ def test_a_cache_of_another_model_is_refused() -> None:
     guest_slots(cache, BLOCKS)
     with pytest.raises(LamellaError, match="3 blocks, and this model has 2"):
         guest_slots(cache, 2)
-    with pytest.raises(LamellaError, match="3 layers and the model 4 blocks"):
-        guest_slots(DynamicCache(config=_full()), 4)
+    with pytest.raises(LamellaError, match="made for 3 blocks, and block 3 of 4"):
+        guest_slots(DynamicCache(config=_full()), 4).view(3, None, torch.tensor([[1]]))
+
+
+def test_a_cache_for_the_first_blocks_has_slots_for_those() -> None:
+    """Of a model that exits early; a block after them can still be a guest."""
+    cache, generator = DynamicCache(config=LlamaConfig(num_hidden_layers=1)), torch.Generator().manual_seed(0)
+    for tokens in (3, 4):
+        view = guest_slots(cache, BLOCKS).view(0, None, torch.tensor([[2]]))
+        cache.update(*_states(1, 4 - cache.get_seq_length() if tokens == 4 else 3, generator), 0)
+        keys, _ = view.update(*_states(1, tokens - view.get_seq_length(2), generator), 2)
+        assert keys.shape[-2] == tokens
+    assert len(cache.layers) == 2
 
 
 def test_tokens_that_no_guest_saw_are_noticed() -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from lamella.backbones import BlockCall, hidden_states_of, with_hidden_states
 from lamella.errors import LamellaError
 from lamella.routing import Frame, current_frame, in_frame
+from lamella.tuners.cache import refuse_foreign
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.plan import GroupPlan
@@ -32,6 +33,11 @@ class BlockGroup(Group):
     ) -> None:
         super().__init__(plan, adapter, config, names, decoder)
         self.features = features
+
+    @property
+    def goes_with_sequences(self) -> bool:
+        """Each LoRA by itself would need keys of its own."""
+        return self.decoder and self.input == "own"
 
     def mixing_weights(self, layer: Member, x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
         """All weight on the LoRA that runs alone; None where the block runs by itself."""
@@ -73,9 +79,8 @@ class BlockGroup(Group):
         return self.fit(decision, self.owner, x)
 
     def _refuse_cache(self, call: BlockCall, frame: Frame) -> None:
-        if call.cache is None:
-            return
-        if frame.call.generating or int(call.cache.get_seq_length(self.place.layer)) > call.hidden_states.shape[1]:
+        refuse_foreign(frame.call, self.name)
+        if call.cache is not None and (frame.call.generation is not None or frame.call.past > 0):
             raise LamellaError(
                 f"form={self.config.form!r} runs {self.name} with each LoRA by itself, and each would need keys of its "
                 "own, which the cache does not hold. Use use_cache=False, or form='delta'."

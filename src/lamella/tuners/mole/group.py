@@ -89,6 +89,11 @@ class Group:
         return self.config.router_input == "token" or self.input == "row"
 
     @property
+    def goes_with_sequences(self) -> bool:
+        """Whether a sequence that goes on in a later call goes on with the decision of its first."""
+        return self.decoder and self.input == "own" and not self.by_token
+
+    @property
     def owner(self) -> Member:
         """The module that holds the router."""
         return (self.inputs or self.members)[0]
@@ -227,15 +232,17 @@ class Group:
         self, layer: Member, x: Tensor, inputs: RouterInputs, frame: Frame | None, override: Override
     ) -> tuple[Decision, Tensor, Tensor | None]:
         tokens = self.as_sequences(layer, x, frame)  # (batch, tokens, in)
-        cached = recall(frame.call, self.key, len(tokens)) if frame is not None and self._is_cached(frame) else None
+        first = self.config.prompt_tokens
+        travels = frame is not None and self.goes_with_sequences
+        cached = recall(frame, self.key, tokens, self.decoder, first) if frame is not None and travels else None
         if cached is not None:
             logits = cached.tensors[0].to(x.device)
             return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
         readable = self.readable(tokens, layer, frame)
         read, sequences = readable.read, readable.sequences
         logits = inputs.by_sequence(tokens, read, sequences)  # (S, K)
-        if frame is not None and self._is_cached(frame) and not sequences.packed:
-            frame.call.cached[self.key] = CachedDecision((logits.detach(),), readable.complete)
+        if frame is not None and travels and not sequences.packed:
+            frame.call.cached[self.key] = CachedDecision((logits.detach(),), readable.extent, first)
         real = sequences.total(read.long()) > 0  # (S,)
         self._show(logits, override, real, logits.shape[:1], frame)
         uniform = None if readable.without is None else override.weights(torch.zeros_like(logits[0]), None)
@@ -265,10 +272,6 @@ class Group:
             read = ones if mask is None else mask.view(tokens.shape[:2]).to(tokens.device)
             return Readable(read, None, Rows(len(tokens)))
         return frame.readable(tokens, self.decoder, self.config.prompt_tokens)
-
-    def _is_cached(self, frame: Frame) -> bool:
-        """Whether a sequence that goes on in a later call goes on with this decision."""
-        return self.decoder and self.input == "own" and not frame.call.tracker.whole_input
 
     def fit(self, decision: Decision, layer: Member, x: Tensor) -> Tensor:
         """The decision's weights for this module's rows."""

@@ -123,6 +123,13 @@ class MoleLinear(Member, BaseTunerLayer):
         place, count = group.place, len(names)
         return RoutedLayer(self, group.name, place, adapter, group.router, count, count, expert_names=names, loss=loss)
 
+    @property
+    def goes_with_sequences(self) -> bool:
+        """Whether an active group's decision has to go with each sequence, for `lamella.tuners.cache`."""
+        if self.disable_adapters:
+            return False
+        return any(self.groups[name].goes_with_sequences for name in self.active_adapters if name in self.groups)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""
         frame, y = current_frame(), None

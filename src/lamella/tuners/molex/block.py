@@ -23,8 +23,8 @@ from lamella.routing import (
     current_frame,
     make_router,
 )
-from lamella.tuners.cache import recall
-from lamella.tuners.molex.cache import GuestSlots, guest_slots
+from lamella.tuners.cache import recall, refuse_foreign
+from lamella.tuners.molex.cache import GuestSlots, can_extend, guest_slots, is_static
 from lamella.tuners.molex.choosing import (
     Choice,
     as_routing,
@@ -154,6 +154,12 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         """The block's dotted name in the model."""
         return f"{self.place.stack}.{self.place.layer}"
 
+    @property
+    def goes_with_sequences(self) -> bool:
+        """Whether guests are mixed in here, whose keys go with each sequence, for `lamella.tuners.cache`."""
+        adapter = self._running()
+        return adapter is not None and self.mixtures[adapter].depth.mixes
+
     def routed(self, adapter: str) -> bool:
         """Whether a router decides here for the adapter."""
         return adapter in self.routers
@@ -199,14 +205,18 @@ class MolexBlock(nn.Module, BaseTunerLayer):
 
     def _slots(self, adapter: str, call: BlockCall, frame: Frame | None) -> GuestSlots | None:
         """Where guests keep their keys and values; None without a cache."""
+        if frame is not None:
+            refuse_foreign(frame.call, self.name)
         if call.cache is None or is_checkpointed(self.base_layer):
             return None
+        goes_on = frame is not None and (frame.call.generation is not None or frame.call.past > 0)
+        needs_slots = goes_on or is_static(call.cache)
         if self.mixtures[adapter].granularity != "token":
             packed = frame is not None and frame.call.past == 0 and frame.sequences(call.hidden_states).packed
-            # A row of several documents is not continued, by the base neither.
-            return None if packed else guest_slots(call.cache, len(self.blocks))
-        generating = frame is not None and frame.call.generating
-        if generating or int(call.cache.get_seq_length(self.place.layer)) > 0 or _is_static(call.cache):
+            if packed or not (needs_slots or can_extend(call.cache)):
+                return None  # a row of several documents is not continued, by the base neither
+            return guest_slots(call.cache, len(self.blocks))
+        if needs_slots:
             raise LamellaError(
                 "With granularity='token' any block can become the guest of any later token, and none has keys for the "
                 "tokens before, so there is nothing to keep in a cache. Use use_cache=False, or granularity='sequence'."
@@ -216,14 +226,16 @@ class MolexBlock(nn.Module, BaseTunerLayer):
     def _choice(self, adapter: str, h: Tensor, frame: Frame | None, slots: GuestSlots | None) -> Choice:
         """The guests: as the cache has them, or decided now."""
         key = (adapter, self.name)
-        cached = None if slots is None or frame is None else recall(frame.call, key, len(h))
+        first = self.mixtures[adapter].config.prompt_tokens
+        cached = None if slots is None or frame is None else recall(frame, key, h, self.decoder, first)
         if cached is not None:
             indices, weights = cached.tensors
             return Choice(indices.to(h.device), weights.to(h.device))
         with torch.autocast(h.device.type, enabled=False):
             choice = self._decide(adapter, h, frame)
         if slots is not None and frame is not None:
-            frame.call.cached[key] = CachedDecision((choice.indices, choice.weights.detach()), choice.complete)
+            assert choice.extent is not None
+            frame.call.cached[key] = CachedDecision((choice.indices, choice.weights.detach()), choice.extent, first)
         if frame is not None and choice.routing is not None:
             shape = choice.routing.indices.shape[:1] if choice.routing.granularity != "token" else h.shape[:2]
             for observe in frame.observers:
@@ -251,7 +263,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             indices=spread(torch.as_tensor(depth.candidates, device=h.device)[picked], *laid_out),
             weights=spread(weights, *laid_out),
             without=readable.without,
-            complete=readable.complete,
+            extent=readable.extent,
             routing=as_routing(logits, picked, weights, *every) if is_watched else None,
             real=_decides_for_something(read, sequences, granularity),
             scores=logits if self.routed(adapter) else None,
@@ -296,10 +308,10 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         """A hash of what the encoder was given, ``(rows,)``: all decoders' prompts begin with the same token."""
         if not self.after_encoder:
             return None
-        around, known = frame.parent, frame.call.prompt
+        around, generation = frame.parent, frame.call.generation
         given = around.given if around is not None and around.call is frame.call else None
-        if given is None and known is not None:
-            given = known.source
+        if given is None and generation is not None:
+            given = generation.source
         if given is None:
             raise LamellaError(
                 f"policy='random' draws from what the model reads, and {self.name} is not told what its encoder was "
@@ -425,10 +437,6 @@ def _new_router(config: MolexConfig, width: int, blocks: int) -> Router:
 
 def _is_meta(module: nn.Module) -> bool:
     return any(p.is_meta for p in module.parameters())
-
-
-def _is_static(cache: Any) -> bool:
-    return bool(getattr(cache, "is_compileable", False))
 
 
 def _decides_for_something(read: Tensor, sequences: Sequences, granularity: str) -> Tensor | None:

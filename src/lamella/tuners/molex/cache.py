@@ -33,17 +33,16 @@ def guest_slots(cache: Cache, num_blocks: int) -> "GuestSlots":
     """Finds the guests' slots in a cache, adding them the first time.
 
     The cache is extended in place: slots T to 2T - 1 stand behind the T of the blocks (T is ``num_blocks``), also when
-    a dynamic cache has not made the blocks' own yet. An encoder-decoder cache gets them in both of its parts, since a
-    guest projects the encoder's states by weights of its own.
+    a dynamic cache has not made the blocks' own yet. A cache for the first blocks alone, as of a model that exits
+    early, gets slots for those. An encoder-decoder cache gets them in both of its parts, since a guest projects the
+    encoder's states by weights of its own.
 
     Raises:
         LamellaError: the cache is of a class that cannot be extended, is offloaded, holds layers of another kind than
-            (sliding) attention, or does not fit a stack of ``num_blocks`` blocks.
+            (sliding) attention, or was extended for more blocks.
     """
-    if type(cache) is EncoderDecoderCache:
-        parts = cache.self_attention_cache, cache.cross_attention_cache
-        return GuestSlots(num_blocks, *(_extended(part, num_blocks) for part in parts))
-    return GuestSlots(num_blocks, _extended(cache, num_blocks), None)
+    own, *cross = (_extended(part, num_blocks) for part in _parts(cache))
+    return GuestSlots(num_blocks, own, cross[0] if cross else None)
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,11 @@ class GuestSlots:
     num_blocks: int
     layers: list[Any]
     cross: list[Any] | None
+
+    @property
+    def num_own(self) -> int:
+        """How many blocks have a layer of their own, before those of the guests."""
+        return next(index for index, layer in enumerate(self.layers) if isinstance(layer, GuestLayer))
 
     def view(self, depth: int, rows: Tensor | None, guests: Tensor) -> Any:
         """What a guest at this depth is given as ``past_key_values``.
@@ -66,7 +70,13 @@ class GuestSlots:
             rows: (R,) int64 indices into the batch, each at most once; None for all rows.
             guests: (B, k) int64, the blocks chosen at this depth for all rows of the batch.
         """
-        at = self.num_blocks + depth
+        own = self.num_own
+        if depth >= own:
+            raise LamellaError(
+                f"This cache was made for {own} blocks, and block {depth} of {self.num_blocks} runs with it: it "
+                "belongs to another model. Start from an empty cache, or pass use_cache=False."
+            )
+        at = own + depth
         view = GuestView(self, depth, self.layers[at], rows, guests)
         if self.cross is None:
             return view
@@ -74,8 +84,9 @@ class GuestSlots:
 
     def past(self, depth: int, new: int) -> int:
         """Tokens seen before this call, which brings ``new``, read off a block whose place in the call is known."""
-        if depth < self.num_blocks - 1:
-            return int(self.layers[self.num_blocks - 1].get_seq_length())
+        last = self.num_own - 1
+        if depth < last:
+            return int(self.layers[last].get_seq_length())
         return int(self.layers[0].get_seq_length()) - new
 
 
@@ -254,7 +265,8 @@ class GuestLayer(CacheLayerMixin):
         """Refuses a block that takes the slot for its own: guests write through ``GuestSlots.view``."""
         raise LamellaError(
             "A block writes its keys and values to a slot of the cache that belongs to MoLEx's guests: this model has "
-            "more cached layers than the stack that MoLEx wraps. Pass use_cache=False."
+            "more cached layers than the stack that MoLEx wraps, or the cache was made for fewer blocks. Pass "
+            "use_cache=False, or start from an empty cache."
         )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -321,7 +333,7 @@ def _extended(cache: Cache, num_blocks: int) -> list[Any]:
     layers: list[Any] = cache.layers
     guests = [index for index, layer in enumerate(layers) if isinstance(layer, GuestLayer)]
     if guests:
-        if guests != list(range(num_blocks, 2 * num_blocks)):
+        if len(guests) > num_blocks:
             raise LamellaError(
                 f"This cache was extended for the guests of {len(guests)} blocks, and this model has {num_blocks}: it "
                 "belongs to another model. Start from an empty cache."
@@ -329,35 +341,51 @@ def _extended(cache: Cache, num_blocks: int) -> list[Any]:
         return layers
     while cache.layer_class_to_replicate is not None and len(layers) < num_blocks:
         layers.append(cache.layer_class_to_replicate())
-    spare = [layer for layer in layers[num_blocks:] if not isinstance(layer, DecisionLayer)]
-    if len(layers) < num_blocks or any(layer.is_initialized for layer in spare):
+    own = [layer for layer in layers if not isinstance(layer, DecisionLayer)]
+    if any(layer.is_initialized for layer in own[num_blocks:]):
         raise LamellaError(
-            f"This cache has {len(layers)} layers and the model {num_blocks} blocks: it belongs to another model. "
+            f"This cache has {len(own)} layers and the model {num_blocks} blocks: it belongs to another model. "
             "Start from an empty cache, or pass use_cache=False."
         )
-    layers[num_blocks:num_blocks] = [_guest_layer(layer) for layer in layers[:num_blocks]]
+    layers[min(num_blocks, len(own)) : min(num_blocks, len(own))] = [_guest_layer(layer) for layer in own[:num_blocks]]
     return layers
 
 
+def can_extend(cache: Any) -> bool:
+    """Whether a cache can hold guests' keys and values too."""
+    return all(_obstacle(part) is None for part in _parts(cache))
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache has its full length from the start, which the masks of its model fit."""
+    return any(isinstance(layer, StaticLayer) for part in _parts(cache) for layer in getattr(part, "layers", ()))
+
+
+def _parts(cache: Any) -> tuple[Any, ...]:
+    if type(cache) is EncoderDecoderCache:
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return (cache,)
+
+
 def _refuse_other_kinds(cache: Cache) -> None:
+    obstacle = _obstacle(cache)
+    if obstacle is not None:
+        raise LamellaError(
+            f"MoLEx keeps its guests' keys and values in the model's cache, and {obstacle}. Use "
+            "cache_implementation='dynamic' (or 'static'), or pass use_cache=False."
+        )
+
+
+def _obstacle(cache: Any) -> str | None:
+    """Why a cache cannot be extended; None where it can."""
     name = type(cache).__name__
     if type(cache) not in (DynamicCache, StaticCache):
-        raise LamellaError(
-            f"MoLEx keeps its guests' keys and values in the model's cache, and does not know how to in a {name}. Use "
-            "cache_implementation='dynamic' (or 'static'), or generate with use_cache=False."
-        )
+        return f"does not know how to in a {name}"
     if cache.offloading:
-        raise LamellaError(
-            f"MoLEx keeps its guests' keys and values in the model's cache, and cannot in an offloaded {name}. Use "
-            "cache_implementation='dynamic' (or 'static'), or generate with use_cache=False."
-        )
+        return f"cannot in an offloaded {name}"
     known = {*_KINDS, *_KINDS.values(), DecisionLayer}
-    others = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
-    if others:
-        raise LamellaError(
-            f"MoLEx keeps its guests' keys and values in the model's cache, and does not know how to in the layers "
-            f"{', '.join(sorted(others))} of this {name}. Generate with use_cache=False."
-        )
+    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
+    return f"does not know how to in the layers {', '.join(others)} of this {name}" if others else None
 
 
 def _guest_layer(layer: Any) -> GuestLayer:

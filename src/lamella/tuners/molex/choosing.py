@@ -24,7 +24,8 @@ class Choice:
         real: which of the routing's rows decide for something real; None for all.
         scores: what the balance loss reads, log scores of the candidates, ``(rows, candidates)``; None without router.
         picked: the candidates chosen, by their place among the candidates, ``(rows, k)``.
-        complete: whether all that the decision is meant to read was there.
+        extent: by how many first tokens it was taken (``Readable.extent``), ``(batch, 2)``; None where in an earlier
+            forward.
     """
 
     indices: Tensor
@@ -34,7 +35,7 @@ class Choice:
     real: Tensor | None = None
     scores: Tensor | None = None
     picked: Tensor | None = None
-    complete: bool = True
+    extent: Tensor | None = None
 
     def to(self, device: torch.device) -> "Choice":
         """The same with what the mixture needs on another device."""
