@@ -88,13 +88,15 @@ _FACTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_GAINS = {"mobilebert": 0.3}
 # PEFT refuses these of Mamba's, whose kernels read their weights.
 _NOT_LORA = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba"), ("out_proj",))
 
 
 def _families(head: str, names: str, **more: Any) -> tuple[Family, ...]:
     return tuple(
-        Family(name, head, _FACTS.get(name, {}), not_lora=_NOT_LORA.get(name, ()), **more) for name in names.split()
+        Family(name, head, _FACTS.get(name, {}), not_lora=_NOT_LORA.get(name, ()), gain=_GAINS.get(name, 1.0), **more)
+        for name in names.split()
     )
 
 

@@ -7,6 +7,7 @@ output. What the base itself does not keep is not asked of a method.
 import copy
 import inspect
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -68,7 +69,7 @@ def _examine(
 ) -> dict[str, Answer]:
     asked: dict[str, Callable[[PeftModel], float]] = {
         "start": lambda _: _start(family, base, method, folder),
-        "backward": lambda _: _backward(family, base, _adapted(family, base, method, folder, train=True)),
+        "backward": lambda _: _backward(family, _adapted(family, base, method, folder, train=True)),
         "saved": lambda model: _saved(family, base, model, folder / f"saved-{method}"),
     }
     model: PeftModel | None = None
@@ -142,7 +143,7 @@ def _adapted(
     if method == "LoRA":
         return get_peft_model(base, _lora(family, **settings)).eval()
     if method == "MoLA":
-        more = {"r": 2, "num_experts": 3, "top_k": 2, "exclude_modules": family.not_lora}
+        more = {"r": 2, "lora_alpha": 4, "num_experts": 3, "top_k": 2, "exclude_modules": family.not_lora}
         return get_peft_model(base, MolaConfig(**more, **settings)).eval()
     if method == "MoLEx":
         model = get_peft_model(base, MolexConfig(**{"alpha": 0.5, "lora": _lora(family)} | settings)).eval()
@@ -153,7 +154,7 @@ def _adapted(
 
 def _lora(family: Family, **settings: Any) -> LoraConfig:
     modules = {"target_modules": "all-linear", "exclude_modules": family.not_lora}
-    return LoraConfig(**{"r": 2, "init_lora_weights": False, **modules} | settings)
+    return LoraConfig(**{"r": 2, "lora_alpha": 4, "init_lora_weights": False, **modules} | settings)
 
 
 def _sharpen(model: nn.Module) -> None:
@@ -172,7 +173,9 @@ def _trained_loras(family: Family, base: nn.Module, folder: Path) -> dict[str, P
         linear = get_peft_model(copy.deepcopy(base), _lora(family)).base_model.targeted_module_names
         for seed, path in enumerate(paths.values()):
             torch.manual_seed(seed)
-            get_peft_model(copy.deepcopy(base), _lora(family, target_modules=linear)).save_pretrained(path)
+            get_peft_model(copy.deepcopy(base), _lora(family, target_modules=linear)).save_pretrained(
+                path, save_embedding_layers=False
+            )
     return paths
 
 
@@ -199,33 +202,33 @@ def _start(family: Family, base: nn.Module, method: str, folder: Path) -> float:
     return difference
 
 
-def _backward(family: Family, base: nn.Module, model: PeftModel) -> float:
-    """Every trainable parameter gets a finite gradient that is not zero, where the base's own module gets one."""
-    plain = copy.deepcopy(base)
-    loss_of(plain.train(), labelled(family)).backward()
-    alive = {
-        name.rpartition(".")[0] for name, p in plain.named_parameters() if p.grad is not None and bool(p.grad.any())
-    }
+def _backward(family: Family, model: PeftModel) -> float:
+    """Every trainable parameter gets a finite gradient that is not zero, wherever its module's own weights get one."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(True)  # the base's weights show which modules the loss depends on
     loss_of(model.train(), labelled(family)).backward()
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    bad = [name for name, p in trainable.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    bad = sorted(name for name in trainable & gradients.keys() if not bool(torch.isfinite(gradients[name]).all()))
     if bad:
         raise FindingError(f"gradient not finite: {bad[0]}, one of {len(bad)}")
-    still = [
-        name
-        for name, p in trainable.items()
-        if (p.grad is None or not bool(p.grad.any())) and any(f"{module}." in name for module in alive if module)
-    ]
+    moved = {name for name, gradient in gradients.items() if bool(gradient.any())}
+    alive = {name for name in trainable if any(other.startswith(_module_of(name)) for other in moved - trainable)}
+    still = sorted(alive - moved)
     if still:
         raise FindingError(f"no gradient: {still[0]}, one of {len(still)} of {len(trainable)}")
-    if not trainable:
-        raise FindingError("nothing is trainable")
+    if not alive:
+        raise FindingError("nothing that trains has an effect")
     return 0.0
+
+
+def _module_of(parameter: str) -> str:
+    """The dotted name of the module that an adapter's parameter belongs to, with its last dot."""
+    return re.split(r"(?<=\.)(?:lamella_|lora_)", parameter)[0]
 
 
 def _saved(family: Family, base: nn.Module, model: PeftModel, folder: Path) -> float:
     given = batch(family)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # PEFT looks for some in models that have none
     again = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
     return apart(run(again, given), run(model, given))
 

@@ -86,6 +86,7 @@ class Family:
         joined: whether that input of a batch is one list without an axis for sequences.
         images: how many tokens of a text stand for that input; None where it is given no text.
         extra: further inputs, the same for each sequence.
+        gain: of its random weights; below 1 where larger ones make a chaos that multiplies rounding.
         not_lora: modules that PEFT refuses to adapt here; nothing else adapts them either.
     """
 
@@ -97,6 +98,7 @@ class Family:
     joined: bool = False
     images: int | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    gain: float = 1.0
     not_lora: tuple[str, ...] = ()
 
     @property
@@ -135,7 +137,7 @@ def tiny_model(family: Family, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding | transformers.pytorch_utils.Conv1D):
-                module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
+                module.weight.normal_(std=family.gain * module.weight.shape[-1] ** -0.5)
     return model
 
 

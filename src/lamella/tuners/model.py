@@ -120,7 +120,10 @@ class RoutedModel(BaseTuner):
             if isinstance(model, PeftModel) and len(model.peft_config) > 1:
                 model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
             raise
-        return tensors
+        # Loaded without copying, a tensor lies in memory as in the file, and one that is not aligned is multiplied in
+        # another order: the same numbers would give other last digits.
+        own = tuple(f".{prefix}" for prefix in (cls.prefix, *cls.also_loaded_strictly))
+        return {n: tensor.clone() if any(part in n for part in own) else tensor for n, tensor in tensors.items()}
 
 
 def track(model: nn.Module) -> None:

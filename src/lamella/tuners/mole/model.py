@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import _ExcludedModule
-from torch import Tensor, nn
+from torch import nn
 
 from lamella.backbones import Stack, find_place, locate_stacks
 from lamella.kernels import FrozenLoras
@@ -110,15 +110,6 @@ class MoleModel(RoutedModel):
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         remove_mixtures(model)
         return model
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: MoleConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # Loaded without copying, a tensor lies in memory as in the file, and one that is not aligned is multiplied in
-        # another order: the same numbers would give other last digits.
-        return {name: tensor.clone() if f".{cls.prefix}" in name else tensor for name, tensor in tensors.items()}
 
 
 class Composition:

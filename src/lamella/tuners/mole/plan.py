@@ -205,7 +205,8 @@ def _linear_modules(model: nn.Module) -> dict[str, int]:
         base = BaseTunerLayer.get_base_layer(module)
         if name and not name.startswith(adapted) and (isinstance(base, Conv1D) or hasattr(base, "in_features")):
             _, out_features = _get_in_out_features(base)
-            widths[name] = int(out_features)
+            if out_features is not None:  # what else has in_features, such as a head around a linear module, is none
+                widths[name] = int(out_features)
     return widths
 
 
