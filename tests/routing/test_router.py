@@ -108,13 +108,25 @@ def test_a_product_from_a_shared_gemm_gives_the_same_logits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_gradients_of_the_weights_reach_every_parameter(kind: str) -> None:
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gradients_of_the_weights_reach_every_parameter(kind: str, top_k: int) -> None:
     made, x = router(kind, 4, bias=True), features(5)
-    routing = made(x, 2)
-    (routing.weights * torch.tensor([1.0, -2.0], dtype=x.dtype)).sum().backward()
+    routing = made(x, top_k)
+    (routing.weights * torch.tensor([1.0, -2.0], dtype=x.dtype)[:top_k]).sum().backward()
     for parameter in made.parameters():
         assert parameter.grad is not None
         assert parameter.grad.any()
+
+
+def test_a_single_experts_weight_is_one_and_has_the_gradient_of_its_probability() -> None:
+    made, x, said = router("linear", 4), features(5), features(5, size=1, seed=1)
+    weights = made(x, 1).weights
+    assert torch.equal(weights, torch.ones(5, 1, dtype=x.dtype))
+    (actual,) = torch.autograd.grad((weights * said).sum(), made.weight)
+    chosen = mola.choose(mola.linear_logits(x, made.weight), 1)
+    slow = torch.stack([weight for token in chosen for weight in token.values()])
+    (expected,) = torch.autograd.grad((slow * said[:, 0]).sum(), made.weight)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_the_default_weight_is_kaiming_uniform_without_bias() -> None:

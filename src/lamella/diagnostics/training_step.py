@@ -171,16 +171,9 @@ def _examine_gradients(
     if any(layer.untrained for layer in silent):
         with _nudged(resting):
             lost = _without_gradient(model, silent, batch)
-    if top_one := [layer for layer in lost if layer.factors and layer.top_k == 1 and layer.loss is None]:
+    if lost:
         _no_gradient(
-            top_one,
-            examination,
-            "with top_k=1 the one weight is always 1, so the task loss cannot move it, and it has no balance loss",
-            "set router_aux_loss_coef above 0 or top_k to at least 2",
-        )
-    if others := [layer for layer in lost if layer not in top_one]:
-        _no_gradient(
-            others,
+            lost,
             examination,
             "it is cut off from the loss",
             "look for a detach, a no_grad or an overridden forward between router and loss",

@@ -23,7 +23,7 @@ class Routing:
 
     Attributes:
         logits: scores before the softmax, ``(N, E)``, float32 or wider.
-        weights: softmax over all experts, restricted to the k largest and renormalised, ``(N, k)``.
+        weights: softmax over all experts, restricted to the k largest and renormalised, ``(N, k)``; 1 where k is.
         indices: the experts those weights belong to, largest first, ``(N, k)``.
         granularity: what each of the N rows decides for.
     """
@@ -84,8 +84,15 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def route(self, logits: Tensor, top_k: int) -> Routing:
-        """Keeps the ``top_k`` largest of ``logits (N, E)``; ties go to the lower index only as far as topk does."""
+        """Keeps the ``top_k`` largest of ``logits (N, E)``; ties go to the lower index only as far as topk does.
+
+        A single expert's weight is 1 whatever its logit, which would tell the router nothing; its gradient is that of
+        ``p / stopgrad(p)``, p its softmax over all experts, as in MoLEx.
+        """
         largest, indices = logits.topk(top_k, dim=-1)  # (N, k), (N, k)
+        if top_k == 1:
+            chance = torch.log_softmax(logits, dim=-1).gather(-1, indices)  # (N, 1)
+            return Routing(logits=logits, weights=(chance - chance.detach()).exp(), indices=indices)
         # The softmax over all experts, restricted to k and renormalised, is the softmax over those k logits.
         return Routing(logits=logits, weights=torch.softmax(largest, dim=-1), indices=indices)
 

@@ -10,6 +10,9 @@ from tests import tiny
 from tests.reference import mola
 from torch import Tensor, nn
 
+from lamella import MolaConfig
+from lamella.backbones import Place
+
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -220,3 +223,25 @@ def test_a_sibling_given_another_input_computes_for_itself() -> None:
         output.loss.backward()
         results.append({"logits": output.logits.detach(), **tiny.gradients(model)})
     tiny.assert_same(*results)
+
+
+def test_top_one_learns_which_of_two_contradicting_maps_a_token_needs() -> None:
+    """A rotation on one side of a plane and its opposite on the other: no single map is better than zero."""
+    torch.manual_seed(0)
+    base = nn.Linear(8, 8, bias=False).requires_grad_(False)
+    nn.init.zeros_(base.weight)
+    layer = tiny.MolaLinear(base, Place("layers", 0, "linear"))
+    layer.update_layer("default", MolaConfig(r=8, lora_alpha=8, router_aux_loss_coef=0.0), num_experts=2, top_k=1)
+    layer.set_adapter(["default"])
+    side, rotation = torch.randn(8), torch.linalg.qr(torch.randn(8, 8))[0]
+    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.02)
+    unexplained = []
+    for _ in range(200):
+        x = torch.randn(64, 8)
+        y = (x @ side).sign()[:, None] * (x @ rotation)
+        loss = (layer(x) - y).square().sum() / y.square().sum()
+        unexplained.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(unexplained[-10:]) / 10 < 0.15

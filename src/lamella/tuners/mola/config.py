@@ -26,7 +26,8 @@ class MolaConfig(LamellaConfig):
             "triangle" (8-6-4-2), "inverted-triangle" (2-4-6-8), "hourglass" (8-2-2-8), "diamond" (2-8-8-2).
         expert_budget: mean experts per layer that a shape is scaled to.
         top_k: experts per token, an int or a list with one entry per block. Above an explicit number of experts it is
-            an error; in a shape scaled by ``expert_budget`` such a layer uses all it has.
+            an error; in a shape scaled by ``expert_budget`` such a layer uses all it has. With 1 the expert's weight is
+            1, and the router learns by the gradient of its probability (``p / stopgrad(p)``).
         router: "linear" or "cosine".
         router_aux_loss_coef: coefficient of the balance loss: mean over a block's routers, summed over blocks.
         router_z_loss_coef: coefficient of the router z-loss.
