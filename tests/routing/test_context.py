@@ -5,7 +5,7 @@ import torch
 from tests import tiny
 from torch import Tensor, nn
 
-from lamella.routing import Frame, Override, current_frame, find_tracker, overridden, track_calls
+from lamella.routing import Frame, current_frame, find_tracker, track_calls
 
 
 class Stack(nn.Module):
@@ -229,17 +229,3 @@ def test_shared_projections_are_gone_when_the_stack_is_done() -> None:
     assert waiting == [2]
     assert frames[0] is not None
     assert not frames[0].projections
-
-
-def test_overrides_that_end_in_another_order_than_they_began_leave_nothing() -> None:
-    tracker = track_calls(Stack())
-    first, second = Override("default", fixed=torch.ones(2)), Override("default", fixed=torch.zeros(2))
-    contexts = [overridden(tracker, first), overridden(tracker, second)]
-    for context in contexts:
-        context.__enter__()
-    assert tracker.override("default") is second
-    contexts[0].__exit__(None, None, None)
-    assert tracker.override("default") is second
-    contexts[1].__exit__(None, None, None)
-    assert tracker.override("default").fixed is None
-    assert not tracker.overrides

@@ -22,7 +22,6 @@ from lamella.routing.tracking import (
     CallTracker,
     find_tracker,
     loss_scale,
-    overridden,
     track_calls,
     untrack_calls,
 )
@@ -63,7 +62,6 @@ __all__ = [
     "loss_scale",
     "make_router",
     "mixing_weights",
-    "overridden",
     "pool_mean",
     "pool_mode",
     "prompt",

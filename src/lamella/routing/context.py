@@ -1,6 +1,6 @@
 """The forward context: what the layers of one running forward share, and what holds for a forward that starts now.
 
-There is one context variable. Its value says which stack of which tracked model is running and what the ``with``
+There is one context variable for it. Its value says which stack of which tracked model is running and what the ``with``
 statements around it have said about prompts and losses. A module that ended by an exception, of whatever kind, runs no
 more, and what it put there is taken away by whoever looks next.
 """
@@ -21,6 +21,7 @@ from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
 from lamella.routing.documents import Documents, Packing, Rows, Sequences, watch_for_mixing
+from lamella.routing.overriding import Overrides
 from lamella.routing.prompt import Generation, Given, Prompt, Readable, find_readable, prompt_of
 
 Observer = Callable[..., None]
@@ -36,7 +37,7 @@ class TrackedModel:
         whole_input: whether it answers about its whole input instead of continuing it.
         observers: who wants to see routings.
         listeners: who takes part in the beginning and the end of each call.
-        overrides: what was said in place of an adapter's routers, the latest last.
+        overrides: what was said in place of an adapter's routers.
         scale: of a loss that a trainer builds outside the model.
         said: the warnings that were given, each of which is given once.
     """
@@ -45,7 +46,7 @@ class TrackedModel:
     whole_input: bool = False
     observers: list[Observer] = field(default_factory=list)
     listeners: list["CallListener"] = field(default_factory=list)
-    overrides: list[Override] = field(default_factory=list)
+    overrides: Overrides = field(default_factory=Overrides)
     scale: float | None = None
     said: set[str] = field(default_factory=set)
 
@@ -54,11 +55,6 @@ class TrackedModel:
         if about not in self.said:
             self.said.add(about)
             warnings.warn(warning, stacklevel=2)
-
-    def override(self, adapter: str) -> Override:
-        """What holds now in place of an adapter's routers."""
-        said = [override for override in self.overrides if override.adapter == adapter]
-        return said[-1] if said else Override(adapter)
 
 
 class CallListener(Protocol):

@@ -64,13 +64,25 @@ class Override:
         return logits if self.allowed is None else logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
 
     def fixed_weights(self, device: torch.device) -> Tensor:
-        """The fixed weights, with what the experts left out had given to the others in proportion."""
+        """The fixed weights, with what the experts left out had given to the others in proportion.
+
+        Weights may be negative, so that shares are of the sum of their absolute values.
+        """
         assert self.fixed is not None
         fixed = self.fixed.to(device)
         if self.allowed is None:
             return fixed
         left = fixed * self.allowed.to(device)
-        return left * (fixed.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True))
+        whole, rest = (weights.abs().sum(dim=-1, keepdim=True) for weights in (fixed, left))
+        return left * (whole / rest.masked_fill(rest == 0, 1))
+
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whether fixed weights all belong to experts that are left out."""
+        if self.fixed is None or self.allowed is None:
+            return False
+        left = self.fixed * self.allowed.to(self.fixed.device)
+        return bool((self.fixed.any(dim=-1) & ~left.any(dim=-1)).any())
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ from lamella.routing.context import (
 from lamella.routing.decision import Override
 from lamella.routing.documents import Packing, expanded_mask
 from lamella.routing.generating import unwrap_generation, wrap_generation
+from lamella.routing.overriding import IN_OTHER_THREADS
 from lamella.routing.prompt import find_given
 
 
@@ -88,7 +89,7 @@ class CallTracker(TrackedModel):
             decoder_mask=predicts if is_encoder_decoder else None,
             prompt=context.prompt,
             generation=context.generation,
-            overrides={override.adapter: override for override in self.overrides},
+            overrides=self._overrides_here(),
             given=find_given(arguments, self.shifts_labels, is_encoder_decoder),
             collected=context.collected,
             half=any(
@@ -96,6 +97,11 @@ class CallTracker(TrackedModel):
                 for kind in ("cpu", "cuda")
             ),
         )
+
+    def _overrides_here(self) -> dict[str, Override]:
+        if self.overrides.are_in_other_threads:
+            self.say_once("overrides", IN_OTHER_THREADS)
+        return self.overrides.here()
 
     def _label_share(self, labels: Any, total: Any) -> Tensor | float:
         if total is None or not isinstance(labels, Tensor):
@@ -158,16 +164,6 @@ def untrack_calls(model: nn.Module) -> None:
 
 def _is_trackers(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), CallTracker)
-
-
-@contextmanager
-def overridden(tracker: TrackedModel, override: Override) -> Iterator[None]:
-    """Puts something in place of an adapter's routers, for the forwards that begin inside the context."""
-    tracker.overrides.append(override)
-    try:
-        yield
-    finally:
-        tracker.overrides[:] = [other for other in tracker.overrides if other is not override]
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.routing import CallTracker, Override, find_tracker, overridden
+from lamella.routing import find_tracker
+from lamella.routing.overriding import Overrides
 from lamella.tuners.mole.layer import MoleLinear
 
 Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Tensor
@@ -18,7 +19,9 @@ Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Tensor
 def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
     """Leaves some LoRAs out: the others' weights grow in proportion, as if the dropped logits were minus infinity.
 
-    The routers go on reading all LoRAs, and nothing is retrained (MOLE, section 3.4).
+    The routers go on reading all LoRAs, and nothing is retrained (MOLE, section 3.4). It holds for what is called from
+    inside the ``with`` statement, and not for other threads, coroutines and generators. A thread that is started inside
+    takes part if it is started with a copy of the context (``contextvars.copy_context().run``).
 
     Args:
         model: a model with an active MOLE adapter.
@@ -29,15 +32,16 @@ def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
     """
     adapter, names = _active(model)
     _refuse_unknown(drop, names, "drop")
-    tracker = _tracker(model)
-    before = tracker.override(adapter)
+    overrides = _overrides(model)
+    before = overrides.override(adapter)
     allowed = torch.tensor([name not in drop for name in names])
     allowed = allowed if before.allowed is None else allowed & before.allowed
     if not bool(allowed.any()):
         raise LamellaError(f"drop leaves none of the {len(names)} LoRAs {', '.join(names)}; keep at least one.")
-    if before.fixed is not None and bool((before.fixed * allowed).sum(dim=-1).eq(0).any()):
+    override = replace(before, allowed=allowed)
+    if override.leaves_nothing:
         raise LamellaError("drop leaves only LoRAs whose fixed weights are 0, so there is nothing to share out.")
-    with overridden(tracker, replace(before, allowed=allowed)):
+    with overrides.saying(override):
         yield
 
 
@@ -45,7 +49,9 @@ def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
 def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
     """Fixes the LoRAs' weights, in every group; the routers are not asked.
 
-    They are used as they are: ``{"a": 1, "b": 1}`` adds two LoRAs, ``{"a": 0.5, "b": 0.5}`` is their mean.
+    They are used as they are: ``{"a": 1, "b": 1}`` adds two LoRAs, ``{"a": 0.5, "b": 0.5}`` is their mean, and
+    ``{"a": -1}`` goes the other way. They hold where ``masked_experts`` would; inside that, the LoRAs left out stay
+    out, and what they are given here is shared out in proportion.
 
     Args:
         model: a model with an active MOLE adapter.
@@ -54,8 +60,8 @@ def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
             order of the config's adapters. With several rows per sequence (beams) they follow each other.
 
     Raises:
-        LamellaError: no MOLE adapter, a name it does not have, another number of weights, or weights that are negative
-            or not finite.
+        LamellaError: no MOLE adapter, a name it does not have, another number of weights, weights that are not finite,
+            or weights for nothing but LoRAs that are left out.
     """
     adapter, names = _active(model)
     if isinstance(weights, Tensor):
@@ -67,9 +73,14 @@ def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
             f"weights of shape {tuple(fixed.shape)} are not ({len(names)},) or (batch, {len(names)}), one for each of "
             f"{', '.join(names)}."
         )
-    if not bool(torch.isfinite(fixed).all()) or bool((fixed < 0).any()):
-        raise LamellaError("weights must be finite and at least 0; to take a LoRA away, give it the weight 0.")
-    with overridden(_tracker(model), Override(adapter, fixed=fixed)):
+    if not bool(torch.isfinite(fixed).all()):
+        lost = [name for name, column in zip(names, fixed.unbind(-1), strict=True) if not bool(column.isfinite().all())]
+        raise LamellaError(f"weights must be finite, and those of {', '.join(lost)} are not.")
+    overrides = _overrides(model)
+    override = replace(overrides.override(adapter), fixed=fixed)
+    if override.leaves_nothing:
+        raise LamellaError("weights are for nothing but LoRAs that masked_experts leaves out.")
+    with overrides.saying(override):
         yield
 
 
@@ -106,7 +117,7 @@ def _active(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     return next(iter(active.items()))
 
 
-def _tracker(model: nn.Module) -> CallTracker:
+def _overrides(model: nn.Module) -> Overrides:
     tracker = find_tracker(model)
     assert tracker is not None  # every injection sets one
-    return tracker
+    return tracker.overrides

@@ -1,0 +1,129 @@
+"""What a user says in place of the routers, and for which forwards it holds: those of the same flow of control.
+
+A ``with`` statement belongs to the function that it stands in. It holds for what that function calls, in whatever
+thread and context that is, and for threads and tasks that were started with a copy of its context; not for what runs
+beside it. Where it stands in a generator that is suspended, it does not hold for those who iterate the generator.
+"""
+
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
+
+from lamella.routing.decision import Override
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """An override that has not ended.
+
+    Attributes:
+        override: what holds.
+        said_in: the interpreter's frame of the function whose ``with`` statement it is.
+        iterated_by: where that function is a generator, the frame that has it run.
+        thread: the one it was said in.
+    """
+
+    override: Override
+    said_in: FrameType
+    iterated_by: FrameType | None
+    thread: int
+
+
+IN_OTHER_THREADS = (
+    "masked_experts or fixed_weights holds in another thread, and so not for this forward, which asks the routers. A "
+    "thread that belongs to the `with` statement around its start is started with a copy of its context: "
+    "Thread(target=contextvars.copy_context().run, args=(model.generate, ...))."
+)
+_HERE: ContextVar[tuple[Said, ...]] = ContextVar("lamella_overrides", default=())
+
+
+class Overrides:
+    """All overrides of one model that have not ended, whoever said them, the latest last."""
+
+    def __init__(self) -> None:
+        self._said: dict[Said, None] = {}
+
+    def __reduce__(self) -> tuple[type["Overrides"], tuple[()]]:
+        """A copied or pickled model begins with none: what was said holds for the model that was named."""
+        return Overrides, ()
+
+    @property
+    def are_in_other_threads(self) -> bool:
+        """Whether there are some, and each was said in another thread and does not hold here."""
+        said = tuple(self._said)
+        return bool(said) and all(one.thread != threading.get_ident() for one in said) and not self.here()
+
+    def override(self, adapter: str) -> Override:
+        """What holds here and now in place of an adapter's routers."""
+        return self.here().get(adapter, Override(adapter))
+
+    def here(self) -> dict[str, Override]:
+        """Those that hold for a forward that starts here and now, by adapter."""
+        if not self._said:
+            return {}
+        running, context = set(_running()), _HERE.get()
+        held = [
+            said
+            for said in tuple(self._said)
+            if said.said_in in running or (said in context and said.iterated_by not in running)
+        ]
+        # A suspended generator is farther away than what runs or was said by a function.
+        held.sort(key=lambda said: said.iterated_by is None or said.said_in in running)
+        return {said.override.adapter: said.override for said in held}
+
+    @contextmanager
+    def saying(self, override: Override) -> Iterator[None]:
+        """Puts something in place of an adapter's routers, for the forwards of this flow of control."""
+        said = Said(override, *_speaker(), threading.get_ident())
+        self._said[said] = None
+        _HERE.set((*_HERE.get(), said))
+        try:
+            yield
+        finally:
+            # Whatever has been said since stays, and a context in which this is still written holds nothing by it.
+            del self._said[said]
+            _HERE.set(tuple(other for other in _HERE.get() if other is not said))
+
+
+def _running() -> Iterator[FrameType]:
+    """The frames of the functions that are running in this thread, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _speaker() -> tuple[FrameType, FrameType | None]:
+    """The function whose ``with`` statement is being entered, and, if it is a generator, who has it run.
+
+    Functions made into context managers, such as ``saying``, only pass on what their callers say.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _passes_on(frame):
+        frame = frame.f_back
+    assert frame is not None  # what contextlib runs was called by somebody
+    iterated_by = frame if _is_generator(frame) else None
+    while iterated_by is not None and _is_generator(iterated_by):  # one may delegate to the next
+        iterated_by = iterated_by.f_back
+    return frame, iterated_by
+
+
+def _passes_on(frame: FrameType) -> bool:
+    return _is_contextlibs(frame) or (
+        bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
+        and frame.f_back is not None
+        and _is_contextlibs(frame.f_back)
+    )
+
+
+def _is_contextlibs(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "contextlib"
+
+
+def _is_generator(frame: FrameType) -> bool:
+    return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
