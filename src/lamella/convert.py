@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,13 +80,14 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
     Args:
         model: a PeftModel with an active MoLA or MOLE adapter.
         batches: keyword arguments for the model, such as ``input_ids`` and ``attention_mask``.
-        rank: rank of every module's LoRA, by truncated SVD; None keeps a module's own, all experts' together.
+        rank: rank of every module's LoRA, by truncated SVD; None keeps a module's own, all experts' together. Where
+            modules differ, the largest is the LoRA's rank, and the others have zeros in the rest.
 
     Returns:
         The LoRA as a PeftModel of its own, with its measured error.
 
     Raises:
-        LamellaError: no such adapter, blocks that are mixed as a whole, or no batches.
+        LamellaError: no such adapter, blocks that are mixed as a whole, biases that are mixed, or no batches.
     """
     adapter, mixture = _active_mixture(model)
     held = [dict(batch) for batch in batches]
@@ -214,18 +214,23 @@ def _as_lora(model: PeftModel, adapter: str, factors: dict[str, tuple[Tensor, Te
     config = model.peft_config[adapter]
     saved = _modules_to_save(model, adapter)
     base = copy.deepcopy(model).unload()
-    ranks = {f"^{re.escape(name)}": len(down) for name, (down, _) in factors.items()}
+    # Readers differ in whether they take the rank from the config or from the tensors, so both say the same everywhere.
+    rank = max(len(down) for down, _ in factors.values())
     lora = LoraConfig(
-        r=1, lora_alpha=1, target_modules=sorted(factors), rank_pattern=ranks, alpha_pattern=dict(ranks),
-        task_type=config.task_type, modules_to_save=sorted(saved) or None,
-        base_model_name_or_path=config.base_model_name_or_path, revision=config.revision,
+        r=rank, lora_alpha=rank, target_modules=sorted(factors), task_type=config.task_type,
+        modules_to_save=sorted(saved) or None, base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
     )  # fmt: skip
     collapsed: PeftModel = get_peft_model(base, lora)
     inner = collapsed.get_base_model()
     for name, (down, up) in factors.items():
-        layer = inner.get_submodule(name)
-        layer.lora_A["default"].weight.copy_(down)
-        layer.lora_B["default"].weight.copy_(up)
+        layer: Any = inner.get_submodule(name)
+        if "default" in layer.lora_embedding_A:
+            A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        else:
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        A.zero_()[: len(down)].copy_(down.view(-1, *A.shape[1:]))
+        B.zero_()[:, : len(down)].copy_(up.view(*up.shape, *B.shape[2:]))
     for name, state in saved.items():
         inner.get_submodule(name).modules_to_save["default"].load_state_dict(state)
     return collapsed.eval()

@@ -54,9 +54,9 @@ def write_atomic(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def sha256_of(*files: Path) -> str:
-    """The SHA-256 of the files' bytes one after another, in hexadecimal, read piece by piece."""
-    digest = hashlib.sha256()
+def sha256_of(*files: Path, after: bytes = b"") -> str:
+    """The SHA-256 of some bytes and then the files' one after another, in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256(after)
     for file in files:
         with file.open("rb") as stream:
             while piece := stream.read(1 << 20):

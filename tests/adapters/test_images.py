@@ -242,16 +242,14 @@ def test_kohyas_numbering_of_sdxl_blocks_is_translated(tmp_path: Path) -> None:
     assert_same(actual, {name: Factors(tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"], 0.5)})
 
 
-def test_3x3_convolutions_are_skipped_by_name(tmp_path: Path) -> None:
+def test_3x3_convolutions_keep_their_kernel(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["conv1", "to_q"], init_lora_weights=False)
     StableDiffusionPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(adapted(unet(), config))
     )
-    source = read_lora(tmp_path)
-    assert all(name.endswith("to_q") for name in source.components["unet"])
-    assert ("unet.down_blocks.0.resnets.0.conv1", "a 3x3 convolution; only linear layers and 1x1 are composed") in (
-        source.skipped
-    )
+    mapped = on_unet(tmp_path)
+    assert mapped["down_blocks.0.resnets.0.conv1"].A.shape == (2, 8, 3, 3)
+    assert mapped["down_blocks.0.resnets.0.conv1"].B.shape == (8, 2)
 
 
 def test_the_digest_of_a_single_file_is_its_own(written: Written) -> None:

@@ -81,25 +81,29 @@ def test_ranks_and_alphas_follow_peft_whatever_the_patterns(
         assert math.isclose(factors.scaling, module.scaling["default"])
 
 
-def test_what_is_no_factor_of_a_linear_layer_is_skipped_by_name(tmp_path: Path) -> None:
-    model = get_peft_model(
-        tiny.bert(),
-        LoraConfig(target_modules=["query", "word_embeddings"], modules_to_save=["classifier"], bias="lora_only"),
-    )
+def test_what_was_trained_beside_the_factors_is_kept_by_name(tmp_path: Path) -> None:
+    config = LoraConfig(
+        target_modules=["query", "word_embeddings"], modules_to_save=["classifier"], bias="lora_only",
+        init_lora_weights=False,
+    )  # fmt: skip
+    model = get_peft_model(tiny.bert(), config)
     model.save_pretrained(tmp_path / "a")
     source = read_lora(tmp_path / "a")
-    reasons = dict(source.skipped)
-    assert "modules_to_save" in reasons["classifier.weight"]
-    assert "embedding" in reasons["bert.embeddings.word_embeddings.lora_embedding_A"]
-    assert "bias='lora_only'" in reasons["bert.encoder.layer.0.attention.self.query.base_layer.bias"]
-    assert set(source.components["model"]) == {f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1)}
-    assert "skipped classifier.weight" in str(source)
+    biases = {f"bert.encoder.layer.{n}.attention.self.query.bias" for n in (0, 1)}
+    assert source.skipped == ()
+    embedding = "bert.embeddings.word_embeddings"
+    assert set(source.whole) == {"classifier.weight", "classifier.bias", *biases}
+    assert source.components["model"][embedding].A.shape == (8, tiny.VOCAB)
+    assert "trained whole: " in str(source)
 
 
-def test_a_bias_of_b_is_skipped_by_name(tmp_path: Path) -> None:
-    model = get_peft_model(tiny.bert(), LoraConfig(target_modules=["query"], lora_bias=True))
+def test_a_bias_of_b_is_kept_with_its_scaling(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], lora_bias=True, init_lora_weights=False)
+    model = get_peft_model(tiny.bert(), config)
     model.save_pretrained(tmp_path)
-    assert "lora_bias" in dict(read_lora(tmp_path).skipped)["bert.encoder.layer.0.attention.self.query.lora_B.bias"]
+    name = "bert.encoder.layer.0.attention.self.query"
+    bias = model.get_base_model().get_submodule(name).lora_B["default"].bias
+    torch.testing.assert_close(read_lora(tmp_path).constants["model"][name], 3 * bias.detach())
 
 
 def bare_bert() -> BertModel:
@@ -142,11 +146,25 @@ def test_a_reference_knows_the_bytes_and_survives_json(tmp_path: Path) -> None:
     assert reference.sha256 in str(error.value)
 
 
-def test_the_digest_of_a_folder_is_that_of_config_and_weights_joined(tmp_path: Path) -> None:
+def test_the_digest_of_a_folder_counts_what_the_lora_does(tmp_path: Path) -> None:
+    trained("bert", tmp_path)
+    config = tmp_path / "adapter_config.json"
+    before, saved = read_lora(tmp_path).reference, json.loads(config.read_text())
+    assert read_lora(tmp_path / "adapter_model.safetensors").reference.sha256 == before.sha256
+    config.write_text(json.dumps(dict(reversed(saved.items())), indent=7))
+    assert read_lora(before).reference == before
+    config.write_text(json.dumps({**saved, "base_model_name_or_path": "somebody/the-same", "inference_mode": False}))
+    assert read_lora(before).reference == before
+    config.write_text(json.dumps({**saved, "use_rslora": True}))
+    with pytest.raises(LamellaError, match="has changed since"):
+        read_lora(before)
+
+
+def test_a_digest_of_the_bytes_as_earlier_versions_recorded_it_still_holds(tmp_path: Path) -> None:
     trained("bert", tmp_path)
     joined = (tmp_path / "adapter_config.json").read_bytes() + (tmp_path / "adapter_model.safetensors").read_bytes()
-    assert read_lora(tmp_path).reference.sha256 == hashlib.sha256(joined).hexdigest()
-    assert read_lora(tmp_path / "adapter_model.safetensors").reference.sha256 == hashlib.sha256(joined).hexdigest()
+    former = Reference(str(tmp_path), sha256=hashlib.sha256(joined).hexdigest())
+    assert read_lora(former).reference.sha256 == read_lora(tmp_path).reference.sha256
 
 
 def test_a_subfolder_is_read(tmp_path: Path) -> None:
@@ -225,7 +243,51 @@ def source_for(base: str | None, folder: Path) -> LoraSource:
 def test_a_base_of_another_name_is_refused_and_both_are_named(tmp_path: Path) -> None:
     source = source_for("somebody/bert-a", tmp_path)
     check_base(named(tiny.bert(), "somebody/bert-a"), source)
-    check_base(named(tiny.bert(), "/elsewhere/bert-a"), source)
+    check_base(named(tiny.bert(), "/cache/models--somebody--bert-a/snapshots/0123"), source)
+    with pytest.warns(UserWarning, match="could not be compared"):
+        check_base(named(tiny.bert(), "/elsewhere/bert-a"), source)
     check_base(nn.Linear(2, 2), source)
-    with pytest.raises(LamellaError, match="trained on somebody/bert-a, and the model here is somebody/bert-b"):
-        check_base(named(tiny.bert(), "somebody/bert-b"), source)
+    for other in ("somebody/bert-b", "somebody-else/bert-a"):
+        with pytest.raises(LamellaError, match=f"trained on somebody/bert-a, and the model here is {other}"):
+            check_base(named(tiny.bert(), other), source)
+
+
+def saved_at(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = tiny.bert(seed=seed).to(dtype)
+    model.save_pretrained(folder)
+    return named(model, str(folder))
+
+
+def test_the_same_weights_are_the_same_base_wherever_they_lie_and_others_are_not(tmp_path: Path) -> None:
+    model = saved_at(tmp_path / "runA/merged", seed=0)
+    source = source_for(str(tmp_path / "runA/merged"), tmp_path / "lora")
+    check_base(saved_at(tmp_path / "copy-of-a", seed=0), source)
+    check_base(saved_at(tmp_path / "half", seed=0, dtype=torch.bfloat16), source)
+    check_base(named(model, "somebody/published"), source)
+    headless = BertModel(model.config)
+    headless.load_state_dict(model.bert.state_dict(), strict=False)
+    check_base(named(headless, "somebody/headless"), source)
+    other = saved_at(tmp_path / "runB/merged", seed=0)
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.weight.add_(0.01)
+    with pytest.raises(LamellaError, match="their weights differ"):
+        check_base(other, source)
+
+
+def test_a_quantised_model_is_its_base(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = saved_at(tmp_path / "base", seed=0)
+    source = source_for(str(tmp_path / "base"), tmp_path / "lora")
+    for seed in (0, 1):
+        quantised = named(tiny.bert(seed=seed), "somebody/base-bnb-4bit")
+        others = {name: tensor for name, tensor in model.state_dict().items() if "query.weight" not in name}
+        quantised.load_state_dict(others, strict=False)
+        for layer in quantised.bert.encoder.layer:
+            query = bitsandbytes.nn.Linear4bit(16, 16, compress_statistics=False, quant_type="nf4")
+            query.load_state_dict(layer.attention.self.query.state_dict())
+            layer.attention.self.query = query.to("cpu")
+        if seed == 0:
+            check_base(quantised, source)
+        else:
+            with pytest.raises(LamellaError, match="their weights differ"):
+                check_base(quantised, source)

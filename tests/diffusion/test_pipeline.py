@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from tests import tiny_pipelines as tiny
 from torch import Tensor, nn
 
@@ -213,6 +214,27 @@ def test_1x1_convolutions_are_composed_as_linear_maps_of_their_channels(sd: Case
         delta = (loras.B * scale) @ loras.A
         expected.append(conv(row[None])[0] + torch.einsum("oi,ihw->ohw", delta, row))
     torch.testing.assert_close(layer(x), torch.stack(expected))
+
+
+def test_3x3_convolutions_are_composed_as_diffusers_has_them(tmp_path: Path) -> None:
+    targets, loras = ("conv1", "conv", "conv_shortcut", "conv_out", "to_q"), {}
+    for seed, name in enumerate(("cat", "dog")):
+        state, config = tiny.lora_of(tiny.stable_diffusion().unet, targets, seed=seed, rank=2)
+        loras[name] = tmp_path / name
+        StableDiffusionPipeline.save_lora_weights(
+            loras[name], unet_lora_layers=state, unet_lora_adapter_metadata=config
+        )
+    plain = tiny.run(tiny.stable_diffusion(), PROMPTS)
+    composition = compose_pipeline(tiny.stable_diffusion(), loras, OFF_ZERO)
+    for name, path in loras.items():
+        theirs = tiny.stable_diffusion()
+        theirs.load_lora_weights(path)
+        expected = tiny.run(theirs, PROMPTS)
+        assert (expected - plain).abs().max() > 1e-2
+        with composition.fixed_weights({name: 1.0}):
+            assert_close(tiny.run(composition.pipe, PROMPTS), expected)
+    composition.unload()
+    assert torch.equal(tiny.run(composition.pipe, PROMPTS), plain)
 
 
 def test_unloading_restores_the_pipeline_bit_for_bit(case: Case) -> None:

@@ -153,14 +153,6 @@ def test_a_pipeline_that_carries_adapters_is_refused(loras: dict[str, Path]) -> 
     refused(r"carries adapters already", pipe, loras)
 
 
-def test_3x3_convolutions_are_listed_as_skipped(loras: dict[str, Path], tmp_path: Path) -> None:
-    pipe = tiny.stable_diffusion()
-    state, config = tiny.lora_of(pipe.unet, ("conv1", "to_q"), seed=4, rank=2)
-    type(pipe).save_lora_weights(tmp_path / "conv", unet_lora_layers=state, unet_lora_adapter_metadata=config)
-    composition = compose_pipeline(pipe, {**loras, "conv": tmp_path / "conv"})
-    assert "skipped conv: unet.down_blocks.0.resnets.0.conv1: a 3x3 convolution" in str(composition)
-
-
 def test_overrides_are_checked(composition: PipelineComposition) -> None:
     with pytest.raises(LamellaError, match="drop names 'bird'"), composition.masked_experts(["bird"]):
         pass

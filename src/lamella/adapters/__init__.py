@@ -1,7 +1,9 @@
 """Trained LoRAs as they lie about: PEFT folders, kohya's and diffusers' files, hub ids; read, checked and mapped."""
 
 from lamella.adapters.bases import BaseNames, located, published_name, register_base_names
-from lamella.adapters.mapping import Mapped, check_base, map_to
+from lamella.adapters.identity import check_base
+from lamella.adapters.mapping import Mapped, map_to
+from lamella.adapters.modules import adds_bias, fan, projects, sides_of
 from lamella.adapters.read import read_lora
 from lamella.adapters.source import Factors, LoraSource, Reference, by_name
 
@@ -11,11 +13,15 @@ __all__ = [
     "LoraSource",
     "Mapped",
     "Reference",
+    "adds_bias",
     "by_name",
     "check_base",
+    "fan",
     "located",
     "map_to",
+    "projects",
     "published_name",
     "read_lora",
     "register_base_names",
+    "sides_of",
 ]

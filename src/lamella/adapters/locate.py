@@ -1,8 +1,11 @@
 """From a reference to the files it means. Pickles are refused before anything is opened."""
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lamella.adapters.source import Reference
 from lamella.errors import LamellaError
@@ -12,6 +15,8 @@ CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Settings that say where a LoRA comes from, not what it does.
+_NOT_COUNTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(/(?P<file>.+\.safetensors))?")
 
 
@@ -48,9 +53,8 @@ def locate(reference: Reference) -> Files:
         root, located = _fetch(reference)
     place = root / reference.subfolder if reference.subfolder else root
     weights, config = _choose(place, reference)
-    read = [weights] if config is None else [config, weights]
-    digest = sha256_of(*read)
-    if reference.sha256 is not None and digest != reference.sha256:
+    digest = sha256_of(weights) if config is None else _digest(config, weights)
+    if reference.sha256 is not None and reference.sha256 not in (digest, *_former_digests(config, weights)):
         raise LamellaError(
             f"{reference.source} has changed since the composition was trained: its SHA-256 is {digest}, and "
             f"{reference.sha256} was recorded. Restore the file, or point the reference to a copy of the one it was; "
@@ -60,6 +64,37 @@ def locate(reference: Reference) -> Files:
     if not here.exists():
         stem = Path(reference.subfolder or reference.source).stem
     return Files(weights, config, replace(located, sha256=digest), stem)
+
+
+def _digest(config: Path, weights: Path) -> str:
+    """Of a PEFT folder: its settings, laid out in one way, and its weights.
+
+    Which base is named, and by which version, is not counted: a LoRA does the same on the same weights elsewhere.
+    """
+    settings = read_json(config)
+    counted = {key: value for key, value in settings.items() if key not in _NOT_COUNTED}
+    return sha256_of(weights, after=json.dumps(counted, sort_keys=True).encode())
+
+
+def _former_digests(config: Path | None, weights: Path) -> Iterator[str]:
+    """What versions before 0.2 recorded: the SHA-256 of the files as they are."""
+    if config is not None:
+        yield sha256_of(config, weights)
+
+
+def read_json(config: Path) -> dict[str, Any]:
+    """The settings of a PEFT folder.
+
+    Raises:
+        LamellaError: they are no JSON object.
+    """
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LamellaError(f"{config} is not a JSON object: {error}. Restore it.") from error
+    if not isinstance(settings, dict):
+        raise LamellaError(f"{config} is not a JSON object. Restore it.")
+    return settings
 
 
 def _choose(place: Path, reference: Reference) -> tuple[Path, Path | None]:
@@ -82,6 +117,13 @@ def _choose(place: Path, reference: Reference) -> tuple[Path, Path | None]:
     candidates = sorted(place.glob("*.safetensors"))
     if len(candidates) == 1:
         return candidates[0], None
+    inside = sorted(path.parent.relative_to(place).as_posix() for path in place.glob(f"*/{CONFIG}"))
+    if not candidates and inside:
+        which = "That is" if len(inside) == 1 else "Name one of"
+        raise LamellaError(
+            f"{place} holds no LoRA itself, but folders inside it do. {which} {', '.join(inside[:5])}: give "
+            f"{place / inside[0]}, or subfolder={inside[0]!r}."
+        )
     if candidates:
         names = ", ".join(path.name for path in candidates)
         raise LamellaError(f"{place} holds several files ({names}) and no {CONFIG}: name the file that is meant.")

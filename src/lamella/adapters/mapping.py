@@ -1,45 +1,74 @@
 """From the module names a LoRA was trained under to those of the model at hand."""
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_target_module_exists,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from lamella.adapters.bases import published_name
-from lamella.adapters.source import Factors, LoraSource
+from lamella.adapters.modules import adds_bias, fan
+from lamella.adapters.source import EmbeddingFactors, Factors, LoraSource, Tokens
 from lamella.errors import LamellaError
 
+Modules = Mapping[str, nn.Module]
+_TRANSLATED = (
+    "If its names are another program's, give its path to compose_pipeline, where the pipeline's class translates them."
+)
+LEFT_OUT = "left out by the config"
+_OF_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
-class Mapped(NamedTuple):
+
+@dataclass(frozen=True)
+class Mapped:
     """A LoRA on a model.
 
     Attributes:
-        modules: factors by the model's module names. A module may be a 1x1 convolution: its features are its channels.
+        modules: factors by the model's module names: linear modules, convolutions and embeddings.
+        constants: what the LoRA adds to a module's output whatever its input, ``(out,)``: a bias of B, and the
+            difference of a trained bias from the model's own.
+        whole: modules that were trained whole and are not the model's own: their tensors, by module.
         skipped: what of the LoRA is not on this model, and why.
         renamed: how its module names were changed to be found; empty where they are the model's own.
     """
 
     modules: dict[str, Factors]
-    skipped: list[tuple[str, str]]
-    renamed: str
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    renamed: str = ""
 
 
-def map_to(model: nn.Module, source: LoraSource, component: str | None = None) -> Mapped:
+def map_to(
+    model: nn.Module,
+    source: LoraSource,
+    component: str | None = None,
+    leave_out: Callable[[str], bool] = lambda _: False,
+) -> Mapped:
     """Finds the module of each of a LoRA's factors and checks that they fit.
 
-    Where all names of the LoRA share a first part that the model lacks, or lack the model's own, it is taken off or put
-    before all of them.
+    Names are the model's own, or those that transformers or PEFT gave them in earlier versions, or all of them with
+    another first part.
 
     Args:
         model: the base model.
         source: the LoRA.
         component: which of the LoRA's components is for this model; None where only one fits.
+        leave_out: names of modules that are not asked for, whether the model has them or not.
 
     Raises:
-        LamellaError: modules that the model does not have or that are not linear, other widths, or no component or
+        LamellaError: modules that the model does not have or that cannot be composed, other widths, or no component or
             several for this model.
     """
     modules = {name: BaseTunerLayer.get_base_layer(module) for name, module in model.named_modules()}
@@ -47,59 +76,168 @@ def map_to(model: nn.Module, source: LoraSource, component: str | None = None) -
     if component not in source.components:
         raise LamellaError(f"{source.described} has nothing for {component}: it holds {', '.join(source.components)}.")
     factors = source.components[component]
-    renaming, renamed = _renaming(model, list(factors), modules)
+    names, renamed = _names(model, [*factors, *source.tokens], modules)
     mapped: dict[str, Factors] = {}
-    unmapped, unfit = [], []
+    unmapped, unfit, odd, skipped = [], [], [], list(source.skipped)
     for name, lora in factors.items():
-        ours = renaming(name)
-        features = _features(modules[ours]) if ours in modules else None
-        if ours not in modules:
+        ours = names[name]
+        if leave_out(ours) or leave_out(name):
+            skipped.append((ours, LEFT_OUT))
+        elif ours not in modules:
             unmapped.append(name)
-        elif features is None:
-            unfit.append(f"{ours} is a {type(modules[ours]).__name__}, not a linear layer")
-        elif features != (lora.A.shape[1], lora.B.shape[0]):
-            unfit.append(
-                f"{ours} maps {features[0]} features to {features[1]}, the LoRA's {lora.A.shape[1]} to "
-                f"{lora.B.shape[0]}"
-            )
+        elif not _can_have(modules[ours], lora):
+            what = "an embedding" if isinstance(lora, EmbeddingFactors) else "a linear layer"
+            odd.append(f"{ours} is a {type(modules[ours]).__name__}, not {what} that can be composed")
+        elif misfit := _misfit(ours, modules[ours], lora):
+            unfit.append(misfit)
         else:
             mapped[ours] = lora
     if unmapped:
+        raise LamellaError(_says_unmapped(model, source, unmapped, len(factors)))
+    if odd:
         raise LamellaError(
-            f"{source.described} adapts {len(unmapped)} of {len(factors)} modules that {_called(model)} does not "
-            f"have, first {', '.join(unmapped[:3])}. It was trained on {_base(source)}; compose it on that one."
+            f"{source.described} adapts what no composition has a form for: {odd[0]}{_more(odd)}. Leave it out, with "
+            "exclude_modules in the config, or compose LoRAs without it."
         )
     if unfit:
         raise LamellaError(
             f"{source.described} was trained on {_base(source)} and does not fit "
-            f"{_called(model)}: {unfit[0]}{f', and {len(unfit) - 1} more' if unfit[1:] else ''}. Compose only LoRAs "
+            f"{_called(model)}: {unfit[0]}{_more(unfit)}. Compose only LoRAs "
             "of one base, on that base."
         )
-    others = [(name, "for another component of the pipeline") for name in source.components if name != component]
-    return Mapped(mapped, [*source.skipped, *others], renamed)
+    for name, tokens in source.tokens.items():
+        for ours, lora in _of_tokens(model, names[name], tokens, modules, source).items():
+            if ours in mapped:
+                raise LamellaError(
+                    f"{source.described} has trained tokens of {ours} and a LoRA of it too, of which PEFT uses one. "
+                    "Leave it out with exclude_modules."
+                )
+            mapped[ours] = lora
+    skipped += [(name, "for another component of the pipeline") for name in source.components if name != component]
+    constants, whole = _beside_factors(model, source, modules)
+    for name, constant in source.constants.get(component, {}).items():
+        if (ours := names[name]) in mapped:
+            constants[ours] = constants[ours] + constant if ours in constants else constant
+    if not renamed:
+        _warn_of_missing(source, [name for name in _missing(source.config, mapped, modules) if not leave_out(name)])
+    return Mapped(mapped, constants, whole, skipped, renamed)
 
 
-def check_base(model: nn.Module, source: LoraSource) -> None:
-    """Compares the base a LoRA names with the model's own name; what has no name is compared by its shapes alone.
+def _can_have(module: nn.Module, lora: Factors) -> bool:
+    return fan(module) is not None and isinstance(lora, EmbeddingFactors) == isinstance(module, nn.Embedding)
 
-    Raises:
-        LamellaError: they are two models.
+
+def _misfit(name: str, module: nn.Module, lora: Factors) -> str | None:
+    """Why a LoRA of the right kind is not one of this module; None where it is."""
+    sides, width, kernel = fan(module), lora.A.flatten(1).shape[1], tuple(lora.A.shape[2:])
+    assert sides is not None
+    if sides == (width, lora.B.shape[0]) and kernel in ((), tuple(getattr(module, "kernel_size", ()))):
+        return None
+    return f"{name} maps {sides[0]} features to {sides[1]}, the LoRA's {width} to {lora.B.shape[0]}"
+
+
+def _says_unmapped(model: nn.Module, source: LoraSource, unmapped: list[str], count: int) -> str:
+    fused = [name for name in unmapped if _OF_EXPERT.search(name)]
+    if fused and any(parameter.dim() == 3 for parameter in model.parameters()):
+        return (
+            f"{source.described} adapts single experts ({fused[0]}, and {len(fused) - 1} more), which "
+            f"{_called(model)} keeps as one parameter for all of them. PEFT loads such a LoRA; a composition mixes the "
+            f"outputs of modules, and these have none. Leave them out, as in MoleConfig(exclude_modules=r'.*experts.*')"
+            ", or compose LoRAs of the attention."
+        )
+    return (
+        f"{source.described} adapts {len(unmapped)} of {count} modules that {_called(model)} does not have, first "
+        f"{', '.join(unmapped[:3])}. It was trained on {_base(source)}; compose it on that one."
+        + ("" if source.format == "PEFT" else f" {_TRANSLATED}")
+    )
+
+
+def _of_tokens(model: nn.Module, name: str, tokens: Tokens, modules: Modules, source: LoraSource) -> dict[str, Factors]:
+    """Trained tokens as a LoRA of the embedding, whose A chooses them and whose B has what was learned.
+
+    PEFT trains those of a tied output embedding with them.
     """
-    ours = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if source.format != "PEFT" or not source.base or not ours:
-        return  # kohya names a family or a file
-    if source.base == str(ours):
-        return
-    named, here = published_name(source.base), published_name(str(ours))
-    if named != here and Path(named).parts[-1:] != Path(here).parts[-1:]:
+    module = modules.get(name)
+    if not isinstance(module, nn.Embedding):
+        raise LamellaError(f"{source.described} has trained tokens of {name}, which is no embedding of the model.")
+    vocabulary, features = module.weight.shape
+    if max(tokens.indices) >= vocabulary or tokens.values.shape != (len(tokens.indices), features):
         raise LamellaError(
-            f"{source.described} was trained on {named}, and the model here is {here}. On other weights of the same "
-            "shapes a LoRA loads without a word and answers nonsense: compose it on its own base, or, if that is the "
-            "same model under another name, correct base_model_name_or_path in its adapter_config.json."
+            f"{source.described} has {tuple(tokens.values.shape)} values for {len(tokens.indices)} trained tokens up "
+            f"to {max(tokens.indices)}, and {name} has {vocabulary} tokens of {features} features. Resize the model's "
+            "embeddings as they were for training."
+        )
+    choose = torch.zeros(len(tokens.indices), vocabulary)  # (N, vocabulary)
+    choose[torch.arange(len(tokens.indices)), tokens.indices] = 1
+    own = module.weight.detach()[tokens.indices].cpu()  # (N, features)
+    learned = tokens.values.float() - own.float()
+    found: dict[str, Factors] = {name: EmbeddingFactors(choose, learned.t(), 1.0)}
+    for other, head in modules.items():
+        if other != name and isinstance(head, nn.Linear) and head.weight is module.weight:
+            found[other] = Factors(learned, choose.t(), 1.0)
+    return found
+
+
+def _beside_factors(
+    model: nn.Module, source: LoraSource, modules: Modules
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Trained biases as differences from the model's own; and what modules trained whole are not the model's own."""
+    constants: dict[str, Tensor] = {}
+    whole: dict[str, dict[str, Tensor]] = {}
+    own_already: dict[str, bool] = {}
+    names, _ = _names(model, list(dict.fromkeys(key.rpartition(".")[0] for key in source.whole)), modules)
+    for key, tensor in source.whole.items():
+        place, _, parameter = key.rpartition(".")
+        module, head = modules.get(names[place]), _head_of(names[place], source.config)
+        own: Any = getattr(module, parameter, None)
+        fits = isinstance(own, Tensor) and own.shape == tensor.shape
+        if fits and head is None and parameter == "bias" and own.dim() == 1 and adds_bias(module):
+            constants[names[place]] = tensor.float() - own.detach().cpu().float()
+            continue
+        head = head or names[place]
+        inside = f"{names[place]}.{parameter}".removeprefix(f"{head}.")
+        whole.setdefault(head, {})[inside] = tensor
+        same = fits and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
+        own_already[head] = own_already.get(head, True) and same
+    constants = {name: constant for name, constant in constants.items() if constant.any()}
+    return constants, {head: tensors for head, tensors in whole.items() if not own_already[head]}
+
+
+def _head_of(name: str, config: LoraConfig | None) -> str | None:
+    """The module that was saved whole and has this one inside; None where none was."""
+    for kept in () if config is None else config.modules_to_save or ():
+        before, found, _ = f".{name}.".partition(f".{kept}.")
+        if found:
+            return f"{before}.{kept}".strip(".")
+    return None
+
+
+def _missing(config: LoraConfig | None, mapped: Mapping[str, Factors], modules: Modules) -> list[str]:
+    """What the config adapts and the file lacks."""
+    if config is None or not config.target_modules or config.target_modules == "all-linear":
+        return []
+    adapters = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return [
+        name
+        for name, module in modules.items()
+        if name not in mapped
+        and fan(module) is not None
+        and not name.startswith(adapters)
+        and (match := check_target_module_exists(config, name))
+        and not isinstance(match, _ExcludedModule)
+    ]
+
+
+def _warn_of_missing(source: LoraSource, missing: list[str]) -> None:
+    if missing:
+        warnings.warn(
+            f"{source.described} has nothing for {len(missing)} modules that its config says it adapts, first "
+            f"{', '.join(missing[:3])}: the file is incomplete, or was meant so. There it adds nothing.",
+            stacklevel=3,
         )
 
 
-def _component_for(model: nn.Module, source: LoraSource, modules: Mapping[str, nn.Module]) -> str:
+def _component_for(model: nn.Module, source: LoraSource, modules: Modules) -> str:
     """The component whose modules the model has, in the right widths."""
     if len(source.components) == 1:
         return next(iter(source.components))
@@ -113,45 +251,64 @@ def _component_for(model: nn.Module, source: LoraSource, modules: Mapping[str, n
     )
 
 
-def _fits(model: nn.Module, factors: Mapping[str, Factors], modules: Mapping[str, nn.Module]) -> bool:
-    renaming, _ = _renaming(model, list(factors), modules)
+def _fits(model: nn.Module, factors: Mapping[str, Factors], modules: Modules) -> bool:
+    names, _ = _names(model, list(factors), modules)
     return all(
-        (ours := renaming(name)) in modules and _features(modules[ours]) == (lora.A.shape[1], lora.B.shape[0])
+        (ours := names[name]) in modules
+        and _can_have(modules[ours], lora)
+        and _misfit(ours, modules[ours], lora) is None
         for name, lora in factors.items()
     )
 
 
-def _renaming(model: nn.Module, names: list[str], modules: Mapping[str, nn.Module]) -> tuple[Callable[[str], str], str]:
-    """The first change of prefix under which the model has all the names; none where there is no such change."""
-    for renaming, said in _renamings(model, names):
-        if all(renaming(name) in modules for name in names):
-            return renaming, said
-    return str, ""
+def _names(model: nn.Module, names: list[str], modules: Modules) -> tuple[dict[str, str], str]:
+    """The model's name for each of a LoRA's, where it has one, and how that differs: the change that finds most."""
+    best: tuple[int, dict[str, str], str] = (-1, {}, "")
+    for renamed, said in _renamings(model, names):
+        found = sum(name in modules for name in renamed.values())
+        if found > best[0]:
+            best = found, renamed, said
+        if found == len(names):
+            break
+    return best[1], best[2]
 
 
-def _renamings(model: nn.Module, names: list[str]) -> Iterator[tuple[Callable[[str], str], str]]:
-    yield str, ""
+def _renamings(model: nn.Module, names: list[str]) -> Iterator[tuple[dict[str, str], str]]:
+    """Changes of the names of a LoRA's modules, the likelier first."""
+    yield {name: name for name in names}, ""
+    if not names:
+        return
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if prefix != ".":
-        yield (lambda name: prefix + name), f"{prefix} put before each name"
+        yield {name: prefix + name for name in names}, f"{prefix} put before each name"
     first = f"{names[0].partition('.')[0]}."
     if all(name.startswith(first) for name in names):
-        yield (lambda name: name.removeprefix(first)), f"{first} taken off each name"
+        yield {name: name.removeprefix(first) for name in names}, f"{first} taken off each name"
         if prefix != ".":
-            yield (lambda name: prefix + name.removeprefix(first)), f"{first} replaced by {prefix} in each name"
+            yield (
+                {name: prefix + name.removeprefix(first) for name in names},
+                f"{first} replaced by {prefix} in each name",
+            )
+    yield _of_this_version(model, names), "names of an earlier version of transformers"
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    """What a linear layer or 1x1 convolution maps from and to; None for anything else."""
-    if isinstance(module, nn.Conv2d):
-        pointwise = (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1) and not any(
-            module.padding
-        )
-        return (module.in_channels, module.out_channels) if pointwise else None
-    if isinstance(module, Conv1D) or hasattr(module, "in_features"):  # quantised layers have it too
-        in_features, out_features = _get_in_out_features(module)
-        return in_features, out_features
-    return None
+def _of_this_version(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Names that transformers gave modules in earlier versions as it gives them now, by its own table."""
+    same = {name: name for name in names}
+    if not isinstance(model, PreTrainedModel):
+        return same
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    weights, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, str] = {}
+    for name in same:
+        key, _ = rename_source_key(f"{name}.weight", renamings, [], prefix, weights)
+        found[name] = key.removesuffix(".weight")
+    return found
+
+
+def _more(said: list[str]) -> str:
+    return f", and {len(said) - 1} more" if said[1:] else ""
 
 
 def _base(source: LoraSource) -> str:

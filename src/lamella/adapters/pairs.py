@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lamella.adapters.source import Factors
+from lamella.adapters.source import EmbeddingFactors, Factors
 from lamella.errors import LamellaError
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.weight)?")
+_PART = re.compile(
+    r"(?P<module>.+)\.(lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?|lora_B\.(?P<bias>bias)|(?P<alpha>alpha))"
+)
 _NOT_LORA = {
     "hada_w": "a LoHa",
     "lokr_w": "a LoKr",
@@ -38,76 +41,95 @@ def refuse_other_methods(names: Iterable[str], who: str) -> None:
                 raise LamellaError(f"{who} is {method} ({name}), not a LoRA. Only LoRAs can be composed.")
 
 
-def pair(
-    tensors: Mapping[str, Tensor],
-    scaling_of: Callable[[str, int], float],
-    reason_to_skip: Callable[[str], str | None],
-    who: str,
-) -> tuple[dict[str, Factors], list[tuple[str, str]]]:
+def is_part(name: str) -> str | None:
+    """The module whose A, B, bias of B or alpha a tensor is, by PEFT's names; None for any other tensor."""
+    match = _PART.fullmatch(name)
+    return None if match is None else match["module"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tensors under PEFT's names, put together.
+
+    Attributes:
+        modules: factors by module.
+        constants: the biases of B with the scaling inside, ``(out,)``, by module.
+        rest: the tensors that are no part of a LoRA's factors.
+    """
+
+    modules: dict[str, Factors]
+    constants: dict[str, Tensor]
+    rest: dict[str, Tensor]
+
+
+def pair(tensors: Mapping[str, Tensor], scaling_of: Callable[[str, int], float], who: str) -> Pairs:
     """A and B of each module, checked.
 
     Args:
-        tensors: by PEFT's names, ``MODULE.lora_A.weight`` and ``MODULE.lora_B.weight``, without prefix.
-        scaling_of: the scaling of a module of a rank.
-        reason_to_skip: why a tensor that is neither A nor B is left out; None where nobody knows it.
+        tensors: by PEFT's names, ``MODULE.lora_A.weight`` and ``MODULE.lora_B.weight``, without prefix. An alpha beside
+            them, ``MODULE.alpha``, is that module's.
+        scaling_of: the scaling of a module of a rank that has no alpha beside it.
         who: the LoRA, for errors.
 
-    Returns:
-        The factors by module name, and what was skipped with the reason.
-
     Raises:
-        LamellaError: a tensor nobody knows, an A without B, ranks that differ, or a number that is not finite.
+        LamellaError: an A without B, an alpha without either, ranks that differ, or a number that is not finite.
     """
-    sides: dict[str, dict[str, Tensor]] = {}
-    skipped: list[tuple[str, str]] = []
-    unknown: list[str] = []
+    parts: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    embeddings: set[str] = set()
     for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key)
-        if match is not None:
-            factors = sides.setdefault(match["module"], {})
-            if match["side"] in factors:
-                raise LamellaError(
-                    f"{who} has {match['module']}.lora_{match['side']} twice. Save it again without one."
-                )
-            factors[match["side"]] = tensor
-        elif (reason := reason_to_skip(key)) is not None:
-            skipped.append((key, reason))
-        else:
-            unknown.append(key)
+        match = _PART.fullmatch(key)
+        if match is None:
+            rest[key] = tensor
+            continue
+        part, of_module = match["side"] or match["bias"] or match["alpha"], parts.setdefault(match["module"], {})
+        if part in of_module:
+            raise LamellaError(f"{who} has {match['module']}.lora_{part} twice. Save it again without one.")
+        of_module[part] = tensor
+        if match["embedding"]:
+            embeddings.add(match["module"])
+    modules: dict[str, Factors] = {}
+    constants: dict[str, Tensor] = {}
+    for module, of_module in parts.items():
+        _check(module, of_module, who)
+        A, B, alpha = of_module["A"], of_module["B"].flatten(1), of_module.get("alpha")
+        scaling = scaling_of(module, len(A)) if alpha is None else float(alpha) / len(A)
+        kind = EmbeddingFactors if module in embeddings else Factors
+        modules[module] = kind(A.flatten(1) if set(A.shape[2:]) <= {1} else A, B, scaling)
+        if "bias" in of_module:
+            constants[module] = scaling * of_module["bias"].float()
+    return Pairs(modules, constants, rest)
+
+
+def _check(module: str, parts: Mapping[str, Tensor], who: str) -> None:
+    """Raises unless a module's tensors belong together."""
+    for side, other in (("A", "B"), ("B", "A")):
+        if side not in parts:
+            there = f"lora_{other}" if other in parts else " and ".join(parts)
+            raise LamellaError(
+                f"{who} has {module}.{there} without lora_{side}. The file is incomplete; save it again."
+            )
+    A, B, bias = parts["A"], parts["B"], parts.get("bias")
+    is_linear = A.dim() == 2 and B.dim() == 2
+    is_convolution = A.dim() > 2 and A.dim() == B.dim() and set(B.shape[2:]) == {1}
+    fits = (is_linear or is_convolution) and A.shape[0] and A.shape[0] == B.shape[1]
+    if not fits or (bias is not None and bias.shape != B.shape[:1]):
+        also = "" if bias is None else f" and a bias {tuple(bias.shape)}"
+        raise LamellaError(
+            f"{who} has {module} with A {tuple(A.shape)} and B {tuple(B.shape)}{also}, which are not A (r, in) and B "
+            "(out, r). The file is incomplete or damaged; save it again."
+        )
+    for name, part in parts.items():
+        if not torch.isfinite(part).all():
+            said = f"lora_{name}" if name in "AB" else name
+            raise LamellaError(f"{who} has numbers that are not finite in {module}.{said}. Train it again.")
+
+
+def refuse_unknown(names: Iterable[str], who: str) -> None:
+    """Raises where a file holds tensors that nobody knows."""
+    unknown = list(names)
     if unknown:
         raise LamellaError(
             f"{who} holds {len(unknown)} tensors that do not belong to any known kind of LoRA, first {unknown[0]}. "
             "Load it where it was made and save it with PEFT or diffusers."
         )
-    modules: dict[str, Factors] = {}
-    for module, factors in sides.items():
-        kernel = _kernel(module, factors, who)
-        if kernel not in ((), (1, 1)):
-            skipped.append(
-                (module, f"a {'x'.join(map(str, kernel))} convolution; only linear layers and 1x1 are composed")
-            )
-            continue
-        A, B = (factors[side].flatten(1) for side in "AB")
-        for side, factor in (("A", A), ("B", B)):
-            if not torch.isfinite(factor).all():
-                raise LamellaError(f"{who} has numbers that are not finite in {module}.lora_{side}. Train it again.")
-        modules[module] = Factors(A, B, scaling_of(module, len(A)))
-    return modules, skipped
-
-
-def _kernel(module: str, factors: Mapping[str, Tensor], who: str) -> tuple[int, ...]:
-    """The kernel of a convolution's A, () for a linear layer; checks that A and B belong together."""
-    for side, other in (("A", "B"), ("B", "A")):
-        if side not in factors:
-            raise LamellaError(
-                f"{who} has {module}.lora_{other} without lora_{side}. The file is incomplete; save it again."
-            )
-    A, B = factors["A"], factors["B"]
-    linear = A.dim() == 2 and B.dim() == 2
-    convolution = A.dim() == 4 and B.dim() == 4 and tuple(B.shape[2:]) == (1, 1)
-    if not (linear or convolution) or not A.shape[0] or A.shape[0] != B.shape[1]:
-        raise LamellaError(
-            f"{who} has {module} with A {tuple(A.shape)} and B {tuple(B.shape)}, which are not A (r, in) and B "
-            "(out, r). The file is incomplete or damaged; save it again."
-        )
-    return tuple(A.shape[2:])

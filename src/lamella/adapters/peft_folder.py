@@ -1,22 +1,30 @@
 """A LoRA that PEFT wrote: ``adapter_config.json`` beside ``adapter_model.safetensors``."""
 
-import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from lamella.adapters.pairs import pair, refuse_other_methods
-from lamella.adapters.source import MODEL, Parsed
+from lamella.adapters.locate import CONFIG, read_json
+from lamella.adapters.pairs import pair, refuse_other_methods, refuse_unknown
+from lamella.adapters.source import MODEL, Parsed, Tokens
 from lamella.errors import LamellaError
 
-_PREFIX = "base_model.model."
-_TRAINED_TOKENS = "token_adapter."
+# What PEFT, DDP, FSDP, gradient checkpointing and torch.compile put into the names of a wrapped model's tensors.
+_PREFIX = re.compile(r"(module\.)?(base_model\.model\.)+")
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+# A state dict taken from the model itself, not through PEFT, has the adapter's name in it.
+_OF_ADAPTER = re.compile(
+    r"(?P<before>.+\.(lora_(embedding_)?[AB]|modules_to_save|trainable_tokens_delta))\.(?P<adapter>(?!weight$|bias$)[^.]+)"
+    r"(?P<after>(\..+)?)"
+)
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta")
+_ORIGINALS = re.compile(r".+\.(original_module\..+|trainable_tokens_original(\.[^.]+)?)")
 # Initialisations that take part of the base weight into the LoRA, so that it fits no base but the one they left.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Fields under which a LoRA computes something else than W x + s B A x.
@@ -33,11 +41,46 @@ def read_peft(folder: Path, tensors: Mapping[str, Tensor], who: str) -> Parsed:
     config = _config(folder, who)
     refuse_other_methods(tensors, who)
     refuse_variants(config, who)
-    unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    if len(unprefixed) < len(tensors):
-        raise LamellaError(f"{who} has tensors twice, with and without the prefix {_PREFIX}. Save it again.")
-    modules, skipped = pair(unprefixed, scaling_by(config, who), _reasons(config), who)
-    return Parsed("PEFT", config.base_model_name_or_path, {MODEL: modules} if modules else {}, skipped)
+    pairs = pair(plain_names(tensors, who), scaling_by(config, who), who)
+    rest = pairs.rest
+    skipped = [(key, "the base's own, untrained") for key in rest if _ORIGINALS.fullmatch(key)]
+    tokens = {match["module"]: key for key in rest if (match := _TOKENS.fullmatch(key))}
+    whole = {key: tensor for key, tensor in rest.items() if _is_whole(key, config)}
+    refuse_unknown(set(rest) - set(whole) - set(tokens.values()) - {key for key, _ in skipped}, who)
+    return Parsed(
+        format="PEFT",
+        base=config.base_model_name_or_path,
+        components={MODEL: pairs.modules} if pairs.modules else {},
+        skipped=skipped,
+        constants={MODEL: pairs.constants},
+        whole={key.replace(".base_layer.", ".").replace(".modules_to_save.", "."): t for key, t in whole.items()},
+        tokens={module: Tokens(_indices(module, config, who), rest[key]) for module, key in tokens.items()},
+        config=config,
+    )
+
+
+def plain_names(tensors: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
+    """PEFT's names without prefix, wrappers and the adapter's name.
+
+    Raises:
+        LamellaError: two tensors of one name, or of two adapters.
+    """
+    plain: dict[str, Tensor] = {}
+    adapters: dict[str, None] = {}
+    for key, tensor in tensors.items():
+        name = _PREFIX.sub("", _WRAPPERS.sub("", key), count=1)
+        if match := _OF_ADAPTER.fullmatch(name):
+            adapters[match["adapter"]] = None
+            name = match["before"] + match["after"]
+        if len(adapters) > 1:
+            raise LamellaError(
+                f"{who} holds the tensors of several adapters, {' and '.join(adapters)}. Save each by itself, with "
+                "save_pretrained(folder, selected_adapters=[...])."
+            )
+        if name in plain:
+            raise LamellaError(f"{who} has {name} twice, with and without a prefix. Save it again without one.")
+        plain[name] = tensor
+    return plain
 
 
 def scaling_by(config: LoraConfig, who: str) -> Callable[[str, int], float]:
@@ -77,13 +120,7 @@ def refuse_variants(config: LoraConfig, who: str) -> None:
 
 
 def _config(folder: Path, who: str) -> LoraConfig:
-    try:
-        saved: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        method = str(saved.get("peft_type"))
-    except (ValueError, AttributeError) as error:
-        raise LamellaError(
-            f"{who} has an adapter_config.json that is not a JSON object: {error}. Restore it."
-        ) from error
+    method = str(read_json(folder / CONFIG).get("peft_type"))
     if method != "LORA":
         way = " Export its experts with lamella.export_experts first." if method == "LAMELLA_MOLA" else ""
         raise LamellaError(f"{who} is an adapter of the method {method}, not a LoRA. Only LoRAs can be composed.{way}")
@@ -95,24 +132,25 @@ def _config(folder: Path, who: str) -> LoraConfig:
     return config
 
 
-def _reasons(config: LoraConfig) -> Callable[[str], str | None]:
-    """Why a tensor of a PEFT file that is not a factor of a linear layer is left out."""
-    saved = set(config.modules_to_save or ())
+def _is_whole(key: str, config: LoraConfig) -> bool:
+    """Whether a tensor was trained whole, by what the config says was trained beside the factors."""
+    parts = key.split(".")
+    return (
+        "modules_to_save" in parts
+        or any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
+        or (parts[-1] == "bias" and config.bias != "none")
+        or (parts[-1] == "weight" and bool(set(parts) & set(EMBEDDING_LAYER_NAMES)))
+    )
 
-    def reason(key: str) -> str | None:
-        parts = key.split(".")
-        if "lora_embedding_A" in parts or "lora_embedding_B" in parts:
-            return "the LoRA of an embedding; only linear layers are composed"
-        if "lora_B" in parts and parts[-1] == "bias":
-            return "a bias of B (lora_bias=True); only the weights are composed"
-        if saved & set(parts):
-            return "a whole module (modules_to_save); the composition uses the model's own"
-        if _TRAINED_TOKENS in key:
-            return "trained tokens (trainable_token_indices); the composition uses the model's own"
-        if parts[-1] == "bias" and config.bias != "none":
-            return f"a bias of the base (bias={config.bias!r}); the composition uses the model's own"
-        if parts[-1] == "weight" and set(parts) & set(EMBEDDING_LAYER_NAMES):
-            return "an embedding layer saved whole; the composition uses the model's own"
-        return None
 
-    return reason
+def _indices(module: str, config: LoraConfig, who: str) -> list[int]:
+    """Which tokens of an embedding were trained."""
+    given = config.trainable_token_indices or []
+    if isinstance(given, dict):
+        given = next((of for name, of in given.items() if f".{module}".endswith(f".{name}")), [])
+    if not given:
+        raise LamellaError(
+            f"{who} holds trained tokens of {module}, and its config does not say which (trainable_token_indices). "
+            "Restore the adapter_config.json that was saved with it."
+        )
+    return [int(index) for index in given]

@@ -1,14 +1,16 @@
-"""A LoRA in one .safetensors file: kohya's (also called civitai's) naming, or diffusers'."""
+"""A LoRA in one .safetensors file: diffusers' naming, or another program's, which diffusers translates."""
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from lamella.adapters.pairs import pair, refuse_other_methods
+from lamella.adapters.pairs import is_part, pair, refuse_other_methods, refuse_unknown
 from lamella.adapters.peft_folder import refuse_variants, scaling_by
 from lamella.adapters.source import MODEL, Factors, Parsed
 from lamella.errors import LamellaError
@@ -24,95 +26,160 @@ _DIFFUSERS_METADATA = "lora_adapter_metadata"
 _BASE_KEYS = ("ss_base_model_version", "ss_sd_model_name", "modelspec.architecture")
 
 
-def read_single(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who: str) -> Parsed:
+_WHAT_CONVERTERS_RAISE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, NameError, AssertionError)
+
+
+def read_single(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who: str, pipe: Any = None) -> Parsed:
     """Reads a single file's tensors.
 
     Args:
         tensors: under the file's own names.
         metadata: the file's header.
         who: the LoRA, for errors.
+        pipe: the pipeline that it is for; None reads what needs none.
 
     Raises:
         LamellaError: another method, an unknown format, tensors that nobody knows, or diffusers is needed and absent.
     """
     refuse_other_methods(tensors, who)
-    if any(name.startswith(_KOHYA) for name in tensors):
-        return _read_kohya(tensors, metadata, who)
-    if any(name.startswith(_PEFT_PREFIX) for name in tensors):
-        raise LamellaError(
-            f"{who} has PEFT's names, but no adapter_config.json beside it, so its scaling is unknown. Give the folder "
-            "with both."
-        )
     if not any("lora" in name for name in tensors):
         raise LamellaError(
             f"{who} holds no tensor with 'lora' in its name{f', first {next(iter(tensors))}' if tensors else ''}: it "
             "is empty or not a LoRA."
         )
-    return _read_diffusers(tensors, metadata, who)
+    translator = _translator(pipe, tensors)
+    if translator is not None:
+        return _translated(tensors, metadata, who, translator, pipe)
+    if any(name.startswith(_KOHYA) for name in tensors):
+        foreign = [name for name in tensors if not name.startswith(_KOHYA)]
+        if foreign:
+            raise LamellaError(
+                f"{who} has kohya's names, but also {len(foreign)} others, first {foreign[0]}. {_CONVERT}"
+            )
+        return _translated(tensors, metadata, who, _stable_diffusion(who), pipe)
+    if any(name.startswith(_PEFT_PREFIX) for name in tensors):
+        raise LamellaError(
+            f"{who} has PEFT's names, but no adapter_config.json beside it, so its scaling is unknown. Give the folder "
+            "with both."
+        )
+    components, constants = _components(tensors, metadata, who, {})
+    return Parsed("diffusers", None, components, [], constants)
 
 
-def _read_kohya(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who: str) -> Parsed:
-    """Kohya joins module names with underscores and gives each module an alpha; diffusers knows the names."""
-    foreign = [name for name in tensors if not name.startswith(_KOHYA)]
-    if foreign:
-        raise LamellaError(f"{who} has kohya's names, but also {len(foreign)} others, first {foreign[0]}. {_CONVERT}")
-    alphas = {name.removesuffix(".alpha"): float(t) for name, t in tensors.items() if name.endswith(".alpha")}
-    down = {
-        name.removesuffix(".lora_down.weight"): t for name, t in tensors.items() if name.endswith("lora_down.weight")
-    }
-    lonely = sorted(set(alphas) - set(down))
-    if lonely:
-        raise LamellaError(f"{who} has an alpha without a LoRA for {lonely[0]}. The file is incomplete; save it again.")
-    # The converter hands every tensor through as it is, so each is known again under its new name.
-    alpha_of = {id(tensor): alphas.get(name, float(len(tensor))) for name, tensor in down.items()}
-    components, skipped = {}, []
-    for component, part in _by_component(_from_kohya(tensors, who), who).items():
-        converted = _to_peft(component, part, who)
-        alpha_by_module = {
-            name.removesuffix(".lora_A.weight"): alpha_of[id(tensor)]
-            for name, tensor in converted.items()
-            if name.endswith(".lora_A.weight")
-        }
-        modules, left = pair(converted, _over_rank(alpha_by_module), _no_reason, who)
-        components[component] = modules
-        skipped += [(f"{component}.{name}", reason) for name, reason in left]
+def _translator(pipe: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The pipeline's class, if it knows how other programs call its modules and the file has not its own names."""
+    if pipe is None or not hasattr(pipe, "lora_state_dict") or _names_its_modules(pipe, tensors):
+        return None
+    return type(pipe)
+
+
+def _names_its_modules(pipe: Any, tensors: Iterable[str]) -> bool:
+    """Whether a file has PEFT's names of the modules of a pipeline's models already."""
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
+    modules = {name: {module for module, _ in model.named_modules()} for name, model in models.items()}
+    bare = set().union(*(modules[name] for name in ("unet", "transformer") if name in modules))
+    for tensor in tensors:
+        if (module := is_part(tensor)) is None:
+            return False
+        component, _, inner = module.partition(".")
+        if inner not in modules.get(component, ()) and module not in bare:
+            return False
+    return True
+
+
+def _stable_diffusion(who: str) -> Any:
+    _require_diffusers(who)
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+
+    return StableDiffusionLoraLoaderMixin
+
+
+def _translated(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who: str, translator: Any, pipe: Any
+) -> Parsed:
+    """The file as a pipeline's class reads it; what it leaves out is named."""
+    _refuse_lonely_alphas(tensors, who)
+    # Copies with a gradient: what is in no translated tensor's history was left out.
+    given = {name: t.float() if name.endswith("alpha") else _traced(t) for name, t in tensors.items()}
+    unet = getattr(getattr(pipe, "unet", None), "config", SimpleNamespace(layers_per_block=_LAYERS_PER_BLOCK))
+    told: dict[str, Any] = {"unet_config": unet}
+    if "return_alphas" in signature(translator.lora_state_dict).parameters:
+        told["return_alphas"] = True
+    try:
+        answer = translator.lora_state_dict(dict(given), **told)
+    except _WHAT_CONVERTERS_RAISE as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise LamellaError(
+            f"{who} has names such as {next(iter(tensors))}, and diffusers cannot read it for {translator.__name__}: "
+            f"{said}. {_CONVERT}"
+        ) from error
+    translated, alphas = answer if isinstance(answer, tuple) else (answer, None)
+    left_out = [
+        (name, "diffusers has no place for it")
+        for name in _unused(given, translated.values())
+        if not name.endswith("alpha") and tensors[name].any()
+    ]
+    # Alphas that come back were not multiplied in; what they belong to was handed through as it is.
+    pending = _alphas_by_tensor(given) if alphas else {}
     base = next((metadata[key] for key in _BASE_KEYS if metadata.get(key)), None)
-    return Parsed("kohya", base, _without_empty(components), skipped)
+    is_kohya = any(name.startswith(_KOHYA) for name in tensors)
+    components, constants = _components(translated, metadata, who, pending)
+    return Parsed("kohya" if is_kohya else "diffusers", base, components, left_out, constants)
 
 
-def _read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who: str) -> Parsed:
-    """diffusers writes each component's LoRA under its name and, in newer files, its LoraConfig into the header."""
+def _traced(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_().clone()
+
+
+def _unused(given: Mapping[str, Tensor], results: Iterable[Tensor]) -> list[str]:
+    """The names of tensors that no result was made from."""
+    reached, waiting = set(), [result.grad_fn for result in results]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in reached:
+            reached.add(node)
+            waiting += [function for function, _ in node.next_functions]
+    return [name for name, tensor in given.items() if tensor.grad_fn not in reached]
+
+
+def _alphas_by_tensor(given: Mapping[str, Tensor]) -> dict[int, float]:
+    """By the identity of a module's A, its alpha; without one, kohya's programs take the rank."""
+    alphas: dict[int, float] = {}
+    for name, tensor in given.items():
+        module = name.removesuffix(".lora_down.weight")
+        if module != name:
+            alpha = given.get(f"{module}.alpha")
+            alphas[id(tensor)] = float(len(tensor)) if alpha is None else float(alpha)
+    return alphas
+
+
+def _components(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who: str, alphas: Mapping[int, float]
+) -> tuple[dict[str, dict[str, Factors]], dict[str, dict[str, Tensor]]]:
+    """Factors, and constants, by component and module.
+
+    A module's scaling is by its alpha, by the header's config, or 1, in this order.
+    """
     configs = _saved_configs(metadata, who)
-    components, skipped = {}, []
+    components, constants = {}, {}
     for component, part in _by_component(tensors, who).items():
         config = configs.get(component)
         if config is not None:
             refuse_variants(config, who)
+        named = _to_peft(component, part, who)
         scaling = scaling_by(config, who) if config is not None else _one
-        modules, left = pair(_to_peft(component, part, who), scaling, _bias_of_b, who)
-        components[component] = modules
-        skipped += [(f"{component}.{name}", reason) for name, reason in left]
-    return Parsed("diffusers", None, _without_empty(components), skipped)
-
-
-def _from_kohya(tensors: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
-    _require_diffusers(who)
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
-
-    try:
-        converted, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            dict(tensors), unet_config=SimpleNamespace(layers_per_block=_LAYERS_PER_BLOCK)
-        )
-    except (ValueError, KeyError, IndexError) as error:
-        raise LamellaError(
-            f"{who} has kohya's names, but diffusers cannot read it: {' '.join(str(error).split())}. {_CONVERT}"
-        ) from error
-    return converted
+        if alphas:
+            scaling = _over_rank({name.removesuffix(".lora_A.weight"): alphas.get(id(t)) for name, t in named.items()})
+        pairs = pair({name: tensor.detach() for name, tensor in named.items()}, scaling, who)
+        refuse_unknown([f"{component}.{name}" for name in pairs.rest], who)
+        if pairs.modules:
+            components[component], constants[component] = pairs.modules, pairs.constants
+    return components, constants
 
 
 def _to_peft(component: str, tensors: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
     """diffusers' older names as PEFT's; what has PEFT's names already is left as it is."""
-    if all(".lora_A." in name or ".lora_B." in name for name in tensors):
+    if all(is_part(name) is not None for name in tensors):
         return dict(tensors)
     _require_diffusers(who)
     from diffusers.utils import state_dict_utils as names
@@ -157,6 +224,16 @@ def _saved_configs(metadata: Mapping[str, str], who: str) -> dict[str, LoraConfi
         ) from error
 
 
+def _refuse_lonely_alphas(tensors: Mapping[str, Tensor], who: str) -> None:
+    modules = {name.rpartition(".lora")[0] for name in tensors if re.search(r"\.lora([_.]down|_A)", name)}
+    for name in tensors:
+        if name.endswith(".alpha") and name.removesuffix(".alpha") not in modules:
+            raise LamellaError(
+                f"{who} has an alpha without a LoRA for {name.removesuffix('.alpha')}. The file is incomplete; save it "
+                "again."
+            )
+
+
 def _require_diffusers(who: str) -> None:
     try:
         import diffusers  # noqa: F401
@@ -166,25 +243,17 @@ def _require_diffusers(who: str) -> None:
         ) from error
 
 
-def _without_empty(components: dict[str, dict[str, Factors]]) -> dict[str, dict[str, Factors]]:
-    return {component: modules for component, modules in components.items() if modules}
+def _over_rank(alphas: Mapping[str, float | None]) -> Callable[[str, int], float]:
+    def scaling(module: str, r: int) -> float:
+        alpha = alphas[module]
+        return 1.0 if alpha is None else alpha / r
 
-
-def _over_rank(alphas: Mapping[str, float]) -> Callable[[str, int], float]:
-    return lambda module, r: alphas[module] / r
+    return scaling
 
 
 def _one(_: str, __: int) -> float:
     """diffusers' convention for a file that states no alpha: alpha is the rank."""
     return 1.0
-
-
-def _no_reason(_: str) -> None:
-    return None
-
-
-def _bias_of_b(key: str) -> str | None:
-    return "a bias of B (lora_bias=True); only the weights are composed" if key.endswith(".lora_B.bias") else None
 
 
 _CONVERT = "Load it with the pipeline it was made for and save it again with diffusers' save_lora_weights."

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
-from lamella.adapters import LoraSource, map_to
+from lamella.adapters import LoraSource, map_to, projects, sides_of
 from lamella.adapters.source import MODEL, Factors
 from lamella.diffusion.composition import Component, PipelineComposition, read_routers
 from lamella.diffusion.groups import plan_groups_of
-from lamella.diffusion.layers import PipelineConv, PipelineLinear, Pointwise, SampleGroup
+from lamella.diffusion.layers import (
+    PipelineConv,
+    PipelineLinear,
+    PipelineProjection,
+    Pointwise,
+    SampleGroup,
+    is_pointwise,
+)
 from lamella.errors import LamellaError
 from lamella.tuners.model import track
 from lamella.tuners.mole.composing import Lora, read_given
@@ -27,6 +34,7 @@ _ADAPTER = "default"
 _DENOISERS = ("unet", "transformer")
 _COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 FactorsByModule = dict[str, dict[str, Factors]]
+ConstantsByModule = dict[str, dict[str, Tensor]]
 # What a composition in a pipeline reads of a MoleConfig.
 _READ = (
     "granularity",
@@ -62,7 +70,8 @@ def compose_pipeline(
     config = MoleConfig() if config is None else copy.deepcopy(config)
     if config.adapters:
         raise LamellaError(f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty.")
-    sources = read_given(adapters)
+    _models_of(pipe)
+    sources = read_given(adapters, pipe)
     config.adapters = {source.name: source for source in sources}
     config.adapters = {name: reference.to_dict() for name, reference in config.references.items()}
     return _inject(pipe, sources, config)
@@ -83,7 +92,7 @@ def load_pipeline(pipe: Any, folder: Path | str, adapters: Adapters | None = Non
     folder = Path(folder)
     tensors = read_routers(folder)
     config = MoleConfig.from_pretrained(str(folder), adapters=adapters)
-    composition = _inject(pipe, read_sources(config), config)
+    composition = _inject(pipe, read_sources(config, pipe), config)
     try:
         composition.fill(tensors)
     except LamellaError:
@@ -99,10 +108,9 @@ def _inject(pipe: Any, sources: Sequence[LoraSource], config: MoleConfig) -> Pip
     refuse_too_large(config.top_k, names)
     _refuse_unread_settings(config)
     models = _models_of(pipe)
-    by_component = _factors_by_component(models, sources)
-    plans = {component: _plan(models[component], names, factors, config) for component, factors in by_component.items()}
+    by_component, skipped = _by_component(models, sources)
+    plans = {component: _plan(models[component], names, *given, config) for component, given in by_component.items()}
     components = {component: _place(models[component], plan, config) for component, plan in plans.items()}
-    skipped = [(f"{source.name}: {name}", reason) for source in sources for name, reason in source.skipped]
     return PipelineComposition(pipe, config, names, components, skipped)
 
 
@@ -142,8 +150,10 @@ def _models_of(pipe: Any) -> dict[str, nn.Module]:
     return models
 
 
-def _factors_by_component(models: Mapping[str, nn.Module], sources: Sequence[LoraSource]) -> dict[str, FactorsByModule]:
-    """Each component's factors by module, in the model's order, and LoRA; without components that no LoRA adapts.
+def _by_component(
+    models: Mapping[str, nn.Module], sources: Sequence[LoraSource]
+) -> tuple[dict[str, tuple[FactorsByModule, ConstantsByModule]], list[tuple[str, str]]]:
+    """Each component's factors and constants by module and LoRA; and what of the LoRAs is left out, and why.
 
     A file that names no component is for the denoiser. What base a LoRA names is not compared: a pipeline does not know
     its own name, and LoRAs are used on fine-tuned bases of the same family. Names and shapes of modules must fit.
@@ -152,7 +162,8 @@ def _factors_by_component(models: Mapping[str, nn.Module], sources: Sequence[Lor
         LamellaError: a component that the pipeline lacks, or modules that a component lacks or of other shapes.
     """
     denoiser = next(name for name in _DENOISERS if name in models)
-    mapped: dict[str, FactorsByModule] = {}
+    found: dict[str, tuple[FactorsByModule, ConstantsByModule]] = {}
+    skipped = [(f"{source.name}: {name}", reason) for source in sources for name, reason in source.skipped]
     for source in sources:
         for component in source.components:
             ours = denoiser if component == MODEL else component
@@ -161,22 +172,37 @@ def _factors_by_component(models: Mapping[str, nn.Module], sources: Sequence[Lor
                     f"{source.described} adapts {component}, which the pipeline does not have: it has "
                     f"{', '.join(models)}. Compose it on a pipeline of the kind that it was trained for."
                 )
-            for module, factors in map_to(models[ours], source, component).modules.items():
-                mapped.setdefault(ours, {}).setdefault(module, {})[source.name] = factors
-    return {
-        component: {name: mapped[component][name] for name, _ in model.named_modules() if name in mapped[component]}
-        for component, model in models.items()
-        if component in mapped
+            factors, constants = found.setdefault(ours, ({}, {}))
+            mapped = map_to(models[ours], source, component)
+            for module, lora in mapped.modules.items():
+                factors.setdefault(module, {})[source.name] = lora
+            for module, constant in mapped.constants.items():
+                constants.setdefault(module, {})[source.name] = constant
+            skipped += [(f"{source.name}: {name}", "the composition uses the model's own") for name in mapped.whole]
+    return {component: found[component] for component in models if component in found}, skipped
+
+
+def _plan(
+    model: nn.Module,
+    names: tuple[str, ...],
+    factors: FactorsByModule,
+    constants: ConstantsByModule,
+    config: MoleConfig,
+) -> Plan:
+    modules = {name: module for name, module in model.named_modules() if name in factors or name in constants}
+    ranks = {
+        name: [len(of[lora].A) if lora in (of := factors.get(name, {})) else 0 for lora in names] for name in modules
     }
-
-
-def _plan(model: nn.Module, names: tuple[str, ...], factors: FactorsByModule, config: MoleConfig) -> Plan:
-    ranks = {name: [len(of[lora].A) if lora in of else 0 for lora in names] for name, of in factors.items()}
-    widths = {name: int(_get_in_out_features(model.get_submodule(name))[1]) for name in ranks}
-    groups = plan_groups_of(model, list(ranks), config.granularity)
+    widths = {name: sides_of(module)[1] for name, module in modules.items()}
+    silent = {name for name, of in ranks.items() if not any(of)}  # whose LoRAs are constants alone
+    alone = {name for name, module in modules.items() if projects(module) and not is_pointwise(module)} | silent
+    groups = plan_groups_of(model, list(ranks), config.granularity, alone)
+    for group in groups:
+        group.inputs = [name for name in group.inputs if name not in silent]
     return Plan(
-        names=names, ranks=ranks, widths=widths, factors=factors, groups=groups, excluded=set(), skipped=[], notes=[]
-    )
+        names=names, ranks=ranks, widths=widths, factors=factors, constants=constants, heads={}, missed={},
+        groups=groups, excluded=set(), skipped=[], notes=[],
+    )  # fmt: skip
 
 
 def _place(model: nn.Module, plan: Plan, config: MoleConfig) -> Component:
@@ -189,10 +215,10 @@ def _place(model: nn.Module, plan: Plan, config: MoleConfig) -> Component:
     layers: dict[str, MoleLinear] = {}
     for name in plan.ranks:
         module = model.get_submodule(name)
-        if isinstance(module, nn.Conv2d):
-            layer: PipelineLinear = PipelineConv(Pointwise(module), name, None)
+        if is_pointwise(module):
+            layer: MoleLinear = PipelineConv(Pointwise(module), name, None)
         else:
-            layer = PipelineLinear(module, name, None)
+            layer = (PipelineProjection if projects(module) else PipelineLinear)(module, name, None)
         layers[name] = made.place(layer, name)
         layers[name].train(model.training)
         model.set_submodule(name, layers[name])

@@ -1,4 +1,6 @@
-"""What composing needs beside a linear module in a sequence: whole samples of any shape, and 1x1 convolutions."""
+"""What composing needs in a pipeline: decisions for whole samples of any shape, and 1x1 convolutions as linear maps."""
+
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +8,7 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.routing import Frame, Readable, Rows
 from lamella.tuners.mole.group import Group, Member
-from lamella.tuners.mole.layer import MoleLinear
+from lamella.tuners.mole.layer import MoleLinear, MoleProjection
 
 
 class SampleGroup(Group):
@@ -36,8 +38,8 @@ class SampleGroup(Group):
         return weights if len(x) == len(weights) else weights.repeat(2, 1)
 
 
-class PipelineLinear(MoleLinear):
-    """A linear module with the LoRAs that are composed on it; it refuses what diffusers does with LoRAs of its own."""
+class _InPipeline:
+    """Refuses what diffusers does with LoRAs of its own."""
 
     def scale_layer(self, scale: float) -> None:
         """Diffusers calls it for a scale in the pipeline's arguments."""
@@ -52,6 +54,14 @@ class PipelineLinear(MoleLinear):
             f"set_adapters is for LoRAs that diffusers holds (here {adapter!r}). Give weights inside "
             "`with composition.fixed_weights({...})`, or call composition.unload() first."
         )
+
+
+class PipelineLinear(_InPipeline, MoleLinear):
+    """A linear module with the LoRAs that are composed on it."""
+
+
+class PipelineProjection(_InPipeline, MoleProjection):
+    """A convolution or an embedding with the LoRAs that are composed on it."""
 
 
 class Pointwise(nn.Module):
@@ -73,3 +83,12 @@ class PipelineConv(PipelineLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x (batch, in, H, W)`` to ``(batch, out, H, W)``."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a 1x1 convolution and nothing but a linear map of the channels."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
+        and not any(module.padding)
+    )

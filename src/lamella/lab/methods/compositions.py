@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from lamella.adapters import Factors, check_base, map_to, read_lora
+from lamella.errors import LamellaError
 from lamella.lab.methods.base import Built, Method, method, require_own_head, shared
 
 if TYPE_CHECKING:
@@ -129,7 +130,15 @@ def read_loras(backbone: Backbone, adapters: Mapping[str, str]) -> Loras:
     for name, place in adapters.items():
         source = read_lora(lora_folder(place), name=name)
         check_base(backbone.model, source)
-        loras[name] = map_to(backbone.model, source).modules
+        mapped = map_to(backbone.model, source)
+        odd = [module for module, one in mapped.modules.items() if type(one) is not Factors or one.A.dim() != 2]
+        odd += mapped.constants
+        if odd:
+            raise LamellaError(
+                f"{source.described} adapts more than linear maps, first {odd[0]}: an embedding, a convolution or a "
+                "bias, which these compositions do not add up. lamella.compose mixes them."
+            )
+        loras[name] = mapped.modules
     return loras
 
 

@@ -41,8 +41,9 @@ class MolaMixture:
             each += [{} for _ in range(len(A) - len(each))]
             for expert in range(len(A)):
                 each[expert][name] = A[expert], B[expert]
-        config = self.config
-        return LoraConfig(r=config.r, lora_alpha=config.lora_alpha, use_rslora=config.use_rslora), each
+        r, alpha = self.config.r, self.config.lora_alpha
+        # Readers that know no rsLoRA take alpha over the rank.
+        return LoraConfig(r=r, lora_alpha=alpha * r**0.5 if self.config.use_rslora else alpha), each
 
     @contextmanager
     def watched(self, see: See) -> Iterator[None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from lamella.adapters import LoraSource, Reference, by_name, read_lora
 from lamella.errors import LamellaError
@@ -52,17 +52,27 @@ def compose(
     return model
 
 
-def read_given(adapters: Mapping[str, Lora] | Sequence[Lora]) -> list[LoraSource]:
-    """Reads the LoRAs that a user gave.
+def read_given(adapters: Mapping[str, Lora] | Sequence[Lora], pipe: Any = None) -> list[LoraSource]:
+    """Reads the LoRAs that a user gave, for a diffusers pipeline where there is one.
 
     Raises:
-        LamellaError: two of one name, or one that cannot be read.
+        LamellaError: two of one name, one that cannot be read, or something else than places of LoRAs.
     """
+    if isinstance(adapters, str | Path | Reference | LoraSource) or not isinstance(adapters, Mapping | Sequence):
+        raise LamellaError(
+            f"adapters is a {type(adapters).__name__}; give the LoRAs by name, as in {{'a': path, 'b': path}}, or a "
+            "list of their places."
+        )
+    if any(isinstance(given, Tensor) for given in (adapters.values() if isinstance(adapters, Mapping) else adapters)):
+        raise LamellaError(
+            "adapters is one LoRA's tensors by name; save them with safetensors.torch.save_file, and give the places "
+            "of at least two LoRAs by name, as in {'a': path, 'b': path}."
+        )
     named = adapters.items() if isinstance(adapters, Mapping) else ((None, given) for given in adapters)
-    return list(by_name(_read(given, name) for name, given in named).values())
+    return list(by_name(_read(given, name, pipe) for name, given in named).values())
 
 
-def _read(given: Lora, name: str | None) -> LoraSource:
+def _read(given: Lora, name: str | None, pipe: Any) -> LoraSource:
     if isinstance(given, LoraSource):
         return given if name is None else replace(given, name=name)
-    return read_lora(given, name=name)
+    return read_lora(given, name=name, pipe=pipe)

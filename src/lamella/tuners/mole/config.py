@@ -56,6 +56,7 @@ class MoleConfig(LamellaConfig):
         prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
         embed_adapters: save the LoRAs in the adapter's file, so that loading needs none of their own.
         embedded: where they are saved: each LoRA's rank in each module, 0 where it has none; filled in.
+        embedded_constants: the modules to whose outputs they add something whatever the input; filled in.
         init_lora_weights: True starts every router at zero, with equal weights; False at random, for tests.
         target_modules: not a setting of MOLE: the LoRAs say what they adapt.
 
@@ -77,6 +78,7 @@ class MoleConfig(LamellaConfig):
     prompt_tokens: Count = 4
     embed_adapters: bool = False
     embedded: dict[str, list[int]] | None = None
+    embedded_constants: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

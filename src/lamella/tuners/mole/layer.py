@@ -1,13 +1,16 @@
-"""One linear module with the LoRAs that are composed on it."""
+"""One module with the LoRAs that are composed on it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from lamella.adapters import sides_of
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
@@ -24,23 +27,26 @@ CANNOT_MERGE = (
 
 
 class FrozenFactors(nn.Module):
-    """The factors of K LoRAs on one module, as buffers: never trained, and saved only where they are to be."""
+    """What K LoRAs bring to one module, as buffers: never trained, and saved only where they are to be."""
 
     A: Tensor
     B: Tensor
+    constant: Tensor | None
 
-    def __init__(self, loras: FrozenLoras, saved: bool) -> None:
+    def __init__(self, loras: FrozenLoras, constant: Tensor | None, saved: bool) -> None:
         super().__init__()
         self.ranks = loras.ranks
         self.known = False
         self.register_buffer("A", loras.A, persistent=saved)
         self.register_buffer("B", loras.B, persistent=saved)
+        self.register_buffer("constant", constant, persistent=saved)
 
 
 class MoleLinear(Member, BaseTunerLayer):
-    """``y = W0 x + sum_i G_i s_i B_i A_i x``, with the weights G of the group that the module belongs to.
+    """``y = W0 x + sum_i G_i (s_i B_i A_i x + c_i)``, with the weights G of the group that the module belongs to.
 
-    Tensors per adapter: ``lamella_mole_loras.A (R, in)`` and ``.B (out, R)``, frozen; and, at the module that holds its
+    Tensors per adapter: ``lamella_mole_loras.A (R, in)``, ``.B (out, R)`` and, where a LoRA adds something whatever the
+    input, ``.constant (K, out)``, frozen; and, at the module that holds its
     group's router, ``lamella_mole_router.e (K, K, D)``, ``.bias (K,)`` and ``.log_temperature ()``.
     PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
     """
@@ -53,6 +59,7 @@ class MoleLinear(Member, BaseTunerLayer):
     disable_adapters: bool
     _disable_adapters: bool
     get_base_layer: Callable[[], nn.Module]
+    _get_embed_scale: Callable[[], Tensor | None]
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
@@ -72,39 +79,47 @@ class MoleLinear(Member, BaseTunerLayer):
         self.lamella_mole_loras = nn.ModuleDict()
         self.groups: dict[str, Group] = {}
         self.merged_adapters: list[str] = []
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        assert in_features is not None  # LoRAs are only mapped to linear modules
-        assert out_features is not None
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features = sides_of(self.get_base_layer())
 
     @property
     def reads_encoder(self) -> bool:
         """Whether its input is the encoder's states."""
         return self.place is not None and self.place.reads_encoder
 
-    def update_layer(self, adapter: str, loras: FrozenLoras, saved: bool, router: MoleRouter | None) -> None:
-        """Gives this module the LoRAs of an adapter, and the router that it is to hold."""
-        self.lamella_mole_loras[adapter] = FrozenFactors(loras, saved)
+    def update_layer(
+        self, adapter: str, loras: FrozenLoras, constant: Tensor | None, saved: bool, router: MoleRouter | None
+    ) -> None:
+        """Gives this module the LoRAs of an adapter, what they add whatever the input, and the router to hold."""
+        self.lamella_mole_loras[adapter] = FrozenFactors(loras, constant, saved)
         if router is not None:
             self.lamella_mole_router[adapter] = router
         self._move_adapter_to_device_of_base_layer(adapter)
 
-    def loras(self, adapter: str) -> FrozenLoras:
-        """The LoRAs of an adapter, scaling inside B."""
+    def frozen(self, adapter: str) -> FrozenFactors:
+        """What the LoRAs of an adapter bring, as it is stored."""
         factors = self.lamella_mole_loras[adapter]
         assert isinstance(factors, FrozenFactors)
         if not factors.known:
             self._refuse_unread(adapter, factors)
-        return FrozenLoras(factors.A, factors.B, factors.ranks)
+        return factors
 
     def _refuse_unread(self, adapter: str, factors: FrozenFactors) -> None:
-        if bool(factors.A.isnan().any() | factors.B.isnan().any()):
+        if any(bool(buffer.isnan().any()) for buffer in factors.buffers()):
             raise LamellaError(
                 f"The LoRAs of adapter {adapter!r} at {self.name} are not numbers: they are to come from the adapter's "
                 "own file (embed_adapters), which was not read or is broken. Load the folder that it was saved to with "
                 "PeftModel.from_pretrained or load_adapter."
             )
         factors.known = True
+
+    def loras(self, adapter: str) -> FrozenLoras:
+        """The LoRAs of an adapter as maps of the `rows`, scaling inside B."""
+        factors = self.frozen(adapter)
+        return FrozenLoras(factors.A, factors.B, factors.ranks)
+
+    def rows(self, adapter: str, x: Tensor) -> Tensor:
+        """What the LoRAs' matrices are applied to, ``(*rows, features)``."""
+        return x
 
     def runs(self, group: Group) -> bool:
         """Whether the group's adapter is on here."""
@@ -136,21 +151,44 @@ class MoleLinear(Member, BaseTunerLayer):
         for adapter in [] if self.disable_adapters else self.active_adapters:
             if adapter not in self.groups:
                 continue
-            group = self.groups[adapter]
-            weights, h = group.mixing_weights(self, x, frame)
+            group, rows = self.groups[adapter], self.rows(adapter, x)
+            weights, h = group.mixing_weights(self, rows, frame)
             if weights is None:
                 continue
-            loras = self.loras(adapter)
-            if h is None and group.leaves_out(weights):
-                weights, loras = leave_out_unused(weights, loras)
-            base = self.base_layer if y is None and not args and not kwargs else self._rest(y, args, kwargs)
-            plain = self._plain() if base is self.base_layer else None
-            y = forward_frozen(base, plain, x, weights, loras, h)
-        return self.base_layer(x, *args, **kwargs) if y is None else y
+            base, plain = self._base(x, y, args, kwargs)
+            y = self._mixed(adapter, base, plain, rows, weights, h)
+        return self.base_layer(x, *args, **kwargs) if y is None else self._restored(y)
 
-    def _rest(self, y: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-        """What a further adapter adds to: what the layer has put out so far."""
-        return lambda x: self.base_layer(x, *args, **kwargs) if y is None else y
+    def _mixed(
+        self,
+        adapter: str,
+        base: Callable[[Tensor], Tensor],
+        plain: tuple[Tensor, Tensor | None] | None,
+        rows: Tensor,
+        weights: Tensor,
+        h: Tensor | None,
+    ) -> Tensor:
+        """The layer's output with its weighted LoRAs, ``(*rows, out)``."""
+        loras, used, constant = self.loras(adapter), weights, self.frozen(adapter).constant
+        if h is None and self.groups[adapter].leaves_out(weights):
+            used, loras = leave_out_unused(weights, loras)
+        y = forward_frozen(base, plain, rows, used, loras, h) if sum(loras.ranks) else base(rows)
+        if constant is None:
+            return y
+        added = weights.to(constant) @ constant  # (*some, out)
+        return y + added.view(*added.shape[:-1], *[1] * (y.dim() - added.dim()), -1).to(y.dtype)
+
+    def _base(
+        self, x: Tensor, y: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, Tensor | None] | None]:
+        """What the LoRAs are added to: the layer, or what a former adapter has made of it; and the matrix it is."""
+        if y is None and not args and not kwargs:
+            return self.base_layer, self._plain()
+        return (lambda x: self.base_layer(x, *args, **kwargs) if y is None else y), None
+
+    def _restored(self, y: Tensor) -> Tensor:
+        """An output with its features last, laid out as the layer itself does."""
+        return y
 
     def _plain(self) -> tuple[Tensor, Tensor | None] | None:
         """The layer's matrix ``(out, in)`` and bias, where it is nothing else and nobody hooks into it."""
@@ -172,6 +210,57 @@ class MoleLinear(Member, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "mole." + super().__repr__()
+
+
+class MoleProjection(MoleLinear):
+    """A convolution or an embedding: its LoRAs are linear maps of what their A makes of the input, ``(*rows, R)``.
+
+    Its A is stored as the matrix ``(R, in)`` whose input is a patch of the kernel's size, or a token. A module of which
+    only a bias was trained has R = 0.
+    """
+
+    def loras(self, adapter: str) -> FrozenLoras:
+        factors = self.frozen(adapter)
+        return FrozenLoras(torch.eye(len(factors.A)).to(factors.A), factors.B, factors.ranks)
+
+    def rows(self, adapter: str, x: Tensor) -> Tensor:
+        base, A = self.get_base_layer(), self.frozen(adapter).A
+        if not len(A):
+            return self._features_last(x)
+        if isinstance(base, nn.Embedding):
+            scale = self._get_embed_scale()  # of PEFT: what some families multiply their embeddings by
+            h = nn.functional.embedding(x, A.t())  # (*rows, R)
+            return h if scale is None else h * scale.to(h.dtype)
+        assert isinstance(base, _ConvNd)
+        kernel = A.view(len(A), base.in_channels, *base.kernel_size)
+        convolve = _CONVOLVE[len(base.kernel_size)]
+        return self._features_last(convolve(x.to(A.dtype), kernel, None, base.stride, base.padding))
+
+    def _base(
+        self, x: Tensor, y: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[[Tensor], Tensor], None]:
+        return (lambda _: self._features_last(self.base_layer(x, *args, **kwargs)) if y is None else y), None
+
+    @property
+    def _channels(self) -> int | None:
+        """Which dimension has the channels, from the last; None where it is the last."""
+        base = self.get_base_layer()
+        if isinstance(base, _ConvNd):
+            return -1 - len(base.kernel_size)
+        return 1 if isinstance(base, nn.GroupNorm | _BatchNorm) else None
+
+    def _features_last(self, x: Tensor) -> Tensor:
+        return x if self._channels is None else x.movedim(self._channels, -1)
+
+    def _restored(self, y: Tensor) -> Tensor:
+        return y if self._channels is None else y.movedim(-1, self._channels)
+
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {
+    1: nn.functional.conv1d,
+    2: nn.functional.conv2d,
+    3: nn.functional.conv3d,
+}
 
 
 def empty(ranks: Sequence[int], layer: MoleLinear) -> FrozenLoras:

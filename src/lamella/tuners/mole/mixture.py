@@ -18,7 +18,7 @@ class MoleMixture:
     """The LoRAs of one adapter, mixed with the weights of its groups.
 
     Raises:
-        LamellaError: outputs of blocks are mixed.
+        LamellaError: outputs of blocks are mixed, or biases.
     """
 
     def __init__(self, model: nn.Module, adapter: str) -> None:
@@ -36,11 +36,17 @@ class MoleMixture:
                 f"form={form!r} mixes the outputs of whole blocks, each run with one LoRA, and no plain LoRA does the "
                 "same. Collapse a composition with form='delta'."
             )
+        biased = [name for name, layer in self.layers.items() if layer.frozen(adapter).constant is not None]
+        if biased:
+            raise LamellaError(
+                f"The LoRAs have biases of {len(biased)} modules, first {biased[0]}, which a plain LoRA cannot bring. "
+                "Leave them out of the composition with exclude_modules, or train LoRAs with bias='none'."
+            )
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """``(R, in)`` and ``(out, R)``."""
-        loras = self.layers[name].loras(self.adapter)
-        return loras.A.double().cpu(), loras.B.double().cpu()
+        """``(R, in)`` and ``(out, R)``; of a convolution the input is a patch, of an embedding a token."""
+        stored = self.layers[name].frozen(self.adapter)
+        return stored.A.double().cpu(), stored.B.double().cpu()
 
     def experts(self) -> NoReturn:
         """Raises: they are files already."""

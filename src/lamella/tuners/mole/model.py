@@ -3,18 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import _ExcludedModule
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
+from torch import Tensor, nn
 
+from lamella.adapters import projects
 from lamella.backbones import Stack, find_place, locate_stacks
 from lamella.kernels import FrozenLoras
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.block_forms import BlockGroup, hidden_width, mix_at_block, remove_mixtures
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.group import Group
-from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, empty
+from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, MoleProjection, empty
 from lamella.tuners.mole.mixture import MoleMixture
-from lamella.tuners.mole.plan import GroupPlan, Plan, make_plan, read_sources, refuse_flatten_on_decoder
+from lamella.tuners.mole.plan import GroupPlan, Plan, make_plan, read_sources, refuse_flatten_on_decoder, warn_of_missed
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.summary import Summary
 
@@ -41,12 +42,20 @@ class MoleModel(RoutedModel):
         make = self._group_maker(model, plan, adapter_name, config, stacks)
         twin = self._adapter_with_the_same_loras(adapter_name) if sources is None else None
         self._composition = Composition(plan, adapter_name, config, stacks, make, twin)
+        if plan.heads:
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *plan.heads})
         if sources is not None:
+            if not all(isinstance(given, dict) and given["sha256"] for given in config.adapters.values()):
+                warn_of_missed(plan.missed)  # not again when a composition is loaded
             config.adapters = {source.name: source for source in sources}  # the references are those of what was read
             config.adapters = {name: reference.to_dict() for name, reference in config.references.items()}
             config.embedded = plan.ranks if config.embed_adapters else None
+            config.embedded_constants = list(plan.constants) if config.embed_adapters and plan.constants else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         plan.factors = None  # the layers have their own copies
+        for head, tensors in plan.heads.items():
+            wrapper: Any = model.get_submodule(head)
+            wrapper.modules_to_save[adapter_name].load_state_dict(tensors)
         for group in self._composition.distinct:
             if isinstance(group, BlockGroup):
                 mix_at_block(model.get_submodule(group.name), group)
@@ -152,23 +161,29 @@ class Composition:
         Returns:
             The layer to put in the module's place; the module itself where it is one already.
         """
-        layer = target if isinstance(target, MoleLinear) else MoleLinear(target, name, find_place(name, self.stacks))
+        if isinstance(target, MoleLinear):
+            layer = target
+        else:
+            kind = MoleProjection if projects(BaseTunerLayer.get_base_layer(target)) else MoleLinear
+            layer = kind(target, name, find_place(name, self.stacks))
         one, group = self._of_module[name]
         group.members.append(layer)
         if name in one.inputs:
             group.inputs.append(layer)
         router = self._router(one, group) if name == (one.inputs or one.members)[0] else None
         layer.groups[self.adapter] = group
-        layer.update_layer(self.adapter, self._loras(name, layer), self.config.embed_adapters, router)
+        layer.update_layer(self.adapter, *self._brought(name, layer), self.config.embed_adapters, router)
         return layer
 
-    def _loras(self, name: str, layer: MoleLinear) -> FrozenLoras:
-        if self.plan.factors is not None:
-            return self.plan.loras(name)
-        if self.twin is not None:
-            A, B, ranks = layer.loras(self.twin)
-            return FrozenLoras(A.clone(), B.clone(), ranks)
-        return empty(self.plan.ranks[name], layer)
+    def _brought(self, name: str, layer: MoleLinear) -> tuple[FrozenLoras, Tensor | None]:
+        """A module's LoRAs, and what they add whatever the input."""
+        if self.plan.factors is None and self.twin is not None:
+            twin = layer.frozen(self.twin)
+            constant = None if twin.constant is None else twin.constant.clone()
+            return FrozenLoras(twin.A.clone(), twin.B.clone(), twin.ranks), constant
+        has_factors = name in (self.plan.factors or ())
+        loras = self.plan.loras(name) if has_factors else empty(self.plan.ranks[name], layer)
+        return loras, self.plan.constant(name)
 
     def _router(self, one: GroupPlan, group: Group) -> MoleRouter:
         config, count = self.config, len(self.plan.names)

@@ -1,22 +1,36 @@
 """Everything about a composition that can be known, and refused, before the first module is touched."""
 
 import copy
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _get_in_out_features, check_target_module_exists
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from torch import Tensor, nn
 
-from lamella.adapters import Factors, LoraSource, Reference, check_base, map_to, read_lora
+from lamella.adapters import (
+    Factors,
+    LoraSource,
+    Reference,
+    adds_bias,
+    check_base,
+    fan,
+    map_to,
+    projects,
+    read_lora,
+    sides_of,
+)
+from lamella.adapters.mapping import LEFT_OUT
 from lamella.backbones import Place, Stack, find_place, siblings_with_same_input
 from lamella.backbones.blocks import CROSS_ATTENTION
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, concatenate
 from lamella.tuners.mole.config import MoleConfig
 
+Head = Mapping[str, Tensor]
 _ATTENTION = ("attention", "attn")
 
 
@@ -57,6 +71,10 @@ class Plan:
         ranks: each LoRA's rank in each adapted module, 0 where it has none, by module name in the model's order.
         widths: the modules' outputs.
         factors: the LoRAs by module and LoRA; None where the adapter's own file is to bring them.
+        constants: what LoRAs add to a module's output whatever its input, ``(out,)``, by module and LoRA; by module
+            alone where the adapter's own file is to bring them.
+        heads: modules trained whole, in all LoRAs to the same: their tensors, by module.
+        missed: modules trained whole that the composition does not take over, each with the reason.
         groups: what decides.
         excluded: modules that the config leaves out.
         skipped: what of the LoRAs is left out, and why.
@@ -67,6 +85,9 @@ class Plan:
     ranks: dict[str, list[int]]
     widths: dict[str, int]
     factors: dict[str, dict[str, Factors]] | None
+    constants: dict[str, dict[str, Tensor]]
+    heads: dict[str, Head]
+    missed: dict[str, str]
     groups: list[GroupPlan]
     excluded: set[str]
     skipped: list[tuple[str, str]]
@@ -76,19 +97,32 @@ class Plan:
         """A module's LoRAs side by side."""
         assert self.factors is not None
         factors = [self.factors[module].get(name) for name in self.names]
+        flat = [None if lora is None else (lora.A.flatten(1), lora.B, lora.scaling) for lora in factors]
         is_double = any(lora is not None and lora.A.dtype == torch.float64 for lora in factors)
-        return concatenate(factors, torch.float64 if is_double else torch.float32)
+        return concatenate(flat, torch.float64 if is_double else torch.float32)
+
+    def constant(self, module: str) -> Tensor | None:
+        """What each LoRA adds to a module's output whatever its input, ``(K, out)``; None where none does."""
+        given = self.constants.get(module)
+        if given is None:
+            return None
+        if self.factors is None:
+            return torch.full((len(self.names), self.widths[module]), torch.nan)
+        zero = torch.zeros(self.widths[module])
+        return torch.stack([given.get(name, zero) for name in self.names])
 
 
-def read_sources(config: MoleConfig) -> list[LoraSource]:
-    """A config's LoRAs, read where they lie unless they have been.
+def read_sources(config: MoleConfig, pipe: Any = None) -> list[LoraSource]:
+    """A config's LoRAs, read where they lie unless they have been, for a diffusers pipeline where there is one.
 
     Raises:
         LamellaError: there are fewer than two, or one cannot be read or has changed.
     """
     refuse_too_few(list(config.adapters))
     return [
-        replace(given, name=name) if isinstance(given, LoraSource) else read_lora(Reference(**given), name=name)
+        replace(given, name=name)
+        if isinstance(given, LoraSource)
+        else read_lora(Reference(**given), name=name, pipe=pipe)
         for name, given in config.adapters.items()
     ]
 
@@ -131,28 +165,42 @@ def make_plan(
     """
     refuse_too_few(list(config.adapters))
     refuse_too_large(config.top_k, list(config.adapters))
-    widths = _linear_modules(model)
-    linear = list(widths)
+    modules = _composable(model)
+    linear = [name for name, module in modules.items() if not projects(module)]
     skipped: list[tuple[str, str]] = []
     excluded: set[str] = set()
     notes: list[str] = []
     if sources is None:
-        names, ranks, factors = tuple(config.adapters), _embedded_ranks(config, linear), None
+        names, ranks, factors = tuple(config.adapters), _embedded_ranks(config, modules), None
+        constants: dict[str, dict[str, Tensor]] = {name: {} for name in config.embedded_constants or ()}
+        heads: dict[str, Head] = {}
+        missed: dict[str, str] = {}
         excluded |= set(_wanted(config, linear)[1])
         notes.append(f"{len(names)} LoRAs from the adapter's own file")
     else:
         names = tuple(source.name for source in sources)
-        factors = _factors(model, config, sources, excluded, skipped, notes)
-        factors = {name: factors[name] for name in linear if name in factors}
-        ranks = {name: [len(of[lora].A) if lora in of else 0 for lora in names] for name, of in factors.items()}
+        factors, constants, whole = _factors(model, config, sources, excluded, skipped, notes)
+        heads, missed = shared_heads(model, whole, {*factors, *constants})
+        notes += [f"{head}: the one that all LoRAs were trained with" for head in heads]
+        skipped += missed.items()
+        ranks = {
+            name: [len(factors[name][lora].A) if lora in factors.get(name, ()) else 0 for lora in names]
+            for name in modules
+            if name in factors or name in constants
+        }
     if not ranks:
         raise LamellaError(
             "No module is left to compose on: exclude_modules and layers_to_transform leave out every module that the "
             "LoRAs adapt."
         )
     by_token = config.router_input == "token" and config.form == "delta"  # a block's output has its own tokens alone
-    groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token)
-    return Plan(names, ranks, {name: widths[name] for name in ranks}, factors, groups, excluded, skipped, notes)
+    silent = {name for name, of in ranks.items() if not any(of)}  # whose LoRAs are constants alone
+    alone = {name for name in ranks if projects(modules[name])} | silent if config.form == "delta" else set()
+    groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token, alone)
+    for group in groups:
+        group.inputs = [name for name in group.inputs if name not in silent]
+    widths = {name: sides_of(modules[name])[1] for name in ranks}
+    return Plan(names, ranks, widths, factors, constants, heads, missed, groups, excluded, skipped, notes)
 
 
 def _factors(
@@ -162,26 +210,85 @@ def _factors(
     excluded: set[str],
     skipped: list[tuple[str, str]],
     notes: list[str],
-) -> dict[str, dict[str, Factors]]:
-    """The LoRAs by module and LoRA; notes what is left out."""
+) -> tuple[dict[str, dict[str, Factors]], dict[str, dict[str, Tensor]], dict[str, Mapping[str, Head]]]:
+    """By module and LoRA the LoRAs and what they add whatever the input; by LoRA what was trained whole.
+
+    Notes what is left out.
+    """
+    whole: dict[str, Mapping[str, Head]] = {}
     by_module: dict[str, dict[str, Factors]] = {}
+    constants: dict[str, dict[str, Tensor]] = {}
+
+    def leave_out(name: str) -> bool:
+        return bool(_wanted(config, [name])[1])
+
     for source in sources:
         check_base(model, source)
-        mapped = map_to(model, source)
+        mapped = map_to(model, source, leave_out=leave_out)
+        excluded |= {name for name, reason in mapped.skipped if reason == LEFT_OUT}
         skipped += [(f"{source.name}: {name}", reason) for name, reason in mapped.skipped]
-        taken, left_out = _wanted(config, mapped.modules)
-        excluded |= set(left_out)
-        skipped += [(f"{source.name}: {name}", "left out by the config") for name in left_out]
-        for name in taken:
-            if isinstance(BaseTunerLayer.get_base_layer(model.get_submodule(name)), nn.Conv2d):
-                skipped.append((f"{source.name}: {name}", "a convolution; only linear layers are composed here"))
+        for name, lora in mapped.modules.items():
+            by_module.setdefault(name, {})[source.name] = lora
+        for name, constant in mapped.constants.items():
+            if leave_out(name):
+                skipped.append((f"{source.name}: {name}.bias", LEFT_OUT))
             else:
-                by_module.setdefault(name, {})[source.name] = mapped.modules[name]
-        ranks = sorted({len(mapped.modules[name].A) for name in taken})
+                constants.setdefault(name, {})[source.name] = constant
+        whole[source.name] = mapped.whole
+        ranks = sorted({len(mapped.modules[name].A) for name in mapped.modules})
         renamed = f", {mapped.renamed}" if mapped.renamed else ""
         of_rank = ", ".join(map(str, ranks))
-        notes.append(f"{source.name}: {source.format} LoRA of rank {of_rank} on {len(taken)} modules{renamed}")
-    return by_module
+        notes.append(f"{source.name}: {source.format} LoRA of rank {of_rank} on {len(mapped.modules)} modules{renamed}")
+    return by_module, constants, whole
+
+
+def shared_heads(
+    model: nn.Module, whole: Mapping[str, Mapping[str, Head]], adapted: Container[str]
+) -> tuple[dict[str, Head], dict[str, str]]:
+    """Modules that all LoRAs were trained with alike, and those that cannot be taken over, each with the reason.
+
+    Args:
+        model: the base model.
+        whole: what each LoRA brings whole, by LoRA and module.
+        adapted: modules that LoRAs are composed on.
+    """
+    heads: dict[str, Head] = {}
+    missed: dict[str, str] = {}
+    own = model.state_dict()
+    for head in dict.fromkeys(head for of in whole.values() for head in of):
+        first, *others = (of.get(head) for of in whole.values())
+        having = [name for name, of in whole.items() if head in of]
+        shapes = {key: tuple(tensor.shape) for key, tensor in whole[having[0]][head].items()}
+        unfit = [
+            key
+            for key, shape in shapes.items()
+            if tuple(own[at].shape if (at := f"{head}.{key}") in own else ()) != shape
+        ]
+        if first is None or any(other is None or not _same(first, other) for other in others):
+            missed[head] = f"trained whole by {', '.join(having)}, not alike in all LoRAs"
+        elif unfit or head in adapted:
+            said = f"{unfit[0]} {shapes[unfit[0]]} does not fit the model" if unfit else "it has a LoRA too"
+            missed[head] = f"trained whole by all LoRAs, but {said}"
+        else:
+            heads[head] = first
+    return heads, missed
+
+
+def warn_of_missed(missed: Mapping[str, str]) -> None:
+    """Says which modules that were trained with the LoRAs the composition does without."""
+    if missed:
+        said = "; ".join(f"{head} ({reason})" for head, reason in missed.items())
+        warnings.warn(
+            f"The LoRAs were trained together with {said}: the composition uses the model's own, so that no LoRA alone "
+            "is what it was. Weights of whole modules are not mixed. Train one for the composition, with "
+            f"modules_to_save={list(missed)} in its config, or put one in place first: "
+            "lamella.adapters.read_lora(path).whole holds each.",
+            stacklevel=2,
+        )
+
+
+def _same(one: Head, other: Head) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def _wanted(config: MoleConfig, modules: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -196,34 +303,38 @@ def _wanted(config: MoleConfig, modules: Iterable[str]) -> tuple[list[str], list
     return wanted, excluded
 
 
-def _linear_modules(model: nn.Module) -> dict[str, int]:
-    """The linear modules, whatever they carry, in the model's order, with their output widths."""
+def _composable(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that LoRAs can be composed on, without what adapters have put around them, in the model's order."""
     modules = dict(model.named_modules())
     adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    widths = {}
+    found = {}
     for name, module in modules.items():
         base = BaseTunerLayer.get_base_layer(module)
-        if name and not name.startswith(adapted) and (isinstance(base, Conv1D) or hasattr(base, "in_features")):
-            _, out_features = _get_in_out_features(base)
-            if out_features is not None:  # what else has in_features, such as a head around a linear module, is none
-                widths[name] = int(out_features)
-    return widths
+        if name and not name.startswith(adapted) and (fan(base) is not None or adds_bias(base)):
+            found[name] = base
+    return found
 
 
-def _embedded_ranks(config: MoleConfig, linear: Sequence[str]) -> dict[str, list[int]]:
+def _embedded_ranks(config: MoleConfig, modules: Iterable[str]) -> dict[str, list[int]]:
     """What the adapter's file brings."""
     assert config.embedded is not None
-    missing = [name for name in config.embedded if name not in linear]
+    modules = list(modules)
+    missing = sorted(set(config.embedded) - set(modules))
     if missing:
         raise LamellaError(
             f"The adapter's file holds LoRAs for {len(missing)} modules that the model does not have, first "
             f"{missing[0]}; load it on the base named in its adapter_config.json."
         )
-    return {name: config.embedded[name] for name in linear if name in config.embedded}
+    return {name: config.embedded[name] for name in modules if name in config.embedded}
 
 
 def plan_groups(
-    adapted: Sequence[str], linear: Sequence[str], stacks: Sequence[Stack], granularity: str, by_token: bool
+    adapted: Sequence[str],
+    linear: Sequence[str],
+    stacks: Sequence[Stack],
+    granularity: str,
+    by_token: bool,
+    alone: Container[str] = (),
 ) -> list[GroupPlan]:
     """Puts the adapted modules into groups.
 
@@ -238,6 +349,8 @@ def plan_groups(
         granularity: "matrix", "sublayer", "block" or "network".
         by_token: whether each token decides for itself, so that what is given the encoder's states needs a group of its
             own: its tokens are others.
+        alone: modules that decide by themselves, as those outside the blocks do: what their LoRAs read is not what the
+            module is given (a convolution's patches, an embedding's tokens), or nothing.
 
     Returns:
         The groups in the order of their first members.
@@ -245,7 +358,7 @@ def plan_groups(
     groups: dict[tuple[str, int, str], GroupPlan] = {}
     entries = {name: key for name, key in _entries(linear, stacks, granularity, by_token).items() if name in adapted}
     for name in adapted:
-        place, input_ = _group_of(name, stacks, granularity, by_token)
+        place, input_ = (Place("", 0, name), "row") if name in alone else _group_of(name, stacks, granularity, by_token)
         key = _key(place)
         group = groups.setdefault(key, GroupPlan(place, input_))
         group.members.append(name)
