@@ -215,7 +215,10 @@ class MolexBlock(nn.Module, BaseTunerLayer):
             packed = frame is not None and frame.call.past == 0 and frame.sequences(call.hidden_states).packed
             if packed or not (needs_slots or can_extend(call.cache)):
                 return None  # a row of several documents is not continued, by the base neither
-            return guest_slots(call.cache, len(self.blocks))
+            slots = guest_slots(call.cache, len(self.blocks))
+            if frame is not None and frame.call.past == 0:
+                slots.begin(self.place.layer)
+            return slots
         if needs_slots:
             raise LamellaError(
                 "With granularity='token' any block can become the guest of any later token, and none has keys for the "
@@ -333,6 +336,8 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         mixture, depth = self.mixtures[adapter], self.place.layer
         choice = choice.to(host.device)  # which need not be where the block's input is
         weights = choice.weights * (1 - self.alpha(adapter, host.device))  # (batch, k) or (batch, tokens, k)
+        frame = current_frame()
+        past = None if frame is None else frame.call.past
         mixed = host
         for guest in torch.unique(choice.indices).tolist():
             if guest == depth:
@@ -344,7 +349,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
                 share = share.masked_fill(choice.without, 0)
             chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
             rows = None if spans_rows or bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
-            view = None if slots is None else slots.view(depth, rows, choice.indices)
+            view = None if slots is None else slots.view(depth, guest, rows, len(host), past)
             settings = mixture.config.guest_dtype, mixture.config.recompute_guest
             states = run_guest(self.blocks[guest], call, rows, view, output, *settings)
             share = share[..., None].to(host.dtype)  # (batch, tokens or 1, 1)
