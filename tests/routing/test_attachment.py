@@ -1,7 +1,6 @@
 """A layer's own loss reaches the routers with the scale of the task loss, however the trainer builds it."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from lamella import LamellaError
 from lamella.routing import collect_losses, find_tracker, loss_scale
-from lamella.tuners.loss_scale import LossScaleCallback
 
 BALANCE = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.01}
 
@@ -66,6 +64,14 @@ def test_num_items_in_batch_gives_this_batch_its_share_of_the_labels() -> None:
     actual = tiny.gradients(model)
     given["num_items_in_batch"] = total
     tiny.assert_same(actual, explicit(model, given, lambda task, own: task + here / total * own))
+    shifted = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    shifted[:, 0] = -100  # what a collator says counts before the labels do
+    given["shift_labels"] = shifted
+    model.zero_grad()
+    model(**given).loss.backward()
+    actual = tiny.gradients(model)
+    here = shifted.ne(-100).sum()
+    tiny.assert_same(actual, explicit(model, given, lambda task, own: task + here / total * own))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
@@ -98,19 +104,6 @@ def test_loss_scale_states_the_scale_of_such_a_loss() -> None:
     # and it is forgotten with the context
     loss_from_logits(model, given).backward()
     tiny.assert_same(tiny.gradients(model), explicit(model, given, lambda task, own: task + own))
-
-
-def test_the_callback_tells_how_a_trainer_scales_a_loss_that_it_builds() -> None:
-    model, given = model_and_batch("llama")
-    callback, settings = LossScaleCallback(), SimpleNamespace(gradient_accumulation_steps=4)
-    scaled = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 8.0))
-    callback.on_step_begin(settings, None, None, model=model, optimizer=scaled)
-    (loss_from_logits(model, given) * 2).backward()
-    tiny.assert_same(tiny.gradients(model), explicit(model, given, lambda task, own: 2 * (task + own)))
-    callback.on_step_begin(settings, None, None, model=model, optimizer=None)
-    assert find_tracker(model).scale == 0.25
-    callback.on_train_end(settings, None, None, model=model)
-    assert find_tracker(model).scale is None
 
 
 def test_loss_scale_needs_an_adapter() -> None:

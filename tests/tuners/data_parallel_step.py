@@ -25,7 +25,7 @@ def rows_of(model: torch.nn.Module) -> list[dict[str, list[int]]]:
 def step(folder: Path, name: str, copies: int, processes: int) -> dict[str, torch.Tensor]:
     """Gradients of one step over all rows, two at a time."""
     torch.set_num_threads(1)
-    method, _, family = name.partition("-")
+    method, family, *smoothed = name.split("-")
     if (
         method == "molex"
     ):  # some blocks of each process choose nothing but themselves, and their alpha waits all the same
@@ -38,6 +38,7 @@ def step(folder: Path, name: str, copies: int, processes: int) -> dict[str, torc
         str(folder), use_cpu=True, report_to=[], save_strategy="no", per_device_train_batch_size=2, max_steps=1,
         gradient_accumulation_steps=copies, optim="sgd", max_grad_norm=0.0, disable_tqdm=True,
         remove_unused_columns=False, train_sampling_strategy="sequential",
+        label_smoothing_factor=0.1 if smoothed else 0.0,
     )  # fmt: skip
     rows = Dataset.from_list(rows_of(model.get_base_model())).with_format("torch")
     trainer = Trainer(model, arguments, train_dataset=rows)

@@ -12,7 +12,7 @@ from tests.tuners.data_parallel_step import step
 ROOT = Path(__file__).parents[2]
 
 
-NAMES = ["mola-llama", "mola-bert", "molex-llama", "molex-bert"]
+NAMES = ["mola-llama", "mola-llama-smoothed", "mola-bert", "molex-llama", "molex-bert"]
 
 
 def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:

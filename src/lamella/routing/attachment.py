@@ -29,7 +29,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        added = ctx.gradient(*ctx.saved_tensors).mul_(ctx.call.attached_scale())
+        added, scale = ctx.gradient(*ctx.saved_tensors), ctx.call.attached_scale()
+        added.mul_(scale.to(added.device) if isinstance(scale, Tensor) else scale)
         return grad, added, None, None, *(None for _ in range(ctx.others))
 
 

@@ -26,6 +26,18 @@ from lamella.routing.prompt import Generation, Given, Prompt, Readable, find_rea
 
 Observer = Callable[..., None]
 RouterKey = tuple[str, str]  # an adapter, and the router's name in the model
+Scale = Callable[[], Tensor | float]
+
+_UNKNOWN_SCALE = (
+    "A balance loss is attached with scale 1, since the task loss was not built by the model and no trainer says how "
+    "it is scaled. That is right where it goes into the backward pass as it is. Where it is multiplied or divided "
+    "first, as for gradient accumulation, run the backward pass inside "
+    "`lamella.routing.loss_scale(model, 1 / steps)`."
+)
+
+
+def _nobody_says(shifts_labels: bool) -> Scale | None:
+    return None
 
 
 @dataclass(eq=False)
@@ -38,7 +50,8 @@ class TrackedModel:
         observers: who wants to see routings.
         listeners: who takes part in the beginning and the end of each call.
         overrides: what was said in place of an adapter's routers.
-        scale: of a loss that a trainer builds outside the model.
+        scale: what the user says of a loss that is built outside the model.
+        trainers_scale: asks for the same whoever runs a call that begins; it is told ``shifts_labels``.
         said: the warnings that were given, each of which is given once.
     """
 
@@ -48,6 +61,7 @@ class TrackedModel:
     listeners: list["CallListener"] = field(default_factory=list)
     overrides: Overrides = field(default_factory=Overrides)
     scale: float | None = None
+    trainers_scale: Callable[[bool], Scale | None] = _nobody_says
     said: set[str] = field(default_factory=set)
 
     def say_once(self, about: str, warning: str) -> None:
@@ -84,6 +98,7 @@ class RoutedCall:
         half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
         collected: where the layers' own losses go instead of being attached.
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
+        trainers_scale: of a loss that the trainer builds outside the model, where it is known.
         prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
         generation: the ``generate`` it runs in; None outside.
         given: what its arguments say of which tokens are given and which are to be predicted.
@@ -104,6 +119,7 @@ class RoutedCall:
     half: bool = False
     collected: CollectedLoss | None = None
     recorded_scale: Tensor | None = None
+    trainers_scale: Scale | None = None
     prompt: Prompt | None = None
     generation: Generation | None = None
     given: Given | None = None
@@ -127,14 +143,16 @@ class RoutedCall:
             return self.recorded_scale * self.label_share
         if self.tracker.scale is not None:
             return self.tracker.scale
+        if self.trainers_scale is not None:
+            return self.trainers_scale()
         if self.half:
             raise LamellaError(
                 "A balance loss is attached under fp16, but the loss was not built by the model, so the scale of the "
                 "gradient scaler is unknown and the balance loss would be thousands of times too small. Pass labels so "
-                "that the model returns its loss, add lamella.tuners.loss_scale.LossScaleCallback to the trainer, "
-                "wrap the backward in `lamella.routing.loss_scale(model, scale)`, use bf16, or set "
-                "router_aux_loss_coef=0."
+                "that the model returns its loss, wrap the backward in `lamella.routing.loss_scale(model, scale)`, use "
+                "bf16, or set router_aux_loss_coef=0."
             )
+        self.tracker.say_once("loss scale", _UNKNOWN_SCALE)
         return 1.0
 
 

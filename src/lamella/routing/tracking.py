@@ -85,7 +85,8 @@ class CallTracker(TrackedModel):
         context = current_context()
         return RoutedCall(
             tracker=self,
-            label_share=self._label_share(labels, arguments.get("num_items_in_batch")),
+            label_share=self._label_share(arguments),
+            trainers_scale=self.trainers_scale(self.shifts_labels),
             decoder_mask=predicts if is_encoder_decoder else None,
             prompt=context.prompt,
             generation=context.generation,
@@ -103,10 +104,12 @@ class CallTracker(TrackedModel):
             self.say_once("overrides", IN_OTHER_THREADS)
         return self.overrides.here()
 
-    def _label_share(self, labels: Any, total: Any) -> Tensor | float:
+    def _label_share(self, arguments: Mapping[str, Any]) -> Tensor | float:
+        labels, total = arguments.get("labels"), arguments.get("num_items_in_batch")
         if total is None or not isinstance(labels, Tensor):
             return 1.0
-        counted = labels[..., 1:] if self.shifts_labels else labels
+        shifted = arguments.get("shift_labels")
+        counted = shifted if isinstance(shifted, Tensor) else labels[..., 1:] if self.shifts_labels else labels
         return counted.ne(-100).sum() / total
 
 
@@ -169,6 +172,9 @@ def _is_trackers(hook: Any) -> bool:
 @contextmanager
 def loss_scale(model: nn.Module, scale: float) -> Iterator[None]:
     """States the scale of a loss that is built outside the model, for the backward passes inside the context.
+
+    For a loop by hand. transformers' Trainer and TRL's trainers need it not, nor does a loss that the model returns,
+    nor `accelerate` with ``gradient_accumulation_steps`` and a prepared data loader, fp16 aside.
 
     Args:
         model: a model with a lamella adapter.

@@ -16,6 +16,7 @@ from lamella.findings import Examination
 from lamella.routing import track_calls, untrack_calls
 from lamella.tuners.cache import DecisionsInCache
 from lamella.tuners.loading import check_tensors
+from lamella.tuners.loss_scale import scale_of_trainer, watch_trainer
 from lamella.tuners.routed import LoraMixture
 from lamella.tuners.summary import Summary
 
@@ -45,6 +46,8 @@ class RoutedModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
         track(model)
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            watch_trainer()
 
     def lora_mixture(self, adapter_name: str) -> LoraMixture:
         """An adapter's LoRAs and their weights, for `lamella.collapse` and `lamella.export_experts`.
@@ -134,5 +137,6 @@ def track(model: nn.Module) -> None:
     loss_type = getattr(model, "loss_type", None) or ""
     shifts_labels = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not is_encoder_decoder
     tracker = track_calls(model, stacks, shifts_labels=shifts_labels, whole_input=loss_type in _ABOUT_ALL)
+    tracker.trainers_scale = scale_of_trainer
     if not tracker.listeners:
         tracker.listeners.append(DecisionsInCache())
