@@ -31,7 +31,11 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "encoder_hidden_size proj_codevector_dim codevector_dim projector_hidden_size out_hidden_size "
         "max_window_layers",
     ),
-    (LAYERS, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers depth"),
+    (
+        LAYERS,
+        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
+        "num_decoder_layers depth",
+    ),
     (
         2,
         "num_attention_heads num_key_value_heads n_head n_heads num_heads encoder_attention_heads "

@@ -10,16 +10,19 @@ from lamella.backbones.blocks import (
     locate_stacks,
     siblings_with_same_input,
 )
+from lamella.backbones.rehearsal import Rehearsal, rehearse
 
 __all__ = [
     "BlockCall",
     "BlockFamily",
     "Place",
+    "Rehearsal",
     "Stack",
     "find_place",
     "hidden_states_of",
     "kind_of_block",
     "locate_stacks",
+    "rehearse",
     "siblings_with_same_input",
     "with_hidden_states",
 ]

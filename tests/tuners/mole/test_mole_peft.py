@@ -175,7 +175,7 @@ def test_the_summary_says_what_was_composed(folder: Path, capsys: pytest.Capture
     for part in (
         "MOLE of 3 LoRAs", "LoRAs by number: 0 news, 1 code, 2 law", f"routers: {routers:,} parameters",
         "5 routers, one for each sublayer", "news: PEFT LoRA of rank 2 on 4 modules",
-        "outside the blocks, each row decides for itself: bert.pooler.dense",
+        "each row of their input decides for itself: bert.pooler.dense",
         "skipped code: bert.encoder.layer.0.output.dense: left out by the config",
     ):  # fmt: skip
         assert part in said, said

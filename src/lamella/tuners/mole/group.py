@@ -253,9 +253,12 @@ class Group:
         """An input as ``(batch, tokens, in)``."""
         if x.dim() > 2:
             return x.flatten(1, -2)
-        mask = None if frame is None else frame.mask
-        if mask is not None and mask.numel() == len(x):
-            return x.view(*mask.shape, -1)
+        said = () if frame is None else (frame.mask, frame.given)
+        rows = next(
+            (known.shape[:2] for known in said if known is not None and known.shape[:2].numel() == len(x)), None
+        )
+        if rows is not None:
+            return x.view(*rows, -1)
         raise LamellaError(
             f"{layer.name} is given rows of which nobody says to which sequence they belong, shape {tuple(x.shape)}, "
             "and a router decides for whole sequences. Use router_input='token' with granularity='matrix'."
@@ -277,32 +280,25 @@ class Group:
         """The decision's weights for this module's rows."""
         weights = decision.weights.to(x.device)
         if self.by_token:
-            if weights.shape[:-1].numel() != x.shape[:-1].numel():
-                raise LamellaError(
-                    f"{layer.name} is given {tuple(x.shape[:-1])} rows, and {self.name} has decided for "
-                    f"{tuple(weights.shape[:-1])}. Use router_input='mean' or granularity='matrix'."
-                )
-            return weights.view(*x.shape[:-1], -1)
-        sequences = decision.sequences
-        packed = sequences is not None and sequences.packed
-        if packed and layer.reads_encoder:
-            raise LamellaError(
-                f"{layer.name} reads the encoder's states for several documents in one row, and which of them each "
-                "state belongs to is not known. Give each document a row of its own, or use router_input='token'."
-            )
-        if decision.without is None and not packed:
+            return self._by_token(weights, layer, x)
+        if decision.without is None:
             return self.repeated(weights, layer, x)
-        uniform = None if decision.uniform is None else decision.uniform.to(x.device)
-        without = None if decision.without is None else decision.without.to(x.device)
+        without, uniform = decision.without.to(x.device), decision.uniform
+        assert uniform is not None
+        uniform = uniform.to(x.device)
         if layer.reads_encoder:  # every token attends to these rows, those that run without the decision too
-            assert without is not None
-            assert uniform is not None
             mixed = torch.where(without.any(dim=1, keepdim=True), uniform, weights)
             return self.repeated(mixed, layer, x)
-        by_token = weights[:, None] if sequences is None else sequences.spread(weights)  # (batch, tokens or 1, K)
-        if without is not None and uniform is not None:
-            by_token = torch.where(without[..., None], uniform, by_token)  # (batch, tokens, K)
-        return by_token.view(*x.shape[:-1], -1)
+        return self._by_token(torch.where(without[..., None], uniform, weights[:, None]), layer, x)
+
+    def _by_token(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
+        """Weights per token ``(*rows, K)`` for a module that is given the same tokens."""
+        if weights.shape[:-1].numel() != x.shape[:-1].numel():
+            raise LamellaError(
+                f"{layer.name} is given {tuple(x.shape[:-1])} rows, and {self.name} has decided for "
+                f"{tuple(weights.shape[:-1])}. Use router_input='mean' or granularity='matrix'."
+            )
+        return weights.view(*x.shape[:-1], -1)
 
     def repeated(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
         """Weights per sequence for rows of which several, one after another, belong to each."""

@@ -246,4 +246,4 @@ def _settings(config: MoleConfig, groups: Sequence[GroupPlan], parameters: int) 
         yield f"{len(blind)} routers read nothing, since no LoRA adapts what is given their input, first {blind[0]}"
     outside = [group.name for group in groups if group.input == "row"]
     if outside:
-        yield f"outside the blocks, each row decides for itself: {', '.join(outside)}"
+        yield f"each row of their input decides for itself: {', '.join(outside)}"

@@ -24,7 +24,7 @@ from lamella.adapters import (
     sides_of,
 )
 from lamella.adapters.mapping import LEFT_OUT
-from lamella.backbones import Place, Stack, find_place, siblings_with_same_input
+from lamella.backbones import Place, Rehearsal, Stack, find_place, rehearse, siblings_with_same_input
 from lamella.backbones.blocks import CROSS_ATTENTION
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, concatenate
@@ -32,6 +32,7 @@ from lamella.tuners.mole.config import MoleConfig
 
 Head = Mapping[str, Tensor]
 _ATTENTION = ("attention", "attn")
+_NOT_SEEN = Rehearsal()
 
 
 @dataclass
@@ -41,7 +42,7 @@ class GroupPlan:
     Attributes:
         place: the group's stack, block, and name inside it: "network", "block", a sub-layer's or a matrix's name.
         input: what a row of its input is: a token of its "own" stack, a token of the "encoder", or a "row" of which
-            nothing is known, outside the blocks.
+            nothing is known, outside the blocks or given other rows than those of its block's sequences.
         members: the adapted modules that its weights are for, in the model's order.
         inputs: those of them that are given the group's own input; their LoRAs' outputs are the router inputs.
         balance_share: what its router's loss counts: one over the routers of its block.
@@ -196,7 +197,9 @@ def make_plan(
     by_token = config.router_input == "token" and config.form == "delta"  # a block's output has its own tokens alone
     silent = {name for name, of in ranks.items() if not any(of)}  # whose LoRAs are constants alone
     alone = {name for name in ranks if projects(modules[name])} | silent if config.form == "delta" else set()
-    groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token, alone)
+    # Block forms run whole blocks with one LoRA at a time, so that no module in them decides.
+    rehearsal = rehearse(model, stacks, linear) if config.form == "delta" else _NOT_SEEN
+    groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token, alone, rehearsal)
     for group in groups:
         group.inputs = [name for name in group.inputs if name not in silent]
     widths = {name: sides_of(modules[name])[1] for name in ranks}
@@ -335,12 +338,14 @@ def plan_groups(
     granularity: str,
     by_token: bool,
     alone: Container[str] = (),
+    rehearsal: Rehearsal = _NOT_SEEN,
 ) -> list[GroupPlan]:
     """Puts the adapted modules into groups.
 
     A group's input is what the first linear module in it is given, adapted or not; the modules named as its siblings
-    (query, key and value; gate and up) are given the same. Modules outside the blocks decide by themselves for each row
-    of their input, so that they may lie anywhere.
+    (query, key and value; gate and up) are given the same. What a rehearsal shows to run before it, or to be given
+    other rows than its block's sequences (windows, the tokens of an expert), and modules outside the blocks decide by
+    themselves for each row of their input, so that they may lie anywhere.
 
     Args:
         adapted: names of the modules that any LoRA adapts, in the model's order.
@@ -351,14 +356,18 @@ def plan_groups(
             own: its tokens are others.
         alone: modules that decide by themselves, as those outside the blocks do: what their LoRAs read is not what the
             module is given (a convolution's patches, an embedding's tokens), or nothing.
+        rehearsal: in which order the modules run, and on which rows.
 
     Returns:
         The groups in the order of their first members.
     """
     groups: dict[tuple[str, int, str], GroupPlan] = {}
-    entries = {name: key for name, key in _entries(linear, stacks, granularity, by_token).items() if name in adapted}
+    entries, apart = _entries(linear, stacks, granularity, by_token, rehearsal)
     for name in adapted:
-        place, input_ = (Place("", 0, name), "row") if name in alone else _group_of(name, stacks, granularity, by_token)
+        if name in alone or name in apart:
+            place, input_ = find_place(name, stacks) or Place("", 0, name), "row"
+        else:
+            place, input_ = _group_of(name, stacks, granularity, by_token)
         key = _key(place)
         group = groups.setdefault(key, GroupPlan(place, input_))
         group.members.append(name)
@@ -405,17 +414,23 @@ def sublayer_of(module: str) -> str:
 
 
 def _entries(
-    linear: Sequence[str], stacks: Sequence[Stack], granularity: str, by_token: bool
-) -> dict[str, tuple[str, int, str]]:
-    """The modules that are given the input of their group, each with the group."""
+    linear: Sequence[str], stacks: Sequence[Stack], granularity: str, by_token: bool, rehearsal: Rehearsal
+) -> tuple[dict[str, tuple[str, int, str]], set[str]]:
+    """The modules that are given the input of their group, each with the group; and those that decide by themselves."""
     entries: dict[str, tuple[str, int, str]] = {}
+    apart: set[str] = set()
     begun: set[tuple[str, int, str]] = set()
-    for name in linear:
+    decoders = {stack.name for stack in stacks if stack.role == "decoder"}  # there the first tokens have other weights
+    for name in rehearsal.sort(linear):
         place = find_place(name, stacks)
         if place is None:
             continue
         group, _ = _group_of(name, stacks, granularity, by_token)
         key = _key(group)
+        each_token = by_token or place.stack in decoders or key not in begun
+        if not (rehearsal.is_given_tokens(name) if each_token else rehearsal.is_given_sequences(name)):
+            apart.add(name)
+            continue
         if key in begun:
             continue
         begun.add(key)
@@ -425,7 +440,7 @@ def _entries(
             for sibling in siblings_with_same_input(place)
             if root + sibling in linear and _key(_group_of(root + sibling, stacks, granularity, by_token)[0]) == key
         }
-    return entries
+    return entries, apart
 
 
 def refuse_flatten_on_decoder(stack: str) -> None:
