@@ -18,6 +18,7 @@ from torch import Tensor
 from lamella.errors import LamellaError
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.routed import LoraMixture
+from lamella.tuners.tensors import placed
 
 Batch = Mapping[str, Any]
 
@@ -221,7 +222,8 @@ def _as_lora(model: PeftModel, adapter: str, factors: dict[str, tuple[Tensor, Te
         modules_to_save=sorted(saved) or None, base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
     )  # fmt: skip
-    collapsed: PeftModel = get_peft_model(base, lora)
+    with placed(base):
+        collapsed: PeftModel = get_peft_model(base, lora)
     inner = collapsed.get_base_model()
     for name, (down, up) in factors.items():
         layer: Any = inner.get_submodule(name)

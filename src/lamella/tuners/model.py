@@ -19,6 +19,7 @@ from lamella.tuners.loading import check_tensors
 from lamella.tuners.loss_scale import scale_of_trainer, watch_trainer
 from lamella.tuners.routed import LoraMixture
 from lamella.tuners.summary import Summary
+from lamella.tuners.tensors import LostGradients, placed, with_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class RoutedModel(BaseTuner):
     ] = ()  # prefixes beside the method's own of tensors that must be there
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, *args, **kwargs)
+        with placed(model):
+            super().inject_adapter(model, *args, **kwargs)
         track(model)
         if any(parameter.requires_grad for parameter in model.parameters()):
             watch_trainer()
@@ -106,6 +108,10 @@ class RoutedModel(BaseTuner):
         raise CannotMergeError(self.cannot_merge)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return with_numbers(model, super()._get_adapter_state_dict(model, *args, **kwargs))
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         name: str = super()._remove_adapter_name_from_key(key, adapter_name)
         container = name.removesuffix(".weight")
@@ -139,4 +145,4 @@ def track(model: nn.Module) -> None:
     tracker = track_calls(model, stacks, shifts_labels=shifts_labels, whole_input=loss_type in _ABOUT_ALL)
     tracker.trainers_scale = scale_of_trainer
     if not tracker.listeners:
-        tracker.listeners.append(DecisionsInCache())
+        tracker.listeners += [DecisionsInCache(), LostGradients(model)]

@@ -54,7 +54,7 @@ def lora_experts(model: nn.Module, adapter: str | None = None) -> list[RoutedLay
 
 
 def _distances(layer: RoutedLayer) -> tuple[float, float]:
-    A, B = (factor.double() for factor in layer.factors)
+    A, B = (factor.double() for factor in layer.numbers())
     products = _inner_products(A, B)  # (E, E)
     squares = products.diagonal()  # (E,)
     squared = squares[:, None] + squares[None, :] - 2 * products  # (E, E)

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lamella.backbones import Place
+from lamella.tuners.tensors import onloaded
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,16 @@ class RoutedLayer:
     @property
     def untrained(self) -> bool:
         """Whether B is still zero, so that the experts do nothing."""
-        return bool(self.factors) and not bool(self.factors[-1].detach().any())
+        return bool(self.factors) and not bool(self.numbers()[-1].any())
+
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The factors' values, also where accelerate keeps them elsewhere."""
+        module = self.module
+        assert isinstance(module, RoutedModule)
+        with onloaded(*module.modules()):
+            read = module.routed_layer(self.adapter)
+            assert read is not None
+            return tuple(factor.detach() for factor in read.factors)
 
 
 @runtime_checkable

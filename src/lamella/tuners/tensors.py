@@ -1,8 +1,22 @@
-"""Single tensors of adapters: what they are called in a model."""
+"""Tensors of adapters: what they are called in a model, and how they are read where accelerate keeps them elsewhere.
 
-from typing import Any
+accelerate brings a module's weights in when that module's forward runs, and takes them out again; until then they are
+on the meta device, without numbers. A layer that reads the tensors of a module which it does not call brings them in
+with `onloaded`.
+"""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lamella.errors import LamellaError
+from lamella.routing import Asked, Generation, RoutedCall
 
 
 class _Held(nn.Module):
@@ -37,3 +51,131 @@ class AdapterTensors(nn.ModuleDict):
             if f"{prefix}{adapter}" in state_dict:
                 state_dict[f"{prefix}{adapter}.weight"] = state_dict.pop(f"{prefix}{adapter}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AdapterLayer(BaseTunerLayer):
+    """A layer that keeps its adapters' tensors where it computes."""
+
+    # What BaseTunerLayer, which is untyped, brings along.
+    adapter_layer_names: tuple[str, ...]
+    active_adapters: list[str]
+    disable_adapters: bool
+    _disable_adapters: bool
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        home = device or execution_device(self.get_base_layer())
+        super()._move_adapter_to_device_of_base_layer(adapter_name, home)
+        if home is not None:  # PEFT leaves it where it is if another adapter is offloaded
+            for held in (getattr(self, name) for name in self.adapter_layer_names):
+                if adapter_name in held and not is_meta(held[adapter_name]):
+                    held[adapter_name].to(home)
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether some of a module's parameters have no numbers."""
+    return any(p.is_meta for p in module.parameters())
+
+
+def onloaded(*modules: nn.Module) -> AbstractContextManager[object]:
+    """Brings in the weights of modules that accelerate has offloaded, for what reads them without calling them."""
+    offloaded = [module for module in modules if "_hf_hook" in module.__dict__ and _is_out(module)]
+    return _aligned(offloaded) if offloaded else nullcontext()
+
+
+def _is_out(module: nn.Module) -> bool:
+    return any(
+        tensor is not None and tensor.is_meta for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
+
+
+@contextmanager
+def _aligned(modules: Sequence[nn.Module]) -> Iterator[None]:
+    with ExitStack() as loaded:
+        for module in modules:
+            loaded.enter_context(align_module_device(module))
+        yield
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module whose weights it keeps elsewhere; None for any other module."""
+    return torch.device(module.__dict__["_hf_hook"].execution_device) if has_offloaded_params(module) else None
+
+
+@contextmanager
+def placed(model: nn.Module) -> Iterator[None]:
+    """Lets offloaded weights look as if they lay where they are used, since PEFT puts an adapter beside its layer's.
+
+    Raises:
+        LamellaError: accelerate brings in the weights of a whole module by their names, which an injection changes.
+    """
+    offloaded = []
+    for name, module in model.named_modules():
+        device = execution_device(module)
+        if device is None:
+            continue
+        if module.__dict__["_hf_hook"].place_submodules:
+            raise LamellaError(
+                f"accelerate brings in the weights of {name or 'the model'} as a whole, by names that an adapter "
+                "changes. Offload without preload_module_classes, or put the adapter on first."
+            )
+        for leaf, p in module.named_parameters(recurse=False):
+            if p.is_meta and type(p) is nn.Parameter:  # a quantised one is asked for more than its place
+                offloaded.append((module, leaf, p))
+                stands_in = torch.full((), torch.nan if p.is_floating_point() else 0, dtype=p.dtype, device=device)
+                module._parameters[leaf] = nn.Parameter(stands_in.expand(p.shape), p.requires_grad)
+    try:
+        yield
+    finally:
+        for module, leaf, parameter in offloaded:
+            stood_in = module._parameters[leaf]
+            assert stood_in is not None
+            module._parameters[leaf] = parameter.requires_grad_(stood_in.requires_grad)
+
+
+def with_numbers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by name, those that are offloaded as accelerate keeps them."""
+    if not any(tensor.is_meta for tensor in tensors.values()):
+        return tensors
+    kept = {
+        f"{name}.{leaf}": module.__dict__["_hf_hook"].weights_map[leaf]
+        for name, module in model.named_modules()
+        if has_offloaded_params(module)
+        for leaf, tensor in module.state_dict(prefix="").items()
+        if tensor.is_meta and f"{name}.{leaf}" in tensors
+    }
+    return {name: kept.get(name, tensor) for name, tensor in tensors.items()}
+
+
+class LostGradients:
+    """Refuses a backward pass to parameters that are offloaded: their gradients would go to a copy that is gone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def asked(self, generation: Generation, asked: Asked, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Generation trains nothing."""
+        return arguments
+
+    def batched(self, model: nn.Module) -> None:
+        """Nor does this."""
+
+    def opened(self, call: RoutedCall, arguments: Mapping[str, Any]) -> None:
+        """Nothing is known yet."""
+
+    def closed(self, call: RoutedCall, output: Any) -> None:
+        """Watches the outputs of a call that can be trained."""
+        if not torch.is_grad_enabled() or not any(p.is_meta and p.requires_grad for p in self.model.parameters()):
+            return
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and value.requires_grad and not value.is_meta:
+                value.register_hook(self._refuse)
+
+    def _refuse(self, grad: Tensor) -> NoReturn:
+        name = next(name for name, p in self.model.named_parameters() if p.is_meta and p.requires_grad)
+        raise LamellaError(
+            f"{name} is set to train and offloaded by accelerate, so that its gradient would be lost. Offload the base "
+            "first and put the adapter on then (get_peft_model, or PeftModel.from_pretrained with is_trainable=True): "
+            "its tensors stay where the model computes."
+        )

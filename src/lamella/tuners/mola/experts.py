@@ -13,6 +13,7 @@ from lamella.backbones.moe.interventions import add_experts, put, restrict_route
 from lamella.errors import LamellaError
 from lamella.routing import Frame, Routing
 from lamella.tuners.mola.layer import MolaLinear
+from lamella.tuners.tensors import onloaded
 
 
 @register
@@ -56,8 +57,9 @@ class MolaExperts(MoEFamily):
         """``up`` is ``A_e (r, in)``, ``down`` is ``B_e (out, r)``."""
         layer = cast(MolaLinear, sparse)
         scaling = layer.experts[self.adapter].scaling
-        A, B = layer.factors(self.adapter)
-        return Expert(A[index], B[index], lambda _, up: scaling * up)
+        with onloaded(*layer.held(self.adapter)):
+            A, B = layer.factors(self.adapter)
+            return Expert(A[index], B[index], lambda _, up: scaling * up)
 
     def route(self, sparse: nn.Module, x: Tensor) -> NativeRouting:
         return _as_native(self.router(sparse)(x.reshape(-1, x.shape[-1]), self.top_k(sparse)))

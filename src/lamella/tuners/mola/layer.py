@@ -1,12 +1,12 @@
 """One linear module with its LoRA experts and its router."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +26,7 @@ from lamella.routing import (
 )
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
-from lamella.tuners.tensors import AdapterTensors
+from lamella.tuners.tensors import AdapterLayer, AdapterTensors, onloaded
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Experts:
         return choose_form(self.num_experts, self.r, self.top_k) == "dense"
 
 
-class MolaLinear(nn.Module, BaseTunerLayer):
+class MolaLinear(nn.Module, AdapterLayer):
     """``y = W0 x + s * sum_{e in top-k} g_e B_e A_e x`` (MoLA eq. 3-4), with one expert and no router as plain LoRA.
 
     Tensors per adapter, as a file calls them: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
@@ -55,14 +55,6 @@ class MolaLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("lamella_mola_lora_A", "lamella_mola_lora_B", "lamella_mola_router")
     other_param_names: tuple[str, ...] = ("experts", "balance_share", "lamella_mola_dropout")
-
-    # What BaseTunerLayer, which is untyped, brings along.
-    active_adapters: list[str]
-    disable_adapters: bool
-    _disable_adapters: bool
-    get_base_layer: Callable[[], nn.Module]
-    set_adapter: Callable[..., None]
-    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module, place: Place) -> None:
         super().__init__()
@@ -113,6 +105,10 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _add_experts(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        with onloaded(*self.held(adapter)):
+            return self._mix(adapter, x, y)
+
+    def _mix(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         experts, (A, B) = self.experts[adapter], self.factors(adapter)
         dtype = _compute_dtype(x, A)
         frame = current_frame()
@@ -153,27 +149,35 @@ class MolaLinear(nn.Module, BaseTunerLayer):
                 (h,) = project(self._flat(dropout(x), dtype), self._down(adapter, dtype))
             return h, self._router_product(adapter, self._flat(x, dtype))
         # The first of the modules that share this input computes for all of them, in one GEMM.
-        together = [self] if frame is None or shared is not None else self._sharing(adapter)
-        factors = [layer._down(adapter, dtype) + layer._router_weight(adapter, dtype) for layer in together]
-        flat = [factor for of_layer in factors for factor in of_layer]
+        factors = {self: self._read_by(adapter, dtype)}
+        if frame is not None and shared is None:
+            for layer in self._sharing(adapter):
+                read = layer._read_by(adapter, dtype)
+                if all(factor.device == x.device for factor in read):  # not of a layer that is offloaded or elsewhere
+                    factors[layer] = read
+        flat = [factor for of_layer in factors.values() for factor in of_layer]
         products = iter(project(self._flat(x, dtype), flat) if flat else [])
         results = [
             (next(products) if layer.experts[adapter].is_dense else None, _next_if(products, layer, adapter))
-            for layer in together
+            for layer in factors
         ]
-        for layer, (h, product) in zip(together[1:], results[1:], strict=True):
+        for layer, (h, product) in list(zip(factors, results, strict=True))[1:]:
             assert frame is not None
             frame.projections[layer, adapter] = Projection(x, h, product)
         return results[0]
 
     def _sharing(self, adapter: str) -> "list[MolaLinear]":
-        """This layer and those after it that are given the same input and can take part in its GEMM."""
+        """The layers after this one that are given the same input and can take part in its GEMM."""
         after = self.same_input[self.same_input.index(self) + 1 :]
-        return [self] + [
+        return [
             layer
             for layer in after
             if adapter in layer.experts and adapter in layer.active_adapters and not layer.disable_adapters
         ]
+
+    def _read_by(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
+        """What the input is multiplied by before anything is decided."""
+        return self._down(adapter, dtype) + self._router_weight(adapter, dtype)
 
     def _down(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if not self.experts[adapter].is_dense:
@@ -239,6 +243,10 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The experts of an adapter, ``A (E, r, in)`` and ``B (E, out, r)``."""
         return self.lamella_mola_lora_A.of(adapter), self.lamella_mola_lora_B.of(adapter)
+
+    def held(self, adapter: str) -> list[nn.Module]:
+        """The modules that hold the tensors of an adapter, none of which is called."""
+        return [getattr(self, name)[adapter] for name in self.adapter_layer_names if adapter in getattr(self, name)]
 
     def routed(self, adapter: str) -> bool:
         """Whether this module has a router for the adapter."""

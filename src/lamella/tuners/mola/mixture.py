@@ -11,6 +11,7 @@ from lamella.routing import Routing, find_tracker
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.routed import See
+from lamella.tuners.tensors import onloaded
 
 
 class MolaMixture:
@@ -30,14 +31,16 @@ class MolaMixture:
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """``(E*r, in)`` and ``(out, E*r)``."""
         layer = self.layers[name]
-        A, B = (factor.double().cpu() for factor in layer.factors(self.adapter))
+        with onloaded(*layer.held(self.adapter)):
+            A, B = (factor.double().cpu() for factor in layer.factors(self.adapter))
         return A.flatten(0, 1), layer.experts[self.adapter].scaling * B.transpose(1, 2).flatten(0, 1).t()
 
     def experts(self) -> tuple[LoraConfig, list[dict[str, tuple[Tensor, Tensor]]]]:
         """Expert e of every module that has one."""
         each: list[dict[str, tuple[Tensor, Tensor]]] = []
         for name, layer in self.layers.items():
-            A, B = layer.factors(self.adapter)
+            with onloaded(*layer.held(self.adapter)):
+                A, B = layer.factors(self.adapter)
             each += [{} for _ in range(len(A) - len(each))]
             for expert in range(len(A)):
                 each[expert][name] = A[expert], B[expert]
@@ -56,7 +59,8 @@ class MolaMixture:
                 routings[id(layer)] = (routing, mask)
 
         def add(layer: MolaLinear, args: tuple[Tensor, ...], _: Tensor) -> None:
-            A = layer.factors(self.adapter)[0].flatten(0, 1)  # (E*r, in)
+            with onloaded(*layer.held(self.adapter)):
+                A = layer.factors(self.adapter)[0].flatten(0, 1)  # (E*r, in)
             h = args[0].reshape(-1, layer.in_features).to(A.dtype) @ A.t()  # (N, E*r)
             u = h
             if layer.routed(self.adapter):

@@ -31,6 +31,7 @@ from lamella.tuners.mole.balancing import RouterBalance
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.plan import GroupPlan
 from lamella.tuners.mole.router import MoleRouter, RankSpaceInputs, RouterInputs
+from lamella.tuners.tensors import onloaded
 
 
 class Member(nn.Module):
@@ -38,6 +39,7 @@ class Member(nn.Module):
 
     name: str
     lamella_mole_router: nn.ModuleDict
+    lamella_mole_loras: nn.ModuleDict
 
     @property
     def reads_encoder(self) -> bool:
@@ -146,7 +148,8 @@ class Group:
         if decision is None:
             self._refuse_too_early(layer)
             self._refuse_other_rows(layer, x, frame)
-            inputs = RankSpaceInputs(self.router, [member.loras(self.adapter) for member in self.inputs])
+            with onloaded(*(member.lamella_mole_loras[self.adapter] for member in self.inputs)):
+                inputs = RankSpaceInputs(self.router, [member.loras(self.adapter) for member in self.inputs])
             decision = self.decide(layer, x, inputs, frame, override)
         shared = None if frame is None else frame.projections.pop((layer, self.adapter), None)
         return self.fit(decision, layer, x), shared.down if shared is not None and shared.x is x else None

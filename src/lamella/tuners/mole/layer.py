@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -18,6 +17,7 @@ from lamella.routing import current_frame
 from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
+from lamella.tuners.tensors import AdapterLayer, onloaded
 
 CANNOT_MERGE = (
     "MOLE decides the weights of its LoRAs for each input, so there is no single weight to merge into the base. Use "
@@ -39,10 +39,13 @@ class FrozenFactors(nn.Module):
         self.known = False
         self.register_buffer("A", loras.A, persistent=saved)
         self.register_buffer("B", loras.B, persistent=saved)
-        self.register_buffer("constant", constant, persistent=saved)
+        if constant is None:
+            self.constant = None  # accelerate stumbles over a buffer that is nothing
+        else:
+            self.register_buffer("constant", constant, persistent=saved)
 
 
-class MoleLinear(Member, BaseTunerLayer):
+class MoleLinear(Member, AdapterLayer):
     """``y = W0 x + sum_i G_i (s_i B_i A_i x + c_i)``, with the weights G of the group that the module belongs to.
 
     Tensors per adapter: ``lamella_mole_loras.A (R, in)``, ``.B (out, R)`` and, where a LoRA adds something whatever the
@@ -54,14 +57,7 @@ class MoleLinear(Member, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("lamella_mole_router", "lamella_mole_loras")
     other_param_names: tuple[str, ...] = ("groups",)
 
-    # What BaseTunerLayer, which is untyped, brings along.
-    active_adapters: list[str]
-    disable_adapters: bool
-    _disable_adapters: bool
-    get_base_layer: Callable[[], nn.Module]
-    _get_embed_scale: Callable[[], Tensor | None]
-    set_adapter: Callable[..., None]
-    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    _get_embed_scale: Callable[[], Tensor | None]  # of BaseTunerLayer, which is untyped
 
     def __init__(self, base_layer: nn.Module, name: str, place: Place | None) -> None:
         """Wraps a linear layer.
@@ -151,12 +147,13 @@ class MoleLinear(Member, BaseTunerLayer):
         for adapter in [] if self.disable_adapters else self.active_adapters:
             if adapter not in self.groups:
                 continue
-            group, rows = self.groups[adapter], self.rows(adapter, x)
-            weights, h = group.mixing_weights(self, rows, frame)
-            if weights is None:
-                continue
-            base, plain = self._base(x, y, args, kwargs)
-            y = self._mixed(adapter, base, plain, rows, weights, h)
+            with onloaded(self.lamella_mole_loras[adapter]):
+                rows = self.rows(adapter, x)
+                weights, h = self.groups[adapter].mixing_weights(self, rows, frame)
+                if weights is None:
+                    continue
+                base, plain = self._base(x, y, args, kwargs)
+                y = self._mixed(adapter, base, plain, rows, weights, h)
         return self.base_layer(x, *args, **kwargs) if y is None else self._restored(y)
 
     def _mixed(

@@ -12,6 +12,7 @@ from lamella.routing import Frame
 from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import MoleLinear
 from lamella.tuners.routed import See
+from lamella.tuners.tensors import onloaded
 
 
 class MoleMixture:
@@ -45,8 +46,10 @@ class MoleMixture:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """``(R, in)`` and ``(out, R)``; of a convolution the input is a patch, of an embedding a token."""
-        stored = self.layers[name].frozen(self.adapter)
-        return stored.A.double().cpu(), stored.B.double().cpu()
+        layer = self.layers[name]
+        with onloaded(layer.lamella_mole_loras[self.adapter]):
+            stored = layer.frozen(self.adapter)
+            return stored.A.double().cpu(), stored.B.double().cpu()
 
     def experts(self) -> NoReturn:
         """Raises: they are files already."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, project, read_outputs, read_positions
 from lamella.routing import Sequences, pool_mean
+from lamella.tuners.tensors import onloaded
 
 # Below it the softmax is a hard choice, and a learned temperature gets no more gradient.
 LOWEST_TEMPERATURE = 0.01
@@ -72,6 +73,10 @@ class MoleRouter(nn.Module):
 
     def from_outputs(self, outputs: Tensor) -> Tensor:
         """The same from the LoRAs' outputs themselves, ``(*rows, K, D)`` or ``(*rows, positions, K, D)``."""
+        with onloaded(self):
+            return self._from_outputs(outputs)
+
+    def _from_outputs(self, outputs: Tensor) -> Tensor:
         assert self.e is not None  # a block puts something out
         e = self.e.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
         read = outputs.to(e.dtype).flatten(-(e.dim() - 1))  # (*rows, D in all)

@@ -1,11 +1,10 @@
 """One block of a stack with its guests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lamella.backbones import BlockCall, Place, hidden_states_of, with_hidden_states
@@ -38,10 +37,10 @@ from lamella.tuners.molex.choosing import (
     spread,
 )
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.molex.guests import is_checkpointed, onloaded, refuse_sharded, run_guest, show_mixture
+from lamella.tuners.molex.guests import is_checkpointed, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
-from lamella.tuners.tensors import AdapterTensors
+from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_meta, onloaded
 
 CANNOT_MERGE = (
     "MoLEx lets each sequence choose the blocks it runs through, so there is no single weight to merge into the base, "
@@ -64,7 +63,7 @@ class _Mixture:
         return self.config.granularity if self.config.policy in ("learned", "random") else "sequence"
 
 
-class MolexBlock(nn.Module, BaseTunerLayer):
+class MolexBlock(nn.Module, AdapterLayer):
     """``h' = B_t(h) + (1 - alpha) * sum_i c_i (B_i(h) - B_t(h))`` over the guests i that were chosen for h.
 
     Tensors per adapter, as a file calls them, where the block has its own: ``lamella_molex_router.weight (T, in)`` and
@@ -73,11 +72,6 @@ class MolexBlock(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("lamella_molex_router", "lamella_molex_alpha")
     other_param_names: tuple[str, ...] = ("mixtures", "routers", "alphas")
-
-    # What BaseTunerLayer, which is untyped, brings along.
-    active_adapters: list[str]
-    disable_adapters: bool
-    set_adapter: Callable[..., None]
 
     def __init__(
         self, base_layer: nn.Module, place: Place, blocks: list[nn.Module], decoder: bool, after_encoder: bool = False
@@ -124,7 +118,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         device = next(self.base_layer.parameters()).device
         if router_at is self:
             router = _new_router(config, width, len(self.blocks))
-            self.lamella_molex_router[adapter] = router if _is_meta(router) else router.to(device)
+            self.lamella_molex_router[adapter] = router if is_meta(router) else router.to(device)
             if not config.trains_router:
                 self.frozen_peft_weight_names[adapter] = ("lamella_molex_router",)
         if alpha_at is self:
@@ -189,7 +183,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
         if adapter not in self.alphas:
             return self.mixtures[adapter].config.alpha
         logits = self.alphas[adapter].lamella_molex_alpha
-        with onloaded(logits):
+        with onloaded(logits[adapter]):
             return torch.sigmoid(logits.of(adapter)).to(device)
 
     def _running(self) -> str | None:
@@ -283,7 +277,7 @@ class MolexBlock(nn.Module, BaseTunerLayer):
     def _logits(self, adapter: str, h: Tensor) -> Tensor:
         """The router's scores of all blocks, in float32 or wider, ``(batch, tokens, T)``."""
         router = self.router(adapter)
-        with onloaded(router):
+        with onloaded(*router.modules()):
             wide = h.to(router.weight.device, torch.promote_types(h.dtype, torch.float32))
             return router.logits(wide.flatten(0, 1)).view(*h.shape[:2], -1).to(h.device)
 
@@ -438,10 +432,6 @@ def _new_router(config: MolexConfig, width: int, blocks: int) -> Router:
     if config.router == "linear":
         nn.init.normal_(router.weight, std=0.02)  # as published
     return router
-
-
-def _is_meta(module: nn.Module) -> bool:
-    return any(p.is_meta for p in module.parameters())
 
 
 def _decides_for_something(read: Tensor, sequences: Sequences, granularity: str) -> Tensor | None:

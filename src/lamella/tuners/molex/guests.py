@@ -1,12 +1,11 @@
 """Running another block of the stack on this block's input."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -86,15 +85,6 @@ def _unseen() -> Iterator[None]:
         yield
     finally:
         output_capturing._active_collector.reset(token)
-
-
-@contextmanager
-def onloaded(module: nn.Module) -> Iterator[None]:
-    """Brings in the weights of a module that accelerate has offloaded, for one that is used without being called."""
-    with ExitStack() as loaded:
-        for part in module.modules():
-            loaded.enter_context(align_module_device(part))
-        yield
 
 
 def show_mixture(before: Tensor, mixture: Tensor) -> None:

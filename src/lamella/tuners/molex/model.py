@@ -16,9 +16,10 @@ from lamella.tuners.model import RoutedModel
 from lamella.tuners.molex.block import CANNOT_MERGE, MolexBlock
 from lamella.tuners.molex.checks import examine_guests
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.molex.inner_lora import find_targets, inject_lora
+from lamella.tuners.molex.inner_lora import find_targets, inject_lora, lora_layers
 from lamella.tuners.molex.plan import make_plans
 from lamella.tuners.molex.summarising import summarise
+from lamella.tuners.tensors import execution_device, is_meta, placed
 
 
 class MolexModel(RoutedModel):
@@ -50,7 +51,7 @@ class MolexModel(RoutedModel):
     ) -> None:
         """Checks the whole request before the first module is touched, then injects LoRA and wraps the blocks."""
         config: MolexConfig = self.peft_config[adapter_name]
-        with _bare_blocks(model):
+        with placed(model), _bare_blocks(model):
             self._stacks = locate_stacks(model)
             self._plans = make_plans(model, config, self._stacks)
             inside, outside = ([], []) if config.lora is None else find_targets(model, config, self._stacks)
@@ -150,6 +151,20 @@ class MolexModel(RoutedModel):
             f"{type(self.model).__name__} does not say how wide its hidden states are (config.hidden_size), so the "
             f"router of {stack.name} cannot be made."
         )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MolexConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        for layer in lora_layers(model):
+            awaits = adapter_name in layer.lora_A and is_meta(layer.lora_A[adapter_name])
+            if awaits and execution_device(layer.get_base_layer()) is not None:
+                raise LamellaError(
+                    "PEFT would put the LoRA inside the blocks where accelerate keeps their offloaded weights, without "
+                    "numbers. Load the adapter without low_cpu_mem_usage."
+                )
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return tensors
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
