@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from peft import PeftModel
 from tests import tiny
 from tests.tuners.mole import trained
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache, WhisperConfig, WhisperForConditionalGeneration
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import lamella
 from lamella import LamellaError
 
-OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": tiny.PAD}
+OPTIONS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": tiny.PAD}
 IDS = torch.randint(3, tiny.VOCAB, (2, 6), generator=torch.Generator().manual_seed(3))
 METHODS = ("molex", "mole")
 
@@ -34,10 +36,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def _adapted(kind: str, method: str, folder: Path) -> PeftModel:
     """An adapter whose decision is felt: embeddings far apart, so that texts differ where decisions do."""
     if method == "mole":
-        model = trained.composition(kind, folder, layers=3)
+        model = trained.composition(kind, folder, layers=2)
         trained.sharpen(model, scale=8.0)
     else:
-        model = tiny.molex(tiny.build(kind, layers=3).double(), alpha=0.3).double()
+        model = tiny.molex(tiny.build(kind, layers=2).double(), alpha=0.3).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "lamella" not in name and "lora" not in name:
@@ -54,9 +56,9 @@ def without_cache(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 def _conversation(model: PeftModel, cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
-    """Three turns with one cache: what is said with it, and from the whole conversation without."""
+    """Two turns with one cache: what is said with it, and from the whole conversation without."""
     ids = IDS
-    for _ in range(3):
+    for _ in range(2):
         said = generate(model, ids, past_key_values=cache)
         yield said, without_cache(model, ids)
         ids = torch.cat([said, IDS[:, :2] + 1], dim=1)
@@ -69,7 +71,7 @@ def test_the_prompt_is_felt(decoder: PeftModel) -> None:
     assert not torch.equal(without_cache(decoder, IDS.flip(1)), said)
 
 
-@pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(tiny.llama_config(3), max_cache_len=40)])
+@pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(tiny.llama_config(2), max_cache_len=40)])
 def test_a_conversation_with_a_kept_cache(decoder: PeftModel, make: Callable[[], Cache]) -> None:
     cache = make()
     for said, expected in _conversation(decoder, cache):
@@ -112,30 +114,52 @@ def test_only_the_new_ids(decoder: PeftModel) -> None:
         again = decoder.generate(**new, past_key_values=cache, **OPTIONS)
         return again[:, new["input_ids"].shape[1] :], without_cache(decoder, whole)[:, whole.shape[1] :]
 
-    with pytest.raises(LamellaError, match=r"holds 10 tokens .* only what comes after .* lamella\.prompt"):
+    with pytest.raises(LamellaError, match=r"tokens .* other decisions .* only what comes after .* lamella\.prompt"):
         turn()
     with lamella.prompt([6, 6]):
         said, expected = turn()
     assert torch.equal(said, expected)
 
 
+@pytest.mark.parametrize("turn", ["first", "second"])
+def test_one_turn_without_the_adapter(decoder: PeftModel, turn: str) -> None:
+    cache, off = DynamicCache(), decoder.disable_adapter
+    with off() if turn == "first" else nullcontext():
+        ids = torch.cat([generate(decoder, IDS, past_key_values=cache), IDS[:, :2]], dim=1)
+    with off() if turn == "second" else nullcontext():
+        with lamella.prompt([6, 6]), pytest.raises(LamellaError, match=r"not decided|does not run now"):
+            decoder(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(cache))
+        assert torch.equal(generate(decoder, ids, past_key_values=cache), without_cache(decoder, ids))
+
+
+def test_one_turn_with_other_weights(tmp_path: Path) -> None:
+    model = trained.composition("llama", tmp_path)
+    with lamella.prompt([6, 6]):
+        for here, there in (({"news": 1.0}, {"law": 1.0}), ({"news": 1.0}, None), (None, {"law": 1.0})):
+            cache = DynamicCache()
+            with lamella.fixed_weights(model, here) if here else nullcontext():
+                ids = torch.cat([generate(model, IDS, past_key_values=cache), IDS[:, :2]], dim=1)
+            with lamella.fixed_weights(model, there) if there else nullcontext():
+                with pytest.raises(LamellaError, match="fixed weights"):
+                    model(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(cache))
+                assert torch.equal(generate(model, ids, past_key_values=cache), without_cache(model, ids))
+
+
 def test_in_chunks(decoder: PeftModel) -> None:
     assert torch.equal(generate(decoder, IDS, prefill_chunk_size=2), without_cache(decoder, IDS))
     for lengths in ([2, 2], [3, 1]):
         with lamella.prompt(lengths):
-            assert torch.equal(generate(decoder, IDS, prefill_chunk_size=2), without_cache(decoder, IDS))
+            chunked = generate(decoder, IDS, prefill_chunk_size=2, max_new_tokens=1, min_new_tokens=1)
+            assert torch.equal(chunked, without_cache(decoder, IDS, max_new_tokens=1, min_new_tokens=1))
 
 
 @pytest.mark.parametrize(
-    "negative",
-    [{}, {"negative_prompt_ids": IDS[:, :1]}, {"negative_prompt_ids": IDS.flip(1).repeat(1, 2)}],
-    ids=["last token", "a beginning of the prompt", "longer than the prompt"],
+    ("negative", "options"),
+    [(None, {}), (IDS[:, :1], {}), (IDS.flip(1).repeat(1, 2), {}), (None, {"num_beams": 2})],
+    ids=["last token", "a beginning of the prompt", "longer than the prompt", "beams"],
 )
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_classifier_free_guidance(decoder: PeftModel, negative: dict[str, Tensor], options: dict[str, int]) -> None:
-    if options and negative:
-        negative = {name: ids.repeat_interleave(2, dim=0) for name, ids in negative.items()}
-    options = {**options, **negative, "guidance_scale": 2.5}
+def test_classifier_free_guidance(decoder: PeftModel, negative: Tensor | None, options: dict[str, int]) -> None:
+    options = {**options, "negative_prompt_ids": negative, "guidance_scale": 2.5}
     assert torch.equal(generate(decoder, IDS, **options), without_cache(decoder, IDS, **options))
 
 
@@ -145,6 +169,31 @@ def test_the_unconditional_side_of_guidance_decides_for_itself(decoder: PeftMode
     one = {"max_new_tokens": 1, "min_new_tokens": 1}
     beside = generate(decoder, IDS[:1], guidance_scale=1e-9, negative_prompt_ids=negative, **one)
     assert torch.equal(beside[:, -1:], without_cache(decoder, negative, **one)[:, -1:])
+
+
+def test_guidance_that_the_caller_has_made(decoder: PeftModel) -> None:
+    said = []
+    for use_cache in (True, False):
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(2.5, decoder, IDS[:, :2], use_cache=use_cache)
+        said.append(generate(decoder, IDS, use_cache=use_cache, logits_processor=[guidance]))
+    assert torch.equal(*said)
+
+
+def test_a_loop_of_the_callers_own(decoder: PeftModel) -> None:
+    def loop(model: Any, input_ids: Tensor, *_: Any, size: int = 6, **more: Any) -> Tensor:
+        cache, said = DynamicCache(), input_ids
+        for part in input_ids.split(size, dim=1):
+            logits = model(input_ids=part, past_key_values=cache).logits
+        for _ in range(OPTIONS["max_new_tokens"]):
+            new = logits[:, -1:].argmax(dim=-1)
+            said = torch.cat([said, new], dim=1)
+            logits = model(input_ids=new, past_key_values=cache).logits
+        return said
+
+    options = {"custom_generate": loop, "eos_token_id": -1}
+    assert torch.equal(generate(decoder, IDS, **options), without_cache(decoder, IDS, eos_token_id=-1))
+    with pytest.raises(LamellaError, match=r"hands over 1 of its 6 tokens first\. .*lamella\.prompt"):
+        generate(decoder, IDS, size=1, **options)
 
 
 @pytest.mark.parametrize("way", ["early exit", "another model", "the same model", "prompt lookup"])
@@ -157,7 +206,7 @@ def test_assisted(decoder: PeftModel, way: str) -> None:
         "prompt lookup": {"prompt_lookup_num_tokens": 2},
     }
     assert torch.equal(generate(decoder, ids, **options[way]), without_cache(decoder, ids))
-    assert decoder.config.num_hidden_layers == 3
+    assert decoder.config.num_hidden_layers == 2
 
 
 def test_as_an_assistant(decoder: PeftModel) -> None:
@@ -248,3 +297,21 @@ def test_an_encoder_decoder_that_is_given_the_decoders_beginning(pair: PeftModel
         generate(pair, IDS[:1], **without_start, prompt_lookup_num_tokens=2)
     with lamella.prompt([3]):
         assert torch.equal(generate(pair, IDS[:1], **without_start, prompt_lookup_num_tokens=2), expected)
+
+
+def test_speech_is_what_a_random_choice_is_drawn_from() -> None:
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=tiny.VOCAB, num_mel_bins=4, d_model=tiny.HIDDEN, encoder_layers=2, decoder_layers=3,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        max_source_positions=6, max_target_positions=20, pad_token_id=tiny.PAD, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=3,
+    )  # fmt: skip
+    model = tiny.molex(WhisperForConditionalGeneration(config).double(), policy="random")
+    speech = {"input_features": torch.randn(4, 4, 12, dtype=torch.float64)}
+    said = [model.generate(**speech, max_new_tokens=4, use_cache=use_cache) for use_cache in (True, False)]
+    assert torch.equal(*said)
+    with tiny.watch(model) as seen:
+        model(**speech, labels=torch.randint(3, tiny.VOCAB, (4, 3)))
+    decoders = [routing.indices for place, routing, _ in seen if "decoder" in place.stack]
+    assert any(len(indices.unique(dim=0)) > 1 for indices in decoders), "what is heard makes no difference"

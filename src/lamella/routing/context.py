@@ -108,6 +108,7 @@ class RoutedCall:
         tokens: those that the forward adds.
         cached: the decisions for those sequences that it brought, and those taken since.
         is_settled: whether those that it brought are known to be those of a forward of the whole sequences.
+        is_recalled: whether any of those was used.
         overrides: what holds in place of the routers, by adapter.
         decisions: those that blocks of different stacks share.
         balances: losses that all routers of an adapter have in common, by adapter.
@@ -129,6 +130,7 @@ class RoutedCall:
     tokens: int = 0
     cached: dict[RouterKey, CachedDecision] = field(default_factory=dict)
     is_settled: bool = False
+    is_recalled: bool = False
     overrides: dict[str, Override] = field(default_factory=dict)
     decisions: dict[RouterKey, SharedDecision] = field(default_factory=dict)
     balances: dict[str, JointBalance] = field(default_factory=dict)

@@ -55,6 +55,11 @@ class Override:
     allowed: Tensor | None = None
     fixed: Tensor | None = None
 
+    def equals(self, other: "Override") -> bool:
+        """Whether the other says the same."""
+        pairs = ((self.allowed, other.allowed), (self.fixed, other.fixed))
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
     def weights(self, logits: Tensor, top_k: int | None) -> Tensor:
         """The weights of the experts that are not left out, of the ``top_k`` best of them where it is given."""
         return mixing_weights(self.masked(logits), top_k)

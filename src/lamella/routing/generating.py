@@ -90,14 +90,15 @@ class Asked:
     def generation(self) -> Generation:
         """The prompts that are known before the first forward."""
         drafts = any(self.setting(name) is not None and self.setting(name) is not False for name in _DRAFTS)
-        given, unconditional = self.given, self.arguments.get("negative_prompt_ids")
+        given, others = self.given, [self.arguments.get("negative_prompt_ids")]
         beginnings = [] if given is None else [Beginning(given, is_asked=True, drafts=drafts)]
         if given is None and (start := self._start_token()) is not None:
             beginnings.append(Beginning(torch.tensor([[start]]), drafts=drafts))
-        if self.setting("guidance_scale") is not None and unconditional is None and given is not None:
-            unconditional = given[:, -1:]
-        if isinstance(unconditional, Tensor):
-            beginnings.append(Beginning(unconditional))
+        if self.setting("guidance_scale") is not None and given is not None:
+            others.append(given[:, -1:])
+        for processor in self.arguments.get("logits_processor") or ():  # guidance that the caller has made himself
+            others.append(getattr(processor, "unconditional_context", {}).get("input_ids"))
+        beginnings += [Beginning(other) for other in others if isinstance(other, Tensor)]
         return Generation(beginnings, self._source() if self.is_encoder_decoder else None, drafts)
 
     def _start_token(self) -> int | None:

@@ -59,7 +59,8 @@ class CallTracker(TrackedModel):
                 call.prompt = call.generation.prompt_of(given)
         else:
             call = parent.call
-        enter(_frame_of_stack(call, arguments, parent), module, runs_in=sys._getframe(1))
+        main = getattr(module, "main_input_name", None)
+        enter(_frame_of_stack(call, arguments, parent, main), module, runs_in=sys._getframe(1))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook, run also when the forward raised an Exception."""
@@ -216,7 +217,7 @@ def _is_loss(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
 
 
-def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Frame | None) -> Frame:
+def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Frame | None, main: Any) -> Frame:
     is_decoder = arguments.get("encoder_hidden_states") is not None
     mask = arguments.get("attention_mask")
     real: Tensor | None
@@ -232,7 +233,7 @@ def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Fram
         real = parent.mask
     encoder_mask = arguments.get("encoder_attention_mask")
     encoder_real = encoder_mask.bool() if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2 else None
-    named = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values"))
+    named = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values", main))
     given = next((value for value in named if isinstance(value, Tensor)), None)
     if given is None and parent is not None and parent.call is call:
         given = parent.given

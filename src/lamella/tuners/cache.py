@@ -16,7 +16,17 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentio
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lamella.errors import LamellaError
-from lamella.routing import Asked, CachedDecision, Frame, Generation, Prompt, RoutedCall, RouterKey, find_readable
+from lamella.routing import (
+    Asked,
+    CachedDecision,
+    Frame,
+    Generation,
+    Override,
+    Prompt,
+    RoutedCall,
+    RouterKey,
+    find_readable,
+)
 from lamella.routing.context import current_context
 
 
@@ -38,6 +48,7 @@ def recall(frame: Frame, key: RouterKey, x: Tensor, decoder: bool, prompt_tokens
     refuse_foreign(call, name)
     if call.past == 0:
         return None
+    call.is_recalled = True
     decision = call.cached.get(key)
     if decision is None:
         raise LamellaError(
@@ -107,6 +118,7 @@ class DecisionLayer(DummyLayer):
     def reset(self) -> None:
         """Forgets the sequences."""
         self.decisions: dict[RouterKey, CachedDecision] = {}
+        self.overrides: dict[str, Override] = {}  # what held in place of routers when they were read
         self.tokens = 0  # of the sequences so far
         self.generation: int | None = None  # the generate that may go on with them as they are
 
@@ -137,18 +149,21 @@ class DecisionsInCache:
         """Sees to it that a ``generate`` begins where its decisions are those of one forward of all it is given.
 
         A cache whose decisions were taken by another prompt (that of an earlier turn of a conversation, or of what
-        several prompts have in common) is emptied, so that ``generate`` reads all again.
+        several prompts have in common) or that has none is emptied, so that ``generate`` reads all again.
 
         Raises:
             LamellaError: it is to be read again, and the ids in it are not given.
         """
         cache = next((value for value in arguments.values() if isinstance(value, Cache)), None)
         layer = None if cache is None else _decision_layer(cache)
-        if cache is not None and layer is not None and layer.decisions and tokens_in(cache) > 0:
+        was_decided, decides = layer is not None and bool(layer.decisions), _with_sequences(asked.model) is not None
+        if cache is not None and tokens_in(cache) > 0 and (was_decided or decides):
             # An assistant is asked again and again, and the prompt is that of the first time.
-            if not asked.setting("is_assistant") and not _fits(layer, asked):
+            goes_on = was_decided and bool(asked.setting("is_assistant"))
+            if not decides or not (goes_on or (layer is not None and _fits(layer, asked))):
                 _read_again(cache, asked)
-            layer.generation = generation.number
+            if layer is not None:
+                layer.generation = generation.number
         return _in_one_piece(asked, arguments)
 
     def batched(self, model: nn.Module) -> None:
@@ -174,16 +189,28 @@ class DecisionsInCache:
         layer = _decision_layer(cache)
         call.cache, call.past = cache, tokens_in(cache)
         if layer is not None:
+            if call.past > 0 and not _are_equal(layer.overrides, call.overrides):
+                raise LamellaError(
+                    f"The cache holds {call.past} tokens that were read with other fixed weights or masked experts "
+                    "than hold now. Say them around each forward of the sequences, start from an empty cache, or pass "
+                    "use_cache=False."
+                )
             call.cached = dict(layer.decisions)
             call.is_settled = call.generation is not None and layer.generation == call.generation.number
 
     def closed(self, call: RoutedCall, output: Any) -> None:
         """Gives the cache the decisions; now it has all of the model's own layers."""
         cache, call.cache = call.cache or _cache_of(output), None
-        if not call.cached:
+        if not call.cached and not call.overrides:
             return
+        if call.past > 0 and not call.is_recalled and not call.overrides:
+            adapter, name = next(iter(call.cached))
+            raise LamellaError(
+                f"The cache holds {call.past} tokens that were read with the decisions of {name} in the adapter "
+                f"{adapter!r}, which does not run now. Start from an empty cache, or pass use_cache=False."
+            )
         if cache is None:
-            if call.generation is not None and isinstance(output, Mapping):
+            if call.cached and call.generation is not None and isinstance(output, Mapping):
                 call.foreign = _foreign(output)
                 refuse_foreign(call, next(iter(call.cached))[1])
             return
@@ -193,7 +220,7 @@ class DecisionsInCache:
             _layers(cache).append(layer)
         if call.past == 0:
             layer.generation = None if call.generation is None else call.generation.number
-        layer.decisions, layer.tokens = call.cached, call.past + call.tokens
+        layer.decisions, layer.overrides, layer.tokens = call.cached, call.overrides, call.past + call.tokens
 
 
 @runtime_checkable
@@ -213,10 +240,15 @@ def _with_sequences(model: nn.Module) -> SequenceModule | None:
     return next((layer for layer in layers if layer.goes_with_sequences), None)
 
 
+def _are_equal(some: Mapping[str, Override], others: Mapping[str, Override]) -> bool:
+    return some.keys() == others.keys() and all(override.equals(others[name]) for name, override in some.items())
+
+
 def _fits(layer: DecisionLayer, asked: Asked) -> bool:
     """Whether decisions are those that one forward of all that ``generate`` is given would take."""
-    given = asked.given
-    if given is None:
+    overrides = asked.tracker.overrides.here()
+    is_decided = bool(layer.decisions) or any(override.fixed is not None for override in overrides.values())
+    if asked.given is None or not is_decided or not _are_equal(layer.overrides, overrides):
         return False
     real = asked.real
     known = current_context().prompt or Prompt()
@@ -235,15 +267,17 @@ def _read_again(cache: Cache, asked: Asked) -> None:
     given = asked.given
     if given is None or asked.real.shape[1] != given.shape[1]:
         raise LamellaError(
-            f"The cache holds {tokens_in(cache)} tokens whose decisions were taken by another prompt than the one that "
-            "generate is given, and it is given only what comes after them. Give it all ids, or state by "
-            "lamella.prompt, around this generate and around what filled the cache, what decisions are to read."
+            f"The cache holds {tokens_in(cache)} tokens that were read with other decisions than one forward of all "
+            "would take (by another prompt, other fixed weights, another adapter or none), and generate is given only "
+            "what comes after them. Give it all ids, or state by lamella.prompt, around this generate and around what "
+            "filled the cache, what decisions are to read."
         )
     asked.tracker.say_once(
         "cache read again",
-        "A cache that generate was given is emptied and its sequences are read again: its decisions were taken by "
-        "another prompt, that of an earlier turn or of a shared beginning. To go on with it as it is, state by "
-        "lamella.prompt, around each generate, what decisions are to read.",
+        "A cache that generate was given is emptied and its sequences are read again: they were read with other "
+        "decisions than one forward of all would take (by the prompt of an earlier turn or of a shared beginning, "
+        "other fixed weights, another adapter or none). To go on with a cache as it is, state by lamella.prompt, "
+        "around each generate, what decisions are to read.",
     )
     cache.reset()
 

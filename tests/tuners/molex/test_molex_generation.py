@@ -242,17 +242,6 @@ def test_a_row_says_alone_what_it_says_among_others(family: str) -> None:
         assert torch.equal(new, expected[: len(new)])
 
 
-def test_a_text_can_be_continued_from_its_cache() -> None:
-    model, given = shared("llama"), prompts(padded=False)
-    options = {"do_sample": False, "eos_token_id": -1}
-    with lamella.prompt([PROMPT] * ROWS):
-        text = model.generate(**given, max_new_tokens=2 * NEW, use_cache=False, **options)
-        first = model.generate(**given, max_new_tokens=NEW, return_dict_in_generate=True, **options)
-        more = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
-        again = model.generate(**more, past_key_values=first.past_key_values, max_new_tokens=NEW, **options)
-    assert torch.equal(again, text)
-
-
 def test_a_cache_is_used_again_after_a_reset() -> None:
     model, cache = shared("llama"), DynamicCache()
     given = prompts()
@@ -268,14 +257,6 @@ def test_the_other_ways_to_choose_generate_the_same_too(settings: dict[str, Any]
     text = model.generate(**given, max_new_tokens=NEW, use_cache=False)
     assert torch.equal(model.generate(**given, max_new_tokens=NEW), text)
     assert torch.equal(model.generate(**given, max_new_tokens=NEW, cache_implementation="static"), text)
-
-
-def test_prompt_lookup_that_takes_tokens_back_says_the_same() -> None:
-    model = mixture("llama")
-    given = {name: tensor[:1] for name, tensor in prompts(padded=False).items()}
-    given = {name: tensor.repeat(1, 3) for name, tensor in given.items()}
-    text = model.generate(**given, max_new_tokens=NEW, use_cache=False, do_sample=False)
-    assert torch.equal(model.generate(**given, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3), text)
 
 
 def test_a_cache_filled_by_the_base_model_is_refused() -> None:
