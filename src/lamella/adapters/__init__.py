@@ -1,7 +1,7 @@
 """Trained LoRAs as they lie about: PEFT folders, kohya's and diffusers' files, hub ids; read, checked and mapped."""
 
 from lamella.adapters.bases import BaseNames, located, published_name, register_base_names
-from lamella.adapters.identity import check_base
+from lamella.adapters.identity import check_base, has_weights_of
 from lamella.adapters.mapping import Mapped, map_to
 from lamella.adapters.modules import adds_bias, fan, projects, sides_of
 from lamella.adapters.read import read_lora
@@ -17,6 +17,7 @@ __all__ = [
     "by_name",
     "check_base",
     "fan",
+    "has_weights_of",
     "located",
     "map_to",
     "projects",

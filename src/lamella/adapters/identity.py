@@ -85,9 +85,12 @@ def has_weights_of(model: nn.Module, name: str, revision: str | None = None) -> 
                 ours = tensors.get(key) or tensors.get(other)
                 if ours is None:
                     continue
-                for mine, theirs in _rows(ours, saved.get_slice(key)):
+                theirs = saved.get_slice(key)
+                if ours[1] is None and _of_other_width(ours[0], theirs):
+                    return False
+                for mine, row in _rows(ours, theirs):
                     compared = True
-                    if not _alike(mine, theirs, ours[1] is not None):
+                    if not _alike(mine, row, ours[1] is not None):
                         return False
     return True if compared else None
 
@@ -101,6 +104,11 @@ def _own_tensors(model: nn.Module) -> dict[str, tuple[Tensor, nn.Module | None]]
             is_stored = type(tensor) is nn.Parameter and tensor.is_floating_point() and tensor.dtype.itemsize > 1
             tensors[f"{plain}.{key}" if plain else key] = tensor, None if is_stored else module
     return tensors
+
+
+def _of_other_width(ours: Tensor, theirs: Any) -> bool:
+    """Whether two tensors that are numbers differ in more than their rows, as those of a resized vocabulary do."""
+    return theirs.get_dtype() in _NUMBERS and list(ours.shape[1:]) != theirs.get_shape()[1:]
 
 
 def _rows(ours: tuple[Tensor, nn.Module | None], theirs: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -173,4 +181,5 @@ def _may_be_one(named: str, here: str) -> bool:
     return not owned and Path(named).parts[-1:] == Path(here).parts[-1:]
 
 
+_NUMBERS = ("F64", "F32", "F16", "BF16")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

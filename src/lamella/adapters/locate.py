@@ -47,7 +47,8 @@ def locate(reference: Reference) -> Files:
     if reference.source.endswith(_PICKLES):
         raise LamellaError(_pickle(reference.source))
     here = Path(reference.source).expanduser()
-    if here.exists():
+    is_here = exists(here)
+    if is_here:
         root, located = here, reference
     else:
         root, located = _fetch(reference)
@@ -61,9 +62,17 @@ def locate(reference: Reference) -> Files:
             "routers trained for one LoRA say nothing about another."
         )
     stem = weights.stem if config is None and weights.name != DIFFUSERS_WEIGHTS else weights.parent.name
-    if not here.exists():
+    if not is_here:
         stem = Path(reference.subfolder or reference.source).stem
     return Files(weights, config, replace(located, sha256=digest), stem)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at a path, which may be what no file can be called."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _digest(config: Path, weights: Path) -> str:
@@ -138,7 +147,8 @@ def _fetch(reference: Reference) -> tuple[Path, Reference]:
 
     match = _HUB_ID.fullmatch(reference.source)
     if match is None:
-        raise LamellaError(f"{reference.source!r} is not a file or folder here, and not a hub id. {_READ}")
+        source = reference.source if len(reference.source) < 200 else f"{reference.source[:80]}..."
+        raise LamellaError(f"{source!r} is not a file or folder here, and not a hub id. {_READ}")
     file = match["file"]
     lead = f"{reference.subfolder.strip('/')}/" if reference.subfolder else ""
     wanted = [file] if file else [CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS]

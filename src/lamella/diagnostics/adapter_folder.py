@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 
-from lamella.adapters import located, published_name
+from lamella.adapters import has_weights_of, located, published_name
 from lamella.diagnostics.running import clone, transformer
 from lamella.diagnostics.weights import examine_numbers, examine_targets
 from lamella.errors import LamellaError, UnreadableError
@@ -57,7 +57,24 @@ def examine_files(folder: Path, examination: Examination) -> AdapterFiles:
     tensors = _tensors(folder, examination)
     if tensors is not None:
         examine_numbers(tensors, WEIGHTS, examination)
+        if isinstance(config, LoraConfig):
+            _examine_effect(tensors, examination)
     return AdapterFiles(config, tensors)
+
+
+def _examine_effect(tensors: Mapping[str, Tensor], examination: Examination) -> None:
+    """Looks for a LoRA that adds nothing, as before its first step of training."""
+    up = [name for name in tensors if ".lora_B." in name or ".lora_embedding_B" in name]
+    beside = [name for name in tensors if ".lora_" not in name]
+    if up and not beside and not any(bool(tensors[name].any()) for name in up):
+        examination.warning(
+            "adds-nothing",
+            f"B is zero in all {len(up)} modules",
+            up,
+            "the model does what its base does: nothing was trained, or what was trained was not saved",
+            "train it, or look for the checkpoint that was",
+        )
+    examination.saw(f"effect: B of {len(up)} modules")
 
 
 def _examine_pickles(folder: Path, examination: Examination) -> None:
@@ -236,7 +253,8 @@ def examine_name(config: PeftConfig, base: nn.Module, examination: Examination) 
     if not named or not ours:
         examination.saw("base: loaded without a name, so that it was compared by its shapes alone")
         return
-    if not _same(named, ours):
+    same = named == ours or has_weights_of(transformer(base), named, config.revision)
+    if not (_same(named, ours) if same is None else same):
         examination.warning(
             "base-differs",
             f"the adapter was saved for {named}, and is examined on {ours}",

@@ -24,7 +24,7 @@ from lamella.diffusion.layers import (
 )
 from lamella.errors import LamellaError
 from lamella.tuners.model import track
-from lamella.tuners.mole.composing import Lora, read_given
+from lamella.tuners.mole.composing import Lora, read_given, refuse_other_configs
 from lamella.tuners.mole.config import Adapters, MoleConfig
 from lamella.tuners.mole.layer import MoleLinear
 from lamella.tuners.mole.model import Composition
@@ -67,6 +67,7 @@ def compose_pipeline(
         LamellaError: fewer than two LoRAs, two of one name, one that cannot be read or does not fit, adapters in the
             pipeline already, or a setting that means nothing here. The pipeline is then as it was.
     """
+    refuse_other_configs(config)
     config = MoleConfig() if config is None else copy.deepcopy(config)
     if config.adapters:
         raise LamellaError(f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty.")

@@ -27,6 +27,15 @@ logger = logging.getLogger(__name__)
 _ABOUT_ALL = frozenset({"ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"})
 
 
+def _refuse_name(adapter: Any) -> None:
+    """Raises unless an adapter can be called so: the name becomes a part of its tensors' names."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter):
+        raise LamellaError(
+            f"An adapter cannot be called {adapter!r}: the name becomes a part of its tensors' names, so that it has "
+            "no dots and is none of the words that torch keeps for itself. Call it otherwise, as in 'v1_0'."
+        )
+
+
 class RoutedModel(BaseTuner):
     """A tuner whose layers decide by their input, so that none can be merged and every tensor must be there.
 
@@ -44,9 +53,10 @@ class RoutedModel(BaseTuner):
         tuple[str, ...]
     ] = ()  # prefixes beside the method's own of tensors that must be there
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _refuse_name(adapter_name)
         with placed(model):
-            super().inject_adapter(model, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         track(model)
         if any(parameter.requires_grad for parameter in model.parameters()):
             watch_trainer()

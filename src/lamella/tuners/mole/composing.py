@@ -38,6 +38,8 @@ def compose(
         LamellaError: fewer than two LoRAs, two of one name, one that cannot be read or is of another base, or settings
             that do not suit the model. The model is then as it was.
     """
+    _refuse_other_bases(base)
+    refuse_other_configs(config)
     config = MoleConfig() if config is None else copy.deepcopy(config)
     if config.adapters:
         raise LamellaError(
@@ -50,6 +52,26 @@ def compose(
     model: Any = get_peft_model(base, config, adapter_name)
     assert isinstance(model, PeftModel)
     return model
+
+
+def _refuse_other_bases(base: Any) -> None:
+    """Raises unless LoRAs can be composed on what was given."""
+    if isinstance(base, PeftModel):
+        raise LamellaError(
+            f"The base is a {type(base).__name__} with the adapter {base.active_adapter!r} on it. Compose on the bare "
+            "model, which its unload() gives back; or put the composition beside that adapter, with "
+            "model.add_adapter(name, MoleConfig(adapters={...}))."
+        )
+    if not isinstance(base, nn.Module):
+        is_pipeline = isinstance(getattr(base, "components", None), Mapping)
+        way = "use lamella.compose_pipeline" if is_pipeline else "give a model, such as from_pretrained loads it"
+        raise LamellaError(f"The base is a {type(base).__name__}, and LoRAs are composed on a model: {way}.")
+
+
+def refuse_other_configs(config: Any) -> None:
+    """Raises where the settings are not those of MOLE."""
+    if config is not None and not isinstance(config, MoleConfig):
+        raise LamellaError(f"The config is a {type(config).__name__}; give a MoleConfig, or none for its defaults.")
 
 
 def read_given(adapters: Mapping[str, Lora] | Sequence[Lora], pipe: Any = None) -> list[LoraSource]:

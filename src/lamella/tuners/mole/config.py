@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from lamella.adapters import LoraSource, Reference
+from lamella.adapters.locate import exists
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
 from lamella.tuners.config import LamellaConfig
@@ -198,7 +199,7 @@ def _absolute_reference(reference: Reference) -> Reference:
 def _absolute(source: str) -> str:
     """A path's own full name, wherever it is read from; a hub id as it is."""
     path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() else source
+    return str(path.absolute()) if exists(path) else source
 
 
 def _relative(reference: Reference, folder: Path) -> Reference:

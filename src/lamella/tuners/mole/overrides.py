@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from lamella.routing import find_tracker
 from lamella.routing.overriding import Overrides
 from lamella.tuners.mole.layer import MoleLinear
 
-Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Tensor
+Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
 @contextmanager
@@ -56,18 +57,16 @@ def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
     Args:
         model: a model with an active MOLE adapter.
         weights: by name (0 for LoRAs that are not named), the same for all sequences; a list of such dictionaries, one
-            per sequence of the batch, so that each request has its own; or a tensor, ``(K,)`` or ``(batch, K)``, in the
-            order of the config's adapters. With several rows per sequence (beams) they follow each other.
+            per sequence of the batch, so that each request has its own; or a tensor, an array or lists of numbers,
+            ``(K,)`` or ``(batch, K)``, in the order of the config's adapters. With several rows per sequence (beams)
+            they follow each other.
 
     Raises:
         LamellaError: no MOLE adapter, a name it does not have, another number of weights, weights that are not finite,
             or weights for nothing but LoRAs that are left out.
     """
     adapter, names = _active(model)
-    if isinstance(weights, Tensor):
-        fixed = weights.detach().float() if weights.dtype != torch.float64 else weights.detach()
-    else:
-        fixed = _by_name(weights, names)
+    fixed = _by_name(weights, names) if _is_named(weights) else _in_order(weights, names)
     if fixed.dim() not in (1, 2) or fixed.shape[-1] != len(names) or not fixed.numel():
         raise LamellaError(
             f"weights of shape {tuple(fixed.shape)} are not ({len(names)},) or (batch, {len(names)}), one for each of "
@@ -84,11 +83,31 @@ def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
         yield
 
 
+def _is_named(weights: Any) -> TypeGuard[Mapping[str, float] | Sequence[Mapping[str, float]]]:
+    rows = weights if isinstance(weights, list | tuple) and weights else [weights]
+    return all(isinstance(row, Mapping) for row in rows)
+
+
+def _in_order(weights: Any, names: Sequence[str]) -> Tensor:
+    """Weights without names: a tensor, an array, or lists of numbers."""
+    try:
+        table = torch.as_tensor(weights).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LamellaError(
+            f"weights={weights!r} are not numbers: give them by name, as in {{{names[0]!r}: 1.0}}, a list of such "
+            f"dictionaries, or numbers in the order of {', '.join(names)}."
+        ) from error
+    return table if table.dtype == torch.float64 else table.float()
+
+
 def _by_name(weights: Mapping[str, float] | Sequence[Mapping[str, float]], names: Sequence[str]) -> Tensor:
     rows = [weights] if isinstance(weights, Mapping) else list(weights)
     for row in rows:
         _refuse_unknown(row, names, "weights")
-    table = torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows], dtype=torch.float64)
+    try:
+        table = torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise LamellaError(f"weights={weights!r} give some LoRA what is no number: {error}.") from error
     return table[0] if isinstance(weights, Mapping) else table
 
 
