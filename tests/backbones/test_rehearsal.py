@@ -47,7 +47,7 @@ def test_where_a_model_cannot_be_run_nothing_is_seen() -> None:
     assert seen.sort(["b", "a"]) == ["b", "a"]
 
 
-@pytest.mark.parametrize("name", ["nomic_bert", "switch_transformers", "swin", "wavlm"])
+@pytest.mark.parametrize("name", ["nomic_bert", "switch_transformers", "swin", "wavlm", "xlnet"])
 def test_each_module_has_weights_for_its_own_rows(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
     base = tiny_model(family)

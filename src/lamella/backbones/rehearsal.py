@@ -71,7 +71,7 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
     of_block = {name: rows.get(f"{place.stack}.{place.layer}", torch.Size()) for name, place in places.items()}
     return Rehearsal(
         order,
-        frozenset(_pattern(name) for name, block in of_block.items() if rows[name] not in (block, _flat(block))),
+        frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_token(rows[name], block)),
         frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_sequence(rows[name], block)),
     )
 
@@ -111,8 +111,13 @@ def _ids(model: nn.Module, width: int) -> Tensor:
     return middle + torch.arange(_BATCH * width).view(_BATCH, width) % max(middle, 1)
 
 
+def _is_by_token(rows: torch.Size, block: torch.Size) -> bool:
+    """Whether a module in a block that is given ``(batch, tokens)`` rows is given the same."""
+    return block[:1] == (_BATCH,) and rows in (block, _flat(block))
+
+
 def _is_by_sequence(rows: torch.Size, block: torch.Size) -> bool:
-    return rows == _flat(block) or (len(rows) > 1 and rows[:1] == block[:1])
+    return _is_by_token(rows, block) or (len(rows) > 1 and rows[:1] == block[:1] == (_BATCH,))
 
 
 def _flat(rows: torch.Size) -> torch.Size:

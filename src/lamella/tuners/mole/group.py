@@ -284,15 +284,26 @@ class Group:
         weights = decision.weights.to(x.device)
         if self.by_token:
             return self._by_token(weights, layer, x)
-        if decision.without is None:
+        sequences = decision.sequences
+        packed = sequences is not None and sequences.packed
+        if packed and layer.reads_encoder:
+            raise LamellaError(
+                f"{layer.name} reads the encoder's states for several documents in one row, and which of them each "
+                "state belongs to is not known. Give each document a row of its own, or use router_input='token'."
+            )
+        if decision.without is None and not packed:
             return self.repeated(weights, layer, x)
-        without, uniform = decision.without.to(x.device), decision.uniform
-        assert uniform is not None
-        uniform = uniform.to(x.device)
+        uniform = None if decision.uniform is None else decision.uniform.to(x.device)
+        without = None if decision.without is None else decision.without.to(x.device)
         if layer.reads_encoder:  # every token attends to these rows, those that run without the decision too
+            assert without is not None
+            assert uniform is not None
             mixed = torch.where(without.any(dim=1, keepdim=True), uniform, weights)
             return self.repeated(mixed, layer, x)
-        return self._by_token(torch.where(without[..., None], uniform, weights[:, None]), layer, x)
+        by_token = weights[:, None] if sequences is None else sequences.spread(weights)  # (batch, tokens or 1, K)
+        if without is not None and uniform is not None:
+            by_token = torch.where(without[..., None], uniform, by_token)  # (batch, tokens, K)
+        return self._by_token(by_token, layer, x)
 
     def _by_token(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
         """Weights per token ``(*rows, K)`` for a module that is given the same tokens."""
