@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    CodeGenConfig,
     DistilBertConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -130,6 +131,10 @@ _CONFIGS = {
     "gemma3": lambda n: Gemma3TextConfig(
         **_DECODER, num_hidden_layers=n, sliding_window=5, query_pre_attn_scalar=8,
         layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(n)],
+    ),
+    "codegen": lambda n: CodeGenConfig(
+        n_embd=HIDDEN, n_layer=n, n_head=4, rotary_dim=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, **_TOKENS,
     ),
     "opt": lambda n: OPTConfig(
         hidden_size=HIDDEN, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=HIDDEN, num_hidden_layers=n,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tests import tiny
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, Lfm2Config
 
 from lamella import LamellaError
-from lamella.backbones import BlockCall, hidden_states_of, kind_of_block, locate_stacks, with_hidden_states
+from lamella.backbones import BlockCall, hidden_states_of, kinds_of_blocks, locate_stacks, with_hidden_states
 
 
 class Block(nn.Module):
@@ -77,18 +77,13 @@ def test_outputs_with_and_without_company() -> None:
     assert with_hidden_states((H, "bias"), other) == (other, "bias")
 
 
-def kinds(name: str) -> list[str]:
-    model = tiny.build(name)
-    return [
-        kind_of_block(model.get_submodule(f"{stack.name}.{index}"))
-        for stack in locate_stacks(model)
-        for index in range(stack.depth)
-    ]
+def kinds(model: nn.Module) -> list[str]:
+    return [kind for stack in locate_stacks(model) for kind in kinds_of_blocks(model, stack)]
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_blocks_of_a_family_are_alike_where_their_attention_is(name: str) -> None:
-    actual = kinds(name)
+    actual = kinds(tiny.build(name))
     if name in ("gemma2", "gemma3"):
         assert actual[0] == actual[2] != actual[1] == actual[3]
         assert "sliding" in actual[0]
@@ -97,3 +92,25 @@ def test_blocks_of_a_family_are_alike_where_their_attention_is(name: str) -> Non
         assert len(set(actual[:4])) == len(set(actual[4:])) == 1
     else:
         assert len(set(actual)) == 1
+
+
+def test_blocks_that_mix_tokens_in_other_ways_are_unlike_whatever_their_feed_forward() -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.device("meta"):
+        convolution = AutoModelForCausalLM.from_config(Lfm2Config(**small, layer_types=["conv", "full_attention"] * 2))
+        sparse = DeepseekV3Config(
+            **{**small, "num_key_value_heads": 2}, first_k_dense_replace=2, n_group=1, topk_group=1, n_routed_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=8,
+        )  # fmt: skip
+        some_dense = AutoModelForCausalLM.from_config(sparse)
+    actual = kinds(convolution)
+    assert actual[0] == actual[2] != actual[1] == actual[3]
+    assert "conv" in actual[0]
+    assert len(set(kinds(some_dense))) == 1
+
+
+def test_what_only_the_config_says_of_a_blocks_attention_counts() -> None:
+    model = tiny.llama(layers=3)
+    model.model.config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    actual = kinds(model)
+    assert actual[0] == actual[2] != actual[1]

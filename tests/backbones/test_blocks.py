@@ -4,20 +4,37 @@ from tests import tiny, tiny_pipelines
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     BartConfig,
+    BertConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CodeGenConfig,
     DebertaV2Config,
     DebertaV2Model,
     DistilBertConfig,
+    Gemma3TextConfig,
     GPTNeoXConfig,
+    HeliumConfig,
+    JambaConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     ModernBertConfig,
-    OPTConfig,
+    MptConfig,
+    Olmo3Config,
     Qwen2Config,
     RobertaConfig,
+    SiglipTextConfig,
+    SiglipTextModel,
+    T5GemmaConfig,
     ViTConfig,
+    Zamba2Config,
 )
 
 from lamella import LamellaError
-from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
+from lamella.backbones import Place, find_place, find_stacks, locate_stacks, siblings_with_same_input
 
 
 def actual(model: nn.Module) -> list[tuple[str, str, int]]:
@@ -35,41 +52,96 @@ def actual(model: nn.Module) -> list[tuple[str, str, int]]:
     ],
 )
 def test_the_stacks_of_the_families_we_train(name: str, expected: list[tuple[str, str, int]]) -> None:
-    model = tiny.MODELS[name](layers=3)
-    assert actual(model) == expected
-    assert {stack.found_by for stack in locate_stacks(model)} == {f"family {model.config.model_type}"}
+    assert actual(tiny.MODELS[name](layers=3)) == expected
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 48, "pad_token_id": 0}
+BART = BartConfig(
+    d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=24, decoder_ffn_dim=24,
+)  # fmt: skip
 ENCODER, DECODER = [("encoder", 2)], [("decoder", 2)]
 OTHERS = [
-    (RobertaConfig(**SMALL), ENCODER),
-    (ModernBertConfig(**SMALL), ENCODER),
-    (DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24), ENCODER),
-    (ViTConfig(**SMALL, image_size=8, patch_size=4), ENCODER),
-    (Qwen2Config(**SMALL, num_key_value_heads=1), DECODER),
-    (GPTNeoXConfig(**SMALL), DECODER),
-    (
-        OPTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16),
-        DECODER,
-    ),
-    (
-        BartConfig(
-            d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-            encoder_ffn_dim=24, decoder_ffn_dim=24,
-        ),
-        ENCODER + DECODER,
-    ),
-]  # fmt: skip
+    (AutoModel, RobertaConfig(**SMALL), ENCODER, "is_decoder is False"),
+    (AutoModel, ModernBertConfig(**SMALL), ENCODER, "modernbert fills in masked tokens"),
+    (AutoModel, DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24), ENCODER, "fills in masked tokens"),
+    (AutoModel, ViTConfig(**SMALL, image_size=8, patch_size=4), ENCODER, "it reads image"),
+    (AutoModel, Qwen2Config(**SMALL, num_key_value_heads=1), DECODER, "is_causal is True"),
+    (AutoModel, GPTNeoXConfig(**SMALL), DECODER, "is_causal is True"),
+    (AutoModel, BART, ENCODER + DECODER, "is_decoder is False"),
+    # Of the families that once were in no list.
+    (AutoModel, Olmo3Config(**GROUPED), DECODER, "is_causal is True"),
+    (AutoModel, HeliumConfig(**GROUPED), DECODER, "is_causal is True"),
+    (AutoModelForCausalLM, BertConfig(**SMALL, is_decoder=True), DECODER, "is_causal is True"),
+    (AutoModelForCausalLM, MptConfig(d_model=16, n_heads=2, n_layers=2), DECODER, "MptForCausalLM generates with it"),
+    (AutoModelForCausalLM, CodeGenConfig(n_embd=16, n_layer=2, n_head=4, rotary_dim=4), DECODER, "generates with it"),
+    (AutoModel, MptConfig(d_model=16, n_heads=2, n_layers=2), DECODER, "nothing shows that it is not causal"),
+    (AutoModel, T5GemmaConfig(encoder=GROUPED, decoder=GROUPED), ENCODER + DECODER, "encoder-decoder's encoder"),
+    (LlamaForSequenceClassification, LlamaConfig(**GROUPED), DECODER, "is_causal is True"),
+]
 
 
-@pytest.mark.parametrize(("config", "expected"), OTHERS, ids=lambda value: getattr(value, "model_type", ""))
-def test_the_stacks_of_other_families_are_where_the_table_says(config, expected) -> None:
+@pytest.mark.parametrize(
+    ("made_by", "config", "expected", "evidence"), OTHERS, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_whether_a_stack_is_causal_is_read_from_the_model(made_by, config, expected, evidence) -> None:
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = made_by.from_config(config) if hasattr(made_by, "from_config") else made_by(config)
     stacks = locate_stacks(model)
     assert [(stack.role, stack.depth) for stack in stacks] == expected
-    assert {stack.found_by for stack in stacks} == {f"family {config.model_type}"}
+    assert evidence in stacks[0].evidence
+
+
+TOWER = {
+    **SMALL,
+    "vocab_size": 48,
+    "max_position_embeddings": 16,
+    "projection_dim": 8,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "role"),
+    [
+        (CLIPTextModel(CLIPTextConfig(**TOWER)), "decoder"),
+        (SiglipTextModel(SiglipTextConfig(**TOWER)), "encoder"),
+        (AutoModel.from_config(Gemma3TextConfig(**GROUPED)), "decoder"),
+        (AutoModel.from_config(Gemma3TextConfig(**GROUPED, use_bidirectional_attention=True)), "encoder"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_says_nothing_of_itself_is_tried_out(model: nn.Module, role: str) -> None:
+    model.train()
+    model.get_submodule(locate_stacks(model)[0].name).eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    (stack,) = locate_stacks(model)
+    assert stack.role == role
+    assert ("a probe" in stack.evidence) == (role == "encoder")
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_both_towers_of_a_model_have_the_role_that_is_theirs() -> None:
+    text = {name: value for name, value in TOWER.items() if name not in ("image_size", "patch_size")}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=TOWER, projection_dim=8))
+    assert actual(model) == [("vision_model.encoder.layers", "encoder", 2), ("text_model.encoder.layers", "decoder", 2)]
+
+
+def test_blocks_of_several_classes_and_with_lists_in_them_are_one_stack() -> None:
+    jamba = JambaConfig(**GROUPED, attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False)
+    zamba = Zamba2Config(
+        **{**GROUPED, "num_hidden_layers": 4}, layers_block_type=["mamba", "hybrid"] * 2, num_mem_blocks=1,
+        mamba_headdim=8, n_mamba_heads=4, mamba_ngroups=1, use_mamba_kernels=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert actual(AutoModelForCausalLM.from_config(jamba)) == [("model.layers", "decoder", 2)]
+        assert actual(AutoModelForCausalLM.from_config(zamba)) == [("model.layers", "decoder", 4)]
 
 
 def block(features: int = 4) -> nn.Module:
@@ -89,21 +161,30 @@ class Unknown(nn.Module):
 def test_an_unknown_model_is_searched_by_structure_and_says_so() -> None:
     (stack,) = locate_stacks(Unknown())
     assert (stack.name, stack.depth) == ("blocks", 3)
-    assert "structure" in stack.found_by
-    assert "model_type=None" in stack.found_by
+    assert stack.found_by == "structure"
+    assert stack.causal, "nothing shows that it is not"
 
 
 def test_two_large_lists_are_two_stacks() -> None:
     model = nn.ModuleDict(
         {"encoder": nn.ModuleList([block(), block()]), "decoder": nn.ModuleList([block(), block(), block()])}
     )
-    assert actual(model) == [("encoder", "encoder", 2), ("decoder", "decoder", 3)]
+    assert actual(model) == [("encoder", "decoder", 2), ("decoder", "decoder", 3)], "a name says nothing"
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ModuleList([block()]), nn.ModuleList([block(), nn.ReLU()])])
+NO_STACKS = [
+    nn.Linear(2, 2),
+    nn.ModuleDict({"one": nn.ModuleList([block()])}),
+    nn.ModuleDict({"unlike": nn.ModuleList([block(), nn.ReLU()])}),
+    nn.ModuleDict({"bare": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}),
+]
+
+
+@pytest.mark.parametrize("model", NO_STACKS)
 def test_a_model_without_a_stack_is_refused_by_name(model: nn.Module) -> None:
     with pytest.raises(LamellaError, match=rf"No stack of blocks was found in {type(model).__name__}"):
         locate_stacks(model)
+    assert find_stacks(model) == []
 
 
 def test_places() -> None:

@@ -2,11 +2,11 @@
 
 from lamella.backbones.block_calls import BlockCall, hidden_states_of, with_hidden_states
 from lamella.backbones.blocks import (
-    BlockFamily,
     Place,
     Stack,
     find_place,
-    kind_of_block,
+    find_stacks,
+    kinds_of_blocks,
     locate_stacks,
     siblings_with_same_input,
 )
@@ -14,13 +14,13 @@ from lamella.backbones.rehearsal import Rehearsal, rehearse
 
 __all__ = [
     "BlockCall",
-    "BlockFamily",
     "Place",
     "Rehearsal",
     "Stack",
     "find_place",
+    "find_stacks",
     "hidden_states_of",
-    "kind_of_block",
+    "kinds_of_blocks",
     "locate_stacks",
     "rehearse",
     "siblings_with_same_input",

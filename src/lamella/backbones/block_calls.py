@@ -37,7 +37,7 @@ class BlockCall:
 
     def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
-        self._names = _parameter_names(type(block).forward)
+        self._names = parameter_names(type(block).forward)
         self._input = self._names[0]
         self.hidden_states: Tensor = args[0] if args else kwargs[self._input]
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -103,6 +103,7 @@ def with_hidden_states(output: Any, states: Tensor) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a module's forward can be given by place."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)[1:]

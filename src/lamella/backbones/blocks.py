@@ -1,80 +1,16 @@
-"""The block stacks of a transformer, by family and, for an unknown family, by structure."""
+"""The block stacks of a transformer, read from the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lamella.backbones.block_calls import parameter_names
+from lamella.backbones.causality import Role, role_of
 from lamella.errors import LamellaError
-
-Role = Literal["encoder", "decoder"]
-
-
-@dataclass(frozen=True)
-class BlockFamily:
-    """Where models of one kind keep their blocks.
-
-    Attributes:
-        model_types: ``config.model_type`` of the family's members.
-        encoder: end of the dotted name of the encoder's list of blocks; None where there is none.
-        decoder: the same for the decoder's.
-    """
-
-    model_types: tuple[str, ...]
-    encoder: str | None = None
-    decoder: str | None = None
-
-
-FAMILIES: tuple[BlockFamily, ...] = (
-    BlockFamily(
-        ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "mpnet", "ernie"),
-        encoder="encoder.layer",
-    ),
-    BlockFamily(("distilbert",), encoder="transformer.layer"),
-    BlockFamily(("modernbert",), encoder="layers"),
-    BlockFamily(("vit", "deit", "dinov2"), encoder="layer"),
-    BlockFamily(("vit", "deit"), encoder="layers"),  # renamed in transformers 5
-    BlockFamily(("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "bloom", "falcon"), decoder="h"),
-    BlockFamily(("gpt_neox",), decoder="layers"),
-    BlockFamily(
-        (
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen2_moe",
-            "qwen3",
-            "qwen3_moe",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi",
-            "phi3",
-            "olmo",
-            "olmo2",
-            "olmoe",
-            "granite",
-            "smollm3",
-            "stablelm",
-            "starcoder2",
-            "cohere",
-            "deepseek_v2",
-            "deepseek_v3",
-            "gpt_oss",
-            "granitemoe",
-            "phimoe",
-        ),
-        decoder="layers",
-    ),
-    BlockFamily(("opt",), decoder="decoder.layers"),
-    BlockFamily(
-        ("t5", "mt5", "umt5", "longt5", "switch_transformers"), encoder="encoder.block", decoder="decoder.block"
-    ),
-    BlockFamily(("bart", "mbart", "pegasus", "marian", "m2m_100"), encoder="encoder.layers", decoder="decoder.layers"),
-)
 
 # Names of sibling modules that are given the same input, in the order they run.
 SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
@@ -97,21 +33,43 @@ _KEYS_AND_VALUES = frozenset(
 
 @dataclass(frozen=True)
 class Stack:
-    """One list of blocks: its dotted name, whether an encoder's or a decoder's, how many, and how it was found."""
+    """One list of blocks.
+
+    Attributes:
+        name: dotted.
+        role: "decoder" where its blocks are causal, or could not be shown not to be.
+        depth: how many blocks.
+        found_by: what says that these are its blocks: their class is transformers' for "layers", or their "structure".
+        evidence: what says which role it is.
+    """
 
     name: str
     role: Role
     depth: int
     found_by: str
+    evidence: str = ""
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.role == "decoder"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module lies: its stack, the index of its block there, and its name inside the block."""
+    """Where a module lies: its stack, the index of its block there, and its name inside the block.
+
+    Outside every stack the stack is "", the layer 0 and the name the module's own.
+    """
 
     stack: str
     layer: int
     module: str
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name in the model."""
+        return f"{self.stack}.{self.layer}.{self.module}" if self.stack else self.module
 
     @property
     def reads_encoder(self) -> bool:
@@ -121,22 +79,40 @@ class Place:
 
 
 def locate_stacks(model: nn.Module) -> list[Stack]:
-    """Finds the stacks of blocks of a model, encoder first.
-
-    A known family (``model.config.model_type``) is looked up in ``FAMILIES``; otherwise every outermost list of at
-    least two blocks of one class counts as a stack, the one with most parameters and any as deep as half of it.
+    """The stacks of blocks of a model, encoders first.
 
     Raises:
-        LamellaError: nothing that looks like a stack of blocks.
+        LamellaError: it has none.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            stacks = _stacks_of_family(lists, family, str(model_type))
-            if stacks:
-                return stacks
-    return _stacks_by_structure(model, lists, model_type)
+    stacks = find_stacks(model)
+    if not stacks:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        raise LamellaError(
+            f"No stack of blocks was found in {type(model).__name__} (model_type={model_type!r}): there is no list of "
+            "transformers' layers (GradientCheckpointingLayer), nor one of at least two alike modules that contain "
+            "linear layers. Apply the adapter to the transformer inside, or use MoLA, which needs no stack."
+        )
+    return stacks
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The same, and an empty list where there are none.
+
+    A block of transformers is a ``GradientCheckpointingLayer``, so an outermost list of those is a stack, whatever
+    their classes. Where a model has no such list, an outermost list of at least two modules of one class that contain
+    linear layers is one. Beside the one with most parameters only those at least half as large count, except in an
+    encoder-decoder.
+    """
+    lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    of_transformers = [name for name, blocks in lists.items() if blocks and all(map(_is_layer, blocks))]
+    candidates = _outermost(of_transformers or [name for name, blocks in lists.items() if _are_alike(blocks)])
+    size = {name: sum(p.numel() for block in lists[name] for p in block.parameters()) for name in candidates}
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        candidates = [name for name in candidates if 2 * size[name] >= max(size.values())]
+    roles = {name: role_of(model, name) for name in candidates}
+    found_by = "layers" if of_transformers else "structure"
+    stacks = [Stack(name, role, len(lists[name]), found_by, evidence) for name, (role, evidence) in roles.items()]
+    return sorted(stacks, key=lambda stack: stack.causal)
 
 
 def find_place(name: str, stacks: Iterable[Stack]) -> Place | None:
@@ -160,39 +136,14 @@ def siblings_with_same_input(place: Place) -> tuple[str, ...]:
     return (place.module,)
 
 
-def _stacks_of_family(lists: dict[str, nn.ModuleList], family: BlockFamily, model_type: str) -> list[Stack]:
-    stacks: list[Stack] = []
-    wanted: list[tuple[Role, str | None]] = [("encoder", family.encoder), ("decoder", family.decoder)]
-    for role, ending in wanted:
-        if ending is None:
-            continue
-        matches = [name for name in lists if name == ending or name.endswith(f".{ending}")]
-        stacks += [Stack(name, role, len(lists[name]), f"family {model_type}") for name in _outermost(matches)]
-    return stacks
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "base_layer", module), GradientCheckpointingLayer)
 
 
-def _stacks_by_structure(model: nn.Module, lists: dict[str, nn.ModuleList], model_type: object) -> list[Stack]:
-    uniform = [
-        name
-        for name, blocks in lists.items()
-        if len(blocks) > 1 and len({type(block) for block in blocks}) == 1 and _has_linear(blocks[0])
-    ]
-    candidates = _outermost(uniform)
-    if not candidates:
-        raise LamellaError(
-            f"No stack of blocks was found in {type(model).__name__} (model_type={model_type!r}): there is no "
-            "list of at least two alike modules that contain linear layers. lamella needs to know which layer a module "
-            "belongs to; add the family to lamella.backbones.blocks.FAMILIES, or apply the adapter to the "
-            "transformer inside."
-        )
-    size = {name: sum(p.numel() for p in lists[name].parameters()) for name in candidates}
-    largest = max(size.values())
-    found_by = f"structure (model_type={model_type!r} is not a known family)"
-    return [
-        Stack(name, "decoder" if "decoder" in name else "encoder", len(lists[name]), found_by)
-        for name in candidates
-        if 2 * size[name] >= largest
-    ]
+def _are_alike(blocks: Sequence[nn.Module]) -> bool:
+    # A list is never called, and a bare linear module is no block.
+    is_block = len(blocks) > 1 and not isinstance(blocks[0], nn.ModuleList) and any(blocks[0].children())
+    return is_block and len({type(block) for block in blocks}) == 1 and _has_linear(blocks[0])
 
 
 def _outermost(names: Sequence[str]) -> list[str]:
@@ -205,18 +156,37 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 # Attributes, of a block or of what is in it, in which blocks of one class can differ in what they are given or may see.
-_ATTENTION = ("layer_type", "attention_type", "is_sliding", "sliding_window", "is_cross_attention")
+_ATTENTION = ("layer_type", "attention_type", "block_type", "is_sliding", "sliding_window", "is_cross_attention")
+_SEES_OTHER_TOKENS = {"attention_mask", "past_key_values", "past_key_value", "layer_past", "cache_params"}
 
 
-def kind_of_block(block: nn.Module) -> str:
-    """What a block must share with another to run in its place: its class and its kinds of attention, in words.
+def kinds_of_blocks(model: nn.Module, stack: Stack) -> list[str]:
+    """What each block of a stack must share with another to run in its place, in words.
 
-    Blocks of one kind are given the same kind of mask and position, so that one can run on the other's input.
+    That is its class, the classes of those parts of it that see other tokens, and what it, its attention and the
+    model's ``config.layer_types`` say of the kind of its attention. Blocks of one kind are given the same kinds of
+    mask, position and cache, so that one can run on the other's input; their feed-forwards may differ.
     """
-    kinds = {
+    owner = model.get_submodule(stack.name.rpartition(".")[0])
+    while not hasattr(owner, "config") and owner is not model:
+        owner = model
+    said = getattr(getattr(owner, "config", None), "layer_types", None) or []
+    blocks = model.get_submodule(stack.name).children()
+    return [
+        " ".join(
+            [type(block).__name__, *sorted(_kinds_in(block) | ({said[at]} if len(said) == stack.depth else set()))]
+        )
+        for at, block in enumerate(blocks)
+    ]
+
+
+def _kinds_in(block: nn.Module) -> set[str]:
+    parts = [module for module in block.modules() if module is not block]
+    mixers = {type(part).__name__ for part in parts if _SEES_OTHER_TOKENS & set(parameter_names(type(part).forward))}
+    said = {
         f"{name}={value}"
         for module in block.modules()
         for name in _ATTENTION
         if isinstance(value := module.__dict__.get(name), str | int) and value is not False
     }
-    return " ".join([type(block).__name__, *sorted(kinds)])
+    return mixers | said

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from packaging.version import Version
 from peft import PeftConfig
 
 from lamella.errors import LamellaError
@@ -97,7 +98,12 @@ class LamellaConfig(PeftConfig):
         """
         renamed = {_new_name(key, values): value for key, value in values.items()}
         writer = values.get("lamella_version") or FIRST_VERSION
-        return defaults_of(writer, FORMER_DEFAULTS, values["peft_type"]) | renamed
+        return defaults_of(writer, FORMER_DEFAULTS, values["peft_type"]) | renamed | {"lamella_version": writer}
+
+
+def wrote_before(config: LamellaConfig, edition: str) -> bool:
+    """Whether a version before this edition wrote a config."""
+    return Version(config.lamella_version or __version__).release < Version(edition).release
 
 
 def _new_name(key: str, given: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ class Summary:
     Attributes:
         method: the method's name.
         adapter: the adapter's name.
-        stacks: the stacks of blocks and how they were found.
+        stacks: the stacks of blocks.
         experts: experts per block, by stack name.
         top_k: experts used per token and block, by stack name.
         modules: adapted modules per block, by stack name.
@@ -38,7 +38,7 @@ class Summary:
         lines = [f"{self.method} adapter {self.adapter!r}: {self.trainable:,} trainable parameters"]
         for stack in self.stacks:
             lines += [
-                f"  {stack.name} ({stack.role}, {stack.depth} blocks, found by {stack.found_by})",
+                f"  {stack.name} ({stack.role}: {stack.evidence}; {stack.depth} blocks, found by {stack.found_by})",
                 f"    experts per block: {_runs(self.experts[stack.name])}",
                 f"    {f'used per {self.unit}:':<19}{_runs(self.top_k[stack.name])}",
                 f"    adapted modules:   {_runs(self.modules[stack.name])}",

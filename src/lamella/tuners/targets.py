@@ -13,12 +13,18 @@ from lamella.backbones import Stack, find_place
 from lamella.errors import LamellaError
 
 
-def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack]) -> None:
+def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack], outside: bool = False) -> None:
     """Refuses targets that would adapt less than was asked for, or a module that is not linear.
 
+    Args:
+        model: the model.
+        config: names the targets.
+        stacks: the model's stacks of blocks.
+        outside: whether modules outside the blocks are adapted too.
+
     Raises:
-        LamellaError: nothing matches, one of several names matches nothing, all matches lie outside the blocks, or a
-            match inside them is not linear.
+        LamellaError: nothing matches, one of several names matches nothing, all matches lie where nothing is adapted,
+            or a match where something is adapted is not linear.
     """
     targets = config.target_modules
     if targets == "all-linear":
@@ -32,13 +38,14 @@ def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack])
             f"target_modules={targets!r} matches no module of {type(model).__name__}, given exclude_modules, "
             "modules_to_save and layers_to_transform. Name linear modules inside the blocks, or use 'all-linear'."
         )
-    inside = [name for name in matched if find_place(name, stacks) is not None]
-    if not inside:
+    meant = [name for name in matched if outside or find_place(name, stacks) is not None]
+    if not meant:
+        blocks = f"the blocks of {', '.join(stack.name for stack in stacks)}" if stacks else "any block"
         raise LamellaError(
-            f"target_modules={targets!r} matches only modules outside the blocks of "
-            f"{', '.join(stack.name for stack in stacks)}, such as {matched[0]}; name linear modules inside the blocks."
+            f"target_modules={targets!r} matches only modules outside {blocks}, such as {matched[0]}; name linear "
+            "modules inside the blocks."
         )
-    for name in inside:
+    for name in meant:
         module = modules[name]
         base: nn.Module = BaseTunerLayer.get_base_layer(module)  # itself where it has no adapter
         if not isinstance(base, Conv1D) and not hasattr(base, "in_features"):  # quantised layers have it too

@@ -27,7 +27,11 @@ def state(model: nn.Module) -> dict[str, tuple[int, bool]]:
         ({"target_modules": ["query", "vale"]}, r"'vale' \(did you mean 'value'\?\)"),
         ({"target_modules": "nothing.*"}, r"nothing\.\*"),
         ({"target_modules": []}, "target_modules"),
-        ({"target_modules": ["classifier"]}, r"'classifier'.*only modules outside the blocks of bert\.encoder\.layer"),
+        (
+            {"target_modules": ["classifier"], "num_experts": [2, 2]},
+            r"only modules outside the blocks of bert\.encoder\.layer",
+        ),
+        ({"target_modules": ["word_embeddings"]}, r"word_embeddings is a Embedding, which is not a linear layer"),
         ({"target_modules": ["query", "LayerNorm"]}, r"LayerNorm.*not a linear layer.*exclude_modules"),
         ({"num_experts": [2, 2, 2]}, r"3 entries.*2 blocks"),
         ({"num_experts": "2-4-6-8"}, r"4 groups.*2 layers"),
@@ -44,9 +48,9 @@ def test_a_request_that_does_not_fit_is_refused_and_changes_nothing(options: dic
     assert not [module for module in model.modules() if isinstance(module, tiny.MolaLinear)]
 
 
-def test_a_model_without_a_stack_is_refused() -> None:
-    with pytest.raises(LamellaError, match="No stack of blocks"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), MolaConfig(target_modules=["0"]))
+def test_experts_by_block_need_blocks() -> None:
+    with pytest.raises(LamellaError, match="only modules outside any block"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), MolaConfig(target_modules=["0"], num_experts="2-4"))
 
 
 def test_a_model_of_no_known_family_is_adapted_by_structure() -> None:

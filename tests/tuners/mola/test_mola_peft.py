@@ -188,6 +188,42 @@ def test_what_is_skipped_is_listed() -> None:
     assert "skipped bert.pooler.dense" in str(model.base_model.summary())
 
 
+def test_a_module_outside_the_blocks_that_is_named_is_adapted_and_saved(tmp_path: Path) -> None:
+    model = tiny.adapted(tiny.bert(), target_modules=["query", "pooler.dense"])
+    assert {layer.name for layer in model.modules() if isinstance(layer, tiny.MolaLinear)} == {
+        "bert.encoder.layer.0.attention.self.query",
+        "bert.encoder.layer.1.attention.self.query",
+        "bert.pooler.dense",
+    }
+    assert "outside the blocks, with 3 experts each: bert.pooler.dense" in str(model.base_model.summary())
+    model.save_pretrained(tmp_path)
+    batch = tiny.inputs(tiny.bert())
+    assert torch.equal(PeftModel.from_pretrained(tiny.bert(), tmp_path)(**batch).logits, model(**batch).logits)
+
+
+def test_a_model_without_blocks_is_adapted_as_by_lora_and_trains() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    base, x = Plain(), torch.randn(5, 6)
+    expected = base(x)
+    model = get_peft_model(base, MolaConfig(r=2, target_modules=["up", "down"]))
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    layers = [layer for layer in model.modules() if isinstance(layer, tiny.MolaLinear)]
+    assert [layer.name for layer in layers] == ["up", "down"]
+    trained = [name for name, gradient in tiny.gradients(model).items() if gradient.abs().sum() > 0]
+    assert (
+        len([name for name in trained if "lora_B" in name]) == len([name for name in trained if "router" in name]) == 2
+    )
+
+
 @pytest.mark.parametrize(
     "merge",
     [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests import tiny
 from tests.reference import mole_model
 from tests.tuners.mole import trained
@@ -53,6 +53,22 @@ def test_where_nothing_tells_the_prompt_no_output_depends_on_a_later_token(
             uniform = logits(model, ids)
         torch.testing.assert_close(uniform[:, :3], before[:, :3])
         assert not torch.allclose(uniform[:, 3:], before[:, 3:])
+
+
+def test_no_decoder_reads_its_answer_because_nobody_has_heard_of_it(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(tiny.build("codegen"), lora).save_pretrained(tmp_path / name)
+    model = lamella.compose(tiny.build("codegen"), {name: tmp_path / name for name in "ab"}).eval()
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            torch.nn.init.normal_(parameter, std=3)
+    ids, answer = drawn(2, 8), drawn(2, 3, seed=9)
+    changed = torch.cat([ids[:, :5], answer], dim=1)
+    before, after = (logits(model, x, labels=x.masked_fill(torch.arange(8) < 5, -100)) for x in (ids, changed))
+    torch.testing.assert_close(after[:, :5], before[:, :5])
+    assert not torch.allclose(after[:, 5:], before[:, 5:])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 import lamella
 from lamella import LamellaError
 
-DECODERS = ["gpt2", "llama", "gemma2", "opt"]
+DECODERS = ["gpt2", "llama", "gemma2", "opt", "codegen"]
 N = 10
 
 
@@ -43,7 +43,8 @@ def mixture(name: str, option: int, prompt_tokens: int) -> PeftModel:
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("gpt2", 0), ("llama", 0), ("gemma2", 0), ("opt", 0), ("gpt2", 1), ("llama", 2), ("gemma2", 2)]
+    ("name", "option"),
+    [("codegen", 0), ("gpt2", 0), ("llama", 0), ("gemma2", 0), ("opt", 0), ("gpt2", 1), ("llama", 2), ("gemma2", 2)],
 )
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 999), place=st.integers(0, N - 1), prompt_tokens=st.sampled_from([1, 4, 6]))

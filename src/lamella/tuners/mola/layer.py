@@ -233,7 +233,7 @@ class MolaLinear(nn.Module, AdapterLayer):
     @property
     def name(self) -> str:
         """The module's dotted name in the model."""
-        return f"{self.place.stack}.{self.place.layer}.{self.place.module}"
+        return self.place.name
 
     def _router(self, adapter: str) -> Router:
         router = self.lamella_mola_router[adapter]

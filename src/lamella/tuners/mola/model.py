@@ -1,10 +1,12 @@
 """MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from lamella.backbones import Place, find_place, locate_stacks, siblings_with_same_input
+from lamella.backbones import Place, Stack, find_place, find_stacks, siblings_with_same_input
+from lamella.tuners.config import wrote_before
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
@@ -14,7 +16,7 @@ from lamella.tuners.targets import check_targets
 
 
 class MolaModel(RoutedModel):
-    """Puts LoRA experts and routers on the linear modules inside the blocks of a model.
+    """Puts LoRA experts and routers on the linear modules of a model.
 
     Built by ``get_peft_model(model, MolaConfig(...))``, ``PeftModel.from_pretrained`` or transformers' ``add_adapter``.
     """
@@ -33,16 +35,19 @@ class MolaModel(RoutedModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Checks the whole request before the first module is touched, injects, and connects the new layers."""
         config: MolaConfig = self.peft_config[adapter_name]
-        stacks = locate_stacks(model)
+        stacks = find_stacks(model)
         self._allocations = {stack.name: config.allocation(stack.depth) for stack in stacks}
         self._stacks = stacks
+        self._why_left_out = _why_left_out(config, stacks)
         self._skipped: list[tuple[str, str]] = []
-        check_targets(model, config, stacks)
+        check_targets(model, config, stacks, outside=self._why_left_out is None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [layer for layer in _layers(model) if adapter_name in layer.experts]
         self.targeted_module_names[:] = [
             name for name in self.targeted_module_names if name not in {name for name, _ in self._skipped}
         ]
+        if self._skipped:
+            config.target_modules = {layer.name for layer in layers}  # PEFT has named all that it would have taken
         _connect(layers, adapter_name)
         self.keep_summary(self._summarise(adapter_name, layers))
 
@@ -59,11 +64,12 @@ class MolaModel(RoutedModel):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        place = find_place(current_key, self._stacks)
-        if place is None:
-            self._skipped.append((current_key, "outside the blocks, so it belongs to no layer"))
+        place = find_place(current_key, self._stacks) or Place("", 0, current_key)
+        if not place.stack and self._why_left_out is not None:
+            self._skipped.append((current_key, self._why_left_out))
             return
-        experts, top_k, _ = self._allocations[place.stack]
+        # Outside the blocks there is one number of experts for all.
+        experts, top_k, _ = self._allocations[place.stack] if place.stack else peft_config.allocation(1)
         layer = target if isinstance(target, MolaLinear) else MolaLinear(target, place)
         layer.update_layer(adapter_name, peft_config, experts[place.layer], top_k[place.layer])
         if layer is not target:
@@ -74,9 +80,13 @@ class MolaModel(RoutedModel):
     def _summarise(self, adapter_name: str, layers: list[MolaLinear]) -> Summary:
         config = self.peft_config[adapter_name]
         modules = {stack.name: [0] * stack.depth for stack in self._stacks}
+        outside = [layer.name for layer in layers if not layer.place.stack]
         for layer in layers:
-            modules[layer.place.stack][layer.place.layer] += 1
+            if layer.place.stack:
+                modules[layer.place.stack][layer.place.layer] += 1
         notes = [f"{stack.name}: {note}" for stack in self._stacks for note in self._allocations[stack.name][2]]
+        if outside:
+            notes.append(f"outside the blocks, with {config.num_experts} experts each: {', '.join(outside)}")
         return Summary(
             method=f"MoLA r={config.r}",
             adapter=adapter_name,
@@ -88,6 +98,16 @@ class MolaModel(RoutedModel):
             notes=tuple(notes),
             trainable=sum(p.numel() for layer in layers for p in _adapter_parameters(layer, adapter_name)),
         )
+
+
+def _why_left_out(config: MolaConfig, stacks: Sequence[Stack]) -> str | None:
+    """Why modules outside the blocks have no experts; None where they do: they are named, or there are no blocks."""
+    if stacks and (config.target_modules == "all-linear" or wrote_before(config, "0.2")):
+        return "outside the blocks, so it belongs to no layer; name it in target_modules to adapt it"
+    for name in ("num_experts", "top_k"):
+        if not isinstance(value := getattr(config, name), int):
+            return f"outside the blocks, and {name}={value!r} counts by block"
+    return None
 
 
 def _layers(model: nn.Module) -> list[MolaLinear]:

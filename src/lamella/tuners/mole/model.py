@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from lamella.adapters import projects
-from lamella.backbones import Stack, find_place, locate_stacks
+from lamella.backbones import Stack, find_place, find_stacks
 from lamella.kernels import FrozenLoras
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.block_forms import BlockGroup, hidden_width, mix_at_block, remove_mixtures
@@ -36,7 +36,7 @@ class MoleModel(RoutedModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Reads the LoRAs and checks the whole request before the first module is touched, then injects."""
         config: MoleConfig = self.peft_config[adapter_name]
-        stacks = locate_stacks(model)
+        stacks = find_stacks(model)
         sources = read_sources(config) if config.embedded is None else None
         plan = make_plan(model, config, sources, stacks)
         make = self._group_maker(model, plan, adapter_name, config, stacks)
@@ -103,10 +103,10 @@ class MoleModel(RoutedModel):
     def _group_maker(
         self, model: nn.Module, plan: Plan, adapter: str, config: MoleConfig, stacks: Sequence[Stack]
     ) -> Callable[[GroupPlan], Group]:
-        decoders = {stack.name for stack in stacks if stack.role == "decoder" or _is_decoder(model)}
+        causal = {stack.name for stack in stacks if stack.causal}
 
         def make(one: GroupPlan) -> Group:
-            decoder = one.place.stack in decoders
+            decoder = one.place.stack in causal
             if config.router_input == "flatten" and one.input == "own" and decoder:
                 refuse_flatten_on_decoder(one.place.stack)
             if config.form == "delta" or one.input == "row":
@@ -219,11 +219,6 @@ class Composition:
             trainable=trainable,
             unit="token" if config.router_input == "token" else "sequence",
         )
-
-
-def _is_decoder(model: nn.Module) -> bool:
-    """An encoder's family can be configured to be a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_decoder", False))
 
 
 def numbered(names: Sequence[str]) -> str:

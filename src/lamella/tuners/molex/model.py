@@ -116,8 +116,7 @@ class MolexModel(RoutedModel):
         block = target
         if not isinstance(block, MolexBlock):
             place = Place(stack.name, depth.index, "block")
-            decoder, after_encoder = self._is_decoder(stack), self._is_after_encoder(stack)
-            block = MolexBlock(target, place, self._blocks[stack.name], decoder, after_encoder)
+            block = MolexBlock(target, place, self._blocks[stack.name], stack.causal, self._is_after_encoder(stack))
             setattr(parent, target_name, block)
         router_at = self._holder("router", peft_config.router_scope, stack, block) if depth.routes else None
         learns_alpha = depth.mixes and peft_config.alpha_mode == "learned"
@@ -132,12 +131,8 @@ class MolexModel(RoutedModel):
         """The block that holds what a stack shares: the first one that needs it."""
         return block if scope == "per-layer" else self._holders.setdefault((stack.name, what), block)
 
-    def _is_decoder(self, stack: Stack) -> bool:
-        # An encoder's family can be configured to be a decoder.
-        return stack.role == "decoder" or bool(self.get_model_config(self.model).get("is_decoder", False))
-
     def _is_after_encoder(self, stack: Stack) -> bool:
-        return stack.role == "decoder" and bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
+        return stack.causal and bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
 
     def _width(self, stack: Stack) -> int:
         """Features of the hidden states between the blocks."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lamella.backbones import Stack, kind_of_block
+from lamella.backbones import Stack, kinds_of_blocks
 from lamella.errors import LamellaError
 from lamella.tuners.molex.config import MolexConfig
 
@@ -90,8 +90,7 @@ def _ends_with(name: str, pattern: str) -> bool:
 
 
 def _plan(model: nn.Module, config: MolexConfig, stack: Stack, layers: list[int]) -> StackPlan:
-    blocks = [model.get_submodule(f"{stack.name}.{index}") for index in range(stack.depth)]
-    kinds = [kind_of_block(block) for block in blocks]
+    kinds = kinds_of_blocks(model, stack)
     excluded = {layer for layer in layers if _is_excluded(config, f"{stack.name}.{layer}")}
     depths: list[Depth] = []
     skipped = [(f"{stack.name}.{layer}", "named in exclude_modules") for layer in sorted(excluded)]
