@@ -103,6 +103,10 @@ def show_scores(scored: Evaluation) -> None:
     print(f"{scored.task}, {scored.rows:,} {scored.split} rows")
     for name, value in scored.metrics.items():
         print(f"{name:<12} {value:.4f}{'  (the metric of the task)' if name == scored.metric else ''}")
+    if scored.unseen is not None:
+        print(f"on the {scored.rows - (scored.trained_on or 0):,} rows that were not trained on:")
+        for name, value in scored.unseen.items():
+            print(f"{name:<12} {value:.4f}")
     for note in scored.notes:
         print(f"note: {note}")
 

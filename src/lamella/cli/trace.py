@@ -38,4 +38,5 @@ def trace(
     if json:
         print_json({"trace": str(frame), "report": str(page), **result.evaluation.as_dict(), **result.summary})
     else:
-        typer.echo(f"{report.summary}\nTrace: {frame}\nReport: {page}")
+        notes = [f"note: {note}" for note in result.evaluation.notes]
+        typer.echo("\n".join([report.summary, *notes, f"Trace: {frame}", f"Report: {page}"]))

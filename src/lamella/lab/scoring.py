@@ -82,7 +82,7 @@ def score(model: nn.Module, task: Task, rows: Dataset, collator: Collator, batch
     columns = _in_order(_from_everyone(parts, world), len(rows))
     if form == "options":
         columns = _answers(columns, rows)
-    return Scores(_metrics(task, form, columns), columns)
+    return Scores(metrics_of(task, columns), columns)
 
 
 def _form(task: Task, model: nn.Module) -> Form:
@@ -141,14 +141,15 @@ def _answers(columns: Columns, rows: Dataset) -> Columns:
     return {"label": label, "prediction": choice[best], "correct": choice[best] == label}
 
 
-def _metrics(task: Task, form: Form, columns: Columns) -> dict[str, float]:
-    if form == "tokens":
+def metrics_of(task: Task, columns: Columns) -> dict[str, float]:
+    """The metrics that follow from the columns of `Scores`."""
+    if "tokens" in columns:
         nll, tokens = float(columns["nll"].sum()), int(columns["tokens"].sum())
         return {"perplexity": perplexity(nll, tokens), "loss": nll / tokens}
     predictions, labels = columns["prediction"], columns["label"]
     chosen = metric_for(task.metric)
     metrics = {chosen.name: chosen.function(predictions, labels)}
-    if form == "value":
+    if "squared_error" in columns:
         return metrics | {"loss": mean_squared_error(predictions, labels)}
     metrics |= {"accuracy": accuracy(predictions, labels), "macro_f1": macro_f1(predictions, labels)}
     return metrics | ({"loss": float(columns["nll"].mean())} if "nll" in columns else {})

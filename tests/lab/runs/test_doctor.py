@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from lamella import LamellaError
 from lamella.cli.doctor import doctor as command
 from lamella.diagnostics.doctor import doctor
+from lamella.lab.runs.callbacks import routing_summary
 from lamella.lab.runs.checks import diagnose
+from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import train
 
 MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
@@ -42,15 +44,21 @@ def assert_healthy(result, monkeypatch):
 
 
 def spread(run):
-    """A trace whose routers use all their experts, so that six steps of training need not have achieved that."""
+    """The trace with routers that use all their experts, which six steps of training need not have achieved."""
     frame = pd.read_parquet(run / "trace.parquet")
     frame["share"] = 1 / frame["num_experts"]
     frame["entropy"], frame["tokens"] = 0.6, 1000
     return frame
 
 
+def plant(run, frame):
+    """Leaves a trace as the run itself would have."""
+    frame.to_parquet(run / "trace.parquet")
+    RunFolder(run).finish(RunFolder(run).metrics() | {"routing": routing_summary(frame)})
+
+
 def test_a_healthy_run_has_no_finding(run):
-    spread(run).to_parquet(run / "trace.parquet")
+    plant(run, spread(run))
 
     diagnosis = doctor(run)
 
@@ -73,7 +81,7 @@ def test_a_decoder_run_has_no_finding(llama, prose, run_folder, monkeypatch):
 
 def test_an_adapter_that_is_not_the_run_s(run):
     """It is whole and fits, but the scores beside it are another model's."""
-    spread(run).to_parquet(run / "trace.parquet")
+    plant(run, spread(run))
     path = run / "adapter/adapter_model.safetensors"
     tensors = load_file(path)
     head = next(name for name in tensors if name.endswith("classifier.bias"))
@@ -82,8 +90,11 @@ def test_an_adapter_that_is_not_the_run_s(run):
 
     diagnosis = doctor(run)
 
-    assert codes(diagnosis) == ["saved-unequal"]
-    assert diagnosis.findings[0].where == "predictions.parquet"
+    assert codes(diagnosis) == ["saved-unequal", "changed-since"]
+    assert [finding.where for finding in diagnosis.findings] == [
+        "predictions.parquet",
+        "adapter/adapter_model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +111,7 @@ def test_faults_in_the_trace(run, column, values, code):
     frame.loc[router, column] = values
     if code == "expert-never-fires":
         frame.loc[router, "share"] = [0.4, 0.4, 0.2, 0.0]
-    frame.to_parquet(run / "trace.parquet")
+    plant(run, frame)
 
     diagnosis = doctor(run)
 
@@ -116,7 +127,7 @@ def test_a_fault_in_the_adapter_is_found_in_the_run(run):
 
 
 def test_a_task_that_is_gone_is_said(run, tmp_path):
-    spread(run).to_parquet(run / "trace.parquet")
+    plant(run, spread(run))
     settings = yaml.safe_load((run / "run.yaml").read_text())
     (run / "run.yaml").write_text(yaml.safe_dump(settings | {"task": f"file:{tmp_path}/gone"}))
 
@@ -124,6 +135,60 @@ def test_a_task_that_is_gone_is_said(run, tmp_path):
 
     assert diagnosis.ok
     assert "predictions: not examined" in str(diagnosis)
+
+
+def metrics_with(change):
+    def edit(run, other):
+        metrics = json.loads((run / "metrics.json").read_text())
+        change(metrics)
+        (run / "metrics.json").write_text(json.dumps(metrics))
+
+    return edit
+
+
+def predictions_with(**columns):
+    def edit(run, other):
+        pd.read_parquet(run / "predictions.parquet").assign(**columns).to_parquet(run / "predictions.parquet")
+
+    return edit
+
+
+def another_method_s_adapter(run, other):
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(other / "adapter", run / "adapter")
+
+
+EDITED = {
+    "a better score": (metrics_with(lambda m: m["test"].update(accuracy=1.0)), "metrics-unlike", "metrics.json"),
+    "a better loss": (metrics_with(lambda m: m["validation"].update(loss=0.01)), "metrics-unlike", "metrics.json"),
+    "a score less": (metrics_with(lambda m: m["test"].pop("macro_f1")), "metrics-unlike", "metrics.json"),
+    "a score of another kind": (metrics_with(lambda m: m.update(test="good")), "metrics-unlike", "metrics.json"),
+    "healthier routers": (metrics_with(lambda m: m["routing"].update(entropy=9)), "metrics-unlike", "metrics.json"),
+    "no routers": (metrics_with(lambda m: m.update(routing=None)), "metrics-unlike", "trace.parquet"),
+    "less time": (metrics_with(lambda m: m.update(train_seconds=0.0)), "changed-since", "metrics.json"),
+    "another seed": (metrics_with(lambda m: m.update(seed=7)), "record-differs", "metrics.json"),
+    "nothing measured": (lambda run, _: (run / "metrics.json").write_text("{}"), "unreadable", "metrics.json"),
+    "no JSON": (lambda run, _: (run / "metrics.json").write_text("{"), "unreadable", "metrics.json"),
+    "no predictions": (lambda run, _: (run / "predictions.parquet").unlink(), "unreadable", "predictions.parquet"),
+    "all predictions right": (predictions_with(correct=True), "changed-since", "predictions.parquet"),
+    "other predictions": (predictions_with(prediction=0, nll=0.5), "metrics-unlike", "predictions.parquet"),
+    "no trace": (lambda run, _: (run / "trace.parquet").unlink(), "unreadable", "trace.parquet"),
+    "no history": (lambda run, _: (run / "routing.parquet").unlink(), "changed-since", "routing.parquet"),
+    "a LoRA's adapter": (another_method_s_adapter, "method-differs", "run.yaml"),
+    "no digests of rows": (lambda run, _: (run / "rows.parquet").unlink(), "changed-since", "rows.parquet"),
+    "broken digests": (lambda run, _: (run / "digests.json").write_text("["), "unreadable", "digests.json"),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_what_was_changed_after_the_run_is_found(run, finished_run, case):
+    plant(run, spread(run))
+    edit, code, where = EDITED[case]
+    edit(run, finished_run("lora").folder.path)
+
+    found = {finding.code: finding.where for finding in doctor(run).findings if finding.severity == "error"}
+
+    assert where in found[code]
 
 
 def test_an_unfinished_run_is_refused(run):
@@ -141,7 +206,7 @@ def invoke():
 
 
 def test_the_command(run, invoke):
-    spread(run).to_parquet(run / "trace.parquet")
+    plant(run, spread(run))
     healthy = invoke(run)
     assert healthy.exit_code == 0
     assert "nothing found" in healthy.stdout

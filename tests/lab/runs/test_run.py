@@ -2,8 +2,10 @@ import getpass
 import json
 import logging
 import math
+import resource
 import shutil
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +18,9 @@ from tests.lab.tiny_runs import tiny_settings
 from transformers import AutoTokenizer, TrainerCallback
 
 from lamella.errors import LamellaError
+from lamella.lab.runs import run as run_module
 from lamella.lab.runs.callbacks import entropy_over_training
+from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import train
 
 MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
@@ -73,6 +77,7 @@ def test_every_method_leaves_a_whole_folder(finished_run, method):
     name = method if isinstance(method, str) else method["name"]
     files = {path.name for path in run_folder.iterdir()}
     expected = {"run.yaml", "environment.json", "metrics.json", "predictions.parquet", "log.txt"}
+    expected |= {"rows.parquet", "digests.json"}
     expected |= {"model" if name == "full" else "adapter"}
     expected |= {"trace.parquet", "routing.parquet"} if name in ("mola", "molex") else set()
     expected |= {"redundancy.parquet"} if name == "mola" else set()
@@ -146,16 +151,149 @@ def test_a_killed_run_goes_on_to_the_same_end(bert, questions, tmp_path, step, e
     pd.testing.assert_frame_equal(whole, continued)
 
 
-def test_a_run_killed_while_saving_a_checkpoint_goes_on_from_the_one_before(bert, questions, run_folder):
-    settings = tiny_settings(bert, questions, evaluate_every=2)
+@pytest.fixture(scope="module")
+def interrupted(bert, questions, tmp_path_factory):
+    """The settings and the folder of a run that was killed after its second checkpoint, and that which was not."""
+    settings = tiny_settings(bert, questions, "lora", evaluate_every=2, keep="last")
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(KilledError):
+        train(settings, folder / "killed", callbacks=[KillAt(5)])
+    return settings, folder / "killed", train(settings, folder / "straight").metrics
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+CHECKPOINT_FAULTS = {
+    "half a state": lambda checkpoint: (checkpoint / "trainer_state.json").write_text('{"epoch": '),
+    "an empty state": lambda checkpoint: (checkpoint / "trainer_state.json").write_text("{}"),
+    "no state": lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+    "no optimizer": lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),
+    "an empty optimizer": lambda checkpoint: torch.save({}, checkpoint / "optimizer.pt"),
+    "half an optimizer": lambda checkpoint: cut(checkpoint / "optimizer.pt"),
+    "no schedule": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
+    "no random state": lambda checkpoint: (checkpoint / "rng_state.pth").unlink(),
+    "half the weights": lambda checkpoint: cut(checkpoint / "adapter_model.safetensors"),
+    "no digests": lambda checkpoint: (checkpoint / "digests.json").unlink(),
+    "half the digests": lambda checkpoint: cut(checkpoint / "digests.json"),
+}
+
+
+@pytest.mark.parametrize("fault", CHECKPOINT_FAULTS)
+def test_a_checkpoint_that_is_not_whole_is_said_and_the_one_before_is_taken(interrupted, run_folder, fault, caplog):
+    shutil.copytree(interrupted[1], run_folder)
+    CHECKPOINT_FAULTS[fault](run_folder / "checkpoints" / "checkpoint-4")
+
+    taken = RunFolder(run_folder).last_checkpoint()
+
+    assert taken is not None
+    assert taken.name == "checkpoint-2"
+    assert "checkpoint-4 cannot be gone on from and is removed: checkpoint-4" in caplog.text
+
+
+def test_from_the_checkpoint_before_a_run_goes_on_to_the_same_end(interrupted, run_folder):
+    settings, killed, straight = interrupted
+    shutil.copytree(killed, run_folder)
+    (run_folder / "checkpoints/checkpoint-4/optimizer.pt").unlink()
+
+    watch = Watch()
+    resumed = train(settings, run_folder, callbacks=[watch])
+
+    assert watch.steps[0] == 3
+    assert _without_times(resumed.metrics) == _without_times(straight)
+
+
+def test_without_a_whole_checkpoint_a_run_starts_afresh(interrupted, run_folder):
+    settings, killed, straight = interrupted
+    shutil.copytree(killed, run_folder)
+    for checkpoint in (run_folder / "checkpoints").iterdir():
+        (checkpoint / "optimizer.pt").unlink()
+
+    watch = Watch()
+    resumed = train(settings, run_folder, callbacks=[watch])
+
+    assert watch.steps[0] == 1
+    assert _without_times(resumed.metrics) == _without_times(straight)
+
+
+def test_the_best_checkpoint_has_to_be_whole_too(bert, questions, run_folder, monkeypatch):
+    settings = tiny_settings(bert, questions, "lora", evaluate_every=2)
     with pytest.raises(KilledError):
         train(settings, run_folder, callbacks=[KillAt(5)])
-    (run_folder / "checkpoints/checkpoint-4/trainer_state.json").write_text('{"epoch": ')
+    state = json.loads((run_folder / "checkpoints/checkpoint-4/trainer_state.json").read_text())
+    best = run_folder / f"checkpoints/checkpoint-{state['best_global_step']}"
+    (best / "adapter_model.safetensors").unlink()
 
     watch = Watch()
     train(settings, run_folder, callbacks=[watch])
 
+    assert watch.steps[0] == {2: 1, 4: 3}[state["best_global_step"]]
+
+
+def test_a_gap_in_the_history_is_refused(bert, questions, run_folder):
+    settings = tiny_settings(bert, questions, MOLA, evaluate_every=2)
+    with pytest.raises(KilledError):
+        train(settings, run_folder, callbacks=[KillAt(5)])
+    history = pd.read_parquet(run_folder / "routing.parquet")
+    history[history["step"] > 2].to_parquet(run_folder / "routing.parquet")
+
+    with pytest.raises(LamellaError, match=r"routing\.parquet lacks step 2"):
+        train(settings, run_folder)
+
+
+class FullDisk(TrainerCallback):
+    """From a step on no file can grow beyond a kilobyte."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(interrupted, run_folder):
+    settings, _, straight = interrupted
+    try:
+        with pytest.raises(LamellaError, match=r"checkpoint of step 4 could not be written.*the same command goes on"):
+            train(settings, run_folder, callbacks=[FullDisk(3)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    watch = Watch()
+    resumed = train(settings, run_folder, callbacks=[watch])
+
     assert watch.steps[0] == 3
+    assert _without_times(resumed.metrics) == _without_times(straight)
+
+
+def test_a_folder_that_another_process_writes_is_refused(interrupted, run_folder):
+    settings, killed, _ = interrupted
+    shutil.copytree(killed, run_folder)
+    before = sorted(run_folder.rglob("*"))
+
+    with RunFolder(run_folder).claimed():  # a lock of the kernel's, which ends with whoever holds it
+        for force in (False, True):
+            with pytest.raises(LamellaError, match="Another process is at work on the run in"):
+                train(settings, run_folder, force=force)
+    assert sorted(run_folder.rglob("*")) == before
+
+
+def test_two_that_begin_one_run_do_not_both_write_it(interrupted, run_folder, monkeypatch):
+    """The other one comes while this one loads its model, when there is no folder yet."""
+    settings = interrupted[0]
+    load = run_module.load_backbone
+    with ExitStack() as other:
+
+        def loaded(*words):
+            other.enter_context(RunFolder(run_folder).claimed())
+            return load(*words)
+
+        monkeypatch.setattr(run_module, "load_backbone", loaded)
+        with pytest.raises(LamellaError, match="Another process is at work on the run in"):
+            train(settings, run_folder)
+    assert not (run_folder / "run.yaml").exists()
 
 
 def test_a_run_killed_after_its_last_step_is_not_trained_again(bert, questions, run_folder, monkeypatch):

@@ -35,7 +35,7 @@ def _question(kind: TaskKind, row: Row) -> tuple[str, ...]:
     return inputs[:1] if inputs in (("prompt", "completion"), ("source", "target")) else inputs
 
 
-def _leaking(kind: TaskKind, row: Row) -> tuple[str, ...]:
+def telling_columns(kind: TaskKind, row: Row) -> tuple[str, ...]:
     """Columns by which a training row gives an evaluation row away.
 
     A prompt alone does not, because short ones such as "what?" recur in any dialogue.
@@ -116,7 +116,7 @@ def without_overlap(kind: TaskKind, splits: Splits) -> tuple[Splits, list[str]]:
     for name in ("test", "validation", "train"):
         if name not in splits or not splits[name]:
             continue
-        columns = _leaking(kind, splits[name][0])
+        columns = telling_columns(kind, splits[name][0])
         keys = [_key(row, columns) for row in splits[name]]
         clean[name] = [row for row, key in zip(splits[name], keys, strict=True) if key not in seen]
         if dropped := len(splits[name]) - len(clean[name]):

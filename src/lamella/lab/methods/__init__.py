@@ -4,7 +4,7 @@ Importing this package registers them all. Those over trained LoRAs are `Composi
 """
 
 from lamella.lab.methods import merging, routed, searched, sums
-from lamella.lab.methods.base import Built, Method, method, method_from, read_saved, trainable_parameters
+from lamella.lab.methods.base import Built, Configured, Method, method, method_from, read_saved, trainable_parameters
 from lamella.lab.methods.compositions import Composition, composition
 from lamella.lab.methods.finetuning import Lora, LoraOnly, Mola, Molex
 from lamella.lab.methods.routed import Mole
@@ -12,6 +12,7 @@ from lamella.lab.methods.routed import Mole
 __all__ = [
     "Built",
     "Composition",
+    "Configured",
     "Lora",
     "LoraOnly",
     "Method",

@@ -15,7 +15,7 @@ from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.lab.runs.callbacks import routing_summary
 from lamella.lab.runs.trained import Trained, load_trained
-from lamella.lab.scoring import Columns, score, selection
+from lamella.lab.scoring import Columns, metrics_of, score, selection
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
 
@@ -31,7 +31,9 @@ class Evaluation:
         metric: name of the task's metric, one of `metrics`.
         metrics: every metric by name.
         columns: one entry per example, as `lamella.lab.scoring.Scores.columns`.
-        notes: what reading the rows cut or dropped.
+        notes: which rows were trained on, how they differ from the run's, what reading them cut or dropped.
+        trained_on: how many of the rows the model was trained on; None where that cannot be checked.
+        unseen: the metrics over the others, where some were trained on and some were not.
     """
 
     task: str
@@ -41,6 +43,8 @@ class Evaluation:
     metrics: dict[str, float]
     columns: Columns
     notes: tuple[str, ...]
+    trained_on: int | None = None
+    unseen: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the examples, as plain values for JSON."""
@@ -50,6 +54,8 @@ class Evaluation:
             "rows": self.rows,
             "metric": self.metric,
             "metrics": self.metrics,
+            "trained_on": self.trained_on,
+            "unseen": self.unseen,
             "notes": list(self.notes),
         }
 
@@ -98,6 +104,8 @@ class Traced:
 def evaluate(path: Path, task: str | None = None, split: str = "test", base: str | None = None) -> Evaluation:
     """Score the model of a run or an adapter on a split of a task, all of its rows, read as in the run.
 
+    Rows that the run was trained on are scored too, and said to be: see `Evaluation.notes` and `Evaluation.unseen`.
+
     Args:
         path: folder of the run or the adapter.
         task: any task that fits the trained head; the run's when None.
@@ -137,14 +145,21 @@ def _evaluate(trained: Trained, split: str, count: int | None) -> Evaluation:
     rows, encoded = trained.rows(split, count)
     reading = trained.place.reading
     scores = score(trained.model, trained.task, rows, encoded.collator, reading.eval_batch_size)
+    examples = len(next(iter(scores.columns.values())))
+    known = trained.seen(split, count).trained
+    unseen = None
+    if known is not None and 0 < known.sum() < examples == len(known):  # packed prose has other examples than rows
+        unseen = metrics_of(trained.task, {name: column[~known] for name, column in scores.columns.items()})
     return Evaluation(
         task=trained.task.name,
         split=split,
-        rows=len(next(iter(scores.columns.values()))),
+        rows=examples,
         metric=selection(trained.task).name,
         metrics=scores.metrics,
         columns=scores.columns,
         notes=encoded.notes,
+        trained_on=None if known is None else int(known.sum()),
+        unseen=unseen,
     )
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,23 +18,33 @@ from typing import Any
 
 import yaml
 
-from lamella.errors import LamellaError
-from lamella.files import UNFINISHED, read_json, write_atomic
+from lamella.errors import LamellaError, UnreadableError
+from lamella.files import UNFINISHED, read_json, sha256_of, write_atomic
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.version import __version__
 
+logger = logging.getLogger("lamella")
+
+_DIGESTS = "digests.json"  # the last file of a checkpoint, and of a run the last but metrics.json
+_STATE = "trainer_state.json"  # of a checkpoint
+_MEASURED = ("model", "task", "method", "seed", "metric", "steps", "trainable_parameters", "notes")
+_RESULTS = (
+    "predictions.parquet",
+    "trace.parquet",
+    "redundancy.parquet",
+    "routing.parquet",
+    "rows.parquet",
+    "adapter",
+    "model",
+)
 _OURS = (
     "run.yaml",
     "environment.json",
     "log.txt",
     "metrics.json",
-    "predictions.parquet",
-    "trace.parquet",
-    "redundancy.parquet",
-    "routing.parquet",
+    _DIGESTS,
+    *_RESULTS,
     "report.html",
-    "adapter",
-    "model",
     "checkpoints",
     "tracking",
 )
@@ -47,13 +62,42 @@ class RunFolder:
         return (self.path / "metrics.json").is_file()
 
     @property
+    def interrupted(self) -> bool:
+        """Whether it has a checkpoint to go on from."""
+        return any(self.checkpoints.glob(f"checkpoint-*/{_DIGESTS}"))
+
+    @property
     def checkpoints(self) -> Path:
         """Where the Trainer keeps what a resumed run needs; gone when the run is finished."""
         return self.path / "checkpoints"
 
     def metrics(self) -> dict[str, Any]:
-        """What a finished run measured."""
-        return read_json(self.path / "metrics.json")
+        """What a finished run measured.
+
+        Raises:
+            UnreadableError: the file is damaged, or lacks what every run has.
+        """
+        path = self.path / "metrics.json"
+        measured = read_json(path)
+        if missing := [key for key in _MEASURED if key not in measured]:
+            raise UnreadableError(f"{path} lacks '{missing[0]}'. Restore it from a copy, or run it again with --force.")
+        return measured
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write down the digests of all results, then `metrics.json`."""
+        text = json.dumps(metrics, indent=2) + "\n"
+        digests = _digests(self.path, *_RESULTS) | {"metrics.json": hashlib.sha256(text.encode()).hexdigest()}
+        self.write_json(_DIGESTS, digests)
+        self.write_text("metrics.json", text)
+
+    def changed(self) -> dict[str, str] | None:
+        """What became of each result that is not as the run wrote it; None of a run that wrote no digests.
+
+        Raises:
+            UnreadableError: the digests are damaged.
+        """
+        path = self.path / _DIGESTS
+        return _changed(self.path, read_json(path)) if path.exists() else None
 
     def check(self, settings: RunSettings, *, force: bool = False) -> None:
         """Whether a run of these settings may be written here, anew or from where it was interrupted.
@@ -75,8 +119,29 @@ class RunFolder:
                 f"{self.path} holds a finished run, which is never overwritten. Choose another folder with -o, "
                 "or give --force to delete that run first."
             )
-        if self.last_checkpoint() is not None:
+        if self.interrupted:
             self.check_same(settings)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """No other process may write here meanwhile; the kernel gives the lock back however this one ends.
+
+        Raises:
+            LamellaError: another process is at work on this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY)  # a lock on the folder itself leaves no file in it
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise LamellaError(
+                f"Another process is at work on the run in {self.path}. Let it finish, or choose another folder (-o)."
+            ) from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def begin(self, settings: RunSettings, *, force: bool = False) -> None:
         """Write what was asked for and on which machine; with ``force``, delete the run that was here first."""
@@ -87,16 +152,19 @@ class RunFolder:
         self.write_json("environment.json", environment())
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; incomplete ones, left by a kill while saving, are removed."""
-        complete = []
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            try:
-                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # the last file of a checkpoint
-            except (FileNotFoundError, json.JSONDecodeError):
-                shutil.rmtree(folder)
-            else:
-                complete.append(folder)
-        return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint that a run can go on from; newer ones that are not whole are removed, and it is said.
+
+        The best checkpoint before it must be whole too, since its weights become the result.
+        """
+        for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
+            fault = _fault(folder)
+            if fault is None and (best := read_json(folder / _STATE).get("best_global_step")):
+                fault = _fault(self.checkpoints / f"checkpoint-{best}")
+            if fault is None:
+                return folder
+            logger.warning("%s cannot be gone on from and is removed: %s", folder.name, fault)
+            shutil.rmtree(folder)
+        return None
 
     def remove_checkpoints(self) -> None:
         """Remove what only a resumed run would need."""
@@ -131,6 +199,41 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down the digests of a checkpoint's files, last of all: one that agrees with them is whole."""
+    write_atomic(checkpoint / _DIGESTS, json.dumps(_digests(checkpoint, ""), indent=2))
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not whole; None where it is."""
+    try:
+        changed = _changed(checkpoint, {_STATE: "", **read_json(checkpoint / _DIGESTS)})
+    except UnreadableError:
+        return f"{checkpoint.name} was not written to its end"
+    return next((f"{checkpoint.name}/{name} {fate}" for name, fate in changed.items()), None)
+
+
+def _digests(folder: Path, *parts: str) -> dict[str, str]:
+    """SHA-256 of each file in these parts of a folder, but for the card, which people may write on."""
+    files = {file for part in parts for file in (folder / part, *(folder / part).rglob("*")) if file.is_file()}
+    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(files) if file.name != "README.md"}
+
+
+def _changed(folder: Path, digests: Mapping[str, Any]) -> dict[str, str]:
+    changed = {}
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            changed[name] = "is missing"
+        elif sha256_of(folder / name) != digest:
+            changed[name] = "is not as it was written"
+    return changed
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def environment() -> dict[str, Any]:

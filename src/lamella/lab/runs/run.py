@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.lab.methods import trainable_parameters
-from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
+from lamella.lab.runs.callbacks import LogLines, RoutingHistory, SealCheckpoint, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
 from lamella.lab.runs.folder import RunFolder
+from lamella.lab.runs.rows import Rows, check_unchanged
 from lamella.lab.runs.saving import check_saved, load_weights, save_trained
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
@@ -72,26 +73,31 @@ def train(
         callbacks: further callbacks of transformers' Trainer.
 
     Raises:
-        LamellaError: the folder may not be written, settings do not fit the model or task, the loss is not finite,
-            or what was saved does not load equal.
+        LamellaError: the folder may not be written or another process writes it, settings do not fit the model or
+            task, the loss is not finite, a checkpoint cannot be written, or what was saved does not load equal.
     """
     process = PartialState()
     place = RunFolder(Path(folder))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if process.is_main_process:
-        place.check(settings, force=force)
+    writes = process.is_main_process
+    if writes and place.path.is_dir():
+        with place.claimed():
+            place.check(settings, force=force)
     reset_peak_memory()
     run = _Run(settings, place, process, callbacks)  # settings that do not fit end here, before anything is written
-    if process.is_main_process:
-        place.begin(settings, force=force)
-    process.wait_for_everyone()
-    with _log_file(place, writes=process.is_main_process):
-        try:
-            return run.complete()
-        except Exception as error:
-            logger.info("stopped: %s", error)
-            raise
+    with place.claimed() if writes else nullcontext():
+        if writes:
+            place.check(settings, force=force)  # another process may have been here in the meantime
+            place.begin(settings, force=force)
+            run.keep_rows()
+        process.wait_for_everyone()
+        with _log_file(place, writes=writes):
+            try:
+                return run.complete()
+            except Exception as error:
+                logger.info("stopped: %s", error)
+                raise
 
 
 class _Run:
@@ -112,7 +118,7 @@ class _Run:
             packing=settings.packing,
             decoder=self.backbone.decoder,
         )
-        self.rows = _training_rows(self.encoded, self.task)
+        self.rows, self.row_digests = _training_rows(self.encoded, self.task), Rows.of(self.task)
         if not settings.method.resumes and settings.keep == "best":
             raise LamellaError(
                 f"'{settings.method.name}' cannot go back to its best checkpoint: PEFT's lack what it trains. "
@@ -132,9 +138,19 @@ class _Run:
                 self.rows,
                 self.encoded,
                 place,
-                callbacks=[self.watch, routing, LogLines(), FirstStep(), *callbacks],
+                callbacks=[self.watch, routing, LogLines(), FirstStep(), SealCheckpoint(), *callbacks],
                 log_sources=[self.watch.latest, routing.latest],
             )
+
+    def keep_rows(self) -> None:
+        """Write down which rows there are, by their digests.
+
+        Raises:
+            LamellaError: the run was interrupted and began with others.
+        """
+        if self.place.interrupted:
+            check_unchanged(self.place.path, self.task, self.row_digests)
+        self.row_digests.save(self.place.path)
 
     def complete(self) -> RunResult:
         """Train and measure; the last thing written is `metrics.json`."""
@@ -161,6 +177,7 @@ class _Run:
             **self._costs(),
             **({"alpha": {"start": alpha, "end": self._learned_alpha()}} if alpha else {}),
             "routing": routing,
+            "rows": self.row_digests.names(),
             "notes": [*self.task.notes, *self.encoded.notes],
         }
         loaded = self._write(after, metrics) if self.process.is_main_process else None
@@ -242,7 +259,7 @@ class _Run:
         if lora_experts(loaded):
             with atomic(self.place.path / "redundancy.parquet") as path:
                 redundancy(loaded).to_parquet(path)
-        self.place.write_json("metrics.json", metrics | {"saved_equals_loaded": equal})
+        self.place.finish(metrics | {"saved_equals_loaded": equal})
         self.place.remove_checkpoints()
         logger.info("finished")
         return loaded
@@ -272,13 +289,20 @@ def _training_rows(encoded: Encoded, task: Task) -> Dataset:
     return encoded.train
 
 
+class _RunLog(logging.FileHandler):
+    """A line that cannot be written is left out: of a full disk the run itself tells, in one sentence."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass
+
+
 @contextmanager
 def _log_file(place: RunFolder, *, writes: bool) -> Iterator[None]:
     """lamella's log goes to `log.txt` as well, in the one process that writes."""
     if not writes:
         yield
         return
-    handler = logging.FileHandler(place.path / "log.txt", encoding="utf-8")
+    handler = _RunLog(place.path / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -288,4 +312,5 @@ def _log_file(place: RunFolder, *, writes: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        handler.close()
+        with suppress(OSError):  # of a full disk the run itself has told
+            handler.close()

@@ -22,6 +22,7 @@ from lamella.files import read_table
 from lamella.findings import Examination
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder
+from lamella.lab.runs.rows import Seen, seen
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.scoring import trains_tokens
 from lamella.tuners.redundancy import lora_experts, redundancy
@@ -92,8 +93,10 @@ class Trained:
     def rows(self, split: str, count: int | None = None) -> tuple[Dataset, Encoded]:
         """At most ``count`` rows of a split, always the same ones, read as in the run, and their collator.
 
+        Its notes say which of them were trained on, and how the split has changed since the run.
+
         Raises:
-            LamellaError: the task has no such split.
+            LamellaError: the task has no such split, or what the run says of its rows cannot be read.
         """
         if split not in self.task.splits:
             raise LamellaError(
@@ -110,7 +113,12 @@ class Trained:
             decoder=is_decoder(self.model.config),
         )
         rows: Dataset = getattr(encoded, split)
-        return rows, encoded
+        return rows, dataclasses.replace(encoded, notes=(*self.seen(split, count).notes, *encoded.notes))
+
+    def seen(self, split: str, count: int | None = None) -> Seen:
+        """Which of these rows were trained on, so far as that is known."""
+        run = None if self.place.settings is None else self.place.folder.parent
+        return seen(run, self.place.settings, self.task, split, count)
 
 
 def redundancy_of(run: Path) -> pd.DataFrame | None:

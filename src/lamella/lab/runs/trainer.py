@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
@@ -128,6 +129,21 @@ class RunTrainer(Trainer):
                 "switch bf16 off, and check the rows for empty texts."
             )
         return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save one checkpoint.
+
+        Raises:
+            LamellaError: it could not be written, on a full disk as a rule.
+        """
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise LamellaError(
+                f"The checkpoint of step {self.state.global_step} could not be written: {reason}. Make room in "
+                f"{self.args.output_dir}, and the same command goes on from the checkpoint before it."
+            ) from error
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """The task's metrics on validation, logged and told to the callbacks."""
