@@ -10,6 +10,20 @@ from typing import Any, Generic, TypeVar
 from lamella.errors import LamellaError
 
 RETRIES = 3  # of work whose worker died
+
+
+class WorkersDiedError(LamellaError):
+    """One piece of work ended every worker that it was given to.
+
+    Attributes:
+        piece: which one.
+    """
+
+    def __init__(self, sentence: str, piece: Any) -> None:
+        super().__init__(sentence)
+        self.piece = piece
+
+
 Piece = TypeVar("Piece")
 
 
@@ -67,11 +81,11 @@ class Cluster(Generic[Piece]):
         self.waiting[self._function.remote(*arguments)] = piece
 
     def next(self) -> Piece:
-        """The next piece that is done.
+        """The next piece that is done. What else is waiting goes on, also after an error, until it is cancelled.
 
         Raises:
-            LamellaError: its workers died again and again; also whatever the function raised. What else was waiting is
-                cancelled.
+            WorkersDiedError: its workers died again and again.
+            Exception: whatever the function raised.
         """
         done = self._ray.wait(list(self.waiting))[0][0]
         piece = self.waiting.pop(done)
@@ -79,15 +93,15 @@ class Cluster(Generic[Piece]):
         try:
             self._ray.get(done)
         except BaseException as error:
-            self.cancel()
             if isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, LamellaError):
                 raise error.cause from error
             if isinstance(
                 error, exceptions.WorkerCrashedError | exceptions.OutOfMemoryError | exceptions.NodeDiedError
             ):
-                raise LamellaError(
+                raise WorkersDiedError(
                     f"{RETRIES + 1} workers died over one {self._word} ({piece}), often for want of memory: {error} "
-                    f"What is finished is kept: run it again with a smaller {self._word} or fewer workers on a machine."
+                    f"What is finished is kept: try it with a smaller {self._word} or fewer workers on a machine.",
+                    piece,
                 ) from error
             raise
         return piece

@@ -140,7 +140,7 @@ def test_a_run_that_was_really_killed_goes_on(lamella, bert, questions, run_fold
     command = [sys.executable, "-m", "lamella", "train", *map(str, words)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(run_folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
+    while not list(run_folder.glob("checkpoints/checkpoint-*/digests.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)

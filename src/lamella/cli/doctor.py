@@ -11,13 +11,13 @@ from lamella.cli.output import print_json
 
 
 def doctor(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
+    path: Annotated[Path, typer.Argument(help="Folder of a run, an adapter or a study.")],
     base: Annotated[
         str | None, typer.Option(help="Base model: a demo model, a hub id or a path; the adapter's if absent.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Look for faults in a run or an adapter, and say what was looked at. Exit status 1 if there are any.
+    """Look for faults in a run, an adapter or a study, and say what was looked at. Exit status 1 if there are any.
 
     Example: lamella doctor runs/minilm-trec-mola-seed0
     """

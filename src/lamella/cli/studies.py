@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lamella.lab.studies.recipe import StudyRecipe
 
 
+_SHOWN = 5  # cells that were not run, with their reasons; the report names all
+
+
 def show_plan(recipe: StudyRecipe, path: Path, jobs: int, *, json: bool) -> None:
     """Say how long the study will take."""
     from lamella.lab.studies.folder import StudyFolder
@@ -35,6 +38,7 @@ def run_study(
     """Say how long it will take, run what is not run yet, and show what came out; status 1 if a cell was not run."""
     from lamella.lab.pages import study_report
     from lamella.lab.report.report import write_report
+    from lamella.lab.studies.checks import check_rows
     from lamella.lab.studies.costs import study_costs
     from lamella.lab.studies.folder import StudyFolder
     from lamella.lab.studies.study import summarise
@@ -47,6 +51,7 @@ def run_study(
             highlight=False,
         )
     folder.begin(cells, force=force)
+    check_rows(cells, folder)
     _run(cells, folder, jobs, ray)
     study = summarise(recipe, cells, folder)
     costs = study_costs(study, lambda name: console.print(f"measuring {name}"))
@@ -58,6 +63,8 @@ def run_study(
         console.print(f"Report: {page}", highlight=False)
     if study.not_run:
         console.print(f"Not run: {len(study.not_run)} cell(s), the first: {study.not_run[0]}", highlight=False)
+        for label in study.not_run[1:_SHOWN]:
+            console.print(f"Not run: {label}", highlight=False)
         raise typer.Exit(1)
 
 

@@ -39,7 +39,7 @@ _FOLDERS: dict[str, ExamineFolder] = {}
 def doctor(
     model_or_path: nn.Module | str | Path, base: nn.Module | str | None = None, batches: Batches | None = None
 ) -> Diagnosis:
-    """Examines a model with an adapter, an adapter folder in PEFT's format, or the folder of a run.
+    """Examines a model with an adapter, an adapter folder in PEFT's format, or the folder of a run or a study.
 
     Looks for NaN and infinity, targets that match nothing, a balance coefficient without balance loss, routers
     without gradient, files that are missing, pickled, unreadable or unknown in a part, an adapter that is not of its
@@ -126,7 +126,8 @@ def _examine_path(
             examine(path, base, batches, examination)
             return
     raise LamellaError(
-        f"{path} is neither the folder of an adapter (it has no {CONFIG}) nor of a run (it has no run.yaml)."
+        f"{path} is neither the folder of an adapter (it has no {CONFIG}) nor of a run (no run.yaml) or a study (no "
+        "study.yaml)."
         if path.is_dir()
         else f"There is no folder {path}."
     )

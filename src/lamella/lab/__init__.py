@@ -1,6 +1,7 @@
 """The laboratory: tasks, methods beside their baselines, runs, studies and reports (extra `lab`).
 
-Importing it tells the library the names of its demo models, and lets `lamella.doctor` examine the folder of a run. What
+Importing it tells the library the names of its demo models, and lets `lamella.doctor` examine the folders of runs and
+studies. What
 that needs is imported when it is used.
 """
 
@@ -28,5 +29,12 @@ def _examine_run(path: Path, *args: Any) -> None:
     optional_module("lamella.lab.runs.checks", "To examine the folder of a run, lamella").examine_run(path, *args)
 
 
+def _examine_study(path: Path, *args: Any) -> None:
+    optional_module("lamella.lab.studies.checks", "To examine the folder of a study, lamella").examine_study(
+        path, *args
+    )
+
+
 register_base_names(BaseNames(_published, _located))
 register_folder("run.yaml", _examine_run)
+register_folder("study.yaml", _examine_study)

@@ -14,7 +14,6 @@ from tests.lab.studies.test_study_killed import MEASURED
 from tests.lab.tiny_studies import write_study
 
 from lamella.cluster import RETRIES
-from lamella.errors import LamellaError
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.folder import StudyFolder
@@ -88,5 +87,5 @@ def test_what_cannot_be_done_is_said(cluster, bert, questions, tmp_path):
 
     work_on_ray(recipe.cells()[3:], folder, "auto")
     assert "no trainable router" in folder.failure(recipe.cells()[3].key)
-    with pytest.raises(LamellaError, match=f"{RETRIES + 1} workers died"):
-        work_on_ray([Dying()], folder, "auto")
+    work_on_ray([Dying()], folder, "auto")
+    assert f"{RETRIES + 1} workers died" in folder.failure("dying")

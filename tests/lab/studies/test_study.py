@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 from tests.lab.tiny_studies import write_study
 
+from lamella.errors import LamellaError
+from lamella.lab.pages import study_report
+from lamella.lab.report.report import write_report
+from lamella.lab.runs.run import train
 from lamella.lab.studies import runner
+from lamella.lab.studies.costs import study_costs
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.planning import plan
 from lamella.lab.studies.recipe import read_study
@@ -77,8 +82,8 @@ def test_finished_cells_are_taken_as_they_are(study, monkeypatch):
     run_cells(cells[:2], folder)
     assert folder.finished(cells[0].key)
     folder.begin(cells[:2], force=True)
-    with pytest.raises(AssertionError, match="trained again"):
-        run_cells(cells[:2], folder)
+    run_cells(cells[:2], folder)
+    assert "trained again" in folder.failure(cells[0].key)
 
 
 def test_a_cell_that_fails_is_said_and_the_others_run(bert, questions, tmp_path):
@@ -97,6 +102,44 @@ def test_a_cell_that_fails_is_said_and_the_others_run(bert, questions, tmp_path)
     assert found.results.set_index("method").loc["head", ["seed 0", "mean", "interval"]].isna().all()
     folder.begin(cells)
     assert folder.failure(cells[-1].key) is None  # the next attempt tries it again
+
+
+@pytest.mark.parametrize("broken", [("lora",), ("mola", "lora", "head")], ids=["the reference", "all"])
+def test_whatever_breaks_a_cell_the_others_go_on_and_it_is_said(bert, questions, tmp_path, monkeypatch, broken):
+    grid = read_study(write_study(tmp_path / "study.yaml", bert, questions, max_steps=2), ["seeds=1"])
+    cells, folder = grid.cells(), StudyFolder(tmp_path / "out")
+
+    def breaking(settings, *words, **named):
+        if settings.method.name in broken:
+            raise RuntimeError("CUDA out of memory\nand much more")
+        return train(settings, *words, **named)
+
+    monkeypatch.setattr("lamella.lab.studies.folder.train", breaking)
+    run_cells(cells, folder)
+    found = summarise(grid, cells, folder)
+
+    assert len(found.not_run) == len([cell for cell in cells if cell.settings.method.name in broken])
+    assert all(label.endswith("seed 0. RuntimeError: CUDA out of memory") for label in found.not_run)
+    write_report(study_report("a study", found, study_costs(found)), tmp_path / "report.html")
+    assert "RuntimeError: CUDA out of memory" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("seeds=[99999999999999999999]", "'seed' cannot be 99999999999999999999"),
+        ("seeds=1000000000", "at most 1,000 are planned"),
+        ("methods.LoRA.method.target_modules='(query'", "is no regular expression"),
+        ("methods.MoLA.method.exclude_modules='*'", "is no regular expression"),
+    ],
+)
+def test_settings_that_no_cell_could_run_with_are_refused_before_the_study_begins(
+    bert, questions, tmp_path, change, said
+):
+    recipe = write_study(tmp_path / "study.yaml", bert, questions)
+
+    with pytest.raises(LamellaError, match=said):
+        read_study(recipe, ["methods.LoRA.method={name: lora}", "methods.MoLA.method={name: mola}", change]).cells()
 
 
 def test_a_claimed_cell_is_left_to_its_owner(study):

@@ -1,12 +1,12 @@
-import multiprocessing
 import os
-import random
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
+from tests.killing import fresh_processes, kill_at_random
 from tests.lab.tiny_studies import write_study
 
 from lamella.lab.studies.folder import StudyFolder
@@ -20,81 +20,64 @@ MEASURED = ["build_seconds", "train_seconds", "seconds_per_step", "peak_memory_b
 @pytest.fixture(scope="module")
 def fresh():
     """Processes that have imported everything and done nothing: a kill then falls into the work, not into imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lamella.lab.studies.runner"])
-    return context
+    return fresh_processes("lamella.lab.studies.runner")
 
 
 @pytest.fixture
 def study(bert, questions, tmp_path):
-    path = write_study(tmp_path / "study.yaml", bert, questions, max_steps=16, evaluate_every=4)
+    path = write_study(tmp_path / "study.yaml", bert, questions, max_steps=6)
     grid = read_study(path, ["seeds=1"])
-    return grid, grid.cells()
+    return grid, grid.cells()[:2]
+
+
+def test_kills_at_random_moments_change_nothing(study, fresh, tmp_path):
+    """Three; fifty of everything that goes on where it was killed are in tests/test_killed.py."""
+    grid, cells = study
+
+    kills, ends = kill_at_random(
+        fresh, partial(work, cells), StudyFolder, tmp_path, lambda folder: table(grid, cells, folder), kills=3, seed=0
+    )
+
+    assert kills == 3
+    assert ends >= 1
 
 
 def table(grid, cells, folder):
+    assert not list(folder.path.glob("runs/*/checkpoints"))
     summarise(grid, cells, folder)
     return pd.read_parquet(folder.path / "results.parquet").drop(columns=["study", *MEASURED])
 
 
-def test_five_kills_at_random_moments_change_nothing(study, fresh, tmp_path):
-    grid, cells = study
-    whole, killed = StudyFolder(tmp_path / "whole"), StudyFolder(tmp_path / "killed0")
-    started = time.monotonic()
-    process = fresh.Process(target=work, args=(cells, whole))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    seconds = time.monotonic() - started
-
-    generator = random.Random(0)
-    done, kills, begun = set(), 0, 0
-    while kills < 5:
-        process = fresh.Process(target=work, args=(cells, killed))
-        process.start()
-        process.join(0.28 * seconds * generator.random())  # five of them take 0.7 of the time: too little to finish
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-            kills += 1
-            rows = {cell.key for cell in cells if killed.finished(cell.key)}
-            assert rows.issuperset(done)
-            done = rows
-        else:  # the machine has become faster, and the study came to its end: the other kills fall into another one
-            assert process.exitcode == 0
-            begun += 1
-            done, killed = set(), StudyFolder(tmp_path / f"killed{begun}")
-    process = fresh.Process(target=work, args=(cells, killed))
-    process.start()
-    process.join()
-
-    assert process.exitcode == 0
-    pd.testing.assert_frame_equal(table(grid, cells, killed), table(grid, cells, whole))
-    assert not list(killed.path.glob("runs/*/checkpoints"))
-
-
-def test_workers_end_with_the_process_that_started_them(study, fresh, tmp_path):
+def test_workers_are_replaced_and_end_with_the_process_that_started_them(study, fresh, tmp_path):
     _, cells = study
     long = [cell.settings.model_copy(update={"max_steps": 100_000, "evaluate_every": 100_000}) for cell in cells]
     endless = [replace(cell, settings=one) for cell, one in zip(cells, long, strict=True)]
-    endless = list({cell.key: cell for cell in endless}.values())
     folder = StudyFolder(tmp_path / "out")
     process = fresh.Process(target=work_in_processes, args=(endless, folder, 2))
     process.start()
     wait_until(lambda: len(list(folder.path.glob("runs/*/log.txt"))) == 2)
-    assert sorted(claimable(endless, folder)) == [False] * 2 + [True]
+    assert claimable(endless, folder) == [False, False]
+
+    victim = folder.claimant(endless[0].key)
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: folder.claimant(endless[0].key) != victim)
+    assert claimable(endless, folder) == [False, False]
+    assert folder.failure(endless[0].key) is None
+
+    os.kill(folder.claimant(endless[0].key), signal.SIGKILL)  # whatever kills its workers is not tried for ever
+    wait_until(lambda: folder.failure(endless[0].key) is not None)
+    assert "the last with status -9 (a negative one is a signal" in folder.failure(endless[0].key)
+    assert claimable(endless[1:], folder) == [False]  # and the rest of the study goes on
 
     os.kill(process.pid, signal.SIGKILL)
     process.join()
 
     wait_until(lambda: all(claimable(endless, folder)))
-    assert len(list(folder.path.glob("runs/*/log.txt"))) == 2
 
 
 def claimable(cells, folder):
     free = []
-    for key in {cell.key for cell in cells}:
+    for key in (cell.key for cell in cells):
         with folder.claim(key) as claimed:
             free.append(claimed)
     return free

@@ -9,14 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lamella.diagnostics.usage import DEAD_SHARE
 from lamella.errors import UnreadableError
 from lamella.files import atomic, read_table
-from lamella.lab.runs.folder import seal
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
 
@@ -168,16 +166,6 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the watch."""
         self.seconds += time.perf_counter() - self._started
-
-
-class SealCheckpoint(TrainerCallback):
-    """Mark each checkpoint as whole, when all processes and the callbacks before this one have written theirs."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the checkpoint of this step."""
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class LogLines(TrainerCallback):

@@ -22,7 +22,7 @@ from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.lab.methods import trainable_parameters
-from lamella.lab.runs.callbacks import LogLines, RoutingHistory, SealCheckpoint, Stopwatch, routing_summary
+from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.rows import Rows, check_unchanged
@@ -96,7 +96,7 @@ def train(
             try:
                 return run.complete()
             except Exception as error:
-                logger.info("stopped: %s", error)
+                logger.info("stopped: %s", error, exc_info=not isinstance(error, LamellaError))
                 raise
 
 
@@ -138,8 +138,9 @@ class _Run:
                 self.rows,
                 self.encoded,
                 place,
-                callbacks=[self.watch, routing, LogLines(), FirstStep(), SealCheckpoint(), *callbacks],
+                callbacks=[self.watch, routing, LogLines(), FirstStep(), *callbacks],
                 log_sources=[self.watch.latest, routing.latest],
+                history=routing,
             )
 
     def keep_rows(self) -> None:

@@ -27,7 +27,7 @@ class RunSettings(Settings):
     method: SerializeAsAny[Method] = Field(
         default_factory=lambda: method_from("mola"), description="its name and its settings"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32, description="NumPy takes no larger one")
 
     epochs: Rate | None = Field(None, description="passes over the training rows; 1 if max_steps is absent too")
     max_steps: Positive | None = Field(None, description="optimizer steps, in place of epochs")

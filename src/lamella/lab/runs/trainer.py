@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ProgressCallback
 
 from lamella.errors import LamellaError
-from lamella.lab.runs.folder import RunFolder
+from lamella.lab.runs.callbacks import RoutingHistory
+from lamella.lab.runs.folder import RunFolder, seal
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.scoring import Selection, score, selection, trains_tokens
 from lamella.tuners.optimization import param_groups
@@ -85,7 +87,9 @@ class RunTrainer(Trainer):
         folder: RunFolder,
         callbacks: Sequence[TrainerCallback],
         log_sources: Sequence[Callable[[], dict[str, float]]],
+        history: RoutingHistory,
     ) -> None:
+        self.history = history
         self.settings, self.task, self._collator = settings, task, encoded.collator
         self._log_sources = log_sources
         self._groups(model)  # rates that do not fit the model are an error now, and not after the folder is begun
@@ -131,13 +135,17 @@ class RunTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save one checkpoint.
+        """Save one checkpoint; what lies beside it is written before, and its digests when all processes have written.
 
         Raises:
             LamellaError: it could not be written, on a full disk as a rule.
         """
         try:
+            self.history.on_save(self.args, self.state, self.control)
             super()._save_checkpoint(model, trial)
+            PartialState().wait_for_everyone()
+            if self.is_world_process_zero():
+                seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise LamellaError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lamella.files import sha256_of
 from lamella.lab.studies.answers import Questions, answers, masked_answers
 
 if TYPE_CHECKING:
@@ -121,11 +122,12 @@ class Asked:
         settings, run = folder.placed(self.cell.settings), folder.run(self.cell.key)
         assert self.cell.questions is not None  # else there is nothing to ask
         if self.masked:
-            folder.write_table(folder.masked(self.cell.key), masked_answers(settings, run, self.cell.questions))
+            path, table = folder.masked(self.cell.key), masked_answers(settings, run, self.cell.questions)
         else:
             loras = {source: str(folder.run(key)) for source, key in self.cell.compared_with.items()}
-            folder.write_table(folder.answers(self.cell.key), answers(settings, run, self.cell.questions, loras))
-        return {}
+            path, table = folder.answers(self.cell.key), answers(settings, run, self.cell.questions, loras)
+        folder.write_table(path, table)
+        return {"sha256": sha256_of(path)}
 
 
 def jobs_of(cells: Iterable[Cell]) -> list[Job]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
+from lamella.errors import LamellaError
 from lamella.files import atomic, read_json, read_table, write_atomic
 from lamella.lab.data import load_backbone
 from lamella.lab.methods import read_saved
@@ -58,11 +60,11 @@ class StudyFolder:
 
     def row(self, key: str) -> dict[str, Any] | None:
         """What a finished job measured; None if it is not finished."""
-        return read_json(self._row(key)) if self.finished(key) else None
+        return read_json(self.row_path(key)) if self.finished(key) else None
 
     def finished(self, key: str) -> bool:
         """Whether the job has its row."""
-        return self._row(key).is_file()
+        return self.row_path(key).is_file()
 
     def failure(self, key: str) -> str | None:
         """Why the job could not be done, in this study's last attempt."""
@@ -76,7 +78,7 @@ class StudyFolder:
                 if claimed:
                     self._failure(job.key).unlink(missing_ok=True)
                 if claimed and force:
-                    self._row(job.key).unlink(missing_ok=True)
+                    self.row_path(job.key).unlink(missing_ok=True)
                     self.answers(job.key).unlink(missing_ok=True)
                     self.masked(job.key).unlink(missing_ok=True)
                     shutil.rmtree(self.run(job.key), ignore_errors=True)
@@ -92,7 +94,16 @@ class StudyFolder:
             except BlockingIOError:
                 yield False
                 return
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield True
+
+    def claimant(self, key: str) -> int | None:
+        """The process that claimed the job last, alive or not."""
+        path = self.path / "locks" / key
+        said = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return int(said) if said.isdigit() else None
 
     def carry_out(self, job: Job, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Do a claimed job to its end, and write its row."""
@@ -100,7 +111,7 @@ class StudyFolder:
         row = job.carry_out(self, callbacks)
         # of a run that was interrupted the earlier part counts too
         seconds = max(time.perf_counter() - started, row.get("metrics", {}).get("train_seconds", 0.0))
-        write_atomic(self._row(job.key), json.dumps({"seconds": seconds, **row}))
+        write_atomic(self.row_path(job.key), json.dumps({"seconds": seconds, **row}))
 
     def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
         """Run a cell, from its last checkpoint where there is one, and let the doctor examine it."""
@@ -146,7 +157,7 @@ class StudyFolder:
         while wanted and recognised:
             recognised = False
             for stem in [stem for stem in old if renamed[stem] == stem]:
-                settings = _saved_settings(read_json(old[stem])["settings"], renamed)
+                settings = _saved_settings(read_json(old[stem]).get("settings", {}), renamed)
                 key = key_of(settings, next(iter(wanted.values())).questions) if wanted else ""
                 if key in wanted:
                     adopted.append(wanted.pop(key).label)
@@ -156,13 +167,23 @@ class StudyFolder:
         self._adopt_answers(cells)
         return adopted
 
+    def saved_settings(self, row: Mapping[str, Any]) -> RunSettings:
+        """The settings in a row, with keys in place of paths into this folder.
+
+        Raises:
+            LamellaError: it has none, or they do not fit.
+        """
+        if not isinstance(settings := row.get("settings"), Mapping):
+            raise LamellaError("it has no settings")
+        return _saved_settings(settings, {lying: key for key, lying in self._keys().items()})
+
     def _adopt_answers(self, cells: Sequence[Cell]) -> None:
         """The first edition wrote no row of what was asked; its time is in that of the run."""
         for job in jobs_of(cells):
             if isinstance(job, Asked) and self.finished(job.cell.key) and not self.finished(job.key):
                 path = self.masked(job.cell.key) if job.masked else self.answers(job.cell.key)
                 if path.is_file() and "metrics" in (self.row(job.cell.key) or {}):
-                    write_atomic(self._row(job.key), json.dumps({"seconds": 0.0}))
+                    write_atomic(self.row_path(job.key), json.dumps({"seconds": 0.0}))
 
     def _keep_base(self, cell: Cell) -> None:
         """The backbone with a trained head as one model, which other cells of that seed are trained on."""
@@ -185,7 +206,8 @@ class StudyFolder:
     def _lying(self, key: str) -> str:
         return self._keys().get(key, key)
 
-    def _row(self, key: str) -> Path:
+    def row_path(self, key: str) -> Path:
+        """Where the row of a job lies."""
         cell, dash, asked = key.partition("-")
         return self.path / "rows" / f"{self._lying(cell)}{dash}{asked}.json"
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from lamella.lab.studies.results import Results
 
 
+_MOST_SEEDS = 1000
+
+
 @dataclass(frozen=True)
 class TableOf:
     """Which rows one table of a study is about; ``parts`` of a study are united in a separate table.
@@ -127,6 +130,10 @@ def study_of(tree: Mapping[str, Any], recipe: str = "study.yaml") -> StudyRecipe
     if not {"methods", "sources"} & set(tree) and "model" in tree:
         raise LamellaError(f"The recipe '{recipe}' is one run. Give it to `lamella train`; a study has 'methods'.")
     study: StudyRecipe = (CompositionStudy if "sources" in tree else Grid).parse(tree)
+    if isinstance(study.seeds, int) and study.seeds > _MOST_SEEDS:
+        raise LamellaError(
+            f"seeds={study.seeds} says how many, and at most {_MOST_SEEDS:,} are planned. One seed is seeds=[7]."
+        )
     if not study.seed_list or len(set(study.seed_list)) < len(study.seed_list):
         raise LamellaError(f"seeds={study.seeds} must name at least one seed, and each of them once.")
     study.check()

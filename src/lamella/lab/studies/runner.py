@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 
 from transformers import TrainerCallback
 
-from lamella.cluster import Cluster, connected
+from lamella.cluster import Cluster, WorkersDiedError, connected
 from lamella.errors import LamellaError
 from lamella.lab.quiet import quiet_libraries
 from lamella.lab.studies.cells import Cell, Job, jobs_of
@@ -43,7 +45,7 @@ def run_cells(
         finished: told each job that was done.
 
     Raises:
-        LamellaError: a process of several died, or no cluster answers.
+        LamellaError: processes cannot be kept alive, or no cluster answers.
     """
     work_list = jobs_of(cells)
     if ray is not None:
@@ -96,36 +98,59 @@ def _take(job: Job, folder: StudyFolder, callbacks: Sequence[TrainerCallback], s
             folder.carry_out(job, callbacks)
         except LamellaError as error:
             folder.fail(job, str(error))
+        except Exception as error:  # the other cells go on; the run's log has the traceback
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            folder.fail(job, f"{type(error).__name__}: {first_line}")
         return True
 
 
 def work_in_processes(jobs: Sequence[Job], folder: StudyFolder, count: int, finished: Told = lambda job: None) -> None:
     """`work` in ``count`` fresh processes; they end when this one does, however it ends.
 
+    Another process takes the place of one that dies, and goes on with its job; a job over which two have died fails.
+
     Raises:
-        LamellaError: a process died of something other than a `LamellaError`.
+        LamellaError: processes die without a job.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each process has one core
     context = multiprocessing.get_context("spawn")  # a forked torch keeps locks and threads that no longer exist
-    processes: list[BaseProcess] = [context.Process(target=_worker, args=(list(jobs), folder)) for _ in range(count)]
-    waiting = {job.key: job for job in jobs if not folder.finished(job.key)}
-    for process in processes:
+
+    def begun() -> BaseProcess:
+        process = context.Process(target=_worker, args=(list(jobs), folder))
         process.start()
+        return process
+
+    processes = [begun() for _ in range(count)]
+    waiting = {job.key: job for job in jobs if not folder.finished(job.key)}
+    deaths: Counter[str] = Counter()
     try:
-        while waiting and any(process.is_alive() for process in processes):
-            time.sleep(_POLL_SECONDS)
+        while processes:
+            multiprocessing.connection.wait([process.sentinel for process in processes], _POLL_SECONDS)
+            for process in [process for process in processes if not process.is_alive()]:
+                processes.remove(process)
+                if process.exitcode:
+                    _bury(process, jobs, folder, deaths, count)
+                    if any(not _settled(job, folder) for job in jobs):
+                        processes.append(begun())
             for key in [key for key in waiting if folder.finished(key)]:
                 finished(waiting.pop(key))
-        for process in processes:
-            process.join()
     finally:
         for process in processes:
             process.terminate()
-    if bad := [process.exitcode for process in processes if process.exitcode]:
+
+
+def _bury(process: BaseProcess, jobs: Sequence[Job], folder: StudyFolder, deaths: Counter[str], count: int) -> None:
+    """Count the death of a process against the job it was doing, which fails at the second."""
+    job = next((job for job in jobs if folder.claimant(job.key) == process.pid and not _settled(job, folder)), None)
+    deaths["" if job is None else job.key] += 1
+    status = f"status {process.exitcode} (a negative one is a signal, -9 often a lack of memory)"
+    if job is None and deaths[""] > count:
         raise LamellaError(
-            f"{len(bad)} of {count} processes ended with status {bad[0]} before the study was done (a negative "
-            "one is a signal, -9 often a lack of memory). Finished cells stay: run it again, with fewer --jobs."
+            f"{deaths['']} processes ended with {status} without a job. Finished cells stay: run it again, with fewer "
+            "--jobs."
         )
+    if job is not None and deaths[job.key] > 1:
+        folder.fail(job, f"Two processes that were doing it ended, the last with {status}. Try it with fewer --jobs.")
 
 
 def _worker(jobs: list[Job], folder: StudyFolder) -> None:
@@ -147,31 +172,42 @@ def work_on_ray(jobs: Sequence[Job], folder: StudyFolder, address: str, finished
     A cell takes one CPU, and one GPU where the cluster has any.
 
     Raises:
-        LamellaError: Ray is not installed, no cluster answers, workers die again and again or write elsewhere.
+        LamellaError: Ray is not installed, no cluster answers, or workers write elsewhere.
     """
     labels = {job.key: job.label for job in jobs}
     with connected(address) as ray:
         cluster: Cluster[Job] = Cluster(ray, _on_worker, "cell", gpus=int("GPU" in ray.cluster_resources()))
         left = list(jobs)
-        while True:
-            left = [job for job in left if not _settled(job, folder)]
-            ready = [job for job in left if _ready(job, folder, labels)]
-            left = [job for job in left if job not in ready]
-            for job in ready:
-                cluster.submit(job, job, StudyFolder(folder.path.resolve()))
-            if not cluster.waiting:
-                if not any(not _settled(job, folder) for job in left):
+        try:
+            while True:
+                left = [job for job in left if not _settled(job, folder)]
+                ready = [job for job in left if _ready(job, folder, labels)]
+                left = [job for job in left if job not in ready]
+                for job in ready:
+                    cluster.submit(job, job, StudyFolder(folder.path.resolve()))
+                if cluster.waiting:
+                    _await_one(cluster, folder, finished)
+                elif any(not _settled(job, folder) for job in left):
+                    time.sleep(_POLL_SECONDS)  # what is left needs what failed, or others are doing it
+                else:
                     return
-                time.sleep(_POLL_SECONDS)  # what is left needs what failed, or others are doing it
-                continue
-            done = cluster.next()
-            if not _settled(done, folder):
-                raise LamellaError(
-                    f"A worker finished {done.label}, but its row is not in {folder.path}. Workers must see the "
-                    "study's folder under the same path: use a shared file system."
-                )
-            if folder.finished(done.key):
-                finished(done)
+        finally:
+            cluster.cancel()
+
+
+def _await_one(cluster: Cluster[Job], folder: StudyFolder, finished: Told) -> None:
+    try:
+        done = cluster.next()
+    except WorkersDiedError as error:
+        folder.fail(error.piece, str(error))
+        return
+    if not _settled(done, folder):
+        raise LamellaError(
+            f"A worker finished {done.label}, but its row is not in {folder.path}. Workers must see the study's folder "
+            "under the same path: use a shared file system."
+        )
+    if folder.finished(done.key):
+        finished(done)
 
 
 def _on_worker(job: Job, folder: StudyFolder) -> None:

@@ -34,7 +34,7 @@ class Study:
         findings: the doctor's findings in every run, the run's label before where it is.
         settings: the recipe, what each method's runs were given, and where they lie.
         notes: how the numbers were made.
-        not_run: labels of the cells that lack anything.
+        not_run: labels of the cells that lack anything, each with the reason.
     """
 
     recipe: StudyRecipe
@@ -77,6 +77,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
         LamellaError: a task cannot be loaded.
     """
     measured = recipe.measured(cells, folder)
+    not_run = [_not_run(cell, folder) for cell in cells if not folder.finished(cell.last)]
     for name, table in measured.tables.items():
         folder.write_table(folder.path / f"{name}.parquet", table)
     said = recipe.model_dump(mode="json")
@@ -101,9 +102,9 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
             *recipe.notes(cells, folder, tables),
             *measured.notes,
             *_unexamined(cells, folder),
-            *(_not_run(cell, folder) for cell in cells if not folder.finished(cell.last)),
+            *(f"Not run: {label}" for label in not_run),
         ],
-        not_run=[cell.label for cell in cells if not folder.finished(cell.last)],
+        not_run=not_run,
     )
 
 
@@ -126,4 +127,4 @@ def _unexamined(cells: Sequence[Cell], folder: StudyFolder) -> list[str]:
 
 def _not_run(cell: Cell, folder: StudyFolder) -> str:
     reason = folder.failure(cell.key) or folder.failure(cell.last) or ""
-    return f"Not run: {cell.label}. {reason}".strip()
+    return f"{cell.label}. {reason}".strip()
