@@ -63,6 +63,12 @@ def cut(name):
     return lambda run: (run / name).write_bytes((run / name).read_bytes()[: (run / name).stat().st_size // 2])
 
 
+def halved(path):
+    lines = path.read_text().splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("seed:"))
+    path.write_text("\n".join(lines[:end]))
+
+
 def a_folder_instead(name):
     def breaking(run):
         (run / name).unlink()
@@ -93,6 +99,8 @@ UNUSABLE = {
     "a folder in place of a config": (MOLA, a_folder_instead(CONFIG), "adapter_config|neither"),
     "settings that are no YAML": (MOLA, written("run.yaml", b"model: [\n"), "run.yaml"),
     "settings of another kind": (MOLA, written("run.yaml", b"- a list"), "run.yaml"),
+    "half of the settings": (MOLA, lambda run: halved(run / "run.yaml"), "run.yaml lacks"),
+    "a value that no layer takes": ("lora", config_changed(lora_dropout="(("), "adapter"),
     "no settings at all": (MOLA, written("run.yaml", b""), "run.yaml"),
     "a model without a tensor": (
         "full",

@@ -146,6 +146,13 @@ def metrics_with(change):
     return edit
 
 
+def settings_with(**values):
+    def edit(run, other):
+        (run / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load((run / "run.yaml").read_text()) | values))
+
+    return edit
+
+
 def predictions_with(**columns):
     def edit(run, other):
         pd.read_parquet(run / "predictions.parquet").assign(**columns).to_parquet(run / "predictions.parquet")
@@ -176,6 +183,14 @@ EDITED = {
     "no history": (lambda run, _: (run / "routing.parquet").unlink(), "changed-since", "routing.parquet"),
     "a LoRA's adapter": (another_method_s_adapter, "method-differs", "run.yaml"),
     "no digests of rows": (lambda run, _: (run / "rows.parquet").unlink(), "changed-since", "rows.parquet"),
+    "no metrics": (lambda run, _: (run / "metrics.json").unlink(), "changed-since", "metrics.json"),
+    "no digests": (lambda run, _: (run / "digests.json").unlink(), "unreadable", "digests.json"),
+    "other settings": (settings_with(lr=0.1), "record-differs", "run.yaml"),
+    "a tokenizer cut short": (
+        lambda run, _: (run / "adapter/tokenizer.json").write_text("{"),
+        "changed-since",
+        "adapter/tokenizer.json",
+    ),
     "broken digests": (lambda run, _: (run / "digests.json").write_text("["), "unreadable", "digests.json"),
 }
 

@@ -23,6 +23,7 @@ from lamella.lab.runs.record import examine_record
 from lamella.lab.runs.run import RunResult
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.runs.tasks import task_of
+from lamella.lab.runs.trained import load_trained
 from lamella.lab.runs.trainer import total_steps
 
 
@@ -59,7 +60,7 @@ def examine_run(
         adapted = loaded if isinstance(loaded, PeftModel) else None
         model = examine_adapter(path / "adapter", base, settings.model, batches, examination, adapted)
     elif (path / "model").is_dir():
-        model = loaded if loaded is not None else load_backbone(str(path / "model")).model
+        model = loaded if loaded is not None else _whole_model(path, settings)
         examine_numbers(tensors_of(model), "model", examination)
     else:
         raise LamellaError(f"{path} holds a run without a result. Let `lamella train` finish it first.")
@@ -70,6 +71,15 @@ def examine_run(
         say_without_batches(model, batches, examination)
     else:
         judge_usage(uses, model, "the run's validation rows", examination)
+
+
+def _whole_model(path: Path, settings: RunSettings) -> nn.Module:
+    """The complete model of a run; where its task is gone, with the head that its config names."""
+    try:
+        task_of(settings)
+    except LamellaError:
+        return load_backbone(str(path / "model")).model
+    return load_trained(path).model
 
 
 def preflight_of(settings: RunSettings) -> Preflight:

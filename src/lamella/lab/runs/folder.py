@@ -28,12 +28,13 @@ logger = logging.getLogger("lamella")
 _DIGESTS = "digests.json"  # the last file of a checkpoint, and of a run the last but metrics.json
 _STATE = "trainer_state.json"  # of a checkpoint
 _MEASURED = ("model", "task", "method", "seed", "metric", "steps", "trainable_parameters", "notes")
+ROWS = "rows.parquet"
 _RESULTS = (
     "predictions.parquet",
     "trace.parquet",
     "redundancy.parquet",
     "routing.parquet",
-    "rows.parquet",
+    ROWS,
     "adapter",
     "model",
 )
@@ -91,13 +92,17 @@ class RunFolder:
         self.write_text("metrics.json", text)
 
     def changed(self) -> dict[str, str] | None:
-        """What became of each result that is not as the run wrote it; None of a run that wrote no digests.
+        """What became of each result that is not as the run wrote it; None of a run of an edition without digests.
 
         Raises:
             UnreadableError: the digests are damaged.
         """
         path = self.path / _DIGESTS
-        return _changed(self.path, read_json(path)) if path.exists() else None
+        if not path.exists() and not (self.path / ROWS).exists():
+            return None
+        digests = read_json(path)
+        added = _digests(self.path, *_RESULTS).keys() - digests.keys()
+        return _changed(self.path, {"metrics.json": "", **digests}) | dict.fromkeys(added, "was not there")
 
     def check(self, settings: RunSettings, *, force: bool = False) -> None:
         """Whether a run of these settings may be written here, anew or from where it was interrupted.

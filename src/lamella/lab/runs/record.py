@@ -50,9 +50,19 @@ def examine_record(
     """
     run, uses = RunFolder(folder), None
     _examine_method(model, settings, examination)
-    if not run.finished:
+    if run.finished:
+        uses = _examine_results(run, model, settings, examination)
+    else:
         examination.saw("the run's record: not examined, the run is not finished")
-        return None
+    with _readable("digests.json", examination):
+        _examine_digests(run, examination)
+    return uses
+
+
+def _examine_results(
+    run: RunFolder, model: nn.Module, settings: RunSettings, examination: Examination
+) -> list[RouterUse] | None:
+    folder, uses = run.path, None
     with _readable("metrics.json", examination):
         metrics = run.metrics()
         _examine_names(metrics, settings, examination)
@@ -68,8 +78,6 @@ def examine_record(
                     _predict_again(folder, model, task, settings, saved, examination)
         with _readable("trace.parquet", examination):
             uses = _traced(folder, metrics, examination)
-    with _readable("digests.json", examination):
-        _examine_digests(run, examination)
     return uses
 
 
@@ -101,12 +109,13 @@ def _examine_method(model: nn.Module, settings: RunSettings, examination: Examin
 
 
 def _examine_names(metrics: Mapping[str, Any], settings: RunSettings, examination: Examination) -> None:
-    said = {"method": settings.method.name, "seed": settings.seed}
-    if unlike := [f"{key}={metrics[key]!r} against {value!r}" for key, value in said.items() if metrics[key] != value]:
+    said = {"method": settings.method.name, "seed": settings.seed, "settings": settings.digest}
+    # an earlier edition kept no digest of the settings
+    if unlike := [key for key, value in said.items() if metrics.get(key, value) != value]:
         examination.error(
             "record-differs",
-            f"metrics.json and run.yaml are of different runs: {'; '.join(unlike)}",
-            "metrics.json",
+            f"metrics.json and run.yaml are not of one run: they differ in {', '.join(unlike)}",
+            "metrics.json and run.yaml",
             "the scores that the folder reports are not those of its settings",
             _RESTORE,
         )
@@ -159,7 +168,7 @@ def _predict_again(
     split = "validation" if "validation" in task.splits else "test"
     encoded = encode(
         replace(task, splits={split: task.splits[split]}),
-        AutoTokenizer.from_pretrained(find_trained(folder).folder),
+        _tokenizer(find_trained(folder).folder),
         max_length=settings.max_length,
         packing=settings.packing,
         decoder=is_decoder(model.config),
@@ -178,6 +187,14 @@ def _predict_again(
             "restore the folder from a copy, or run it again with --force",
         )
     examination.saw(f"the run's predictions: {len(unlike)} {split} rows predicted again")
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # damaged files make transformers and tokenizers raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnreadableError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
 
 
 def _compare_metrics(task: Task, split: str, saved: pd.DataFrame, said: Any, examination: Examination) -> None:
@@ -240,7 +257,7 @@ def _examine_digests(run: RunFolder, examination: Examination) -> None:
     if changed is None:
         examination.saw("the run's files: it keeps no digests of them, so whether they changed cannot be checked")
         return
-    found = " ".join(finding.where for finding in examination.findings)
+    found = " ".join(finding.where for finding in examination.findings if finding.severity == "error")
     if named := {name: fate for name, fate in changed.items() if Path(name).name not in found}:
         examination.error(
             "changed-since",

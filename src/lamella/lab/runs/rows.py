@@ -17,13 +17,13 @@ from lamella.errors import LamellaError
 from lamella.files import atomic, read_table
 from lamella.lab.data.splitting import sample_rows, telling_columns
 from lamella.lab.data.task import Task
+from lamella.lab.runs.folder import ROWS
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import limited
 
 if TYPE_CHECKING:
     pass
 
-ROWS = "rows.parquet"
 _NONE = np.empty(0, np.uint64)
 Digests = npt.NDArray[np.uint64]
 

@@ -179,6 +179,7 @@ class _Run:
             **({"alpha": {"start": alpha, "end": self._learned_alpha()}} if alpha else {}),
             "routing": routing,
             "rows": self.row_digests.names(),
+            "settings": self.settings.digest,
             "notes": [*self.task.notes, *self.encoded.notes],
         }
         loaded = self._write(after, metrics) if self.process.is_main_process else None

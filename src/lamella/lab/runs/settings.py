@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,6 +16,7 @@ from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_yaml
 from lamella.lab.methods import Method, method_from, read_saved
 from lamella.lab.schema import Settings
+from lamella.version import __version__
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -76,6 +79,12 @@ class RunSettings(Settings):
         parts = (Path(self.model).name, Path(self.task.rpartition(":")[2]).stem, self.method.name, f"seed{self.seed}")
         return "-".join(parts)
 
+    @property
+    def digest(self) -> str:
+        """Names what was asked for, wherever the model, the task and other runs' LoRAs lie now."""
+        asked = self.model_dump(mode="json", exclude={"model": True, "task": True, "method": {"adapters"}})
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Method:
@@ -89,8 +98,14 @@ def settings_of(folder: Path) -> RunSettings:
         LamellaError: ``run.yaml`` cannot be read, or a key or value does not fit.
     """
     path = folder / "run.yaml"
+    tree = read_yaml(path)
+    missing = sorted(RunSettings.model_fields.keys() - tree.keys())
+    if missing and tree.get("lamella_version") == __version__:  # an earlier edition had fewer
+        raise UnreadableError(
+            f"{path} lacks '{missing[0]}', which lamella {__version__} writes. Restore it from a copy, or run it again."
+        )
     try:
-        return RunSettings.parse(read_saved(read_yaml(path)))
+        return RunSettings.parse(read_saved(tree))
     except UnreadableError:
         raise
     except LamellaError as error:
