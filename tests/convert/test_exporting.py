@@ -222,3 +222,11 @@ def test_exported_experts_are_not_overwritten(tmp_path: Path) -> None:
     lamella.export_experts(model, tmp_path)
     with pytest.raises(LamellaError, match="already holds exported experts"):
         lamella.export_experts(model, tmp_path)
+
+
+def test_experts_of_rslora_are_exported_with_a_scale_that_every_reader_knows(tmp_path: Path) -> None:
+    model = tiny.adapted(tiny.llama(), num_experts=2, top_k=2, r=4, lora_alpha=6, use_rslora=True)
+    for path in lamella.export_experts(model, tmp_path):
+        config = LoraConfig.from_pretrained(path)
+        assert not config.use_rslora
+        assert config.lora_alpha / config.r == pytest.approx(6 / math.sqrt(4))

@@ -1,5 +1,6 @@
 """One plain LoRA in the place of a composition: exact where the weights are constant, its error measured otherwise."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tests import tiny
 from tests.tuners.mole import trained
 from torch import Tensor
 
 import lamella
-from lamella import LamellaError, collapse, export_experts, fixed_weights, masked_experts
+from lamella import LamellaError, collapse, compose, export_experts, fixed_weights, masked_experts
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +103,31 @@ def test_what_no_lora_can_do_is_refused(folder: Path, tmp_path: Path) -> None:
         export_experts(trained.composition("bert", folder), tmp_path)
     with pytest.raises(LamellaError, match="at least one batch"):
         collapse(trained.composition("bert", folder), [])
+
+
+def test_a_reader_that_takes_the_rank_from_the_tensors_scales_as_peft_does(tmp_path: Path) -> None:
+    """llama.cpp divides the config's alpha by a tensor's rank, vLLM by the config's, and neither reads patterns."""
+    loras = {}
+    for seed, (name, target) in enumerate({"a": "query", "b": "dense"}.items()):
+        base = tiny.bert()
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2 + 3 * seed, lora_alpha=7, target_modules=[target, "value"], init_lora_weights=False)
+        get_peft_model(base, config).save_pretrained(tmp_path / name)
+        loras[name] = tmp_path / name
+    model = compose(tiny.bert(), loras)
+    given = batches("bert")
+    with fixed_weights(model, {"a": 0.5, "b": 2}):
+        collapse(model, given).model.save_pretrained(tmp_path / "one")
+        expected = trained.run(model, given[0])
+    config = json.loads((tmp_path / "one/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (7, 7)
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    plain = tiny.bert()
+    tensors = load_file(tmp_path / "one/adapter_model.safetensors")
+    for name, A in tensors.items():
+        if "lora_A" in name:
+            B = tensors[name.replace("lora_A", "lora_B")]
+            module = plain.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight.data += config["lora_alpha"] / len(A) * B @ A
+    torch.testing.assert_close(trained.run(plain, given[0]), expected, rtol=1e-4, atol=1e-5)

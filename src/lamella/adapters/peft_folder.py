@@ -50,7 +50,7 @@ def read_peft(folder: Path, tensors: Mapping[str, Tensor], who: str) -> Parsed:
     return Parsed(
         format="PEFT",
         base=config.base_model_name_or_path,
-        components={MODEL: pairs.modules} if pairs.modules else {},
+        components={MODEL: pairs.modules} if pairs.modules or whole or tokens else {},
         skipped=skipped,
         constants={MODEL: pairs.constants},
         whole={key.replace(".base_layer.", ".").replace(".modules_to_save.", "."): t for key, t in whole.items()},

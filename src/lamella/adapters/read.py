@@ -54,7 +54,7 @@ def read_lora(
         if files.config is not None
         else read_single(tensors, metadata, who, pipe)
     )
-    if not parsed.components and not parsed.whole and not parsed.tokens:
+    if not parsed.components:
         left = "; ".join(f"{key}: {reason}" for key, reason in parsed.skipped[:3])
         raise LamellaError(f"{who} holds no LoRA{f' ({left})' if left else ': it is empty'}.")
     source = LoraSource(

@@ -225,8 +225,9 @@ def _factors(
     def leave_out(name: str) -> bool:
         return bool(_wanted(config, [name])[1])
 
-    for source in sources:
+    for source in {(source.format, source.base): source for source in reversed(sources)}.values():
         check_base(model, source)
+    for source in sources:
         mapped = map_to(model, source, leave_out=leave_out)
         excluded |= {name for name, reason in mapped.skipped if reason == LEFT_OUT}
         skipped += [(f"{source.name}: {name}", reason) for name, reason in mapped.skipped]
@@ -257,16 +258,14 @@ def shared_heads(
     """
     heads: dict[str, Head] = {}
     missed: dict[str, str] = {}
-    own = model.state_dict()
+    modules = dict(model.named_modules())
     for head in dict.fromkeys(head for of in whole.values() for head in of):
         first, *others = (of.get(head) for of in whole.values())
         having = [name for name, of in whole.items() if head in of]
         shapes = {key: tuple(tensor.shape) for key, tensor in whole[having[0]][head].items()}
-        unfit = [
-            key
-            for key, shape in shapes.items()
-            if tuple(own[at].shape if (at := f"{head}.{key}") in own else ()) != shape
-        ]
+        module = getattr(modules.get(head), "original_module", modules.get(head))  # where another adapter has one
+        own = module.state_dict() if isinstance(module, nn.Module) else {}
+        unfit = [key for key, shape in shapes.items() if key not in own or own[key].shape != shape]
         if first is None or any(other is None or not _same(first, other) for other in others):
             missed[head] = f"trained whole by {', '.join(having)}, not alike in all LoRAs"
         elif unfit or head in adapted:
