@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     check_target_module_exists,
 )
+from peft.utils.other import _get_module_names_tied_with_embedding
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -155,7 +156,7 @@ def _says_unmapped(model: nn.Module, source: LoraSource, unmapped: list[str], co
 def _of_tokens(model: nn.Module, name: str, tokens: Tokens, modules: Modules, source: LoraSource) -> dict[str, Factors]:
     """Trained tokens as a LoRA of the embedding, whose A chooses them and whose B has what was learned.
 
-    PEFT trains those of a tied output embedding with them.
+    What is tied to it has them too, as in PEFT.
     """
     module = modules.get(name)
     if not isinstance(module, nn.Embedding):
@@ -172,10 +173,21 @@ def _of_tokens(model: nn.Module, name: str, tokens: Tokens, modules: Modules, so
     own = module.weight.detach()[tokens.indices].cpu()  # (N, features)
     learned = tokens.values.float() - own.float()
     found: dict[str, Factors] = {name: EmbeddingFactors(choose, learned.t(), 1.0)}
-    for other, head in modules.items():
-        if other != name and isinstance(head, nn.Linear) and head.weight is module.weight:
-            found[other] = Factors(learned, choose.t(), 1.0)
+    for other in _tied_to(model, module):
+        if other not in source.tokens:
+            is_head = not isinstance(modules[other], nn.Embedding)
+            found[other] = Factors(learned, choose.t(), 1.0) if is_head else EmbeddingFactors(choose, learned.t(), 1.0)
     return found
+
+
+def _tied_to(model: nn.Module, embedding: nn.Module) -> list[str]:
+    """The modules whose weight is the embedding's own, as PEFT finds them."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return []
+    assert isinstance(model, PreTrainedModel)
+    if BaseTunerLayer.get_base_layer(model.get_input_embeddings()) is not embedding:
+        return []
+    return list(_get_module_names_tied_with_embedding(model))
 
 
 def _beside_factors(

@@ -2,7 +2,6 @@
 
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
@@ -10,13 +9,12 @@ from transformers.pytorch_utils import Conv1D
 def fan(module: nn.Module) -> tuple[int, int] | None:
     """The two sides of a module's weight as a matrix, ``(in, out)``; None where no LoRA of it can be composed.
 
-    An embedding's input is its vocabulary, a convolution's its channels times its kernel.
+    An embedding's input is its vocabulary, a convolution's its channels (of all groups) times its kernel.
     """
     if isinstance(module, nn.Embedding):
         return None if module.max_norm is not None else (module.num_embeddings, module.embedding_dim)
     if isinstance(module, _ConvNd):
-        odd = isinstance(module, _ConvTransposeNd) or module.groups != 1 or set(module.dilation) != {1}
-        if odd or module.padding_mode != "zeros":
+        if isinstance(module, _ConvTransposeNd) or set(module.dilation) != {1} or module.padding_mode != "zeros":
             return None
         return module.in_channels * module.weight[0, 0].numel(), module.out_channels
     if isinstance(module, Conv1D) or hasattr(module, "in_features"):  # quantised layers have it too
@@ -43,7 +41,15 @@ def projects(module: nn.Module) -> bool:
 
 def adds_bias(module: nn.Module | None) -> bool:
     """Whether a module's bias is added to its output, so that another one adds its difference."""
-    kinds = (nn.Linear, Conv1D, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
-    return isinstance(getattr(module, "bias", None), Tensor) and (
-        isinstance(module, kinds) or (module is not None and fan(module) is not None)
-    )
+    if module is None or not isinstance(getattr(module, "bias", None), Tensor):
+        return False
+    known = next((kind for kind in _ADD_THEIR_BIAS if isinstance(module, kind)), None)
+    if known is not None:  # a class with a forward of its own may do otherwise
+        return type(module).forward is known.forward
+    return fan(module) is not None
+
+
+_ADD_THEIR_BIAS = (
+    nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d,
+    nn.BatchNorm3d,
+)  # fmt: skip

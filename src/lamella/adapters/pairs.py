@@ -93,6 +93,8 @@ def pair(tensors: Mapping[str, Tensor], scaling_of: Callable[[str, int], float],
     for module, of_module in parts.items():
         _check(module, of_module, who)
         A, B, alpha = of_module["A"], of_module["B"].flatten(1), of_module.get("alpha")
+        if len(A) != B.shape[1]:  # a convolution in groups: each part of the output has its own part of the rank
+            B = torch.block_diag(*B.chunk(len(A) // B.shape[1]))
         scaling = scaling_of(module, len(A)) if alpha is None else float(alpha) / len(A)
         kind = EmbeddingFactors if module in embeddings else Factors
         modules[module] = kind(A.flatten(1) if set(A.shape[2:]) <= {1} else A, B, scaling)
@@ -112,7 +114,9 @@ def _check(module: str, parts: Mapping[str, Tensor], who: str) -> None:
     A, B, bias = parts["A"], parts["B"], parts.get("bias")
     is_linear = A.dim() == 2 and B.dim() == 2
     is_convolution = A.dim() > 2 and A.dim() == B.dim() and set(B.shape[2:]) == {1}
-    fits = (is_linear or is_convolution) and A.shape[0] and A.shape[0] == B.shape[1]
+    fits = (is_linear or is_convolution) and A.shape[0] and B.shape[1] and A.shape[0] % B.shape[1] == 0
+    groups = A.shape[0] // B.shape[1] if fits else 0
+    fits = fits and (groups == 1 or (is_convolution and B.shape[0] % groups == 0))
     if not fits or (bias is not None and bias.shape != B.shape[:1]):
         also = "" if bias is None else f" and a bias {tuple(bias.shape)}"
         raise LamellaError(

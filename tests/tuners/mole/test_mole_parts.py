@@ -11,13 +11,27 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel, ViTConfig, ViTModel
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from lamella import LamellaError, MoleConfig, collapse, compose, fixed_weights
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 3, 4, 5]])
 TEXT = {"input_ids": IDS}
-IMAGE = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+PAIR = {"input_ids": IDS, "decoder_input_ids": IDS}
+_SEED = torch.Generator().manual_seed(0)
+IMAGE = {"pixel_values": torch.randn(2, 3, 8, 8, generator=_SEED)}
+LARGE = {"pixel_values": torch.randn(2, 3, 16, 16, generator=_SEED)}
+SOUND = {"input_values": torch.randn(2, 80, generator=_SEED)}
 
 
 def tied_llama() -> PreTrainedModel:
@@ -35,6 +49,24 @@ def vit() -> ViTModel:
     return ViTModel(config).eval()
 
 
+def convnext() -> ConvNextModel:
+    torch.manual_seed(0)
+    config = ConvNextConfig(
+        hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, image_size=16, patch_size=2, layer_scale_init_value=1.0
+    )
+    return ConvNextModel(config).eval()
+
+
+def wav2vec2() -> Wav2Vec2Model:
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=[8, 8],
+        conv_stride=[2, 2], conv_kernel=[3, 3], num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, conv_bias=True,
+    )  # fmt: skip
+    return Wav2Vec2Model(config).eval()
+
+
 def gpt2_classifier() -> PreTrainedModel:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=tiny.VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, num_labels=3)
@@ -50,6 +82,9 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Tensor], dict[st
     "its biases": (tiny.bert, TEXT, {"target_modules": ["query", "dense"], "bias": "lora_only"}),
     "all biases": (tiny.bert, TEXT, {"target_modules": ["query"], "bias": "all"}),
     "biases of Conv1D": (gpt2_classifier, TEXT, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
+    "tokens in two stacks": (tiny.t5, PAIR, {"target_modules": ["q"], "trainable_token_indices": {"shared": [3, 5]}}),
+    "a convolution in groups": (convnext, LARGE, {"target_modules": ["pwconv1", "dwconv"], "r": 16}),
+    "biases of convolutions": (wav2vec2, SOUND, {"target_modules": ["q_proj"], "bias": "all"}),
     "a convolution": (vit, IMAGE, {"target_modules": ["q_proj", "projection"], "lora_bias": True}),
 }  # fmt: skip
 
@@ -178,6 +213,16 @@ def test_heads_that_differ_are_loudly_missed(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         PeftModel.from_pretrained(tiny.bert(), tmp_path / "saved")
+
+
+def test_a_bias_that_a_layer_adds_in_its_own_way_is_missed_by_name(tmp_path: Path) -> None:
+    """ConvNext's norms have their channels before the places."""
+    loras = {
+        name: trained(convnext, tmp_path / name, seed, target_modules=["pwconv1"], bias="all")
+        for seed, name in enumerate("ab")
+    }
+    with pytest.warns(UserWarning, match=r"embeddings\.layernorm \(trained whole by a, b"):
+        compose(convnext(), loras)
 
 
 def test_a_head_of_other_labels_is_named_with_its_shape(tmp_path: Path) -> None:

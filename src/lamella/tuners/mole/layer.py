@@ -222,8 +222,9 @@ class MoleProjection(MoleLinear):
 
     def rows(self, adapter: str, x: Tensor) -> Tensor:
         base, A = self.get_base_layer(), self.frozen(adapter).A
-        if not len(A):
-            return self._features_last(x)
+        if not len(A):  # what is added does not depend on the place, of which a convolution may put out others
+            rows = self._features_last(x)
+            return rows[(slice(None), *[slice(1)] * (rows.dim() - 2))] if isinstance(base, _ConvNd) else rows
         if isinstance(base, nn.Embedding):
             scale = self._get_embed_scale()  # of PEFT: what some families multiply their embeddings by
             h = nn.functional.embedding(x, A.t())  # (*rows, R)
@@ -237,6 +238,15 @@ class MoleProjection(MoleLinear):
         self, x: Tensor, y: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Callable[[Tensor], Tensor], None]:
         return (lambda _: self._features_last(self.base_layer(x, *args, **kwargs)) if y is None else y), None
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer itself has, such as a stride, which some models read of it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     @property
     def _channels(self) -> int | None:

@@ -55,7 +55,7 @@ class MoleModel(RoutedModel):
         plan.factors = None  # the layers have their own copies
         for head, tensors in plan.heads.items():
             wrapper: Any = model.get_submodule(head)
-            wrapper.modules_to_save[adapter_name].load_state_dict(tensors)
+            wrapper.modules_to_save[adapter_name].load_state_dict(tensors, strict=False)  # what was trained
         for group in self._composition.distinct:
             if isinstance(group, BlockGroup):
                 mix_at_block(model.get_submodule(group.name), group)
