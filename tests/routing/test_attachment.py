@@ -106,6 +106,19 @@ def test_loss_scale_states_the_scale_of_such_a_loss() -> None:
     tiny.assert_same(tiny.gradients(model), explicit(model, given, lambda task, own: task + own))
 
 
+def test_scales_that_end_in_another_order_than_they_began_leave_nothing() -> None:
+    model, given = model_and_batch("llama")
+    first, second = loss_scale(model, 3.0), loss_scale(model, 8.0)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    (loss_from_logits(model, given) * 8.0).backward()
+    tiny.assert_same(tiny.gradients(model), explicit(model, given, lambda task, own: 8 * (task + own)))
+    second.__exit__(None, None, None)
+    loss_from_logits(model, given).backward()
+    tiny.assert_same(tiny.gradients(model), explicit(model, given, lambda task, own: task + own))
+
+
 def test_loss_scale_needs_an_adapter() -> None:
     with pytest.raises(LamellaError, match="LlamaForCausalLM has no lamella adapter"), loss_scale(tiny.llama(), 1.0):
         pass

@@ -1,11 +1,13 @@
 import copy
+from collections.abc import Iterator
+from contextvars import Context
 
 import pytest
 import torch
 from tests import tiny
 from torch import Tensor, nn
 
-from lamella.routing import Frame, current_frame, find_tracker, track_calls
+from lamella.routing import Frame, RoutedCall, collect_losses, current_frame, find_tracker, prompt, track_calls
 
 
 class Stack(nn.Module):
@@ -229,3 +231,33 @@ def test_shared_projections_are_gone_when_the_stack_is_done() -> None:
     assert waiting == [2]
     assert frames[0] is not None
     assert not frames[0].projections
+
+
+def test_what_generators_say_of_prompts_and_losses_is_their_own_whenever_they_end() -> None:
+    model = Stack()
+    track_calls(model)
+
+    def call() -> RoutedCall:
+        model(X)
+        frame = model.frames[-1]
+        assert frame is not None
+        return frame.call
+
+    def serve(length: int) -> Iterator[tuple[RoutedCall, object]]:
+        with prompt([length, length]), collect_losses() as losses:
+            while True:
+                yield call(), losses
+
+    first, second = serve(1), serve(2)
+    for _ in range(2):
+        for one, length in ((first, 1), (second, 2)):
+            made, losses = next(one)
+            assert made.prompt is not None
+            assert made.prompt.lengths is not None
+            assert made.prompt.lengths.tolist() == [length, length]
+            assert made.collected is losses
+            assert call().prompt is None
+    first.close()
+    Context().run(second.close)  # as a server does whose client has gone
+    assert call().prompt is None
+    assert call().collected is None

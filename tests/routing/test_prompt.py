@@ -12,7 +12,7 @@ from transformers import CompileConfig, GenerationConfig
 
 from lamella import LamellaError
 from lamella.routing import prompt, track_calls, untrack_calls
-from lamella.routing.context import current_context
+from lamella.routing.context import current_context, stated_prompt
 from lamella.routing.prompt import Beginning, Generation, Given, Prompt, find_readable
 
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
@@ -76,13 +76,13 @@ def test_only_real_tokens_are_read_and_none_that_is_read_is_later_than_what_deci
 
 
 def test_the_context_ends_and_nests() -> None:
-    assert current_context().prompt is None
+    assert stated_prompt() is None
     with prompt([1, 2]):
-        assert current_context().prompt.lengths.tolist() == [1, 2]
+        assert stated_prompt().lengths.tolist() == [1, 2]
         with prompt(torch.tensor([3])):
-            assert current_context().prompt.lengths.tolist() == [3]
+            assert stated_prompt().lengths.tolist() == [3]
         assert current_context().generation is None
-    assert current_context().prompt is None
+    assert stated_prompt() is None
 
 
 class Generates(nn.Module):
@@ -96,9 +96,8 @@ class Generates(nn.Module):
         return input_ids
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> str:
-        context = current_context()
-        widths = [beginning.width for beginning in context.generation.beginnings]
-        self.seen.append((widths, context.prompt and context.prompt.lengths.tolist()))
+        stated, widths = stated_prompt(), [one.width for one in current_context().generation.beginnings]
+        self.seen.append((widths, stated and stated.lengths.tolist()))
         return "said"
 
 

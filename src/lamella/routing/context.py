@@ -1,8 +1,8 @@
 """The forward context: what the layers of one running forward share, and what holds for a forward that starts now.
 
-There is one context variable for it. Its value says which stack of which tracked model is running and what the ``with``
-statements around it have said about prompts and losses. A module that ended by an exception, of whatever kind, runs no
-more, and what it put there is taken away by whoever looks next.
+There is one context variable for it. Its value says which stack of which tracked model is running. A module that ended
+by an exception, of whatever kind, runs no more, and what it put there is taken away by whoever looks next. What
+``with`` statements say about prompts and losses is kept in ``lamella.routing.statements``.
 """
 
 import functools
@@ -21,8 +21,8 @@ from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
 from lamella.routing.documents import Documents, Packing, Rows, Sequences, watch_for_mixing
-from lamella.routing.overriding import Overrides
 from lamella.routing.prompt import Generation, Given, Prompt, Readable, find_readable, prompt_of
+from lamella.routing.statements import Statements
 
 Observer = Callable[..., None]
 RouterKey = tuple[str, str]  # an adapter, and the router's name in the model
@@ -50,7 +50,7 @@ class TrackedModel:
         observers: who wants to see routings.
         listeners: who takes part in the beginning and the end of each call.
         overrides: what was said in place of an adapter's routers.
-        scale: what the user says of a loss that is built outside the model.
+        scales: what the user says of a loss that is built outside the model, the latest last.
         trainers_scale: asks for the same whoever runs a call that begins; it is told ``shifts_labels``.
         said: the warnings that were given, each of which is given once.
     """
@@ -59,10 +59,18 @@ class TrackedModel:
     whole_input: bool = False
     observers: list[Observer] = field(default_factory=list)
     listeners: list["CallListener"] = field(default_factory=list)
-    overrides: Overrides = field(default_factory=Overrides)
-    scale: float | None = None
+    overrides: Statements[Override] = field(default_factory=Statements)
+    scales: dict[object, float] = field(default_factory=dict)
     trainers_scale: Callable[[bool], Scale | None] = _nobody_says
     said: set[str] = field(default_factory=set)
+
+    def override(self, adapter: str) -> Override:
+        """What holds here and now in place of an adapter's routers."""
+        return self.overrides_here().get(adapter, Override(adapter))
+
+    def overrides_here(self) -> dict[str, Override]:
+        """What holds here and now in place of routers, by adapter."""
+        return {override.adapter: override for override in self.overrides.here()}
 
     def say_once(self, about: str, warning: str) -> None:
         """Warns of something unless it has been said for this model."""
@@ -143,8 +151,8 @@ class RoutedCall:
         """
         if self.recorded_scale is not None:
             return self.recorded_scale * self.label_share
-        if self.tracker.scale is not None:
-            return self.tracker.scale
+        if self.tracker.scales:
+            return [*self.tracker.scales.values()][-1]
         if self.trainers_scale is not None:
             return self.trainers_scale()
         if self.half:
@@ -289,22 +297,20 @@ class Context:
         module: whose forward opened that frame.
         runs_in: the interpreter's frame of that forward; None where a ``with`` statement guards the frame.
         around: the context before that forward began.
-        prompt: what ``lamella.prompt`` says about the prompts of a forward that starts now.
-        generation: the ``generate`` that such a forward runs in.
-        collected: where the losses of such a forward go; None when they are attached.
+        generation: the ``generate`` that a forward runs in that starts now.
     """
 
     frame: Frame | None = None
     module: nn.Module | None = None
     runs_in: FrameType | None = None
     around: "Context | None" = None
-    prompt: Prompt | None = None
     generation: Generation | None = None
-    collected: CollectedLoss | None = None
 
 
 _NOTHING = Context()
 _CONTEXT: ContextVar[Context] = ContextVar("lamella_context", default=_NOTHING)
+_PROMPTS: Statements[Prompt] = Statements()
+_COLLECTED: Statements[CollectedLoss] = Statements()
 
 
 def current_context() -> Context:
@@ -373,8 +379,13 @@ def prompt(lengths: Sequence[int] | Tensor) -> Iterator[None]:
     Raises:
         LamellaError: a length below 0, or not a flat list of whole numbers.
     """
-    with _saying(prompt=prompt_of(lengths)):
+    with _PROMPTS.saying(prompt_of(lengths)):
         yield
+
+
+def stated_prompt() -> Prompt | None:
+    """What ``lamella.prompt`` says about the prompts of a forward that starts here and now."""
+    return _PROMPTS.latest()
 
 
 @contextmanager
@@ -388,8 +399,13 @@ def generating(generation: Generation) -> Iterator[None]:
 def collect_losses() -> Iterator[CollectedLoss]:
     """Returns the layers' losses instead of attaching them, for a training loop that adds them itself."""
     collected = CollectedLoss()
-    with _saying(collected=collected):
+    with _COLLECTED.saying(collected):
         yield collected
+
+
+def stated_collection() -> CollectedLoss | None:
+    """Where the losses go of a forward that starts here and now; None when they are attached."""
+    return _COLLECTED.latest()
 
 
 @contextmanager

@@ -25,12 +25,18 @@ from lamella.routing.context import (
     enter,
     in_frame,
     leave,
+    stated_collection,
+    stated_prompt,
 )
-from lamella.routing.decision import Override
 from lamella.routing.documents import Packing, expanded_mask
 from lamella.routing.generating import unwrap_generation, wrap_generation
-from lamella.routing.overriding import IN_OTHER_THREADS
 from lamella.routing.prompt import find_given
+
+_IN_OTHER_THREADS = (
+    "masked_experts or fixed_weights holds in another thread, and so not for this forward, which asks the routers. A "
+    "thread that belongs to the `with` statement around its start is started with a copy of its context: "
+    "Thread(target=contextvars.copy_context().run, args=(model.generate, ...))."
+)
 
 
 class CallTracker(TrackedModel):
@@ -83,27 +89,23 @@ class CallTracker(TrackedModel):
         labels = arguments.get("labels")
         is_encoder_decoder = "decoder_input_ids" in _parameter_names(type(module).forward)
         predicts = labels.ne(-100) if isinstance(labels, Tensor) and labels.dim() == 2 else None
-        context = current_context()
+        if self.overrides.are_in_other_threads:
+            self.say_once("overrides", _IN_OTHER_THREADS)
         return RoutedCall(
             tracker=self,
             label_share=self._label_share(arguments),
             trainers_scale=self.trainers_scale(self.shifts_labels),
             decoder_mask=predicts if is_encoder_decoder else None,
-            prompt=context.prompt,
-            generation=context.generation,
-            overrides=self._overrides_here(),
+            prompt=stated_prompt(),
+            generation=current_context().generation,
+            overrides=self.overrides_here(),
             given=find_given(arguments, self.shifts_labels, is_encoder_decoder),
-            collected=context.collected,
+            collected=stated_collection(),
             half=any(
                 torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
                 for kind in ("cpu", "cuda")
             ),
         )
-
-    def _overrides_here(self) -> dict[str, Override]:
-        if self.overrides.are_in_other_threads:
-            self.say_once("overrides", IN_OTHER_THREADS)
-        return self.overrides.here()
 
     def _label_share(self, arguments: Mapping[str, Any]) -> Tensor | float:
         labels, total = arguments.get("labels"), arguments.get("num_items_in_batch")
@@ -184,11 +186,13 @@ def loss_scale(model: nn.Module, scale: float) -> Iterator[None]:
     tracker = find_tracker(model)
     if tracker is None:
         raise LamellaError(f"{type(model).__name__} has no lamella adapter, so there is no balance loss to scale.")
-    before, tracker.scale = tracker.scale, scale
+    # Of the model, not of this thread: with a device the backward pass runs in another.
+    said = object()
+    tracker.scales[said] = scale
     try:
         yield
     finally:
-        tracker.scale = before
+        del tracker.scales[said]
 
 
 class _RecordScale(torch.autograd.Function):

@@ -27,7 +27,7 @@ from lamella.routing import (
     RouterKey,
     find_readable,
 )
-from lamella.routing.context import current_context
+from lamella.routing.context import stated_prompt
 
 
 def recall(frame: Frame, key: RouterKey, x: Tensor, decoder: bool, prompt_tokens: int) -> CachedDecision | None:
@@ -246,12 +246,12 @@ def _are_equal(some: Mapping[str, Override], others: Mapping[str, Override]) -> 
 
 def _fits(layer: DecisionLayer, asked: Asked) -> bool:
     """Whether decisions are those that one forward of all that ``generate`` is given would take."""
-    overrides = asked.tracker.overrides.here()
+    overrides = asked.tracker.overrides_here()
     is_decided = bool(layer.decisions) or any(override.fixed is not None for override in overrides.values())
     if asked.given is None or not is_decided or not _are_equal(layer.overrides, overrides):
         return False
     real = asked.real
-    known = current_context().prompt or Prompt()
+    known = stated_prompt() or Prompt()
     for decision in layer.decisions.values():
         if len(decision.extent) % len(real):
             return False
@@ -287,7 +287,7 @@ def _in_one_piece(asked: Asked, arguments: dict[str, Any]) -> dict[str, Any]:
     size, given = asked.setting("prefill_chunk_size"), asked.given
     if size is None or given is None or _with_sequences(asked.model) is None:
         return arguments
-    known, real = current_context().prompt, asked.real
+    known, real = stated_prompt(), asked.real
     if known is not None:
         first, whole = (find_readable(part, known, None, size + 1).extent for part in (real[:, :size], real))
         if torch.equal(first, whole):

@@ -96,7 +96,7 @@ def watch_trainer() -> None:
     from transformers import Trainer  # slow to load, and of no use to those who only load a model
 
     original = Trainer.training_step
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "tells_lamella", False):  # copied by whoever wraps it in turn
         return
 
     @functools.wraps(original)
@@ -110,6 +110,7 @@ def watch_trainer() -> None:
             _STEP.reset(token)
         return loss
 
+    training_step.tells_lamella = True  # type: ignore[attr-defined]
     Trainer.training_step = training_step
 
 

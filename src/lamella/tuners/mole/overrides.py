@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.routing import find_tracker
-from lamella.routing.overriding import Overrides
+from lamella.routing import CallTracker, find_tracker
 from lamella.tuners.mole.layer import MoleLinear
 
 Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Sequence[float] | Sequence[Sequence[float]] | Tensor
@@ -33,8 +32,8 @@ def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
     """
     adapter, names = _active(model)
     _refuse_unknown(drop, names, "drop")
-    overrides = _overrides(model)
-    before = overrides.override(adapter)
+    tracker = _tracker(model)
+    before = tracker.override(adapter)
     allowed = torch.tensor([name not in drop for name in names])
     allowed = allowed if before.allowed is None else allowed & before.allowed
     if not bool(allowed.any()):
@@ -42,7 +41,7 @@ def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
     override = replace(before, allowed=allowed)
     if override.leaves_nothing:
         raise LamellaError("drop leaves only LoRAs whose fixed weights are 0, so there is nothing to share out.")
-    with overrides.saying(override):
+    with tracker.overrides.saying(override):
         yield
 
 
@@ -75,11 +74,11 @@ def fixed_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
     if not bool(torch.isfinite(fixed).all()):
         lost = [name for name, column in zip(names, fixed.unbind(-1), strict=True) if not bool(column.isfinite().all())]
         raise LamellaError(f"weights must be finite, and those of {', '.join(lost)} are not.")
-    overrides = _overrides(model)
-    override = replace(overrides.override(adapter), fixed=fixed)
+    tracker = _tracker(model)
+    override = replace(tracker.override(adapter), fixed=fixed)
     if override.leaves_nothing:
         raise LamellaError("weights are for nothing but LoRAs that masked_experts leaves out.")
-    with overrides.saying(override):
+    with tracker.overrides.saying(override):
         yield
 
 
@@ -136,7 +135,7 @@ def _active(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     return next(iter(active.items()))
 
 
-def _overrides(model: nn.Module) -> Overrides:
+def _tracker(model: nn.Module) -> CallTracker:
     tracker = find_tracker(model)
     assert tracker is not None  # every injection sets one
-    return tracker.overrides
+    return tracker

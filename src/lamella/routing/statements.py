@@ -1,4 +1,4 @@
-"""What a user says in place of the routers, and for which forwards it holds: those of the same flow of control.
+"""What ``with`` statements say about forwards, and for which they hold: those of the same flow of control.
 
 A ``with`` statement belongs to the function that it stands in. It holds for what that function calls, in whatever
 thread and context that is, and for threads and tasks that were started with a copy of its context; not for what runs
@@ -13,59 +13,56 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any, Generic, TypeVar
 
-from lamella.routing.decision import Override
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
-    """An override that has not ended.
+class Said(Generic[T]):
+    """What a statement says that has not ended.
 
     Attributes:
-        override: what holds.
+        what: holds.
         said_in: the interpreter's frame of the function whose ``with`` statement it is.
         iterated_by: where that function is a generator, the frame that has it run.
         thread: the one it was said in.
     """
 
-    override: Override
+    what: T
     said_in: FrameType
     iterated_by: FrameType | None
     thread: int
 
 
-IN_OTHER_THREADS = (
-    "masked_experts or fixed_weights holds in another thread, and so not for this forward, which asks the routers. A "
-    "thread that belongs to the `with` statement around its start is started with a copy of its context: "
-    "Thread(target=contextvars.copy_context().run, args=(model.generate, ...))."
-)
-_HERE: ContextVar[tuple[Said, ...]] = ContextVar("lamella_overrides", default=())
+_HERE: ContextVar[tuple[Said[Any], ...]] = ContextVar("lamella_statements", default=())
 
 
-class Overrides:
-    """All overrides of one model that have not ended, whoever said them, the latest last."""
+class Statements(Generic[T]):
+    """All statements of one kind that have not ended, whoever made them, the latest last."""
 
     def __init__(self) -> None:
-        self._said: dict[Said, None] = {}
+        self._said: dict[Said[T], None] = {}
 
-    def __reduce__(self) -> tuple[type["Overrides"], tuple[()]]:
+    def __reduce__(self) -> tuple[type["Statements[T]"], tuple[()]]:
         """A copied or pickled model begins with none: what was said holds for the model that was named."""
-        return Overrides, ()
+        return Statements, ()
 
     @property
     def are_in_other_threads(self) -> bool:
-        """Whether there are some, and each was said in another thread and does not hold here."""
+        """Whether there are some, and each was made in another thread and does not hold here."""
         said = tuple(self._said)
         return bool(said) and all(one.thread != threading.get_ident() for one in said) and not self.here()
 
-    def override(self, adapter: str) -> Override:
-        """What holds here and now in place of an adapter's routers."""
-        return self.here().get(adapter, Override(adapter))
+    def latest(self) -> T | None:
+        """The last of those that hold for a forward that starts here and now; None where there is none."""
+        here = self.here()
+        return here[-1] if here else None
 
-    def here(self) -> dict[str, Override]:
-        """Those that hold for a forward that starts here and now, by adapter."""
+    def here(self) -> list[T]:
+        """Those that hold for a forward that starts here and now, the latest last."""
         if not self._said:
-            return {}
+            return []
         running, context = set(_running()), _HERE.get()
         held = [
             said
@@ -74,12 +71,12 @@ class Overrides:
         ]
         # A suspended generator is farther away than what runs or was said by a function.
         held.sort(key=lambda said: said.iterated_by is None or said.said_in in running)
-        return {said.override.adapter: said.override for said in held}
+        return [said.what for said in held]
 
     @contextmanager
-    def saying(self, override: Override) -> Iterator[None]:
-        """Puts something in place of an adapter's routers, for the forwards of this flow of control."""
-        said = Said(override, *_speaker(), threading.get_ident())
+    def saying(self, what: T) -> Iterator[None]:
+        """Says something for the forwards of this flow of control."""
+        said = Said(what, *_speaker(), threading.get_ident())
         self._said[said] = None
         _HERE.set((*_HERE.get(), said))
         try:
