@@ -152,7 +152,7 @@ def labels_of_rows(rows: int, batch: int, base: Callable[[], nn.Module], shifts:
 
 
 CASES = ("label smoothing", "compute_loss_func", "own mean", "own sum", "classifier", "checkpointing")
-QUICK = {("label smoothing", 4), ("compute_loss_func", 1), ("own mean", 8), ("own sum", 4), ("classifier", 4)}
+QUICK = {("label smoothing", 4), ("own mean", 8), ("classifier", 4)}
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_trl(name: str, steps: int) -> None:
     one.num_labels = 1
     model = mola(AutoModelForSequenceClassification.from_config(one) if name == "Reward" else tiny.llama(layers=1))
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps, "bf16": False}
-    calls = check(make, model, weights, num_train_epochs=1, gradient_checkpointing=False, **options)
+    calls = check(make, model, weights, num_train_epochs=1, gradient_checkpointing=name == "DPO", **options)
     assert max(calls) == (min(steps, 6) if name in ("SFT", "DPO", "KTO", "Reward") else steps)
 
 

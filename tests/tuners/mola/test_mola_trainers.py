@@ -80,30 +80,3 @@ def test_trl_sft_takes_the_config(checkpointing: bool, tmp_path: Path) -> None:
     given = tiny.inputs(fresh)
     with torch.no_grad():
         assert torch.equal(again(**given).logits, trainer.model.eval()(**given).logits)
-
-
-@pytest.mark.parametrize("checkpointing", [True])
-def test_trl_dpo_trains_with_the_balance_loss(checkpointing: bool, tmp_path: Path) -> None:
-    from trl import DPOConfig, DPOTrainer
-
-    rows = [{"prompt": text, "chosen": "w1 w2", "rejected": "w3"} for text in TEXTS]
-    results = []
-    for coefficient in (0.0, 5.0):
-        torch.manual_seed(0)
-        arguments = DPOConfig(
-            str(tmp_path), per_device_train_batch_size=4, max_steps=1, learning_rate=1e-2, max_length=32, bf16=False,
-            gradient_checkpointing=checkpointing, optim="sgd", max_grad_norm=0.0, **QUIET,
-        )  # fmt: skip
-        trainer = DPOTrainer(
-            tiny.llama(), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(),
-            peft_config=MolaConfig(**ADAPTER, router_aux_loss_coef=coefficient, init_lora_weights=False),
-        )  # fmt: skip
-        start = snapshot(trainer.model)
-        trainer.train()
-        end = snapshot(trainer.model)
-        results.append({key: end[key] - start[key] for key in changed(start, end) if "router" in key})
-    without, with_balance = results
-    assert len(with_balance) == 14
-    # Its loss is built from logits, yet the balance loss arrives at every router.
-    moved = {key: (with_balance[key] - without.get(key, 0)).norm().item() for key in with_balance}
-    assert min(moved.values()) > 1e-4, moved
