@@ -93,8 +93,10 @@ def watch_trainer() -> None:
 
     The Trainer has no hook there: its callbacks are told neither the micro-batch nor how many labels it is divided by.
     """
-    from transformers import Trainer  # slow to load, and of no use to those who only load a model
-
+    try:
+        from transformers import Trainer  # slow to load, and of no use to those who only load a model
+    except (ImportError, RuntimeError):  # broken packages beside it: it trains nothing here either
+        return
     original = Trainer.training_step
     if getattr(original, "tells_lamella", False):  # copied by whoever wraps it in turn
         return
