@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BloomConfig,
     CodeGenConfig,
     DistilBertConfig,
     Gemma2Config,
@@ -136,6 +137,7 @@ _CONFIGS = {
         n_embd=HIDDEN, n_layer=n, n_head=4, rotary_dim=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, **_TOKENS,
     ),
+    "bloom": lambda n: BloomConfig(hidden_size=HIDDEN, n_layer=n, n_head=2, **_TOKENS),
     "opt": lambda n: OPTConfig(
         hidden_size=HIDDEN, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=HIDDEN, num_hidden_layers=n,
         max_position_embeddings=64, dropout=0.0, **_TOKENS,

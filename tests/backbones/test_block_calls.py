@@ -63,11 +63,48 @@ def test_the_cache_is_found_by_what_it_is_and_replaced() -> None:
     assert BlockCall(Block(), (H,), {"past_key_values": None}).cache is None
 
 
-def test_a_mask_that_cannot_be_cut_is_refused() -> None:
-    call = BlockCall(Block(), (H,), {"attention_mask": object()})
-    call.on(None, None, (H, None))
-    with pytest.raises(LamellaError, match=r"attention_mask is a object.*sdpa"):
-        call.on(ROWS, None, (H, None))
+@pytest.mark.parametrize(
+    ("arguments", "can"),
+    [
+        ({"position_ids": torch.zeros(3, 4), "use_cache": True, "position_bias": None}, True),
+        ({"attention_mask": MASK, "position_embeddings": (torch.zeros(1, 4, 2),) * 2}, True),
+        ({"position_bias": torch.zeros(1, 2, 4, 4), "table": torch.zeros(4, 5)}, True),
+        ({"attention_mask": object()}, False),
+        ({"alibi": torch.zeros(6, 1, 4)}, False),
+        ({"position_bias": torch.zeros(3, 1, 4)}, False),  # MPT's, for three heads
+        ({"position_ids": torch.zeros(3, 3, 4)}, False),
+        ({"per_layer_input": torch.zeros(3, 4, 2)}, False),
+        ({"lang_ids": torch.zeros(3)}, False),
+        ({"masks": {"full": torch.zeros(2, 3)}}, False),
+    ],
+)
+def test_only_what_is_known_to_have_an_entry_per_sequence_is_cut(arguments: dict[str, Any], can: bool) -> None:
+    assert BlockCall(Block(), (H,), arguments).can_cut((H,)) is can
+
+
+def test_the_bias_of_cross_attention_is_found_behind_attention_weights() -> None:
+    class Cross(Block):
+        def forward(  # type: ignore[override]
+            self,
+            hidden_states: Tensor,
+            position_bias: Any = None,
+            encoder_hidden_states: Any = None,
+            encoder_decoder_position_bias: Any = None,
+        ) -> None: ...
+
+    bias, cross, weights = (torch.randn(1, 2, 4, 4) for _ in range(3))
+    call = BlockCall(Cross(), (H,), {"encoder_hidden_states": H})
+    for output in ((H, bias, cross), (H, bias, weights, cross, weights)):
+        _, kwargs = call.on(None, None, output)
+        assert kwargs["position_bias"] is bias
+        assert kwargs["encoder_decoder_position_bias"] is cross
+
+
+def test_states_that_are_not_laid_out_by_sequences_are_refused() -> None:
+    with pytest.raises(LamellaError, match=r"^layers\.3 maps states of shape \(2, 3, 4, 2\), not \(batch, tokens"):
+        BlockCall(Block(), (torch.zeros(2, 3, 4, 2),), {}).check_states("layers.3")
+    with pytest.raises(LamellaError, match=r"layers\.3 is given a state that each block keeps.*use_cache=False"):
+        BlockCall(Block(), (H,), {"state": [H]}).check_states("layers.3")
 
 
 def test_outputs_with_and_without_company() -> None:
@@ -75,6 +112,7 @@ def test_outputs_with_and_without_company() -> None:
     assert hidden_states_of((H, other)) is hidden_states_of(H) is H
     assert with_hidden_states(H, other) is other
     assert with_hidden_states((H, "bias"), other) == (other, "bias")
+    assert with_hidden_states([H, "bias"], other) == [other, "bias"]
 
 
 def kinds(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from lamella.backbones.blocks import (
     siblings_with_same_input,
 )
 from lamella.backbones.rehearsal import Rehearsal, rehearse
+from lamella.backbones.states import why_no_sequences, width_of
 
 __all__ = [
     "BlockCall",
@@ -24,5 +25,7 @@ __all__ = [
     "locate_stacks",
     "rehearse",
     "siblings_with_same_input",
+    "why_no_sequences",
+    "width_of",
     "with_hidden_states",
 ]

@@ -4,20 +4,19 @@ A decision for a whole sequence that read on a causal stack what is yet to be sa
 causal unless something shows that it is not.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from lamella.backbones.states import look, models_around
 
 Role = Literal["encoder", "decoder"]
 
 # How transformers' attention, blocks, stacks and configs say that they are causal; the first two also that not.
 _SAYS_CAUSAL = ("is_causal", "is_decoder", "causal")
-
-_PROBED_TOKENS = 6
 
 
 def role_of(model: nn.Module, stack: str) -> tuple[Role, str]:
@@ -28,7 +27,7 @@ def role_of(model: nn.Module, stack: str) -> tuple[Role, str]:
         stack: dotted name of a list of blocks in it.
     """
     blocks = model.get_submodule(stack)
-    owners = list(_transformers_around(model, stack))
+    owners = list(models_around(model, stack))
     said = next((name for name in _SAYS_CAUSAL if _says(blocks, name, True) or _says_owner(owners, name)), None)
     if said is not None:
         return "decoder", f"{said} is True"
@@ -55,15 +54,6 @@ def _shown_not_causal(blocks: nn.Module, owners: list[PreTrainedModel]) -> str |
     return "a probe: earlier tokens see later ones" if _sees_later_tokens(blocks, inmost) else None
 
 
-def _transformers_around(model: nn.Module, stack: str) -> Iterator[PreTrainedModel]:
-    """The models of transformers that a stack lies in, the inmost first."""
-    parts = stack.split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        module = model.get_submodule(".".join(parts[:end]))
-        if isinstance(module, PreTrainedModel):
-            yield module
-
-
 def _says(blocks: nn.Module, name: str, value: bool) -> bool:
     return any(module.__dict__.get(name) is value for module in blocks.modules())
 
@@ -78,38 +68,10 @@ def _lies_in(blocks: nn.Module, around: nn.Module) -> bool:
 
 
 def _sees_later_tokens(blocks: nn.Module, owner: PreTrainedModel) -> bool:
-    """Runs a few tokens twice, the second time with another state of the last one before the first block.
-
-    False also where that cannot be tried: weights that are not there, inputs of another kind.
-    """
-    first, last = next(iter(blocks.children())), list(blocks.children())[-1]
-    if owner.main_input_name != "input_ids" or any(p.is_meta for p in owner.parameters()):
+    """Whether another state of the last token before the first block changes what comes out for earlier ones."""
+    seen = look(list(blocks.children()), owner)
+    if seen is None or seen[1].dim() != 3 or len(seen[1]) != 2:
         return False
-    ends: list[Tensor] = []
-
-    def disturb(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        states = states.clone()
-        states[1, -1] += states[1, -1].flip(-1) + 1
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        ends.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [first.register_forward_pre_hook(disturb, with_kwargs=True), last.register_forward_hook(keep)]
-    modes = {module: module.training for module in owner.modules()}
-    owner.eval()
-    try:
-        with torch.no_grad():
-            owner(input_ids=torch.ones(2, _PROBED_TOKENS, dtype=torch.long, device=owner.device))
-        (end,) = ends
-        before, after = end[:, :-1].float()
-        moved = (before - after).abs().max() / before.abs().max()
-    except Exception:  # of whatever kind: another model's forward
-        return False
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for hook in hooks:
-            hook.remove()
-    return bool(moved > 10 * torch.finfo(end.dtype).eps)
+    before, after = seen[1][:, :-1].float()
+    moved = (before - after).abs().max() / before.abs().max()
+    return bool(moved > 10 * torch.finfo(seen[1].dtype).eps)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.backbones.blocks import Stack, find_place
-
-_BATCH, _TOKENS, _ENCODER_TOKENS = 2, 5, 7  # three numbers, so that no axis is taken for another
-_SAMPLES = 4000  # of sound: a quarter of a second
+from lamella.backbones.samples import BATCH, few_inputs
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
     Empty where that cannot be done: weights that are elsewhere, a model of another library, inputs that only a
     processor makes.
     """
-    given = _inputs(model)
+    given = few_inputs(model)
     if given is None or any(parameter.is_meta for parameter in model.parameters()):
         return Rehearsal()
     rows: dict[str, torch.Size] = {}  # of what a linear module or a block was given first, by its name, in that order
@@ -76,25 +74,6 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
     )
 
 
-def _inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """A few tokens, images or a short sound; None where it is not known what the model is given."""
-    config, device = getattr(model, "config", None), next((p.device for p in model.parameters()), None)
-    name = getattr(model, "main_input_name", None)
-    if name == "input_ids":
-        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        widths = {"input_ids": _ENCODER_TOKENS, "decoder_input_ids": _TOKENS} if is_encoder_decoder else {name: _TOKENS}
-        return {key: _ids(model, width).to(device) for key, width in widths.items()}
-    if name == "pixel_values":
-        side, frames = getattr(config, "image_size", None), getattr(config, "num_frames", None)
-        sides = (side, side) if isinstance(side, int) else side
-        if isinstance(sides, list | tuple):
-            shape = (_BATCH, *([frames] if frames else []), getattr(config, "num_channels", 3), *sides)
-            return {name: torch.ones(shape, device=device, dtype=getattr(model, "dtype", None))}
-    if name == "input_values":
-        return {name: torch.linspace(-1, 1, _BATCH * _SAMPLES, device=device).view(_BATCH, _SAMPLES)}
-    return None
-
-
 def _watch(module: nn.Module, name: str, rows: dict[str, torch.Size]) -> torch.utils.hooks.RemovableHandle:
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -104,20 +83,13 @@ def _watch(module: nn.Module, name: str, rows: dict[str, torch.Size]) -> torch.u
     return module.register_forward_pre_hook(note, with_kwargs=True)
 
 
-def _ids(model: nn.Module, width: int) -> Tensor:
-    """Different words, so that experts get few each; special tokens lie at the ends of a vocabulary."""
-    config: Any = model.config
-    middle = getattr(config.get_text_config(), "vocab_size", 0) // 2
-    return middle + torch.arange(_BATCH * width).view(_BATCH, width) % max(middle, 1)
-
-
 def _is_by_token(rows: torch.Size, block: torch.Size) -> bool:
     """Whether a module in a block that is given ``(batch, tokens)`` rows is given the same."""
-    return block[:1] == (_BATCH,) and rows in (block, _flat(block))
+    return block[:1] == (BATCH,) and rows in (block, _flat(block))
 
 
 def _is_by_sequence(rows: torch.Size, block: torch.Size) -> bool:
-    return _is_by_token(rows, block) or (len(rows) > 1 and rows[:1] == block[:1] == (_BATCH,))
+    return _is_by_token(rows, block) or (len(rows) > 1 and rows[:1] == block[:1] == (BATCH,))
 
 
 def _flat(rows: torch.Size) -> torch.Size:

@@ -178,6 +178,7 @@ class Frame:
         checkpointed: whether the block runs inside gradient checkpointing.
         recomputing: whether this is the recomputation of a checkpointed block.
         given: what the stack was given to read: token ids, embeddings or pixels.
+        width: how many token ids the stack itself was given per row; None where it was given something else.
         packing: what its arguments say of the documents in its rows.
         projections: what one layer computed for a sibling with the same input, by that layer and adapter.
         decisions: those that several layers of the stack share.
@@ -191,6 +192,7 @@ class Frame:
     checkpointed: bool = False
     recomputing: bool = False
     given: Tensor | None = None
+    width: int | None = None
     packing: Packing = field(default_factory=lambda: Packing({}))
     projections: dict[tuple[nn.Module, str], Projection] = field(default_factory=dict)
     decisions: dict[RouterKey, Decision] = field(default_factory=dict)

@@ -239,9 +239,11 @@ def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Fram
     encoder_real = encoder_mask.bool() if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2 else None
     named = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values", main))
     given = next((value for value in named if isinstance(value, Tensor)), None)
+    ids = arguments.get("input_ids")
     if given is None and parent is not None and parent.call is call:
         given = parent.given
-    return Frame(call, real, encoder_real, parent, given=given, packing=Packing(arguments))
+    width = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+    return Frame(call, real, encoder_real, parent, given=given, width=width, packing=Packing(arguments))
 
 
 def _real_by_expanded(mask: Any) -> Tensor | None:

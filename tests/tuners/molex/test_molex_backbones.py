@@ -7,7 +7,25 @@ import torch
 from peft import PeftModel
 from tests import tiny
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    LongformerConfig,
+    LongformerModel,
+    MptConfig,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SwinConfig,
+    SwinModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
+from lamella import LamellaError
 from lamella.tuners.molex import MolexBlock
 
 Call = tuple[MolexBlock, tuple[Any, ...], dict[str, Any], Any]
@@ -95,3 +113,98 @@ def test_each_sequence_has_its_own_guest(name: str) -> None:
 def alike(block: MolexBlock, other: torch.nn.Module) -> bool:
     candidates = block.mixtures["default"].depth.candidates
     return any(block.blocks[index] is other for index in candidates)
+
+
+def test_what_cannot_be_cut_to_the_sequences_of_a_guest_lets_it_run_on_all() -> None:
+    base = AutoModelForCausalLM.from_config(MptConfig(d_model=24, n_heads=3, n_layers=4, vocab_size=tiny.VOCAB)).eval()
+    model = tiny.molex(base, lora=None)
+    ids = torch.randint(3, tiny.VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), tiny.watch(model) as seen:
+        together = model(input_ids=ids).logits  # three heads and three sequences
+        alone = torch.cat([model(input_ids=row[None]).logits for row in ids])
+    assert any(len(set(routing.indices[:, 0].tolist())) > 1 for _, routing, _ in seen[:4])
+    torch.testing.assert_close(together, alone)
+
+
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_towers_of_two_widths_have_routers_of_two_widths() -> None:
+    text = {**TOWER, "hidden_size": 24, "vocab_size": tiny.VOCAB, "max_position_embeddings": 16}
+    config = CLIPConfig(text_config=text, vision_config={**TOWER, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    model = tiny.molex(CLIPModel(config).eval())
+    with torch.no_grad():
+        output = model(input_ids=torch.full((2, 5), 7), pixel_values=torch.randn(2, 3, 8, 8))
+    assert output.logits_per_image.shape == (2, 2)
+    routers = {block.place.stack: block.router("default").weight.shape[1] for block in tiny.blocks(model)}
+    assert routers == {"vision_model.encoder.layers": 16, "text_model.encoder.layers": 24}
+
+
+def vision_language_model() -> PreTrainedModel:
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = {**TOWER, "hidden_size": 24, "num_key_value_heads": 1, "vocab_size": tiny.VOCAB, "head_dim": 12}
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
+    config = Qwen2VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision)
+    return Qwen2VLForConditionalGeneration(config).eval()
+
+
+def test_a_tower_without_sequences_is_left_alone_by_name_and_the_language_model_is_mixed() -> None:
+    model = tiny.molex(vision_language_model())
+    skipped = dict(model.base_model.summary().skipped)
+    assert "all images in one row (cu_seqlens)" in skipped["model.visual.blocks"]
+    assert {block.place.stack for block in tiny.blocks(model)} == {"model.language_model.layers"}
+    with torch.no_grad():
+        assert model(input_ids=torch.full((2, 6), 7)).logits.isfinite().all()
+    with pytest.raises(LamellaError, match=r"model\.visual\.blocks are given all images in one row"):
+        tiny.molex(vision_language_model(), layers_to_transform=[0, 1], layers_pattern="visual.blocks")
+
+
+UNFIT = {
+    "tokens before sequences": (
+        lambda: XLNetLMHeadModel(XLNetConfig(d_model=16, n_layer=2, n_head=2, d_inner=24, vocab_size=tiny.VOCAB)),
+        r"transformer\.layer\.0 maps states of shape \(5, 2, 16\), not \(batch, tokens, features\)",
+    ),
+    "stages of several widths": (
+        lambda: SwinModel(SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2])),
+        r"blocks of encoder\.layers are: config.*norms of widths \[8, 32\], \[16\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_blocks_that_no_other_could_stand_in_for_are_refused_when_they_are_asked_for(case: str) -> None:
+    build, message = UNFIT[case]
+    model = build().eval()
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(LamellaError, match=message):
+        tiny.molex(model)
+    assert [name for name, _ in model.named_parameters()] == before
+    assert not tiny.blocks(model)
+
+
+def test_tokens_that_a_model_adds_by_itself_are_not_taken_for_real_ones() -> None:
+    config = LongformerConfig(**TOWER, attention_window=4, vocab_size=tiny.VOCAB, max_position_embeddings=24)
+    model = tiny.molex(LongformerModel(config).eval())
+    ids = torch.full((3, 8), 7)
+    with torch.no_grad():
+        model(input_ids=ids)
+        with pytest.raises(LamellaError, match=r"is given 8 tokens where the model was given 6.*pad_to_multiple_of"):
+            model(input_ids=ids[:, :6])
+
+
+def test_random_guests_of_a_speech_model_are_drawn_from_what_it_hears() -> None:
+    config = WhisperConfig(
+        d_model=16, encoder_layers=4, decoder_layers=4, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=tiny.VOCAB, num_mel_bins=4, max_source_positions=8,
+        max_target_positions=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = tiny.molex(WhisperForConditionalGeneration(config).eval(), policy="random", lora=None)
+    heard = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(0))
+    chosen = []
+    for sound in (heard, heard, heard.flip(0)):
+        with torch.no_grad(), tiny.watch(model) as seen:
+            model(input_features=sound, decoder_input_ids=torch.full((4, 5), 7))
+        chosen.append(torch.stack([routing.indices[:, 0] for place, routing, _ in seen if "decoder" in place.stack]))
+    assert torch.equal(chosen[0], chosen[1])
+    assert torch.equal(chosen[0], chosen[2].flip(1)), "a sequence's draw is its own"
+    assert len(set(map(tuple, chosen[0].T.tolist()))) > 1

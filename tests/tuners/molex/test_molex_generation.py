@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     EncoderDecoderCache,
     Gemma2Config,
@@ -35,6 +37,7 @@ from transformers import (
 
 import lamella
 from lamella import LamellaError, MolexConfig
+from lamella.backbones import BlockCall
 from lamella.lab.data import load_backbone
 from lamella.tuners.cache import DecisionLayer
 
@@ -75,6 +78,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _gpt2,
     "opt": _opt,
     "t5": _t5,
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=BLOCKS, n_head=2)),
 }
 
 
@@ -199,6 +203,21 @@ def make_cache(model: PeftModel, family: str, kind: str) -> Any:
     config = model.config.get_text_config(decoder=True)
     own = StaticCache(config=config, max_cache_len=PROMPT + 2)
     return EncoderDecoderCache(own, StaticCache(config=config, max_cache_len=PROMPT)) if family == "t5" else own
+
+
+@pytest.mark.parametrize(("family", "top_k"), [("gemma2", 1), ("llama", 2), ("t5", 2)])
+def test_guests_that_run_on_all_rows_write_only_those_that_chose_them(
+    family: str, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared(family, top_k)
+    expected = say(model, prompts())
+    monkeypatch.setattr(BlockCall, "can_cut", lambda call, output: False)
+    assert torch.equal(say(model, prompts()), expected)
+
+
+def test_an_alibi_for_each_head_of_each_sequence_is_no_obstacle() -> None:
+    model, given = mixture("bloom"), prompts(padded=False)
+    assert torch.equal(say(model, given), say(model, given, use_cache=False))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from lamella.backbones import BlockCall, hidden_states_of, with_hidden_states
 from lamella.errors import LamellaError
@@ -110,15 +109,3 @@ def remove_mixtures(model: nn.Module, adapter: str | None = None) -> None:
             if isinstance(hook, BlockMixture) and adapter in (None, hook.group.adapter):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
-
-
-def hidden_width(model: nn.Module) -> int:
-    """Features of the hidden states between a model's blocks."""
-    config = getattr(model, "config", None)
-    width = getattr(config.get_text_config() if isinstance(config, PreTrainedConfig) else config, "hidden_size", None)
-    if isinstance(width, int):
-        return width
-    raise LamellaError(
-        f"{type(model).__name__} does not say how wide its hidden states are (config.hidden_size), so no router can be "
-        "made that reads the outputs of its blocks. Use form='delta'."
-    )

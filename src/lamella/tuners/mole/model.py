@@ -7,10 +7,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from lamella.adapters import projects
-from lamella.backbones import Stack, find_place, find_stacks
+from lamella.backbones import Stack, find_place, find_stacks, width_of
 from lamella.kernels import FrozenLoras
 from lamella.tuners.model import RoutedModel
-from lamella.tuners.mole.block_forms import BlockGroup, hidden_width, mix_at_block, remove_mixtures
+from lamella.tuners.mole.block_forms import BlockGroup, mix_at_block, remove_mixtures
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, MoleProjection, empty
@@ -111,7 +111,7 @@ class MoleModel(RoutedModel):
                 refuse_flatten_on_decoder(one.place.stack)
             if config.form == "delta" or one.input == "row":
                 return Group(one, adapter, config, plan.names, decoder)
-            return BlockGroup(one, adapter, config, plan.names, decoder, hidden_width(model))
+            return BlockGroup(one, adapter, config, plan.names, decoder, width_of(model, one.place.stack))
 
         return make
 

@@ -133,6 +133,7 @@ class MolexBlock(nn.Module, AdapterLayer):
             return self.base_layer(*args, **kwargs)
         refuse_sharded(self, self.base_layer)
         call, frame = BlockCall(self.base_layer, args, kwargs), current_frame()
+        call.check_states(self.name)
         slots = self._slots(adapter, call, frame)
         choice = self._choice(adapter, call.hidden_states, frame, slots)
         output = self.base_layer(*args, **kwargs)
@@ -270,9 +271,18 @@ class MolexBlock(nn.Module, AdapterLayer):
     def _readable(self, h: Tensor, frame: Frame | None, granularity: str, config: MolexConfig) -> Readable:
         if frame is None:
             return Readable(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device), None, Rows(len(h)))
+        self._refuse_padded_inside(h, frame)
         if granularity == "token":  # a token decides by itself, so it sees nothing later
             return Readable(frame.real_tokens(h), None, frame.sequences(h))
         return frame.readable(h, self.decoder, config.prompt_tokens)
+
+    def _refuse_padded_inside(self, h: Tensor, frame: Frame) -> None:
+        if frame.width is not None and h.shape[1] > frame.width:
+            raise LamellaError(
+                f"{self.name} is given {h.shape[1]} tokens where the model was given {frame.width}: the model has "
+                "padded them itself, and nothing says which are real. Pad the batch to that length "
+                "(pad_to_multiple_of), with an attention_mask."
+            )
 
     def _logits(self, adapter: str, h: Tensor) -> Tensor:
         """The router's scores of all blocks, in float32 or wider, ``(batch, tokens, T)``."""
@@ -343,7 +353,8 @@ class MolexBlock(nn.Module, AdapterLayer):
                 share = share.masked_fill(choice.without, 0)
             chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
             rows = None if spans_rows or bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
-            view = None if slots is None else slots.view(depth, guest, rows, len(host), past)
+            together = rows if call.can_cut(output) else None
+            view = None if slots is None else slots.view(depth, guest, together, len(host), past)
             settings = mixture.config.guest_dtype, mixture.config.recompute_guest
             states = run_guest(self.blocks[guest], call, rows, view, output, *settings)
             share = share[..., None].to(host.dtype)  # (batch, tokens or 1, 1)

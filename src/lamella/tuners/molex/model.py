@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from lamella.backbones import Place, Stack, locate_stacks
+from lamella.backbones import Place, Stack, locate_stacks, width_of
 from lamella.errors import LamellaError
 from lamella.findings import Examination
 from lamella.tuners.model import RoutedModel
@@ -121,7 +120,7 @@ class MolexModel(RoutedModel):
         router_at = self._holder("router", peft_config.router_scope, stack, block) if depth.routes else None
         learns_alpha = depth.mixes and peft_config.alpha_mode == "learned"
         alpha_at = self._holder("alpha", peft_config.alpha_scope, stack, block) if learns_alpha else None
-        block.update_layer(adapter_name, peft_config, depth, self._width(stack), router_at, alpha_at)
+        block.update_layer(adapter_name, peft_config, depth, width_of(self.model, stack.name), router_at, alpha_at)
         if adapter_name not in self.active_adapters:
             for held in (block.lamella_molex_router, block.lamella_molex_alpha):
                 if adapter_name in held:
@@ -133,19 +132,6 @@ class MolexModel(RoutedModel):
 
     def _is_after_encoder(self, stack: Stack) -> bool:
         return stack.causal and bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
-
-    def _width(self, stack: Stack) -> int:
-        """Features of the hidden states between the blocks."""
-        config = getattr(self.model, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            config = config.get_text_config()
-        width = getattr(config, "hidden_size", None)
-        if isinstance(width, int):
-            return width
-        raise LamellaError(
-            f"{type(self.model).__name__} does not say how wide its hidden states are (config.hidden_size), so the "
-            f"router of {stack.name} cannot be made."
-        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

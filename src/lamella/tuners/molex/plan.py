@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lamella.backbones import Stack, kinds_of_blocks
+from lamella.backbones import Stack, kinds_of_blocks, why_no_sequences, width_of
 from lamella.errors import LamellaError
 from lamella.tuners.molex.config import MolexConfig
 
@@ -57,7 +57,16 @@ def make_plans(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -
             "policy='fixed' needs fixed_layer, the index of the block that is every block's guest. "
             "lamella.tuners.molex.best_fixed_layer(model, batches, config) finds the best on training data."
         )
-    plans = [_plan(model, config, stack, wrapped) for stack, wrapped in _wrapped(model, config, stacks)]
+    wrapped = _wrapped(model, config, stacks)
+    obstacles = {stack.name: reason for stack, _ in wrapped if config.mixes and (reason := _why_not(model, stack))}
+    if len(obstacles) == len(wrapped) or (obstacles and config.layers_pattern):
+        raise LamellaError(next(iter(obstacles.values())))
+    plans = [
+        StackPlan(stack, (), ((stack.name, obstacles[stack.name]),), ())
+        if stack.name in obstacles
+        else _plan(model, config, stack, layers)
+        for stack, layers in wrapped
+    ]
     _refuse_idle(config, [depth for plan in plans for depth in plan.depths])
     return plans
 
@@ -83,6 +92,15 @@ def _wrapped(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> 
                 "0; name other blocks, or choose the stack with layers_pattern."
             )
     return [(stack, layers) for stack in meant]
+
+
+def _why_not(model: nn.Module, stack: Stack) -> str | None:
+    """Why no block of a stack can run in another's place; None where nothing is known against it."""
+    try:
+        width_of(model, stack.name)
+    except LamellaError as error:
+        return str(error)
+    return why_no_sequences(model, stack.name)
 
 
 def _ends_with(name: str, pattern: str) -> bool:

@@ -1,0 +1,35 @@
+"""A few inputs that a model can be run on, for a look at what it does with them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH, TOKENS, ENCODER_TOKENS = 2, 5, 7  # three numbers, so that no axis is taken for another
+_SAMPLES = 4000  # of sound: a quarter of a second
+
+
+def few_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """A few tokens, images or a short sound; None where it is not known what the model is given."""
+    config, device = getattr(model, "config", None), next((p.device for p in model.parameters()), None)
+    name = getattr(model, "main_input_name", None)
+    if name == "input_ids":
+        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        widths = {"input_ids": ENCODER_TOKENS, "decoder_input_ids": TOKENS} if is_encoder_decoder else {name: TOKENS}
+        return {key: _ids(model, width).to(device) for key, width in widths.items()}
+    if name == "pixel_values":
+        side, frames = getattr(config, "image_size", None), getattr(config, "num_frames", None)
+        sides = (side, side) if isinstance(side, int) else side
+        if isinstance(sides, list | tuple):
+            shape = (BATCH, *([frames] if frames else []), getattr(config, "num_channels", 3), *sides)
+            return {name: torch.ones(shape, device=device, dtype=getattr(model, "dtype", None))}
+    if name == "input_values":
+        return {name: torch.linspace(-1, 1, BATCH * _SAMPLES, device=device).view(BATCH, _SAMPLES)}
+    return None
+
+
+def _ids(model: nn.Module, width: int) -> Tensor:
+    """Different words, so that experts get few each; special tokens lie at the ends of a vocabulary."""
+    config: Any = model.config
+    middle = getattr(config.get_text_config(), "vocab_size", 0) // 2
+    return middle + torch.arange(BATCH * width).view(BATCH, width) % max(middle, 1)

@@ -1,0 +1,101 @@
+"""What flows between the blocks of a stack: how wide it is, how it is laid out, and a look at it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lamella.backbones.block_calls import hidden_states_of, parameter_names, states_without_sequences
+from lamella.backbones.samples import few_inputs
+from lamella.errors import LamellaError
+
+
+def models_around(model: nn.Module, stack: str) -> Iterator[PreTrainedModel]:
+    """The models of transformers that a stack of this name lies in, the inmost first."""
+    parts = stack.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if isinstance(module, PreTrainedModel):
+            yield module
+
+
+def width_of(model: nn.Module, stack: str) -> int:
+    """Features of the states between the blocks of a stack.
+
+    That is ``config.hidden_size`` of the model around it, where every block has a norm of that width, otherwise the
+    one width that all norms of all blocks have.
+
+    Raises:
+        LamellaError: neither.
+    """
+    configs = [inner.config.get_text_config() for inner in models_around(model, stack)]
+    configs = configs or [getattr(model, "config", None)]
+    said = next((width for config in configs if isinstance(width := getattr(config, "hidden_size", None), int)), None)
+    norms = [_widths_of_norms(block) for block in model.get_submodule(stack).children()]
+    if said is not None and all(said in widths or not widths for widths in norms):
+        return said
+    if len(everywhere := set().union(*norms)) == 1:
+        return int(everywhere.pop())
+    raise LamellaError(
+        f"Nothing says how wide the states between the blocks of {stack} are: config.hidden_size is {said}, and its "
+        f"blocks have norms of widths {', '.join(str(sorted(widths)) for widths in norms[:4])}. A block can run in "
+        "another's place only where all have the same width."
+    )
+
+
+def _widths_of_norms(block: nn.Module) -> set[int]:
+    weights = (getattr(module, "weight", None) for module in block.modules())
+    return {len(weight) for weight in weights if isinstance(weight, Tensor) and weight.dim() == 1}
+
+
+def why_no_sequences(model: nn.Module, stack: str) -> str | None:
+    """Why no block of a stack can be chosen for a sequence, by how its states are laid out; None if nothing says so."""
+    blocks = list(model.get_submodule(stack).children())
+    if "cu_seqlens" in parameter_names(type(blocks[0]).forward):
+        return f"the blocks of {stack} are given all images in one row (cu_seqlens), so that there are no sequences"
+    seen = next((seen for around in models_around(model, stack) if (seen := look(blocks, around)) is not None), None)
+    if seen is None or (seen[0].dim() == 3 and seen[0].shape[0] == 2 and seen[0].shape == seen[1].shape):
+        return None
+    return states_without_sequences(f"{stack}.0", seen[0].shape)
+
+
+def look(blocks: list[nn.Module], model: PreTrainedModel) -> tuple[Tensor, Tensor] | None:
+    """What the first block is given and the last one returns where a model reads the same few tokens in two rows.
+
+    In the second row the last token's state before the first block is another than in the first.
+
+    Returns:
+        None where that cannot be tried: weights that are not there, inputs of another kind, a model that wants more.
+    """
+    sample = few_inputs(model)
+    if sample is None or any(p.is_meta for p in model.parameters()):
+        return None
+    known = parameter_names(type(model).forward)
+    given = {name: value[:1].repeat(2, *[1] * (value.dim() - 1)) for name, value in sample.items() if name in known}
+    begins: list[Tensor] = []
+    ends: list[Tensor] = []
+
+    def disturb(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = parameter_names(type(module).forward)[0]
+        states = (args[0] if args else kwargs[name]).clone()
+        states[1, -1] += states[1, -1].flip(-1) + 1
+        begins.append(states)
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, name: states})
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), ExitStack() as hooked:
+            hooked.enter_context(blocks[0].register_forward_pre_hook(disturb, with_kwargs=True))
+            hooked.enter_context(
+                blocks[-1].register_forward_hook(lambda _, args, output: ends.append(hidden_states_of(output)))
+            )
+            model.eval()(**given)
+    except Exception:  # of whatever kind: it is another model's forward
+        return None
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return (begins[0], ends[0]) if len(begins) == len(ends) == 1 else None
