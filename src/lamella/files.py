@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import shutil
@@ -10,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from lamella.errors import UnreadableError
 
@@ -37,6 +40,8 @@ def atomic(path: Path) -> Iterator[Path]:
         if path.is_dir() and unfinished.is_dir():
             shutil.rmtree(path)
         unfinished.replace(path)
+    except SafetensorError as error:  # its word for a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from error
     except OSError as error:
         # an error without a file comes from a library that had just this one open
         if error.filename is not None and unfinished.name not in str(error.filename):

@@ -243,28 +243,38 @@ def test_a_gap_in_the_history_is_refused(bert, questions, run_folder):
 
 
 class FullDisk(TrainerCallback):
-    """From a step on no file can grow beyond a kilobyte."""
+    """From an event on no file can grow beyond a kilobyte."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, event: str, step: int) -> None:
         self.step = step
+        setattr(self, event, self.fill)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def fill(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(interrupted, run_folder):
+@pytest.mark.parametrize(
+    ("event", "step", "said", "goes_on"),
+    [
+        ("on_step_end", 3, r"checkpoint of step 4 could not be written.*the same command goes on", [3, 4, 5, 6]),
+        ("on_train_end", 6, r"predictions\.parquet|adapter", []),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(
+    interrupted, run_folder, event, step, said, goes_on
+):
     settings, _, straight = interrupted
     try:
-        with pytest.raises(LamellaError, match=r"checkpoint of step 4 could not be written.*the same command goes on"):
-            train(settings, run_folder, callbacks=[FullDisk(3)])
+        with pytest.raises((LamellaError, OSError), match=said):  # the command says either in one sentence
+            train(settings, run_folder, callbacks=[FullDisk(event, step)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     watch = Watch()
     resumed = train(settings, run_folder, callbacks=[watch])
 
-    assert watch.steps[0] == 3
+    assert watch.steps == goes_on
     assert _without_times(resumed.metrics) == _without_times(straight)
 
 

@@ -94,16 +94,17 @@ def test_a_run_or_a_table_that_was_changed_is_found(study):
     assert "predictions.parquet is missing" in found[0].what
 
 
-def test_scores_of_other_rows_are_not_put_in_one_table(finished, study):
-    task = finished[3]
-    lines = (task / "test.jsonl").read_text().splitlines(keepends=True)
-    (task / "test.jsonl").write_text("".join(lines[1:]))
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_scores_of_other_rows_are_not_put_in_one_table(finished, study, split):
+    path = finished[3] / f"{split}.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:]))
 
     try:
-        with pytest.raises(LamellaError, match=r"test rows of file:.* are not those that MoLA on .* was scored on"):
+        with pytest.raises(LamellaError, match=rf"is of other {split} rows than file:.* has now"):
             summarise(*study)
     finally:
-        (task / "test.jsonl").write_text("".join(lines))
+        path.write_text("".join(lines))
 
 
 def test_answers_of_another_cell_are_refused(ran, tmp_path):

@@ -8,21 +8,18 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, UnreadableError
 from lamella.files import atomic, read_table
 from lamella.lab.data.splitting import sample_rows, telling_columns
 from lamella.lab.data.task import Task
 from lamella.lab.runs.folder import ROWS
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import limited
-
-if TYPE_CHECKING:
-    pass
 
 _NONE = np.empty(0, np.uint64)
 Digests = npt.NDArray[np.uint64]
@@ -63,6 +60,8 @@ class Rows:
         if not path.exists():
             return None
         table = read_table(path, "split", "whole", "told")
+        if not table["whole"].dtype == table["told"].dtype == np.uint64:
+            raise UnreadableError(f"{path} holds no digests. Restore it from a copy, or run it again with --force.")
         parts = {str(split): part for split, part in table.groupby("split", sort=False)}
         return cls(*({split: part[name].to_numpy() for split, part in parts.items()} for name in ("whole", "told")))
 
@@ -128,10 +127,11 @@ def seen(run: Path | None, settings: RunSettings | None, task: Task, split: str,
     used = task.splits[split] if count is None else sample_rows(task.splits[split], count)
     now = Rows.of(replace(task, splits={split: used}))
     parts = _of_parts(settings)
-    known = [before, *(rows for rows in parts.values() if rows is not None)]
-    trained = np.isin(now.told[split], np.concatenate([rows.told["train"] for rows in known]))
-    if split != "train":  # what the run itself held out was no training row then
+    trained = np.isin(now.told[split], before.told.get("train", _NONE))
+    if split != "train":  # what the run itself held out was none of its training rows
         trained &= ~np.isin(now.whole[split], before.whole.get(split, _NONE))
+    for rows in parts.values():
+        trained |= np.isin(now.told[split], _NONE if rows is None else rows.told.get("train", _NONE))
     chosen = np.isin(now.whole[split], before.whole.get("validation", _NONE))
     notes = [
         f"The LoRA '{name}' lies without digests of its rows: whether it was trained on these cannot be checked."

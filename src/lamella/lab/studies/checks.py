@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_table, sha256_of
 from lamella.findings import Examination
 from lamella.lab.runs.folder import RunFolder
-from lamella.lab.studies.cells import Asked, Cell, jobs_of, key_of
+from lamella.lab.runs.rows import Rows
+from lamella.lab.runs.tasks import task_of
+from lamella.lab.studies.cells import Asked, Cell, Job, jobs_of, key_of
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import read_study
 
@@ -23,9 +25,9 @@ _AGAIN = "delete it, and `lamella compare` makes it again from the cell's run"
 
 
 def check_rows(cells: Sequence[Cell], folder: StudyFolder) -> None:
-    """Raises LamellaError for the first row that is not what its cell left."""
-    for path, fault in _faults(cells, folder):
-        raise UnreadableError(f"{path} {fault}. {_AGAIN[0].upper()}{_AGAIN[1:]}.")
+    """Raises LamellaError for the first row that is not what its cell left, or is of other rows of its task."""
+    for path, fault, fix in _faults(cells, folder):
+        raise UnreadableError(f"{path} {fault}. {fix[0].upper()}{fix[1:]}.")
 
 
 def examine_study(
@@ -45,8 +47,8 @@ def examine_study(
     recipe, folder = read_study(str(path)), StudyFolder(path)
     cells = recipe.cells()
     done = {cell.key: cell for cell in cells if folder.finished(cell.key)}
-    for row, fault in _faults(cells, folder):
-        examination.error("row-differs", f"{row.name} {fault}", str(row.relative_to(path)), "tables rest on it", _AGAIN)
+    for row, fault, fix in _faults(cells, folder):
+        examination.error("row-differs", f"{row.name} {fault}", str(row.relative_to(path)), "tables rest on it", fix)
     examination.saw(f"rows: {len(done)} of {len({cell.key for cell in cells})} cells are finished")
     for cell in done.values():
         _examine_run(cell, folder, examination)
@@ -65,35 +67,67 @@ def examine_study(
         examination.saw(f"the table: not examined. {error}")
 
 
-def _faults(cells: Sequence[Cell], folder: StudyFolder) -> Iterator[tuple[Path, str]]:
-    """Files on which tables rest and that are not what was left, and what is wrong with each."""
+def _faults(cells: Sequence[Cell], folder: StudyFolder) -> Iterator[tuple[Path, str, str]]:
+    """Files on which tables rest and that are not what was left; what is wrong with each, and what to do."""
     labels = {cell.key: cell.label for cell in reversed(cells)}  # the first that bears a key names it
+    current: dict[str, dict[str, str] | None] = {}
     for job in jobs_of(cells):
         if not folder.finished(job.key):
             continue
         path = folder.row_path(job.key)
         try:
             row = folder.row(job.key) or {}
-            if isinstance(job, Asked):
-                answers = folder.masked(job.cell.key) if job.masked else folder.answers(job.cell.key)
-                if (digest := row.get("sha256")) is not None and not (
-                    answers.is_file() and sha256_of(answers) == digest
-                ):
-                    yield answers, "is not what was answered"
-                continue
-            assert isinstance(job, Cell)
-            if not isinstance(row.get("metrics"), dict) or not isinstance(row.get("seconds"), int | float):
-                yield path, "does not say what was measured"
-                continue
-            key = key_of(folder.saved_settings(row), job.questions)
-            if key != job.key:
-                yield path, f"is the row of another cell{f', {labels[key]}' if key in labels else ''}"
-                continue
-            run = RunFolder(folder.run(job.key))
-            if run.finished and json.dumps(run.metrics()) != json.dumps(row["metrics"]):
-                yield path, f"does not say what the run in {run.path} measured"
+            if isinstance(job, Cell):
+                fault = _fault_of_row(job, row, folder, labels)
+                if fault is None and (split := _moved(job, row, current)):
+                    fix = "restore them, or run the study again with --force"
+                    yield path, f"is of other {split} rows than {job.task} has now", fix
+            else:
+                path, fault = _fault_of_answers(job, row, folder)
         except LamellaError as error:
-            yield path, f"cannot be used ({error})"
+            fault = f"cannot be used ({error})"
+        if fault is not None:
+            yield path, fault, _AGAIN
+
+
+def _fault_of_row(cell: Cell, row: Mapping[str, Any], folder: StudyFolder, labels: Mapping[str, str]) -> str | None:
+    if not isinstance(row.get("metrics"), dict) or not isinstance(row.get("seconds"), int | float):
+        return "does not say what was measured"
+    key = key_of(folder.saved_settings(row), cell.questions)
+    if key != cell.key:
+        return f"is the row of another cell{f', {labels[key]}' if key in labels else ''}"
+    run = RunFolder(folder.run(cell.key))
+    if run.finished and json.dumps(run.metrics()) != json.dumps(row["metrics"]):
+        return f"does not say what the run in {run.path} measured"
+    return None
+
+
+def _fault_of_answers(job: Job, row: Mapping[str, Any], folder: StudyFolder) -> tuple[Path, str | None]:
+    assert isinstance(job, Asked)
+    path = folder.masked(job.cell.key) if job.masked else folder.answers(job.cell.key)
+    digest = row.get("sha256")  # an earlier edition kept none
+    as_left = digest is None or (path.is_file() and sha256_of(path) == digest)
+    return path, None if as_left else "is not what was answered"
+
+
+def _moved(cell: Cell, row: Mapping[str, Any], current: dict[str, dict[str, str] | None]) -> str:
+    """A split whose rows are no longer those of the cell; empty where there is none, or none can be told.
+
+    Args:
+        cell: that was run.
+        row: of the cell.
+        current: what each task's rows are called now, which is added to.
+    """
+    before, task = row["metrics"].get("rows", {}), f"{cell.settings.task} {cell.settings.limit}"
+    if before and task not in current:
+        try:
+            current[task] = Rows.of(task_of(cell.settings)).names()
+        except LamellaError:  # tables that need the task say so
+            current[task] = None
+    now = current.get(task) if before else None
+    return (
+        "" if now is None else next((split for split in {**before, **now} if before.get(split) != now.get(split)), "")
+    )
 
 
 def _examine_run(cell: Cell, folder: StudyFolder, examination: Examination) -> None:

@@ -16,7 +16,6 @@ from lamella.files import read_table
 from lamella.lab.methods import Method
 from lamella.lab.metrics import METRICS, metric_for
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
-from lamella.lab.runs.rows import Rows
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import unknown_key
@@ -100,14 +99,13 @@ class Grid(StudyRecipe):
         rows, examples, notes = [], [], []
         for name in self.tasks:
             here = [cell for cell in cells if cell.task == name]
-            task, tested = task_of(here[0].settings), dict[str, str]()
+            task = task_of(here[0].settings)
             floors = Floors.of(task)
             notes += [note for note in task.notes if note not in notes]
             for backbone in self.backbones:
                 examples += floors.examples(backbone, name)
             for cell in here:
                 row = folder.row(cell.key)
-                _check_same_rows(cell, row, tested)
                 rows += _rows(cell, task, floors, row)
                 if row is not None and "test" in row["metrics"]:
                     metric = row["metrics"]["metric"]
@@ -228,23 +226,6 @@ def _rows(cell: Cell, task: Task, floors: Floors, row: Mapping[str, Any] | None)
         if split in metrics
         for metric, value in metrics[split].items()
     ]
-
-
-def _check_same_rows(cell: Cell, row: Mapping[str, Any] | None, tested: dict[str, str]) -> None:
-    """Refuses scores of other test rows than there are now, which could not be paired; ``tested`` keeps what was read.
-
-    Raises:
-        LamellaError: the rows have changed since the cell was run.
-    """
-    before = (row or {}).get("metrics", {}).get("rows", {}).get("test")  # an earlier edition kept none
-    limit = str(cell.settings.limit)
-    if before is not None and limit not in tested:
-        tested[limit] = Rows.of(task_of(cell.settings)).names()["test"]
-    if before is not None and tested[limit] != before:
-        raise LamellaError(
-            f"The test rows of {cell.task} are not those that {cell.label} was scored on. Restore them, or run the "
-            "study again with --force."
-        )
 
 
 def _budget_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: StudyFolder) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from lamella.files import write_atomic
 from lamella.findings import Finding
 from lamella.lab.studies.cells import Cell
+from lamella.lab.studies.checks import check_rows
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import StudyRecipe, settings_by_method
 from lamella.lab.studies.results import cost_table, results_of, results_table
@@ -74,8 +75,9 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
     """Write the study's tables, as Parquet, and ``study.yaml`` from what is on disk; make what is said of them.
 
     Raises:
-        LamellaError: a task cannot be loaded.
+        LamellaError: a task cannot be loaded, or a row is not what its cell left.
     """
+    check_rows(cells, folder)
     measured = recipe.measured(cells, folder)
     not_run = [_not_run(cell, folder) for cell in cells if not folder.finished(cell.last)]
     for name, table in measured.tables.items():
