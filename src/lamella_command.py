@@ -16,6 +16,14 @@ LAB = ("datasets", "jinja2", "pandas", "pyarrow", "pydantic", "rich", "sklearn",
 
 def main() -> None:
     """Run the command, or say in one sentence what to install for it."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # in the first moments; later the command itself says what is saved
+        print("Interrupted before anything began.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
     missing = [name for name in LAB if find_spec(name) is None]
     if missing:
         print(

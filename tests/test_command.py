@@ -28,6 +28,14 @@ def test_what_is_missing_is_named_with_what_to_install(start, monkeypatch):
     assert err == "The lamella command needs pandas, rich, not installed here: pip install 'lamella[lab]'.\n"
 
 
+def test_an_interruption_of_the_first_moments_is_a_sentence(start, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lamella_command, "find_spec", interrupted)
+    assert start("train") == (130, "", "Interrupted before anything began.\n")
+
+
 def test_a_library_that_is_loaded_stays_as_it_is(start):
     import lamella
 

@@ -123,15 +123,28 @@ def test_demo_is_a_packaged_study_with_few_rows_if_quick(lamella, monkeypatch, w
     assert {cell.seed for cell in recipe.cells()} == {0, 1, 2}
 
 
+def test_names_with_brackets_are_shown_as_they_are(capsys):
+    from lamella.cli.output import show_run
+
+    metrics = {
+        "method": "LoRA [r=8]", "task": "[/b] :smile:", "summary": "[red]", "steps": 1,
+        "trainable_parameters": 1, "seconds_per_step": 1, "test": {"[b]": 1.0},
+    }  # fmt: skip
+    show_run(metrics, Path("[bold]/run"))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert all(name in shown for name in ("LoRA [r=8] on [/b] :smile:", "[red]", "[b]", "[bold]/run"))
+
+
 def test_an_interruption_is_a_sentence_and_status_130(lamella, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lamella.lab.runs.settings.resolve", interrupted)
-    status, out, err = lamella("train")
-    assert (status, out) == (130, "")
-    assert err.startswith("Interrupted.")
-    assert len(err.splitlines()) == 1
+    for place, attribute in (("lamella.lab.runs.settings", "resolve"), ("lamella.lab.quiet", "quiet_libraries")):
+        monkeypatch.setattr(f"{place}.{attribute}", interrupted)
+        status, out, err = lamella("train")
+        assert (status, out) == (130, "")
+        assert err.startswith("Interrupted.")
+        assert len(err.splitlines()) == 1
 
 
 def test_a_run_that_was_really_killed_goes_on(lamella, bert, questions, run_folder):

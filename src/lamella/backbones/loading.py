@@ -24,7 +24,7 @@ def load_pretrained(name_or_path: str, dtype: str = "float32") -> PreTrainedMode
         LamellaError: there is no such model, or it cannot be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         model: PreTrainedModel = saved_class(config).from_pretrained(name_or_path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]

@@ -31,9 +31,12 @@ class _Command(TyperCommand):
     """A command whose words are understood, and which therefore loads the library before it runs."""
 
     def invoke(self, ctx: Any) -> Any:
-        ctx.obj()
-        with _libraries_quiet():
-            return super().invoke(ctx)
+        try:
+            ctx.obj()
+            with _libraries_quiet():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _stop("Interrupted. What was finished is saved; the same command goes on from there.", 130)
 
 
 app = typer.Typer(
@@ -97,7 +100,5 @@ def _libraries_quiet() -> Iterator[None]:
     quiet_libraries()
     try:
         yield
-    except KeyboardInterrupt:
-        _stop("Interrupted. What was finished is saved; the same command goes on from there.", 130)
     finally:
         logging.getLogger().removeHandler(handler)

@@ -81,7 +81,7 @@ def _under_noise(
     if output is not None:
         page = write_report(robustness_report(measured), output / "report.html")
         measured.save(output)
-        console.print(f"Report: {page}", highlight=False)
+        console.print(f"Report: {page}")
     if json:
         print_json(measured.as_dict())
     else:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from lamella.lab.robustness.comparison import Robustness
     from lamella.lab.runs.evaluating import Evaluation
 
-# people read standard error while a program reads standard output
-console = Console(stderr=True)
+# People read standard error while a program reads standard output. What is shown is text, never markup: names of
+# methods and paths may hold brackets.
+console = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -56,7 +57,7 @@ def show_results(results: pd.DataFrame, cost: pd.DataFrame, summary: str) -> Non
             _times(cost_of.get("step time")),
         )
     console.print(table)
-    console.print(summary, highlight=False)
+    console.print(summary)
 
 
 def _cell(value: Any) -> str:
@@ -90,11 +91,10 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
         table.add_row(split, *(_number(scores[name]) for name in names))
     console.print(table)
     if metrics["summary"]:
-        console.print(metrics["summary"], highlight=False)
+        console.print(metrics["summary"])
     console.print(
         f"{metrics['trainable_parameters']:,} trainable parameters, {metrics['seconds_per_step']:.2f} s per step, "
-        f"{metrics['steps']} steps. The run is in {folder}",
-        highlight=False,
+        f"{metrics['steps']} steps. The run is in {folder}"
     )
 
 

@@ -59,8 +59,7 @@ class Bar(TrainerCallback):
             self._said = now
             left = (state.max_steps - state.global_step) / rate / 60
             console.print(
-                f"step {state.global_step} of {state.max_steps}{self._loss}, {rate:.2f}/s, {left:.1f} minutes left",
-                highlight=False,
+                f"step {state.global_step} of {state.max_steps}{self._loss}, {rate:.2f}/s, {left:.1f} minutes left"
             )
 
     def on_log(

@@ -29,7 +29,7 @@ def show_plan(recipe: StudyRecipe, path: Path, jobs: int, *, json: bool) -> None
     if json:
         print_json({"cells": estimate.cells, "done": estimate.done, "hours": estimate.hours})
     else:
-        console.print(str(estimate), highlight=False)
+        console.print(str(estimate))
 
 
 def run_study(
@@ -47,8 +47,7 @@ def run_study(
     if adopted := folder.adopt(cells):
         console.print(
             f"{len(adopted)} cell(s) that an earlier edition of lamella finished are recognised by their settings and "
-            f"used as they are: {adopted[0]}{', ...' * (len(adopted) > 1)}. {path / 'keys.json'} says where they lie.",
-            highlight=False,
+            f"used as they are: {adopted[0]}{', ...' * (len(adopted) > 1)}. {path / 'keys.json'} says where they lie."
         )
     folder.begin(cells, force=force)
     check_rows(cells, folder)
@@ -60,11 +59,11 @@ def run_study(
         print_json({"folder": str(path), "report": str(page), **study.as_dict(costs)})
     else:
         show_results(study.results, study.cost.merge(costs, how="left"), study.summary)
-        console.print(f"Report: {page}", highlight=False)
+        console.print(f"Report: {page}")
     if study.not_run:
-        console.print(f"Not run: {len(study.not_run)} cell(s), the first: {study.not_run[0]}", highlight=False)
+        console.print(f"Not run: {len(study.not_run)} cell(s), the first: {study.not_run[0]}")
         for label in study.not_run[1:_SHOWN]:
-            console.print(f"Not run: {label}", highlight=False)
+            console.print(f"Not run: {label}")
         raise typer.Exit(1)
 
 
@@ -74,11 +73,11 @@ def _run(cells: Sequence[Cell], folder: StudyFolder, jobs: int, ray: str | None)
     from lamella.lab.studies.runner import run_cells
 
     def starting(job: Job) -> None:
-        console.print(job.label, highlight=False)
+        console.print(job.label)
 
     def finished(job: Job) -> None:
-        console.print(f"{job.label}: done. {plan(cells, folder, jobs)}", highlight=False)
+        console.print(f"{job.label}: done. {plan(cells, folder, jobs)}")
 
-    console.print(str(plan(cells, folder, jobs)), highlight=False)
+    console.print(str(plan(cells, folder, jobs)))
     with Bar() as bar:
         run_cells(cells, folder, jobs, ray, [bar], starting, finished)

@@ -230,7 +230,7 @@ def load_base(config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> n
     path = located(name)
     revision = config.revision if name == config.base_model_name_or_path else None
     try:
-        model: nn.Module = loader.from_pretrained(path, revision=revision, **options)
+        model: nn.Module = loader.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
     except Exception as error:  # damaged files make libraries raise anything
         first_line = str(error).strip().split("\n")[0]
         raise LamellaError(f"The base model {name!r} could not be loaded: {first_line}") from error

@@ -13,6 +13,7 @@ from lamella.lab.report.report import Report
 from lamella.lab.report.tokens import token_texts
 from lamella.lab.robustness.comparison import Robustness
 from lamella.lab.runs.callbacks import entropy_over_training
+from lamella.lab.runs.card import public_name, task_name
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.evaluating import Traced, trace
 from lamella.lab.runs.run import RunResult
@@ -89,6 +90,7 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         {"method": f"{name}, before training", "task": metrics["task"], "split": split, **values}
         for split, values in metrics.get("before", {}).items()
     ]
+    model = public_name(metrics["model"])
     cost = {
         "method": name,
         "trainable parameters": metrics["trainable_parameters"],
@@ -98,8 +100,8 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         "tokens": metrics["tokens"],
     }
     return Report(
-        title=f"{metrics['model']} on {metrics['task']} with {name}",
-        summary=f"{metrics['model']} with {name} reaches {main} {score} after {metrics['steps']} steps.",
+        title=f"{model} on {task_name(metrics['task'])} with {name}",
+        summary=f"{model} with {name} reaches {main} {score} after {metrics['steps']} steps.",
         results=pd.DataFrame([*before, *rows]),
         cost=pd.DataFrame([cost]),
         routing=read_table(routing) if routing.is_file() else None,
@@ -119,9 +121,9 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
     name = traced.trained.place.label
     row = {"method": name, "task": scored.task, "split": scored.split, **scored.metrics}
     return Report(
-        title=f"Routing of {name} on {scored.task}",
+        title=f"Routing of {name} on {task_name(scored.task)}",
         summary=(
-            f"On {scored.rows:,} {scored.split} rows of {scored.task} it reaches {scored.metric} "
+            f"On {scored.rows:,} {scored.split} rows of {task_name(scored.task)} it reaches {scored.metric} "
             f"{scored.metrics[scored.metric]:.3f}. Its routers' mean entropy is {routing['entropy']:.2f} nats, their "
             f"balance {routing['balance']:.2f} (1 is even), and {routing['dead_experts']:.0f} expert(s) are nearly "
             "unused."
@@ -152,7 +154,7 @@ def robustness_report(scored: Robustness) -> Report:
     kind = scored.noise
     results = scored.means.rename(columns=lambda strength: f"{kind.symbol} {strength:g}").reset_index()
     return Report(
-        title=f"{scored.task} under {kind.title}",
+        title=f"{task_name(scored.task)} under {kind.title}",
         summary=scored.summary,
         results=results,
         cost=pd.DataFrame([{"method": name, "trainable parameters": size} for name, size in scored.sizes.items()]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,7 +17,9 @@ from lamella.version import __version__
 class Settings(BaseModel):
     """Validated values; unknown keys are refused."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "") -> Self:
@@ -36,7 +38,7 @@ class Settings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise LamellaError(_explain(error, where)) from error
+            raise LamellaError(_explain(error, values, where)) from error
 
     def written(self) -> dict[str, Any]:
         """Plain values for a file, and the version that writes it: a later one then knows what they meant."""
@@ -53,11 +55,21 @@ def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
     return f"There is no setting '{where}{key}'. {hint}Known here are: {', '.join(known)}."
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(error: ValidationError, values: Mapping[str, Any], where: str) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, LamellaError):
         return str(cause)
-    place = where + ".".join(str(part) for part in first["loc"])
+    place = where + ".".join(_typed(first["loc"], values))
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"The setting '{place}' cannot be {first['input']!r}: {reason}."
+
+
+def _typed(place: Sequence[int | str], values: Any) -> Iterator[str]:
+    """The keys of a place that were typed; between them pydantic names the kinds of value that it tried."""
+    for part in place:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        yield str(part)

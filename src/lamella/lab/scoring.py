@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lamella.diagnostics.running import preserve_state
 from lamella.errors import LamellaError
 from lamella.lab.data import Task
 from lamella.lab.data.models import is_decoder
@@ -20,6 +21,8 @@ from lamella.statistics import perplexity
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from lamella.lab.data import Encoded
 
 Columns = dict[str, npt.NDArray[Any]]
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
@@ -83,6 +86,28 @@ def score(model: nn.Module, task: Task, rows: Dataset, collator: Collator, batch
     if form == "options":
         columns = _answers(columns, rows)
     return Scores(metrics_of(task, columns), columns)
+
+
+def refuse_longer_rows(model: nn.Module, encoded: Encoded) -> None:
+    """Runs the longest row of a task, since no config says for certain how many tokens a model can read.
+
+    Raises:
+        LamellaError: the model cannot read it.
+    """
+    splits = [rows for rows in (encoded.train, encoded.validation, encoded.test) if rows is not None]
+    longest = max(splits, key=lambda rows: max(rows["length"]))
+    length = max(longest["length"])
+    row = encoded.collator([longest[longest["length"].index(length)]])
+    device = next(model.parameters()).device
+    try:
+        with preserve_state(model), torch.no_grad():
+            model.eval()
+            model(**{name: value.to(device) for name, value in row.items()})
+    except (RuntimeError, IndexError) as error:
+        raise LamellaError(
+            f"The model cannot read a row of {length} tokens, the longest of the task: {str(error).splitlines()[0]}. "
+            "Lower max_length to the number of positions that it has, or choose a model that reads longer rows."
+        ) from error
 
 
 def _form(task: Task, model: nn.Module) -> Form:

@@ -278,7 +278,7 @@ def _build(config: PretrainedConfig | str | Path) -> nn.Module:
     """The model of a config on the meta device, where tensors have shapes and no numbers."""
     if not isinstance(config, PretrainedConfig):
         try:
-            config = AutoConfig.from_pretrained(config)
+            config = AutoConfig.from_pretrained(config, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise LamellaError(
                 f"No model config is found under {str(config)!r}: {error} Name a folder or file with a config.json, a "

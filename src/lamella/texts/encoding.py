@@ -178,7 +178,7 @@ def message_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> lis
     exactly those at generation.
 
     Raises:
-        LamellaError: the tokenizer has no chat template, or its template rewrites earlier turns.
+        LamellaError: the tokenizer has no chat template, or its template refuses a turn or rewrites earlier ones.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise LamellaError(
@@ -191,8 +191,8 @@ def message_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> lis
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        before = _written(messages[:index], tokenizer, add_generation_prompt=True)
+        after = _written(messages[: index + 1], tokenizer)
         if not (before.startswith(written) and after.startswith(before)):
             raise LamellaError(
                 f"The chat template of {tokenizer.name_or_path or 'this tokenizer'!r} writes earlier turns differently "
@@ -204,6 +204,19 @@ def message_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> lis
         pieces.append((_ids(said, tokenizer), True))
         written = before + said
     return pieces
+
+
+def _written(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **options: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template is a program, and may raise anything
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        begins = f" that begins {messages[0]['content'][:60]!r}" if messages else ""
+        raise LamellaError(
+            f"The chat template of {tokenizer.name_or_path or 'this tokenizer'!r} refuses the conversation{begins} "
+            f"(turns so far: {roles}): {error}. Change or delete the row, or give prompt and "
+            "completion columns instead."
+        ) from error
 
 
 def _up_to_end(said: str, end: str | None) -> str:

@@ -1,21 +1,41 @@
 """Rows from files: prose, JSON lines, CSV and Parquet.
 
-JSON lines are read here and not by a library, so that an error names the row, and so that they need none.
+JSON lines and CSV are read by the standard library's readers, so that an error names the row and no cell is guessed at.
 """
 
 from __future__ import annotations
 
-import contextlib
+import bz2
+import csv
 import gzip
+import io
 import json
 import re
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 from lamella.errors import LamellaError, optional_module
 from lamella.texts.rows import Row
 
+# Labels that are numbers, and not names made of digits such as 007 or 1_000.
+_NUMBERS: dict[type[int | float | str], re.Pattern[str]] = {
+    int: re.compile(r"-?(0|[1-9]\d*)", re.ASCII),
+    float: re.compile(r"-?(0|[1-9]\d*)(\.\d*)?([eE][+-]?\d+)?", re.ASCII),
+}
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".txt")
+
+
+def _unzip(content: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(content)) as packed:
+        (only,) = packed.namelist()
+        return packed.read(only)
+
+
+_PACKINGS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".zip": _unzip}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -25,7 +45,7 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         LamellaError: missing file, unknown suffix, content of another format, a line that is not a JSON object, or no
-            rows; or pandas or pyarrow is needed and absent.
+            rows; or pyarrow is needed and absent.
     """
     if not path.is_file():
         raise LamellaError(f"There is no file {path}. Give the path of a {', '.join(SUFFIXES)} file.")
@@ -41,8 +61,8 @@ def read_rows(path: Path) -> list[Row]:
             rows = [{"text": part.strip()} for part in re.split(r"\n\s*\n", _decoded(path)) if part.strip()]
         else:
             rows = _read_jsonl(_decoded(path), path.name)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise LamellaError(f"{path.name} cannot be read as UTF-8 {suffix}: {error}.") from error
+    except OSError as error:
+        raise LamellaError(f"{path.name} cannot be read: {error.strerror or error}.") from error
     if not rows:
         raise LamellaError(f"{path.name} has no {'text' if suffix == '.txt' else 'rows'}.")
     return rows
@@ -50,7 +70,19 @@ def read_rows(path: Path) -> list[Row]:
 
 def _decoded(path: Path) -> str:
     content = path.read_bytes()
-    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    if unpack := _PACKINGS.get(path.suffix):
+        try:
+            content = unpack(content)
+        except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+            raise LamellaError(f"{path.name} cannot be unpacked as {path.suffix}: {error}.") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise LamellaError(
+            f"{path.name}, line {line} cannot be read as UTF-8 ({error.reason}: 0x{content[error.start]:02x}). "
+            "Save the file as UTF-8."
+        ) from error
 
 
 def _read_jsonl(text: str, name: str) -> list[Row]:
@@ -58,8 +90,9 @@ def _read_jsonl(text: str, name: str) -> list[Row]:
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            said = "is empty" if not line.strip() else f"is not JSON ({error.msg} at column {error.colno})"
+        except (ValueError, RecursionError) as error:
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            said = "is empty" if not line.strip() else f"is not JSON ({why})"
             raise LamellaError(f"{name}, row {number} {said}. Each line must hold one JSON object.") from error
         if not isinstance(row, dict):
             raise LamellaError(f"{name}, row {number} is a {type(row).__name__}. Each line must hold one JSON object.")
@@ -71,20 +104,28 @@ def read_csv(path: Path) -> list[Row]:
     """Rows of a CSV of any name, also packed (.gz, .bz2, .zip).
 
     Raises:
-        LamellaError: pandas is absent, or cannot read it.
+        LamellaError: it is not UTF-8, a quote is not closed, a column is named twice, or a row has too many or too few
+            cells.
     """
-    pandas = optional_module("pandas", f"Reading {path.name}")
+    csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 letters that it allows
+    lines = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
     try:
-        frame = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
-    except pandas.errors.EmptyDataError:
-        return []
-    except pandas.errors.ParserError as error:
-        raise LamellaError(f"{path.name} cannot be read as CSV: {error}.") from error
-    for number in (int, float):
-        with contextlib.suppress(KeyError, ValueError):
-            frame["label"] = pandas.Series([number(label) for label in frame["label"]], dtype=object)
-            break
-    return [dict(zip(frame.columns, cells, strict=True)) for cells in frame.to_numpy(dtype=object).tolist()]
+        header, rows = next(lines, []), [cells for cells in lines if cells]
+    except csv.Error as error:
+        raise LamellaError(f"{path.name}, line {lines.line_num} cannot be read as CSV: {error}.") from error
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise LamellaError(f"{path.name} has two columns named {twice!r}. Rename one.")
+    for number, cells in enumerate(rows, start=1):
+        if len(cells) != len(header):
+            raise LamellaError(
+                f"{path.name}, row {number} has {len(cells)} cells, and the header has {len(header)} columns. Put "
+                "texts that hold commas or line breaks into quotes."
+            )
+    table: list[Row] = [dict(zip(header, cells, strict=True)) for cells in rows]
+    labels = [row["label"] for row in table] if "label" in header else []
+    kind = next((kind for kind, written in _NUMBERS.items() if labels and all(map(written.fullmatch, labels))), str)
+    return [{**row, "label": kind(row["label"])} for row in table] if labels else table
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -92,5 +133,5 @@ def _read_parquet(path: Path) -> list[Row]:
     parquet: Any = optional_module("pyarrow.parquet", f"Reading {path.name}")
     try:
         return list(parquet.read_table(path).to_pylist())
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise LamellaError(f"{path.name} is not a readable Parquet file: {error}.") from error

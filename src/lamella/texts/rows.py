@@ -103,6 +103,7 @@ def read_columns(tables: Mapping[str, Table]) -> tuple[TaskKind, dict[str, list[
     present = {column for row in first.rows for column in row}
     kind = _kind(first.origin, present)
     if kind in ("classification", "pair-classification") and _floats(tables):
+        _refuse_whole_floats(tables)
         kind, present = "regression", present - {"text"} | {"text1"}
         tables = {
             split: Table(table.origin, [_text1(row) for row in table.rows], table.names)
@@ -165,6 +166,19 @@ def _floats(tables: Mapping[str, Table]) -> bool:
     return any(isinstance(row.get("label"), float) for table in tables.values() for row in table.rows)
 
 
+def _refuse_whole_floats(tables: Mapping[str, Table]) -> None:
+    """Labels such as 0.0 and 1.0 may be classes, as pandas writes them beside a gap, or amounts."""
+    labels = [row.get("label") for table in tables.values() for row in table.rows]
+    whole = {label for label in labels if isinstance(label, float) and label.is_integer()}
+    if whole.issuperset(labels):
+        origin, seen = next(iter(tables.values())).origin, ", ".join(map(str, sorted(whole)[:5]))
+        raise LamellaError(
+            f"{origin}: all labels are whole numbers written with a point ({seen}), which may be classes or amounts. "
+            "Write classes as 0, 1, ... or as names; for amounts describe the file in a task's YAML with "
+            "kind: regression."
+        )
+
+
 def _text1(row: Row) -> Row:
     return {**{k: v for k, v in row.items() if k != "text"}, "text1": row["text"]} if "text" in row else row
 
@@ -190,6 +204,19 @@ def _check_text(table: Table, index: int, column: str, value: Any) -> None:
         raise table.complain(index, column, f"{value!r} is not text. Write it as a string.")
     if not value.strip():
         raise table.complain(index, column, "empty. Fill it in or delete the row.")
+    _check_letters(table, index, column, value)
+
+
+def _check_letters(table: Table, index: int, column: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise table.complain(
+            index,
+            column,
+            f"letter {error.start + 1} is half of a surrogate pair ({text[error.start]!a}), which is no text. Escape "
+            "letters outside the basic plane as two \\u halves, or write them in UTF-8.",
+        ) from error
 
 
 def _check_messages(table: Table, index: int, value: Any) -> None:
@@ -199,6 +226,8 @@ def _check_messages(table: Table, index: int, value: Any) -> None:
     )
     if not whole:
         raise table.complain(index, "messages", 'needs a list of {"role": ..., "content": ...} with texts.')
+    for message in value:
+        _check_letters(table, index, "messages", message["role"] + message["content"])
     if not any(message["role"] == "assistant" and message["content"].strip() for message in value):
         raise table.complain(index, "messages", "no assistant turn, so there is nothing to learn. Delete the row.")
 

@@ -45,6 +45,7 @@ class RoutedModel(BaseTuner):
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     method: ClassVar[str]
+    paper: ClassVar[str] = ""  # what a model card names as the method's origin
     cannot_merge: ClassVar[str]
     no_lora_mixture: ClassVar[str] = "The experts of this adapter are not LoRAs that lie side by side."
     instead_of_adapter_names: ClassVar[str] = "Call the model once for each."

@@ -1,4 +1,6 @@
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +49,15 @@ def encoder_decoder(tmp_path, decoder_tokenizer):
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     decoder_tokenizer.save_pretrained(tmp_path)
     return str(tmp_path)
+
+
+def test_code_that_came_with_a_model_is_not_run(encoder):
+    config = Path(encoder) / "config.json"
+    own = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.Own"}, "model_type": "own"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    (Path(encoder) / "own.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(LamellaError, match="custom code"):
+        load_backbone(encoder)
 
 
 TEXT = [{"text": "w1 w2", "label": 0}, {"text": "w3", "label": 2}]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Collator, Task, encode
-from lamella.texts.encoding import packed_blocks
+from lamella.texts.encoding import message_pieces, packed_blocks
 
 
 def make_task(kind, rows, names=(), **splits):
@@ -162,6 +162,12 @@ def test_chat_without_template_is_an_error(decoder_tokenizer):
     rows = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}]
     with pytest.raises(LamellaError, match=r"need a chat template.*smollm2"):
         encode(make_task("causal-lm", rows), decoder_tokenizer)
+
+
+def test_a_template_that_refuses_a_conversation_names_it(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(LamellaError, match=r"refuses the conversation that begins 'w1'.*roles must alternate"):
+        message_pieces([{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}], chat_tokenizer)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error(decoder_tokenizer):

@@ -113,6 +113,9 @@ QUESTION = {"question": "q", "choices": ["a", "b"], "label": 0}
         ([{**GOOD[0], "label_name": "x"}, {**GOOD[2], "label_name": "y"}], "label 0 is called 'y' here and 'x' before"),
         ([QUESTION, {**QUESTION, "label": 2}], "row 2, column 'label': 2 is not the index of one of the 2 choices"),
         ([QUESTION, {**QUESTION, "choices": ["a"]}], "row 2, column 'choices': needs a list of at least two texts"),
+        ([*GOOD, {"text": "a\ud83d", "label": 0}], "row 11, column 'text': letter 2 is half of a surrogate pair"),
+        ([{"messages": [{"role": "assistant", "content": "\udc80"}]}], "row 1, column 'messages': letter 10 is half"),
+        ([{**row, "label": float(row["label"])} for row in GOOD], "whole numbers written with a point (0.0, 1.0)"),
         ([{"messages": CHAT[:1]}], "row 1, column 'messages': no assistant turn"),
         ([{"messages": [{"role": "user"}]}], "row 1, column 'messages': needs a list of"),
         (GOOD[:2], "rows.jsonl has too few different rows"),
@@ -133,10 +136,20 @@ def test_a_bad_row_is_named(tmp_path, rows, message):
         ("rows.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "rows.jsonl, row 2 is empty"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "rows.jsonl, row 2 is not JSON"),
         ("rows.jsonl", b"[1]\n", "rows.jsonl, row 1 is a list"),
-        ("rows.jsonl", b"\xff\xfe", "rows.jsonl cannot be read as UTF-8 .jsonl"),
-        ("rows.jsonl.gz", b"plain", "rows.jsonl.gz cannot be read as UTF-8 .jsonl.gz"),
+        ("rows.jsonl", b'{"text": "a"}\n\xff\xfe', "rows.jsonl, line 2 cannot be read as UTF-8"),
+        ("rows.jsonl", b"[" * 100_000, "rows.jsonl, row 1 is not JSON"),
+        ("rows.jsonl", b'{"text": "a", "label": ' + b"1" * 5000 + b"}", "rows.jsonl, row 1 is not JSON"),
+        ("rows.txt", "one\n\ntwo".encode("utf-16"), "rows.txt, line 1 cannot be read as UTF-8"),
+        ("rows.jsonl.gz", b"plain", "rows.jsonl.gz cannot be unpacked as .gz"),
         ("rows.parquet", b"plain", "rows.parquet is not a readable Parquet file"),
-        ("rows.csv", b"text,label\na,0\nb\n", "rows.csv, row 2, column 'label': missing, null or empty"),
+        ("rows.csv", b"text,label\na,0\nb\n", "rows.csv, row 2 has 1 cells, and the header has 2 columns"),
+        ("rows.csv", b"text,label\na,b,0\nc,1\n", "rows.csv, row 1 has 3 cells, and the header has 2 columns"),
+        ("rows.csv", b"text,label\na,\nc,1\n", "rows.csv, row 1, column 'label': missing, null or empty"),
+        ("rows.csv", b"text,text,label\na,b,0\n", "rows.csv has two columns named 'text'"),
+        ("rows.csv", b'text,label\n"a,0\nb,1\n', "rows.csv, line 3 cannot be read as CSV"),
+        ("rows.csv", b"text,label\n\xe9,0\n", "rows.csv, line 2 cannot be read as UTF-8"),
+        ("rows.csv", b"", "rows.csv has no rows"),
+        ("rows.csv", b"text,label\na,0.0\nb,1.0\n", "whole numbers written with a point (0.0, 1.0)"),
         ("rows.xlsx", b"", "rows.xlsx is none of .jsonl, .jsonl.gz, .csv, .csv.gz, .parquet"),
     ],
 )
@@ -145,6 +158,23 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     with pytest.raises(LamellaError) as caught:
         load_task(f"file:{tmp_path / name}")
     assert message in str(caught.value)
+
+
+def test_labels_made_of_digits_are_names(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{n},{'007' if n % 2 else '7'}\n" for n in range(20)))
+    assert load_task(f"file:{tmp_path}/rows.csv").label_names == ("007", "7")
+
+
+def test_a_text_longer_than_the_standard_reader_allows(tmp_path):
+    long = "word " * 40_000
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f'"{n} {long}",{n % 2}\n' for n in range(10)))
+    assert load_task(f"file:{tmp_path}/rows.csv").splits["train"][0]["text"].endswith(long)
+
+
+def test_amounts_that_are_whole_are_said_to_be_amounts(tmp_path):
+    write(tmp_path / "rows.jsonl", [{"text1": f"t{n}", "label": float(n)} for n in range(10)])
+    (tmp_path / "task.yaml").write_text("kind: regression\nfiles: {all: rows.jsonl}\n")
+    assert load_task(str(tmp_path / "task.yaml")).kind == "regression"
 
 
 def test_a_label_that_training_lacks(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,28 @@ def test_a_demo_model_says_which_weights_it_was_trained_on(trained, bert, questi
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "a/b"
     assert "Q4_1" in text
     assert 'load_backbone("smollm2"' in text
+
+
+@pytest.mark.parametrize(("method", "number"), [("mola", "2402.08562"), ("molex", "2503.11144")])
+def test_the_paper_is_that_of_the_method(trained, bert, questions, method, number):
+    task = load_task(questions)
+    backbone = load_backbone(bert, task)
+    settings = tiny_settings(bert, questions, {"name": method, "r": 2})
+    model = settings.method.build(backbone, task).model
+
+    assert re.findall(r"arXiv:([\d.]+\d)", model_card(model, backbone, task, settings, trained.metrics)) == [number]
+
+
+def test_what_a_source_says_is_text(trained, bert, questions):
+    task = dataclasses.replace(load_task(questions), source="<script>alert(1)</script>", licence="<b>", notes=("<i>",))
+    backbone = load_backbone(bert, task)
+
+    text = model_card(backbone.model, backbone, task, tiny_settings(bert, questions, MOLA), trained.metrics)
+
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "<b>" not in text
+    assert "<i>" not in text
 
 
 def test_a_path_is_told_by_its_last_part(tmp_path):

@@ -1,5 +1,7 @@
 """Preflight of a run from its settings, and its first step watched."""
 
+import json
+
 import pytest
 from tests.lab.tiny_runs import tiny_settings
 
@@ -20,6 +22,17 @@ def test_the_preflight_of_a_run(bert, questions, changes):
 
     assert found.ok, str(found)
     assert found.estimate.steps == 6 * 2
+
+
+def test_rows_longer_than_the_model_reads_are_refused_before_a_run(bert, run_folder, tmp_path):
+    rows = [{"text": f"{'who' if n % 2 else 'where'} {'is ' * (20 + n)}", "label": n % 2} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = tiny_settings(bert, f"file:{tmp_path}/rows.jsonl", MOLA, max_length=64)
+
+    for try_it in (preflight_of, lambda settings: train(settings, run_folder)):
+        with pytest.raises(LamellaError, match=r"cannot read a row of 5\d tokens.*Lower max_length"):
+            try_it(settings)
+    assert not run_folder.exists()
 
 
 def test_the_callback_in_a_real_run(bert, questions, run_folder, monkeypatch):

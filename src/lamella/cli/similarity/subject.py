@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from lamella.cli.output import console
 
@@ -81,13 +82,13 @@ def _source(text: str) -> Any:
 def telling(what: str) -> Iterator[Callable[[str], None]]:
     """Shows how far a step is: on one line of a terminal, in a line now and then elsewhere."""
     said = time.monotonic()
-    with console.status(what) as status:
+    with console.status(Text(what)) as status:
 
         def tell(words: str) -> None:
             nonlocal said
-            status.update(words)
+            status.update(Text(words))
             if not console.is_terminal and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                console.print(words, highlight=False)
+                console.print(words)
 
         yield tell

@@ -122,11 +122,11 @@ def load_backbone(
     if name in KNOWN_BACKBONES and name != _PACKAGED:
         known_revision = ASSETS["mpnet-1" if name == "mpnet" else name].version
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         loader, head = _head(name, config, task)
         model, read = loader.from_pretrained(
-            path, revision=revision, dtype=_DTYPES[dtype], output_loading_info=True, **head
+            path, revision=revision, dtype=_DTYPES[dtype], output_loading_info=True, trust_remote_code=False, **head
         )
     except LamellaError:
         raise

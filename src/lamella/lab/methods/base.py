@@ -173,11 +173,13 @@ def method_from(value: str | Mapping[str, Any]) -> Method:
     """The settings of a method from its name, or from a mapping of its name and settings.
 
     Raises:
-        LamellaError: an unknown method, or a key that this method does not have.
+        LamellaError: neither of them, an unknown method, or a key that this method does not have.
     """
+    if not isinstance(value, str | Mapping):
+        raise LamellaError(f"method is {value!r}. Write a name, such as method=mola, or settings, such as method.r=4.")
     values = {"name": value} if isinstance(value, str) else dict(value)
     name = values.setdefault("name", _DEFAULT)
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise LamellaError(unknown_key(name, _METHODS, "method.name=").replace("setting", "method", 1))
     return _METHODS[name].parse(values, where="method.")
 

@@ -103,6 +103,8 @@ class RoutingHistory(TrainerCallback):
             frame.insert(0, "step", state.global_step)
             self._frames.append(frame)
             self._summary = {f"routing/{name}": value for name, value in routing_summary(frame).items()}
+        if control.should_save:  # before the checkpoint, so that none is ever without its history
+            self._write(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what was recorded so far."""

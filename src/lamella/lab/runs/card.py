@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,6 @@ from lamella.tuners.model import RoutedModel
 
 # up to here the linear model takes seconds
 _FLOOR_ROWS = 20_000
-_CITATION = """\
-```bibtex
-@article{gao2024mola,
-  title   = {Higher Layers Need More LoRA Experts},
-  author  = {Gao, Chongyang and Chen, Kezhen and Rao, Jinmeng and Sun, Baochen and Liu, Ruibo and Peng, Daiyi and
-             Zhang, Yawen and Guo, Xiaoyuan and Yang, Jie and Subrahmanian, VS},
-  journal = {arXiv preprint arXiv:2402.08562},
-  year    = {2024}
-}
-```"""
 
 
 def model_card(
@@ -56,10 +47,11 @@ def model_card(
         "Scores": _scores(task, metrics),
         "Cost": _cost(model, metrics),
         "Loading": _loading(model, backbone, task),
-        **({"Citation": _CITATION} if _is_lamella(model) else {}),
+        **({"Citation": f"The method is that of {paper}."} if (paper := _paper(model)) else {}),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return f"---\n{_front_matter(model, base, method)}---\n\n# {base} on {_task_name(task)} with {method}\n\n{body}\n"
+    title = f"{base} on {task_name(task.name)} with {method}"
+    return f"---\n{_front_matter(model, base, method)}---\n\n# {title}\n\n{body}\n"
 
 
 def public_name(name: str) -> str:
@@ -68,13 +60,19 @@ def public_name(name: str) -> str:
     return path.name if path.is_absolute() or path.is_dir() else name
 
 
-def _task_name(task: Task) -> str:
-    scheme, colon, rest = task.name.partition(":")
-    return f"{scheme}:{Path(rest).name}" if colon and scheme == "file" else task.name
+def task_name(name: str) -> str:
+    """A task's name without the folders of this machine."""
+    scheme, colon, rest = name.partition(":")
+    return f"{scheme}:{Path(rest).name}" if colon and scheme == "file" else name
 
 
 def _is_lamella(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and isinstance(model.base_model, RoutedModel)
+
+
+def _paper(model: nn.Module) -> str:
+    tuner = getattr(model, "base_model", None)
+    return tuner.paper if isinstance(tuner, RoutedModel) else ""
 
 
 def _front_matter(model: nn.Module, base: str, method: str) -> str:
@@ -105,12 +103,13 @@ def _method(settings: RunSettings, metrics: Mapping[str, Any]) -> str:
 def _data(task: Task) -> str:
     rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
     lines = [
-        f"- Task: {_task_name(task)} ({task.kind}; rows: {rows})",
-        f"- Source: {task.source}",
-        f"- Licence: {task.licence or 'not stated'}",
-        *(f"- {note}" for note in task.notes),
+        f"Task: {task_name(task.name)} ({task.kind}; rows: {rows})",
+        f"Source: {task.source}",
+        f"Licence: {task.licence or 'not stated'}",
+        *task.notes,
     ]
-    return "\n".join(lines)
+    # what a source says of itself is text, and no part of the page that the hub makes of this
+    return "\n".join(f"- {escape(line, quote=False)}" for line in lines)
 
 
 def _scores(task: Task, metrics: Mapping[str, Any]) -> str:
@@ -174,7 +173,7 @@ def _loading(model: nn.Module, backbone: Backbone, task: Task) -> str:
         "from peft import PeftModel",
         "from lamella.lab.data import load_backbone, load_task",
         "",
-        f'base = load_backbone("{backbone.name}", load_task("{_task_name(task)}")).model',
+        f'base = load_backbone("{backbone.name}", load_task("{task_name(task.name)}")).model',
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
     )
     return f"{published}\n\nOn the very weights it was trained on ({backbone.source}):\n\n{ours}"

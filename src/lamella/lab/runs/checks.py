@@ -25,6 +25,7 @@ from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trained import load_trained
 from lamella.lab.runs.trainer import total_steps
+from lamella.lab.scoring import refuse_longer_rows
 
 
 def diagnose(run: RunResult) -> Diagnosis:
@@ -98,7 +99,9 @@ def preflight_of(settings: RunSettings) -> Preflight:
     )
     if encoded.train is None:
         raise LamellaError(f"The task '{task.name}' has no training rows. Give a task with a train split.")
-    model: Any = settings.method.build(backbone, task).model.to(PartialState().device)
+    model: Any = settings.method.build(backbone, task).model
+    refuse_longer_rows(model, encoded)
+    model.to(PartialState().device)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     count = len(encoded.train)

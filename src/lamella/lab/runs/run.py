@@ -30,7 +30,7 @@ from lamella.lab.runs.saving import check_saved, load_weights, save_trained
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trainer import RunTrainer
-from lamella.lab.scoring import Scores, score, selection
+from lamella.lab.scoring import Scores, refuse_longer_rows, score, selection
 from lamella.tracing import record_routing
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.optimization import is_routed
@@ -128,6 +128,7 @@ class _Run:
         self.built = settings.method.build(self.backbone, self.task)
         self.build_seconds = time.perf_counter() - started
         self.model: nn.Module = self.built.model
+        refuse_longer_rows(self.model, self.encoded)
         self.watch, routing = Stopwatch(), RoutingHistory(self.model, place.path / "routing.parquet")
         self.trainer: RunTrainer | None = None  # a method that is done when it is built has nothing to train
         if trainable_parameters(self.model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -119,14 +120,19 @@ def resolve(recipe: str | None, overrides: Iterable[str] = (), **values: Any) ->
     method from its defaults, dropping another method's settings.
 
     Raises:
-        LamellaError: no such recipe, not a mapping, an override without ``=``, an unknown key or an unfit value.
+        LamellaError: no such recipe, not a mapping, an override without ``=``, an unknown key, an unfit value, or a
+            tracker that is not installed.
     """
     tree = read_recipe(recipe) if recipe else {}
     for key, value in values.items():
         if value is not None:
             _place(tree, key, value)
     override(tree, overrides)
-    return RunSettings.parse(tree)
+    settings = RunSettings.parse(tree)
+    for name in settings.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise LamellaError(f"report_to names {name}, which is not installed here: pip install {name}.")
+    return settings
 
 
 def override(tree: dict[str, Any], words: Iterable[str]) -> None:

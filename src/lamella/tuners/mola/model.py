@@ -25,6 +25,7 @@ class MolaModel(RoutedModel):
     lone_tensors = ("lamella_mola_lora_A", "lamella_mola_lora_B")
     tuner_layer_cls = MolaLinear
     method = "MoLA"
+    paper = "*Higher Layers Need More LoRA Experts* (arXiv:2402.08562)"
     cannot_merge = (
         "MoLA chooses experts per token, so there is no single weight to merge into the base. Use "
         "lamella.collapse(model, batches) for one plain LoRA with measured error, or lamella.export_experts(model, "

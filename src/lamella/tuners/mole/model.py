@@ -30,6 +30,7 @@ class MoleModel(RoutedModel):
     prefix: str = "lamella_mole_"
     tuner_layer_cls = MoleLinear
     method = "MOLE"
+    paper = "*Mixture of LoRA Experts* (arXiv:2404.13628)"
     cannot_merge = CANNOT_MERGE
     instead_of_adapter_names = "For other weights per row, use lamella.fixed_weights(model, [{...}, ...])."
 

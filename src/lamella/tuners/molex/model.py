@@ -31,6 +31,7 @@ class MolexModel(RoutedModel):
     prefix: str = "lamella_molex_"
     tuner_layer_cls = BaseTunerLayer  # the blocks, and the LoRA layers inside them: all belong to this tuner
     method = "MoLEx"
+    paper = "*MoLEx: Mixture of Layer Experts for Finetuning with Sparse Upcycling* (arXiv:2503.11144)"
     cannot_merge = CANNOT_MERGE
     no_lora_mixture = (
         "MoLEx lets each sequence choose the blocks it runs through, so neither one plain LoRA nor one per expert does "
