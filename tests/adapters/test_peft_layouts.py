@@ -55,11 +55,17 @@ NAMES: dict[str, Callable[[str], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loras")
+    return {name: trained(tiny.llama, folder / name, seed) for seed, name in enumerate("ab")}
+
+
 @pytest.mark.parametrize("wrapper", NAMES)
-def test_names_of_wrapped_models_are_the_same_lora(wrapper: str, tmp_path: Path) -> None:
-    plain = trained(tiny.llama, tmp_path / "plain")
-    expected = map_to(tiny.llama(), read_lora(plain)).modules
-    actual = map_to(tiny.llama(), read_lora(renamed(plain, tmp_path / "other", NAMES[wrapper]))).modules
+def test_names_of_wrapped_models_are_the_same_lora(wrapper: str, loras: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.llama()
+    expected = map_to(model, read_lora(loras["a"])).modules
+    actual = map_to(model, read_lora(renamed(loras["a"], tmp_path / "other", NAMES[wrapper]))).modules
     assert actual.keys() == expected.keys()
     for name, (A, B, scaling) in expected.items():
         assert torch.equal(actual[name].A, A)
@@ -67,10 +73,9 @@ def test_names_of_wrapped_models_are_the_same_lora(wrapper: str, tmp_path: Path)
         assert actual[name].scaling == scaling
 
 
-def test_tensors_of_two_adapters_are_refused(tmp_path: Path) -> None:
-    plain = trained(tiny.llama, tmp_path / "plain")
+def test_tensors_of_two_adapters_are_refused(loras: dict[str, Path], tmp_path: Path) -> None:
     names = iter("ab" * 8)
-    mixed = renamed(plain, tmp_path / "two", lambda name: name.replace(".weight", f".{next(names)}.weight"))
+    mixed = renamed(loras["a"], tmp_path / "two", lambda name: name.replace(".weight", f".{next(names)}.weight"))
     with pytest.raises(LamellaError, match=r"several adapters, [ab] and [ab]"):
         read_lora(mixed)
 
@@ -140,18 +145,18 @@ def test_loras_of_single_experts_are_refused_with_a_way_out(tmp_path: Path) -> N
     assert skipped["a: model.layers.0.block_sparse_moe.experts.0.w1"] == "left out by the config"
 
 
-@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_eight_bits_are_read_as_the_numbers_they_are(kind: torch.dtype, tmp_path: Path) -> None:
+def test_eight_bits_are_read_as_the_numbers_they_are(tmp_path: Path) -> None:
     """PEFT casts them too."""
     loras = {}
-    for seed, name in enumerate("ab"):
-        loras[name] = trained(tiny.llama, tmp_path / name, seed)
+    for name, kind in (("a", torch.float8_e4m3fn), ("b", torch.float8_e5m2)):
+        loras[name] = trained(tiny.llama, tmp_path / name)
         tensors = {key: tensor.to(kind) for key, tensor in load_file(loras[name] / WEIGHTS).items()}
         save_file(tensors, loras[name] / WEIGHTS)
     model = compose(tiny.llama(), loras)
-    with torch.no_grad(), fixed_weights(model, {"a": 1}):
-        expected = PeftModel.from_pretrained(tiny.llama(), loras["a"]).eval()(input_ids=IDS).logits
-        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    for name, path in loras.items():
+        with torch.no_grad(), fixed_weights(model, {name: 1}):
+            expected = PeftModel.from_pretrained(tiny.llama(), path).eval()(input_ids=IDS).logits
+            torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_codes_of_a_quantised_lora_are_refused_by_name(tmp_path: Path) -> None:
@@ -190,36 +195,34 @@ def test_a_lora_that_adds_nothing_is_said(tmp_path: Path) -> None:
     assert "adds-nothing" not in {finding.code for finding in doctor(folder, base=tiny.llama()).findings}
 
 
-WRONG: dict[str, Callable[[nn.Module, dict[str, Path], Path], object]] = {
-    "is a PeftModel with the adapter": lambda model, loras, _: compose(
+WRONG: dict[str, Callable[[nn.Module, dict[str, Path]], object]] = {
+    "is a PeftModel with the adapter": lambda model, loras: compose(
         PeftModel.from_pretrained(model, loras["a"]), loras
     ),
-    "The base is a str": lambda model, loras, _: compose("somebody/llama", loras),
-    "use lamella.compose_pipeline": lambda model, loras, _: compose(type("Pipe", (), {"components": {}})(), loras),
-    "adapters is a PosixPath": lambda model, loras, _: compose(model, loras["a"]),
-    "adapters is one LoRA's tensors": lambda model, loras, _: compose(model, load_file(loras["a"] / WEIGHTS)),
-    "here a dict is given": lambda model, loras, _: compose(model, {"a": load_file(loras["a"] / WEIGHTS), "b": {}}),
-    "here a LlamaForCausalLM is given": lambda model, loras, _: compose(model, {"a": model, "b": loras["b"]}),
-    "The config is a dict": lambda model, loras, _: compose(model, loras, {"granularity": "block"}),
-    "cannot be called 'v1.0'": lambda model, loras, _: compose(model, loras, adapter_name="v1.0"),
-    "cannot be called 'pop'": lambda model, loras, _: compose(model, loras, adapter_name="pop"),
-    "is not a file or folder": lambda model, loras, _: compose(model, {"a": "x" * 5000, "b": loras["b"]}),
+    "The base is a str": lambda model, loras: compose("somebody/llama", loras),
+    "use lamella.compose_pipeline": lambda model, loras: compose(type("Pipe", (), {"components": {}})(), loras),
+    "adapters is a PosixPath": lambda model, loras: compose(model, loras["a"]),
+    "adapters is one LoRA's tensors": lambda model, loras: compose(model, load_file(loras["a"] / WEIGHTS)),
+    "here a dict is given": lambda model, loras: compose(model, {"a": load_file(loras["a"] / WEIGHTS), "b": {}}),
+    "here a LlamaForCausalLM is given": lambda model, loras: compose(model, {"a": model, "b": loras["b"]}),
+    "The config is a dict": lambda model, loras: compose(model, loras, {"granularity": "block"}),
+    "cannot be called 'v1.0'": lambda model, loras: compose(model, loras, adapter_name="v1.0"),
+    "cannot be called 'pop'": lambda model, loras: compose(model, loras, adapter_name="pop"),
+    "is not a file or folder": lambda model, loras: compose(model, {"a": "x" * 5000, "b": loras["b"]}),
 }
 
 
 @pytest.mark.parametrize("said", WRONG)
-def test_arguments_of_a_wrong_kind_are_named(said: str, tmp_path: Path) -> None:
-    loras = {name: trained(tiny.llama, tmp_path / name, seed) for seed, name in enumerate("ab")}
+def test_arguments_of_a_wrong_kind_are_named(said: str, loras: dict[str, Path]) -> None:
     model = tiny.llama()
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(LamellaError, match=said):
-        WRONG[said](model, loras, tmp_path)
+        WRONG[said](model, loras)
     if "PeftModel" not in said:
         assert [name for name, _ in model.named_modules()] == before
 
 
-def test_numbers_in_order_are_weights(tmp_path: Path) -> None:
-    loras = {name: trained(tiny.llama, tmp_path / name, seed) for seed, name in enumerate("ab")}
+def test_numbers_in_order_are_weights(loras: dict[str, Path]) -> None:
     model = compose(tiny.llama(), loras)
 
     def logits(weights: object) -> Tensor:

@@ -29,7 +29,7 @@ _ORIGINALS = re.compile(r".+\.(original_module\..+|trainable_tokens_original(\.[
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Fields under which a LoRA computes something else than W x + s B A x.
 _VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-             "layer_replication", "target_parameters")  # fmt: skip
+             "layer_replication")  # fmt: skip
 
 
 def read_peft(folder: Path, tensors: Mapping[str, Tensor], who: str) -> Parsed:
@@ -107,6 +107,12 @@ def refuse_variants(config: LoraConfig, who: str) -> None:
     """
     if config.use_dora:
         refuse_other_methods(["lora_magnitude_vector"], who)
+    if config.target_parameters:
+        raise LamellaError(
+            f"{who} adapts parameters that are no module's weight (target_parameters: "
+            f"{', '.join(sorted(config.target_parameters))}), such as the fused experts of an MoE; a composition mixes "
+            "the outputs of modules, and these have none. Train a LoRA of the attention, or merge this one with PEFT."
+        )
     for field in _VARIANTS:
         if getattr(config, field, None):
             raise LamellaError(f"{who} was trained with {field}, which is more than W x + s B A x. Train a plain LoRA.")
