@@ -23,6 +23,7 @@ _CACHED = re.compile(r".*models--(?P<id>[^/]+)/snapshots/[^/]+/?")
 _ROWS = 8  # of a matrix are compared
 # What the coarsest quantisation in use (four bits) may move a matrix by, as a share of its norm.
 _QUANTISED = 0.2
+_ROUNDED_ALIKE = 0.99  # of the numbers, at least: programs differ in how they round
 
 
 def check_base(model: nn.Module, source: LoraSource) -> None:
@@ -67,8 +68,8 @@ def check_base(model: nn.Module, source: LoraSource) -> None:
 def has_weights_of(model: nn.Module, name: str, revision: str | None = None) -> bool | None:
     """Whether a model's weights are those of a checkpoint on this machine; None where there is nothing to compare.
 
-    A few rows of each matrix are compared, of those that both have: exactly in the same precision, otherwise to the
-    coarser one's, and to the error of four bits where the model is quantised.
+    A few rows of each matrix are compared, of those that both have: exactly in the same precision, otherwise rounded to
+    the coarser one, and to the error of four bits where the model is quantised.
 
     Args:
         model: with or without adapters, which are not looked at.
@@ -141,7 +142,10 @@ def _alike(ours: Tensor, theirs: Tensor, is_quantised: bool) -> bool:
         return bool((a - b).norm() <= _QUANTISED * b.norm())
     if ours.dtype == theirs.dtype:
         return torch.equal(ours, theirs)
-    eps = max(torch.finfo(ours.dtype).eps, torch.finfo(theirs.dtype).eps)
+    if ours.dtype.itemsize != theirs.dtype.itemsize:
+        narrow = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        return bool((ours.to(narrow) == theirs.to(narrow)).double().mean() >= _ROUNDED_ALIKE)
+    eps = max(torch.finfo(ours.dtype).eps, torch.finfo(theirs.dtype).eps)  # float16 and bfloat16, of a third
     tiny = max(torch.finfo(ours.dtype).tiny, torch.finfo(theirs.dtype).tiny)
     a, b = ours.double(), theirs.double()
     return bool(((a - b).abs() <= 2 * eps * torch.maximum(a.abs(), b.abs()) + tiny).all())
