@@ -235,3 +235,17 @@ def test_a_head_of_other_labels_is_named_with_its_shape(tmp_path: Path) -> None:
         UserWarning, match=r"classifier \(trained whole by all LoRAs, but bias \(5,\) does not fit the model"
     ):
         compose(tiny.bert(), {"a": path, "b": path})
+
+
+def test_layers_to_transform_leaves_the_others_out(tmp_path: Path) -> None:
+    loras = {
+        name: trained(tiny.llama, tmp_path / name, seed, target_modules=["q_proj"]) for seed, name in enumerate("ab")
+    }
+    model = compose(tiny.llama(), loras, MoleConfig(layers_to_transform=[1]))
+    composed = [
+        name for name, module in model.get_base_model().named_modules() if hasattr(module, "lamella_mole_loras")
+    ]
+    assert composed == ["model.layers.1.self_attn.q_proj"]
+    assert ("a: model.layers.0.self_attn.q_proj", "left out by the config") in model.base_model.summaries[
+        "default"
+    ].skipped

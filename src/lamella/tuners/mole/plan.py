@@ -296,7 +296,8 @@ def _same(one: Head, other: Head) -> bool:
 def _wanted(config: MoleConfig, modules: Iterable[str]) -> tuple[list[str], list[str]]:
     """The modules that the config leaves in, and those it leaves out, by PEFT's own rules."""
     rules = copy.copy(config)
-    rules.target_modules = set(modules)
+    # Their last parts: by PEFT's rules layers_to_transform does not hold for a module that is named whole.
+    rules.target_modules = {name.rpartition(".")[2] for name in modules}
     wanted: list[str] = []
     excluded: list[str] = []
     for name in modules:
