@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests import tiny
 from tests.tuners.mole import trained
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    Cache,
+    DynamicCache,
+    RwkvConfig,
+    RwkvForCausalLM,
+    StaticCache,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import lamella
@@ -271,6 +279,26 @@ class _Paged:
 def test_a_foreign_cache_is_refused_whatever_the_argument_is_called(decoder: PeftModel) -> None:
     with pytest.raises(LamellaError, match=r"model\.layers\.0.* given a _Paged"):
         decoder(input_ids=IDS, use_cache=False, anything=_Paged())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_states_that_are_in_no_cache_are_refused(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=tiny.VOCAB, hidden_size=tiny.HIDDEN, attention_hidden_size=tiny.HIDDEN, num_hidden_layers=2,
+        intermediate_size=24, context_length=16, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    base, lora = RwkvForCausalLM(config), LoraConfig(r=2, target_modules=["key", "value"], init_lora_weights=False)
+    if method == "mole":
+        for name in ("a", "b"):
+            get_peft_model(copy.deepcopy(base), lora).save_pretrained(tmp_path / name)
+        model = lamella.compose(base, {name: tmp_path / name for name in ("a", "b")})
+    else:
+        model = tiny.molex(base, lora=lora)
+    model.eval()
+    with pytest.raises(LamellaError, match=r"\.blocks\.0.*(transformers' Cache|is given a state).*use_cache=False"):
+        generate(model, IDS)
+    assert without_cache(model, IDS).shape == (2, 9)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,12 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -68,6 +72,15 @@ def _t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(**sizes, **tokens, num_layers=BLOCKS + 1, num_decoder_layers=BLOCKS))
 
 
+def _mamba() -> PreTrainedModel:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "state_size": 4, "time_step_rank": 2, "num_hidden_layers": BLOCKS}
+    return MambaForCausalLM(MambaConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+
+
+def _lfm2() -> PreTrainedModel:
+    return Lfm2ForCausalLM(Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"] * 2, conv_L_cache=3))
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
@@ -79,6 +92,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": _opt,
     "t5": _t5,
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=BLOCKS, n_head=2)),
+    "mamba": _mamba,
+    "lfm2": _lfm2,
 }
 
 
@@ -102,7 +117,10 @@ def mixture(family: str, **settings: Any) -> PeftModel:
     torch.manual_seed(0)
     base = FAMILIES[family]().to(torch.float32 if family == "gemma2" else torch.float64).eval()
     _spread_out(base, 0.3)
-    lora = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, fan_in_fan_out=family == "gpt2")
+    targets = ["in_proj"] if family in ("mamba", "lfm2") else None  # else those that PEFT knows
+    lora = LoraConfig(
+        r=2, lora_alpha=2, init_lora_weights=False, fan_in_fan_out=family == "gpt2", target_modules=targets
+    )
     model = get_peft_model(base, MolexConfig(**{"alpha": 0.5, "lora": lora, **settings})).eval()
     _spread_out({name: p for name, p in model.named_parameters() if "molex_router" in name}, 4.0)
     return model
@@ -152,6 +170,18 @@ def test_greedy_text_is_the_same_with_and_without_a_cache(family: str, top_k: in
     assert torch.equal(say(model, given, cache_implementation="static"), text)
     with model.disable_adapter():
         assert not torch.equal(model.generate(**given, max_new_tokens=NEW), text), "the guests say nothing"
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_recurrent_and_convolutional_states_are_kept_for_each_guest(family: str) -> None:
+    """Two rows, left padding and beams: whoever writes into another block's state, or for another row, says else."""
+    model, given = shared(family), prompts()
+    text = model.generate(**given, max_new_tokens=NEW, use_cache=False, do_sample=False)
+    assert torch.equal(model.generate(**given, max_new_tokens=NEW, do_sample=False), text)
+    text = model.generate(**given, max_new_tokens=NEW, use_cache=False, num_beams=3)
+    assert torch.equal(model.generate(**given, max_new_tokens=NEW, num_beams=3), text)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**given, max_new_tokens=NEW, num_beams=3), text), "guests say nothing"
 
 
 @pytest.mark.parametrize(("family", "top_k"), [("llama", 2), ("gemma2", 2), ("gpt2", 1), ("t5", 1)])
@@ -234,7 +264,7 @@ def test_guests_in_bfloat16_have_caches_too(kind: str) -> None:
     torch.testing.assert_close(by_steps, at_once, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("family", ["mistral", "t5"])
+@pytest.mark.parametrize("family", ["mistral", "t5", "lfm2"])
 def test_training_is_the_same_with_the_cache_that_models_make_unasked(family: str) -> None:
     model, given = mixture(family).train(), prompts()
     given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
