@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +57,33 @@ def why_no_sequences(model: nn.Module, stack: str) -> str | None:
     if "cu_seqlens" in parameter_names(type(blocks[0]).forward):
         return f"the blocks of {stack} are given all images in one row (cu_seqlens), so that there are no sequences"
     seen = next((seen for around in models_around(model, stack) if (seen := look(blocks, around)) is not None), None)
-    if seen is None or (seen[0].dim() == 3 and seen[0].shape[0] == 2 and seen[0].shape == seen[1].shape):
+    if seen is None:
         return None
-    return states_without_sequences(f"{stack}.0", seen[0].shape)
+    if seen.kept:
+        return (
+            f"the blocks of {stack} keep a state of the sequences in themselves ({seen.kept}), and a guest would write "
+            "into that of another block"
+        )
+    is_by_sequence = seen.begin.dim() == 3 and len(seen.begin) == 2 and seen.begin.shape == seen.end.shape
+    return None if is_by_sequence else states_without_sequences(f"{stack}.0", seen.begin.shape)
 
 
-def look(blocks: list[nn.Module], model: PreTrainedModel) -> tuple[Tensor, Tensor] | None:
-    """What the first block is given and the last one returns where a model reads the same few tokens in two rows.
+class Seen(NamedTuple):
+    """What a look at a stack has shown.
+
+    Attributes:
+        begin: what its first block was given.
+        end: what its last block returned.
+        kept: the name of an attribute in which a block has kept a tensor; "" where none has.
+    """
+
+    begin: Tensor
+    end: Tensor
+    kept: str
+
+
+def look(blocks: list[nn.Module], model: PreTrainedModel) -> Seen | None:
+    """What flows through the blocks of a stack where a model reads the same few tokens in two rows.
 
     In the second row the last token's state before the first block is another than in the first.
 
@@ -86,6 +106,8 @@ def look(blocks: list[nn.Module], model: PreTrainedModel) -> tuple[Tensor, Tenso
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, name: states})
 
     modes = {module: module.training for module in model.modules()}
+    before = _attributes(blocks)
+    kept = ""
     try:
         with torch.no_grad(), torch.random.fork_rng(), ExitStack() as hooked:
             hooked.enter_context(blocks[0].register_forward_pre_hook(disturb, with_kwargs=True))
@@ -96,6 +118,17 @@ def look(blocks: list[nn.Module], model: PreTrainedModel) -> tuple[Tensor, Tenso
     except Exception:  # of whatever kind: it is another model's forward
         return None
     finally:
+        for (module, name), value in _attributes(blocks).items():
+            if isinstance(value, Tensor) and value is not before.get((module, name)):
+                kept = name
+                module.__dict__[name] = before.get((module, name))
         for module, training in modes.items():
             module.training = training
-    return (begins[0], ends[0]) if len(begins) == len(ends) == 1 else None
+    return Seen(begins[0], ends[0], kept) if len(begins) == len(ends) == 1 else None
+
+
+def _attributes(blocks: list[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
+    """What modules have beside parameters, buffers and other modules."""
+    return {
+        (module, name): value for block in blocks for module in block.modules() for name, value in vars(module).items()
+    }
