@@ -19,7 +19,7 @@ from lamella.tuners.loading import check_tensors
 from lamella.tuners.loss_scale import scale_of_trainer, watch_trainer
 from lamella.tuners.routed import LoraMixture
 from lamella.tuners.summary import Summary
-from lamella.tuners.tensors import LostGradients, placed, with_numbers
+from lamella.tuners.tensors import LostGradients, placed, say_if_rounded, with_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ class RoutedModel(BaseTuner):
             if isinstance(model, PeftModel) and len(model.peft_config) > 1:
                 model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
             raise
+        say_if_rounded(model)
         # Loaded without copying, a tensor lies in memory as in the file, and one that is not aligned is multiplied in
         # another order: the same numbers would give other last digits.
         own = tuple(f".{prefix}" for prefix in (cls.prefix, *cls.also_loaded_strictly))

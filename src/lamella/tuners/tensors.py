@@ -5,6 +5,7 @@ on the meta device, without numbers. A layer that reads the tensors of a module 
 with `onloaded`.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import LamellaError
 from lamella.routing import Asked, Generation, RoutedCall
@@ -76,6 +78,41 @@ class AdapterLayer(BaseTunerLayer):
 def is_meta(module: nn.Module) -> bool:
     """Whether some of a module's parameters have no numbers."""
     return any(p.is_meta for p in module.parameters())
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's forward is ``W x + b`` of plain tensors and nothing else, so that its matrix may be used alone.
+
+    A quantised or distributed weight is a subclass of a tensor, which answers the operations that its own layer asks
+    for; a hook, or another forward put in its place, may do anything.
+    """
+    if type(layer) not in (nn.Linear, Conv1D) or "forward" in layer.__dict__:
+        return False
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooked and {type(tensor) for tensor in layer._parameters.values()} <= {nn.Parameter, type(None)}
+
+
+def say_if_rounded(model: nn.Module) -> None:
+    """Warns where an adapter is loaded on a quantised base whose other weights are in half precision.
+
+    Training usually had them in float32, and a router's choice between experts that score alike turns with rounding.
+    """
+    quantised: str | None = None
+    halves: set[torch.dtype] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            weight = getattr(module.get_base_layer(), "weight", None)
+            if isinstance(weight, Tensor) and not weight.is_floating_point():
+                quantised = quantised or name
+        halves |= {p.dtype for p in module.parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)}
+    if quantised is not None and halves:
+        kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in halves))
+        warnings.warn(
+            f"The base is quantised ({quantised}) and has weights in {kinds}. If the adapter was trained after "
+            "peft.prepare_model_for_kbit_training, which makes those float32, call it before loading, too: where "
+            "experts score alike, a router chooses others by rounding, and outputs move much more than a LoRA's would.",
+            stacklevel=2,
+        )
 
 
 def onloaded(*modules: nn.Module) -> AbstractContextManager[object]:

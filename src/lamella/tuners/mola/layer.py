@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError, LamellaError
@@ -26,7 +25,7 @@ from lamella.routing import (
 )
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
-from lamella.tuners.tensors import AdapterLayer, AdapterTensors, onloaded
+from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_plain, onloaded
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class MolaLinear(nn.Module, AdapterLayer):
     @property
     def _owns_its_output(self) -> bool:
         """Whether nobody but this layer can hold what the base layer returned, so that it may be added into."""
-        return type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
+        return is_plain(self.base_layer)
 
     def _flat(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.reshape(-1, self.in_features).to(dtype)  # (N, in)

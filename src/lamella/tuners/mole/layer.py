@@ -17,7 +17,7 @@ from lamella.routing import current_frame
 from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
-from lamella.tuners.tensors import AdapterLayer, onloaded
+from lamella.tuners.tensors import AdapterLayer, is_plain, onloaded
 
 CANNOT_MERGE = (
     "MOLE decides the weights of its LoRAs for each input, so there is no single weight to merge into the base. Use "
@@ -190,8 +190,7 @@ class MoleLinear(Member, AdapterLayer):
     def _plain(self) -> tuple[Tensor, Tensor | None] | None:
         """The layer's matrix ``(out, in)`` and bias, where it is nothing else and nobody hooks into it."""
         layer = self.base_layer
-        hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-        if type(layer) not in (nn.Linear, Conv1D) or hooked:
+        if not is_plain(layer):
             return None
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         assert isinstance(weight, Tensor)
