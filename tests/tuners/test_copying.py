@@ -1,5 +1,7 @@
 """An adapter that somebody copies says what it said: by the names of its parameters, as TRL does, or whole."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +14,25 @@ from tests import tiny
 from tests.tuners.mola.test_mola_trainers import QUIET, TEXTS, changed, snapshot, tokenizer
 from tests.tuners.mole import trained
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import LlamaForCausalLM
 
-ADAPTERS: dict[str, Callable[[Path], PeftModel]] = {
-    "mola": lambda folder: tiny.adapted(tiny.llama(), num_experts=[1, 3], top_k=[1, 2], router="cosine"),
-    "molex": lambda folder: tiny.molex(tiny.llama(), alpha_mode="learned", router_scope="per-layer"),
-    "mole": lambda folder: trained.composition("llama", folder, double=False),
-    "mole-embedded": lambda folder: trained.composition("llama", folder, double=False, embed_adapters=True),
-    "mole-blocks": lambda folder: trained.composition(
-        "llama", folder, double=False, embed_adapters=True, granularity="block", form="block-delta"
+from lamella import LamellaError
+
+ADAPTERS: dict[str, Callable[[LlamaForCausalLM, Path], PeftModel]] = {
+    "mola": lambda base, _: tiny.adapted(base, num_experts=[1, 3], top_k=[1, 2], router="cosine"),
+    "molex": lambda base, _: tiny.molex(base, alpha_mode="learned", router_scope="per-layer"),
+    "mole": lambda base, folder: trained.composed(base, "llama", folder),
+    "mole-embedded": lambda base, folder: trained.composed(base, "llama", folder, embed_adapters=True),
+    "mole-blocks": lambda base, folder: trained.composed(
+        base, "llama", folder, embed_adapters=True, granularity="block", form="block-delta"
     ),
 }
 
 
 @pytest.fixture(params=list(ADAPTERS))
 def model(request: pytest.FixtureRequest, folder: Path) -> PeftModel:
-    adapted = ADAPTERS[request.param](folder).eval()
+    adapted = ADAPTERS[request.param](tiny.llama(), folder).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "alpha" in name:
@@ -56,6 +62,46 @@ def test_a_copy_by_names_is_whole(model: PeftModel) -> None:
     assert torch.equal(said(model), expected)
     model.delete_adapter("default")
     assert torch.equal(said(model), expected), "the copy has tensors of its own"
+
+
+def test_copies_of_the_whole_model_say_the_same_and_are_their_own(model: PeftModel) -> None:
+    expected = said(model)
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    mean.update_parameters(model)
+    copies = {"deepcopy": copy.deepcopy(model), "EMA": mean.module, "pickle": pickle.loads(pickle.dumps(model))}
+    copies["in a parent's state"] = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copies["in a parent's state"].parameters():
+            parameter.zero_()
+    nn.ModuleList([copies["in a parent's state"]]).load_state_dict(nn.ModuleList([model]).state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    for kind, other in copies.items():
+        torch.testing.assert_close(said(other), expected, msg=kind)
+        other.train()(**tiny.batch(tiny.llama()), use_cache=False).loss.backward()
+        assert tiny.gradients(other), kind
+    assert not tiny.gradients(model)
+
+
+@pytest.mark.parametrize("method", ["mola", "molex", "mole-embedded"])
+def test_a_model_without_weights_takes_an_adapter_and_then_both_states(method: str, folder: Path) -> None:
+    model = ADAPTERS[method](tiny.llama(), folder).eval()
+    with torch.device("meta"):
+        bare = LlamaForCausalLM(tiny.llama_config())
+    empty = ADAPTERS[method](bare, folder).to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), strict=False)
+    empty.get_base_model().model.rotary_emb = model.get_base_model().model.rotary_emb  # its buffers are in no state
+    assert torch.equal(said(empty.eval()), said(model))
+
+
+def test_loras_put_on_a_model_without_weights_are_never_memory_as_it_was_found(folder: Path) -> None:
+    with torch.device("meta"):
+        bare = LlamaForCausalLM(tiny.llama_config())
+    model = ADAPTERS["mole"](bare, folder).to_empty(device="cpu")
+    model.load_state_dict(ADAPTERS["mole"](tiny.llama(), folder).state_dict(), strict=False)
+    with pytest.raises(LamellaError, match=r"adapter 'default' at model\.layers\.0.*without weights.*lamella\.compose"):
+        said(model)
 
 
 def test_every_name_has_the_adapters_in_its_middle_and_no_file_has_it(model: PeftModel) -> None:

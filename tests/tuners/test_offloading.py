@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,25 +13,22 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import lamella
-from lamella import LamellaError, MoleConfig, compose
+from lamella import LamellaError
 
 CPU = torch.device("cpu")
-
-
-def composed(base: LlamaForCausalLM, folder: Path, **config: Any) -> PeftModel:
-    torch.manual_seed(17)
-    model = compose(base, trained.loras("llama", folder), MoleConfig(**{"balance": "none", **config}))
-    trained.sharpen(model)
-    return model
 
 
 ADAPTERS: dict[str, Callable[[LlamaForCausalLM, Path], PeftModel]] = {
     "mola": lambda base, _: tiny.adapted(base, router_aux_loss_coef=0.1),
     "mola sorted": lambda base, _: tiny.adapted(base, num_experts=40, r=8, router="cosine"),
     "molex": lambda base, _: tiny.molex(base, alpha_mode="learned"),
-    "mole": lambda base, folder: composed(base, folder, embed_adapters=True),
-    "mole token": lambda base, folder: composed(base, folder, router_input="token", granularity="sublayer"),
-    "mole blocks": lambda base, folder: composed(base, folder, granularity="block", form="block-delta"),
+    "mole": lambda base, folder: trained.composed(base, "llama", folder, embed_adapters=True),
+    "mole token": lambda base, folder: trained.composed(
+        base, "llama", folder, router_input="token", granularity="sublayer"
+    ),
+    "mole blocks": lambda base, folder: trained.composed(
+        base, "llama", folder, granularity="block", form="block-delta"
+    ),
 }
 
 

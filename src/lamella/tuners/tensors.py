@@ -8,7 +8,7 @@ with `onloaded`.
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -44,9 +44,7 @@ class AdapterTensors(nn.ModuleDict):
 
     def of(self, adapter: str) -> nn.Parameter:
         """An adapter's tensor."""
-        held = self[adapter]
-        assert isinstance(held, _Held)
-        return held.weight
+        return cast(_Held, self[adapter]).weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter in self:  # the names of the first edition, in a whole model's state

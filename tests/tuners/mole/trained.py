@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests import tiny
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import lamella
 from lamella import MoleConfig, compose
@@ -85,12 +86,18 @@ def composition(
 ) -> PeftModel:
     """Three LoRAs composed, routers off zero unless told otherwise, ready to be asked."""
     model = tiny.build(kind, layers=layers)
-    model = model.double() if double else model
+    return composed(model.double() if double else model, kind, folder, layers, sharp, **config)
+
+
+def composed(
+    base: PreTrainedModel, kind: str, folder: Path, layers: int = 2, sharp: bool = True, **config: Any
+) -> PeftModel:
+    """The same on a base of that kind."""
     torch.manual_seed(17)
-    composed = compose(model, loras(kind, folder, layers=layers), MoleConfig(**{"balance": "none", **config}))
+    model = compose(base, loras(kind, folder, layers=layers), MoleConfig(**{"balance": "none", **config}))
     if sharp:
-        sharpen(composed)
-    return composed.eval()
+        sharpen(model)
+    return model.eval()
 
 
 def sharpen(model: nn.Module, scale: float = 1.0) -> None:

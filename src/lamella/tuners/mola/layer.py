@@ -181,7 +181,7 @@ class MolaLinear(nn.Module, AdapterLayer):
     def _down(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if not self.experts[adapter].is_dense:
             return []
-        return [self.factors(adapter)[0].to(dtype).reshape(-1, self.in_features)]  # (E*r, in)
+        return [self.lamella_mola_lora_A.of(adapter).to(dtype).reshape(-1, self.in_features)]  # (E*r, in)
 
     def _router_weight(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if adapter not in self.lamella_mola_router:
@@ -245,7 +245,8 @@ class MolaLinear(nn.Module, AdapterLayer):
 
     def held(self, adapter: str) -> list[nn.Module]:
         """The modules that hold the tensors of an adapter, none of which is called."""
-        return [getattr(self, name)[adapter] for name in self.adapter_layer_names if adapter in getattr(self, name)]
+        held = (self.lamella_mola_lora_A, self.lamella_mola_lora_B, self.lamella_mola_router)
+        return [modules[adapter] for modules in held if adapter in modules]
 
     def routed(self, adapter: str) -> bool:
         """Whether this module has a router for the adapter."""

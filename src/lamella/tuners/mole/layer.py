@@ -44,6 +44,15 @@ class FrozenFactors(nn.Module):
         else:
             self.register_buffer("constant", constant, persistent=saved)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenFactors":
+        without = [buffer for buffer in self.buffers() if buffer.is_meta]
+        super()._apply(fn, recurse)
+        for buffer in self.buffers() if without else ():  # to_empty gives memory as it finds it
+            if not buffer.is_meta:
+                buffer.fill_(torch.nan)
+                self.known = False
+        return self
+
 
 class MoleLinear(Member, AdapterLayer):
     """``y = W0 x + sum_i G_i (s_i B_i A_i x + c_i)``, with the weights G of the group that the module belongs to.
@@ -103,8 +112,9 @@ class MoleLinear(Member, AdapterLayer):
         if any(bool(buffer.isnan().any()) for buffer in factors.buffers()):
             raise LamellaError(
                 f"The LoRAs of adapter {adapter!r} at {self.name} are not numbers: they are to come from the adapter's "
-                "own file (embed_adapters), which was not read or is broken. Load the folder that it was saved to with "
-                "PeftModel.from_pretrained or load_adapter."
+                "own file (embed_adapters), which was not read or is broken, or were put on a model without weights "
+                "(device 'meta'). Load the folder that it was saved to, or compose, on a model that has its weights: "
+                "PeftModel.from_pretrained, load_adapter, lamella.compose."
             )
         factors.known = True
 
