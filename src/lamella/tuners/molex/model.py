@@ -51,13 +51,14 @@ class MolexModel(RoutedModel):
     ) -> None:
         """Checks the whole request before the first module is touched, then injects LoRA and wraps the blocks."""
         config: MolexConfig = self.peft_config[adapter_name]
-        with placed(model), _bare_blocks(model):
+        with _bare_blocks(model):
             self._stacks = locate_stacks(model)
             self._plans = make_plans(model, config, self._stacks)
             inside, outside = ([], []) if config.lora is None else find_targets(model, config, self._stacks)
             self._blocks = {stack.name: list(model.get_submodule(stack.name).children()) for stack in self._stacks}
             if config.lora is not None:
-                inject_lora(model, config, adapter_name, inside, self.active_adapters, low_cpu_mem_usage)
+                with placed(model):  # not around the rehearsal of a forward, after which accelerate takes weights out
+                    inject_lora(model, config, adapter_name, inside, self.active_adapters, low_cpu_mem_usage)
         self._depths = {
             f"{plan.stack.name}.{depth.index}": (plan.stack, depth) for plan in self._plans for depth in plan.depths
         }
