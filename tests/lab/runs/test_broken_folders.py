@@ -141,6 +141,22 @@ def test_every_use_of_a_broken_adapter_is_refused(broken, use):
     assert not (run / "new").exists()
 
 
+def with_a_bit_flipped(tensors):
+    name = next(name for name in tensors if "lora_B" in name)
+    return tensors | {name: tensors[name] + torch.finfo(tensors[name].dtype).eps}
+
+
+def test_a_changed_adapter_is_not_scored_as_the_run_s(broken, tmp_path):
+    run = broken(MOLA, tensors_changed(with_a_bit_flipped))
+
+    for use in (load_trained, lambda run: export_as_experts(run, tmp_path / "experts")):
+        with pytest.raises(LamellaError, match=r"safetensors is not as it was written.*copy adapter out"):
+            use(run)
+    assert not (tmp_path / "experts").exists()
+    shutil.move(run / "adapter", tmp_path / "lone")
+    assert len(export_as_experts(tmp_path / "lone", tmp_path / "experts").adapters) == 4
+
+
 RECORDS = {
     "predictions cut short": ("predictions.parquet", cut("predictions.parquet")),
     "a folder in place of predictions": ("predictions.parquet", a_folder_instead("predictions.parquet")),

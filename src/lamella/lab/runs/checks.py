@@ -80,7 +80,7 @@ def _whole_model(path: Path, settings: RunSettings) -> nn.Module:
         task_of(settings)
     except LamellaError:
         return load_backbone(str(path / "model")).model
-    return load_trained(path).model
+    return load_trained(path, as_left=False).model
 
 
 def preflight_of(settings: RunSettings) -> Preflight:

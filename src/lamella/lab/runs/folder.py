@@ -29,6 +29,8 @@ _DIGESTS = "digests.json"  # the last file of a checkpoint, and of a run the las
 _STATE = "trainer_state.json"  # of a checkpoint
 _MEASURED = ("model", "task", "method", "seed", "metric", "steps", "trainable_parameters", "notes")
 ROWS = "rows.parquet"
+ADDED = "was not there"
+_PLACES = ("base_model_name_or_path", "adapters")
 _RESULTS = (
     "predictions.parquet",
     "trace.parquet",
@@ -102,7 +104,7 @@ class RunFolder:
             return None
         digests = read_json(path)
         added = _digests(self.path, *_RESULTS).keys() - digests.keys()
-        return _changed(self.path, {"metrics.json": "", **digests}) | dict.fromkeys(added, "was not there")
+        return _changed(self.path, {"metrics.json": "", **digests}) | dict.fromkeys(added, ADDED)
 
     def check(self, settings: RunSettings, *, force: bool = False) -> None:
         """Whether a run of these settings may be written here, anew or from where it was interrupted.
@@ -223,7 +225,18 @@ def _fault(checkpoint: Path) -> str | None:
 def _digests(folder: Path, *parts: str) -> dict[str, str]:
     """SHA-256 of each file in these parts of a folder, but for the card, which people may write on."""
     files = {file for part in parts for file in (folder / part, *(folder / part).rglob("*")) if file.is_file()}
-    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(files) if file.name != "README.md"}
+    return {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files) if file.name != "README.md"}
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file; of an adapter's config without the places of base and LoRAs, which may be corrected."""
+    if file.name != "adapter_config.json":
+        return sha256_of(file)
+    try:
+        config = {key: value for key, value in read_json(file).items() if key not in _PLACES}
+    except UnreadableError:
+        return ""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _changed(folder: Path, digests: Mapping[str, Any]) -> dict[str, str]:
@@ -231,7 +244,7 @@ def _changed(folder: Path, digests: Mapping[str, Any]) -> dict[str, str]:
     for name, digest in digests.items():
         if not (folder / name).is_file():
             changed[name] = "is missing"
-        elif sha256_of(folder / name) != digest:
+        elif _digest(folder / name) != digest:
             changed[name] = "is not as it was written"
     return changed
 

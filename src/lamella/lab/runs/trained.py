@@ -17,11 +17,12 @@ from lamella.diagnostics.adapter_folder import (
     load_base,
 )
 from lamella.diagnostics.weights import examine_numbers, tensors_of
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_table
 from lamella.findings import Examination
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder
+from lamella.lab.runs.folder import ADDED, RunFolder
 from lamella.lab.runs.rows import Seen, seen
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.scoring import trains_tokens
@@ -152,7 +153,7 @@ def find_trained(path: Path) -> Place:
     )
 
 
-def load_trained(path: Path, task_name: str | None = None, base: str | None = None) -> Trained:
+def load_trained(path: Path, task_name: str | None = None, base: str | None = None, *, as_left: bool = True) -> Trained:
     """The model of a run or an adapter, with the head that a task needs.
 
     Args:
@@ -160,9 +161,10 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
         task_name: what it is used on; the run's task when None.
         base: the adapter's base model: a demo model, a hub id or a path; by default the run's, or the one that the
             adapter names.
+        as_left: refuse what is not as its run left it.
 
     Raises:
-        LamellaError: nothing to load, no task is named anywhere, or the trained head is of another task.
+        LamellaError: nothing to load, or not whole; no task is named anywhere, or the trained head is of another task.
     """
     place = find_trained(path)
     trained_on = load_task(place.settings.task) if place.settings else None
@@ -176,6 +178,8 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
             raise LamellaError(f"{path} holds a complete model, which has no base. Leave --base out.")
         backbone = load_backbone(str(place.folder), task)
         _check_whole(place.folder, backbone)
+        if as_left:
+            _check_as_left(place)
         return Trained(place, backbone.model.eval(), backbone.tokenizer, task)
     saved = SavedAdapter.read(place.folder)
     backbone = load_backbone(base or _base_of(place, saved), task)
@@ -183,6 +187,8 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
     if place.settings is None:
         return Trained(place, saved.on(backbone.model), backbone.tokenizer, task)
     model = place.settings.method.load(backbone, task, saved.folder).eval()
+    if as_left:
+        _check_as_left(place)
     return Trained(place, model, backbone.tokenizer, task)
 
 
@@ -196,7 +202,9 @@ def load_adapted(path: Path, base: str | None = None) -> PeftModel:
     if not place.is_adapter:
         raise LamellaError(f"{path} holds a complete model and no adapter: there are no experts in it.")
     saved = SavedAdapter.read(place.folder)
-    return saved.on(load_base(saved.config, saved.tensors, base or _base_of(place, saved)))
+    model = saved.on(load_base(saved.config, saved.tensors, base or _base_of(place, saved)))
+    _check_as_left(place)
+    return model
 
 
 def _base_of(place: Place, saved: SavedAdapter) -> str:
@@ -219,6 +227,22 @@ def _check_whole(folder: Path, backbone: Backbone) -> None:
     examine_numbers(tensors_of(backbone.model), "model", examination)
     for fault in examination.findings:
         raise LamellaError(f"The model in {folder} cannot be used: {fault.what} ({fault.where}). Train it again.")
+
+
+def _check_as_left(place: Place) -> None:
+    """Whether a run's adapter or model is the one that the run wrote, so far as its digests tell."""
+    if place.settings is None:
+        return
+    try:
+        changed = RunFolder(place.folder.parent).changed() or {}
+    except UnreadableError:  # nothing to compare with; the doctor says so
+        return
+    for name, fate in changed.items():
+        if name.startswith(f"{place.folder.name}/") and fate != ADDED:
+            raise LamellaError(
+                f"{place.folder.parent / name} {fate}, and so is no longer the run's. Restore it from a copy, or "
+                f"copy {place.folder.name} out of the run to use it as it is now."
+            )
 
 
 def _check_labels(trained_on: Task, task: Task) -> None:
