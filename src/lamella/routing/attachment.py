@@ -57,13 +57,12 @@ def attach(
         frame: the running call.
         name: the module the loss belongs to.
     """
-    collected = frame.call.collected
-    if collected is None:
+    if frame.call.collected is None:
         attached: Tensor = _Attach.apply(carrier, into, gradient, frame.call, *others)
         return attached
     value = loss(into, *others)  # also when recomputing: a checkpoint must save the same tensors twice
     if not frame.recomputing:
-        collected.by_name.append((name, value))
+        frame.call.losses.append((name, value))
     return carrier
 
 

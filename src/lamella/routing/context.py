@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from types import FrameType
 from typing import Any, Protocol
 
@@ -104,7 +105,8 @@ class RoutedCall:
         label_share: labels of this batch over the labels the trainer normalises by; 1 where it does not say.
         decoder_mask: where an encoder-decoder has labels, the positions that predict one, ``(batch, tokens)``.
         half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
-        collected: where the layers' own losses go instead of being attached.
+        collected: where the layers' own losses go when it ends, instead of being attached.
+        losses: those of its layers so far, by module name.
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
         trainers_scale: of a loss that the trainer builds outside the model, where it is known.
         prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
@@ -127,6 +129,7 @@ class RoutedCall:
     decoder_mask: Tensor | None = None
     half: bool = False
     collected: CollectedLoss | None = None
+    losses: list[tuple[str, Tensor]] = field(default_factory=list)
     recorded_scale: Tensor | None = None
     trainers_scale: Scale | None = None
     prompt: Prompt | None = None
@@ -174,7 +177,8 @@ class Frame:
         call: the forward this stack runs in.
         mask: True for the stack's real tokens, ``(batch, tokens so far)``; None when all are real.
         encoder_mask: the same for the encoder states that cross-attention reads.
-        parent: the frame around this one.
+        parent: the frame around this one in the same call.
+        stack: the module whose forward it is for.
         checkpointed: whether the block runs inside gradient checkpointing.
         recomputing: whether this is the recomputation of a checkpointed block.
         given: what the stack was given to read: token ids, embeddings or pixels.
@@ -189,6 +193,7 @@ class Frame:
     mask: Tensor | None
     encoder_mask: Tensor | None
     parent: "Frame | None" = None
+    stack: nn.Module | None = None
     checkpointed: bool = False
     recomputing: bool = False
     given: Tensor | None = None
@@ -215,14 +220,18 @@ class Frame:
         Raises:
             LamellaError: the stack is given documents packed into rows, and these are other rows.
         """
-        sequences, stack = self.packing.sequences(self.real_tokens(x)), current_context().module
+        sequences, stack, tracker = self.packing.sequences(self.real_tokens(x)), self.stack, self.call.tracker
         if isinstance(sequences, Documents) and stack is not None:
-            tracker, about = self.call.tracker, f"documents in {'training' if stack.training else 'evaluation'}"
+            about = f"documents in {'training' if stack.training else 'evaluation'}"
             if about not in tracker.said:
                 tracker.said.add(about)
                 warn = functools.partial(tracker.say_once, "documents")
-                watch_for_mixing(stack, sequences, self.packing.spans_rows, warn)
+                watch_for_mixing(stack, sequences, self.packing.spans_rows, self._still_runs, warn)
         return sequences
+
+    def _still_runs(self) -> bool:
+        running = current_frame()
+        return running is not None and running.call is self.call
 
     def readable(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
         """What a decision for a whole sequence of ``x (batch, tokens, features)`` may read.
@@ -298,6 +307,7 @@ class Context:
         frame: of the stack that is running.
         module: whose forward opened that frame.
         runs_in: the interpreter's frame of that forward; None where a ``with`` statement guards the frame.
+        thread: that runs it.
         around: the context before that forward began.
         generation: the ``generate`` that a forward runs in that starts now.
     """
@@ -305,6 +315,7 @@ class Context:
     frame: Frame | None = None
     module: nn.Module | None = None
     runs_in: FrameType | None = None
+    thread: int = 0
     around: "Context | None" = None
     generation: Generation | None = None
 
@@ -332,10 +343,29 @@ def current_frame() -> Frame | None:
     return current_context().frame
 
 
+def calling_frame(tracker: TrackedModel, module: nn.Module) -> Frame | None:
+    """The frame around a module's forward that begins now, of the call of its model that it is a part of.
+
+    None where it begins a call: nothing of the model runs, or it runs in another thread (whose context this one was
+    given a copy of), or the module itself is running already and somebody calls it once more from inside.
+    """
+    context = current_context()
+    frame = context.frame
+    if frame is None or frame.call.tracker is not tracker or context.thread != get_ident():
+        return None
+    around: Context | None = context
+    while around is not None and around.frame is not None and around.frame.call is frame.call:
+        if around.module is module:
+            return None
+        around = around.around
+    return frame
+
+
 def enter(frame: Frame, module: nn.Module, runs_in: FrameType) -> None:
     """Says that a module's forward begins, in this frame of the interpreter."""
     around = current_context()
-    _CONTEXT.set(replace(around, frame=frame, module=module, runs_in=runs_in, around=around))
+    entered = replace(around, frame=frame, module=module, runs_in=runs_in, thread=get_ident(), around=around)
+    _CONTEXT.set(entered)
 
 
 def leave(module: nn.Module) -> Frame | None:
@@ -363,7 +393,7 @@ def _executes(frame: FrameType) -> bool:
 @contextmanager
 def in_frame(frame: Frame) -> Iterator[None]:
     """Runs part of a stack once more in a frame of its own."""
-    with _saying(frame=frame, module=None, runs_in=None):
+    with _saying(frame=frame, module=None, runs_in=None, thread=get_ident()):
         yield
 
 

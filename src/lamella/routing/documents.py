@@ -152,13 +152,20 @@ class Packing:
         return _by_positions(self._said.get("position_ids"), real, is_masked=mask is not None)
 
 
-def watch_for_mixing(stack: nn.Module, documents: Documents, lengths_given: bool, warn: Callable[[str], None]) -> None:
+def watch_for_mixing(
+    stack: nn.Module,
+    documents: Documents,
+    lengths_given: bool,
+    still_runs: Callable[[], bool],
+    warn: Callable[[str], None],
+) -> None:
     """Warns where a stack's own attention lets documents of a row see each other, by what its next layer is given.
 
     Args:
         stack: a transformer whose forward is running.
         documents: of that forward.
         lengths_given: whether it is told their lengths, which flash attention reads.
+        still_runs: whether that forward is the one that runs.
         warn: is told at most once.
     """
     handles: list[RemovableHandle] = []
@@ -166,6 +173,8 @@ def watch_for_mixing(stack: nn.Module, documents: Documents, lengths_given: bool
     def look(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for handle in handles:
             handle.remove()
+        if not still_runs():  # it had no further attention layer, or was interrupted
+            return
         implementation = str(getattr(getattr(stack, "config", None), "_attn_implementation", None))
         mask, of = kwargs.get("attention_mask"), documents.of
         if "flash" in implementation:

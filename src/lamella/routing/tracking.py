@@ -20,6 +20,7 @@ from lamella.routing.context import (
     Frame,
     RoutedCall,
     TrackedModel,
+    calling_frame,
     current_context,
     current_frame,
     enter,
@@ -52,8 +53,8 @@ class CallTracker(TrackedModel):
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model and of each stack in it."""
         arguments = _named_arguments(module, args, kwargs)
-        parent = current_frame()
-        if parent is None or parent.call.tracker is not self:
+        parent = calling_frame(self, module)
+        if parent is None:
             if module.training:
                 _carry_frames(self.checkpointed)
             call = self._start_call(module, arguments)
@@ -65,8 +66,7 @@ class CallTracker(TrackedModel):
                 call.prompt = call.generation.prompt_of(given)
         else:
             call = parent.call
-        main = getattr(module, "main_input_name", None)
-        enter(_frame_of_stack(call, arguments, parent, main), module, runs_in=sys._getframe(1))
+        enter(_frame_of_stack(call, module, arguments, parent), module, runs_in=sys._getframe(1))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook, run also when the forward raised an Exception."""
@@ -76,13 +76,13 @@ class CallTracker(TrackedModel):
         frame.projections.clear()
         frame.decisions.clear()
         call = frame.call
-        if frame.parent is not None and frame.parent.call is call:
+        if frame.parent is not None or output is None:  # inside a call, or of one that has failed
             return output
         for listener in self.listeners:
             listener.closed(call, output)
         if call.collected is not None:
             joint = [(f"log balance of {adapter}", loss.value()) for adapter, loss in call.balances.items()]
-            call.collected.by_name.extend(joint)
+            call.collected.by_name.extend(call.losses + joint)
         return _record_loss_scale(output, call)
 
     def _start_call(self, module: nn.Module, arguments: Mapping[str, Any]) -> RoutedCall:
@@ -221,7 +221,7 @@ def _is_loss(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
 
 
-def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Frame | None, main: Any) -> Frame:
+def _frame_of_stack(call: RoutedCall, stack: nn.Module, arguments: Mapping[str, Any], parent: Frame | None) -> Frame:
     is_decoder = arguments.get("encoder_hidden_states") is not None
     mask = arguments.get("attention_mask")
     real: Tensor | None
@@ -231,19 +231,20 @@ def _frame_of_stack(call: RoutedCall, arguments: Mapping[str, Any], parent: Fram
         real = call.decoder_mask
     elif mask is None:
         real = None
-    elif parent is None or parent.call is not call:
+    elif parent is None:
         real = _real_by_expanded(mask)
     else:  # already expanded for attention: the stack around this one was given the plain mask
         real = parent.mask
     encoder_mask = arguments.get("encoder_attention_mask")
     encoder_real = encoder_mask.bool() if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2 else None
-    named = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values", main))
+    names = ("input_ids", "inputs_embeds", "pixel_values", getattr(stack, "main_input_name", None))
+    named = (arguments.get(name) for name in names if name is not None)
     given = next((value for value in named if isinstance(value, Tensor)), None)
-    ids = arguments.get("input_ids")
-    if given is None and parent is not None and parent.call is call:
+    if given is None and parent is not None:
         given = parent.given
+    ids = arguments.get("input_ids")
     width = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
-    return Frame(call, real, encoder_real, parent, given=given, width=width, packing=Packing(arguments))
+    return Frame(call, real, encoder_real, parent, stack=stack, given=given, width=width, packing=Packing(arguments))
 
 
 def _real_by_expanded(mask: Any) -> Tensor | None:
