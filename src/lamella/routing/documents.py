@@ -95,7 +95,7 @@ class Documents:
 
     def spread(self, values: Tensor) -> Tensor:
         """As promised."""
-        return values[self.of]
+        return values[self.of.to(values.device)]
 
 
 class Packing:
