@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
-from lamella.routing.documents import Documents, Packing, Rows, Sequences, watch_for_mixing
-from lamella.routing.prompt import Generation, Given, Prompt, Readable, find_readable, prompt_of
+from lamella.routing.documents import Documents, Packing, Rows, Sequences, rows_of_mask, watch_for_mixing
+from lamella.routing.prompt import Generation, Given, Prompt, Readable, find_readable, prompt_of, say_unknown
 from lamella.routing.statements import Statements
 
 Observer = Callable[..., None]
@@ -54,6 +54,7 @@ class TrackedModel:
         scales: what the user says of a loss that is built outside the model, the latest last.
         trainers_scale: asks for the same whoever runs a call that begins; it is told ``shifts_labels``.
         said: the warnings that were given, each of which is given once.
+        turned: whether a module is given tokens before sequences, by its name, as far as batches have shown.
     """
 
     shifts_labels: bool = False
@@ -64,6 +65,7 @@ class TrackedModel:
     scales: dict[object, float] = field(default_factory=dict)
     trainers_scale: Callable[[bool], Scale | None] = _nobody_says
     said: set[str] = field(default_factory=set)
+    turned: dict[str, bool] = field(default_factory=dict)
 
     def override(self, adapter: str) -> Override:
         """What holds here and now in place of an adapter's routers."""
@@ -209,10 +211,25 @@ class Frame:
 
     def real_tokens(self, x: Tensor) -> Tensor:
         """Which tokens of ``x (batch, tokens, features)`` are real, ``(batch, tokens)``."""
-        mask = self.token_mask(x)
-        if mask is None:
+        found = self.token_mask(x)
+        if found is None:
             return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return mask.view(x.shape[:2]).to(x.device)
+        return found.view(x.shape[:2]).to(x.device)
+
+    def _refuse_other_rows(self, x: Tensor) -> None:
+        """Raises where padding would be read, since nobody knows which tokens the rows of ``x`` are."""
+        mask = self.mask
+        if mask is None:
+            return
+        tokens = self._new_tokens(mask, of_encoder=False).shape
+        is_turned = len(set(tokens)) == 2 and x.shape[:2] == tokens[::-1]
+        if (not is_turned and self.token_mask(x) is not None) or bool(mask.all()):
+            return
+        raise LamellaError(
+            f"{type(self.stack).__name__} decides for whole sequences by {tuple(x.shape[:2])} rows, which are not its "
+            f"{tuple(mask.shape)} tokens (sequences, tokens), so that padding would be read. Give batches without "
+            "padding, or decide by token (granularity='token', router_input='token')."
+        )
 
     def sequences(self, x: Tensor) -> Sequences:
         """The sequences of ``x (batch, tokens, features)``.
@@ -238,12 +255,13 @@ class Frame:
 
         All of it in an encoder and in a model that answers about its whole input, otherwise the prompt alone.
         """
+        self._refuse_other_rows(x)
         real, sequences, call = self.real_tokens(x), self.sequences(x), self.call
         if not decoder or call.tracker.whole_input:
             return Readable(real, None, sequences)
         readable = find_readable(real, call.prompt, call.given, prompt_tokens, sequences)
         if readable.unknown:
-            call.tracker.say_once(*_unknown_prompt(readable, call, prompt_tokens))
+            call.tracker.say_once(*say_unknown(readable, call.given is not None, prompt_tokens))
         return readable
 
     def readable_so_far(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
@@ -258,45 +276,65 @@ class Frame:
         given = None if call.given is None else call.given.after(call.past)
         return find_readable(real, call.prompt, given, prompt_tokens)
 
-    def token_mask(self, x: Tensor, of_encoder: bool = False) -> Tensor | None:
+    def token_mask(self, x: Tensor, of_encoder: bool = False, name: str | None = None) -> Tensor | None:
         """Which rows of ``x`` flattened to ``(N, features)`` are real, ``(N,)``; None when all are, or none says.
 
         With a cache the mask is as long as the sequence so far and ``x`` holds its last tokens.
+
+        Where a module is named, it is said once that padding counts in rows that cannot be told to be which tokens.
         """
         mask = self.encoder_mask if of_encoder else self.mask
         if mask is None:
             return None
-        if x.dim() == 3 and mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1]:
-            return mask[:, mask.shape[1] - x.shape[1] :].flatten()
-        if x.dim() == 2 and mask.numel() == x.shape[0]:
-            return mask.flatten()
-        return None
+        new = self._new_tokens(mask, of_encoder)
+        found = rows_of_mask(new, x.shape[:-1])
+        if found is not None and name is not None:
+            found = self._turned(found, new, name)
+        if found is None and not of_encoder:
+            found = self._subsampled(mask, x)
+        if found is None and name is not None and not bool(mask.all()):
+            self.call.tracker.say_once(
+                "other rows",
+                f"{name} is given {tuple(x.shape[:-1])} rows, which are not one for each of {tuple(mask.shape)} tokens "
+                "(sequences, tokens), so that its balance loss and trace count all of them, padding too. Leave such "
+                "modules out of target_modules, or give batches without padding.",
+            )
+        return None if found is None else found.flatten()
+
+    def _turned(self, found: Tensor, new: Tensor, name: str) -> Tensor:
+        """A mask laid out for a module's rows, where as many sequences as tokens do not tell which axis is which."""
+        known = self.call.tracker.turned
+        if new.shape[0] != new.shape[1]:
+            known[name] = found.shape != new.shape
+        elif known.get(name, False):
+            return found.t()
+        elif name not in known and len(new) > 1 and not bool(new.all()):
+            self.call.tracker.say_once(
+                "square",
+                f"A batch has as many sequences as tokens ({len(new)}), and no other has shown which of them is the "
+                f"first axis that {name} is given. It is taken for the sequences, by its balance loss and trace.",
+            )
+        return found
+
+    def _new_tokens(self, mask: Tensor, of_encoder: bool) -> Tensor:
+        """The part of a mask that is of this forward's tokens."""
+        given = None if of_encoder else self.given
+        if given is None or given.dim() not in (2, 3) or len(given) != len(mask) or given.shape[1] > mask.shape[1]:
+            return mask
+        return mask[:, mask.shape[1] - given.shape[1] :]
+
+    def _subsampled(self, mask: Tensor, x: Tensor) -> Tensor | None:
+        """By what the stack itself makes of a mask over samples of sound: one over frames."""
+        reduce = getattr(self.stack, "_get_feature_vector_attention_mask", None)
+        if reduce is None or x.dim() != 3 or len(x) != len(mask) or x.shape[1] >= mask.shape[1]:
+            return None
+        found: Tensor = reduce(x.shape[1], mask.long())
+        return found.bool()
 
     @property
     def observers(self) -> tuple[Observer, ...]:
         """Who wants to see routings: nobody during recomputation, which would count a token twice."""
         return () if self.recomputing else tuple(self.call.tracker.observers)
-
-
-def _unknown_prompt(readable: Readable, call: RoutedCall, prompt_tokens: int) -> tuple[str, str]:
-    """What to say, and about what, where the prompts of some sequences are unknown."""
-    which = f"{readable.unknown} of {readable.sequences.count} sequences"
-    effect = (
-        f"decisions for whole sequences read their first {prompt_tokens} tokens (prompt_tokens), which run without "
-        "them, while in generate they read the whole prompt"
-    )
-    if call.given is None:
-        return "no prompt", (
-            f"Nothing in this forward says where the prompts of {which} end, so {effect}. Where there are prompts, "
-            "pass labels that are -100 on them, or their completion_mask, or run the forward inside "
-            "`with lamella.prompt(lengths):`; a trainer that takes the labels out of the batch (label smoothing, "
-            "compute_loss_func) and a harness that scores logits need one of the latter two."
-        )
-    return "labels from the start", (
-        f"In this forward the labels of {which} begin with the text, so that nothing of it is a prompt: {effect}. "
-        "Where there are prompts, give them labels of -100 (in TRL completion_only_loss, or assistant_only_loss for "
-        "messages), or run the forward inside `with lamella.prompt(lengths):`."
-    )
 
 
 @dataclass(frozen=True, eq=False)

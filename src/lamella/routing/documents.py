@@ -199,6 +199,19 @@ def watch_for_mixing(
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
 
 
+def rows_of_mask(mask: Tensor, rows: torch.Size) -> Tensor | None:
+    """A mask ``(batch, tokens)`` laid out as a module's rows; None where those are not one for each token.
+
+    A module may be given tokens before sequences, an axis of one, or all tokens of all sequences behind each other.
+    """
+    if len(mask) == 1 and len(rows) > 1 and mask.shape[1] == rows[-1]:  # one for all sequences
+        mask = mask.expand(rows[:-1].numel(), -1)
+    axes, shape = ([n for n in size if n != 1] for size in (rows, mask.shape))
+    if axes == shape or tuple(rows) == (mask.numel(),):
+        return mask
+    return mask.t() if axes == shape[::-1] else None
+
+
 def number_documents(numbers: Tensor, real: Tensor) -> Sequences:
     """The sequences of rows whose tokens have numbers, ``(batch, tokens)``; padding belongs to none of its own."""
     batch, tokens = numbers.shape

@@ -287,3 +287,24 @@ def _prompt(
         position = torch.arange(real.shape[1], device=real.device)
         return real if known.width is None else real & (position < known.width)
     return None if given is None else given.prompt(real, sequences)
+
+
+def say_unknown(readable: Readable, is_labelled: bool, prompt_tokens: int) -> tuple[str, str]:
+    """What to say, and about what, where the prompts of some sequences are unknown."""
+    which = f"{readable.unknown} of {readable.sequences.count} sequences"
+    effect = (
+        f"decisions for whole sequences read their first {prompt_tokens} tokens (prompt_tokens), which run without "
+        "them, while in generate they read the whole prompt"
+    )
+    if not is_labelled:
+        return "no prompt", (
+            f"Nothing in this forward says where the prompts of {which} end, so {effect}. Where there are prompts, "
+            "pass labels that are -100 on them, or their completion_mask, or run the forward inside "
+            "`with lamella.prompt(lengths):`; a trainer that takes the labels out of the batch (label smoothing, "
+            "compute_loss_func) and a harness that scores logits need one of the latter two."
+        )
+    return "labels from the start", (
+        f"In this forward the labels of {which} begin with the text, so that nothing of it is a prompt: {effect}. "
+        "Where there are prompts, give them labels of -100 (in TRL completion_only_loss, or assistant_only_loss for "
+        "messages), or run the forward inside `with lamella.prompt(lengths):`."
+    )

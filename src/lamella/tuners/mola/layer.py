@@ -207,7 +207,7 @@ class MolaLinear(nn.Module, AdapterLayer):
         )
         if not observers and not trains:
             return routing
-        mask = frame.token_mask(x, of_encoder=self.place.reads_encoder) if frame is not None else None
+        mask = frame.token_mask(x, self.place.reads_encoder, self.name) if frame is not None else None
         for observe in observers:
             observe(self, adapter, routing, mask, x.shape[:-1])
         return self._attach_losses(adapter, routing, mask, frame) if trains else routing

@@ -227,7 +227,7 @@ class Group:
         if frame is not None:
             for member, h in zip(self.inputs, projections, strict=False):  # a block's outputs bring none
                 frame.projections[member, self.adapter] = Projection(x, h)
-        mask = None if frame is None else frame.token_mask(x, of_encoder=self.input == "encoder")
+        mask = None if frame is None else frame.token_mask(x, self.input == "encoder", layer.name)
         self._show(logits, override, mask, x.shape[:-1], frame)
         return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, mask
 

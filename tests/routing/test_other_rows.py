@@ -1,0 +1,127 @@
+"""Modules that are given other rows than ``(sequences, tokens)``: padding is followed to them, or it is said."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tests import tiny
+from torch import Tensor
+from transformers import (
+    CanineConfig,
+    CanineForSequenceClassification,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    HubertConfig,
+    HubertModel,
+    PreTrainedModel,
+    SwitchTransformersConfig,
+    SwitchTransformersEncoderModel,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
+
+from lamella import LamellaError, MolaConfig
+from lamella.routing import collect_losses
+
+_SIZES = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def deepseek() -> PreTrainedModel:
+    return DeepseekV3ForCausalLM(DeepseekV3Config(
+        **_SIZES, intermediate_size=24, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        moe_intermediate_size=8, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=8,
+        first_k_dense_replace=2, topk_group=1,
+    ))  # fmt: skip
+
+
+def xlnet() -> PreTrainedModel:
+    return XLNetForSequenceClassification(
+        XLNetConfig(vocab_size=tiny.VOCAB, d_model=16, n_layer=2, n_head=2, d_inner=24, dropout=0.0)
+    )
+
+
+def mola(model: PreTrainedModel, target: str) -> PeftModel:
+    torch.manual_seed(17)
+    config = MolaConfig(r=2, num_experts=3, target_modules=[target], router_aux_loss_coef=0.5)
+    return get_peft_model(model, config).train()
+
+
+def padded(rows: int, tokens: int, extra: int = 0) -> dict[str, Tensor]:
+    """Sequences of different lengths, and further padding behind them."""
+    ids = torch.randint(3, tiny.VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(tokens) < tokens - torch.arange(rows)[:, None] % 3).long()
+    pad = torch.nn.functional.pad
+    return {"input_ids": pad(ids * mask, (0, extra)), "attention_mask": pad(mask, (0, extra))}
+
+
+def balance(model: PeftModel, inputs: dict[str, Tensor]) -> Tensor:
+    with collect_losses() as losses:
+        model(**inputs)
+    return losses.total().detach()
+
+
+@pytest.mark.parametrize(("make", "target"), [(deepseek, "kv_b_proj"), (xlnet, "layer_1")])
+def test_padding_counts_nothing_whatever_the_order_of_axes(make: Any, target: str) -> None:
+    model = mola(make().eval(), target)
+    expected = balance(model, padded(4, 7))
+    assert balance(model, padded(4, 7, extra=5)) != balance(model, padded(3, 7)), "it is no constant"
+    torch.testing.assert_close(balance(model, padded(4, 7, extra=5)), expected)
+    # As many sequences as tokens: the other batches have shown which is which.
+    torch.testing.assert_close(balance(model, padded(7, 7)), balance(model, padded(7, 7, extra=2)))
+
+
+def warned(model: PeftModel, inputs: dict[str, Tensor]) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            balance(model, inputs)
+    return [str(one.message) for one in said if "axis" in str(one.message) or "rows" in str(one.message)]
+
+
+def test_what_is_not_shown_is_said_once_by_name() -> None:
+    switch = SwitchTransformersConfig(
+        vocab_size=tiny.VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_sparse_encoder_layers=1, num_experts=4,
+        num_heads=2, dropout_rate=0.0,
+    )  # fmt: skip
+    said = warned(mola(SwitchTransformersEncoderModel(switch).eval(), "wi"), padded(3, 6))
+    assert len(said) == 1
+    assert "expert_" in said[0]
+    assert "padding too" in said[0]
+    said = warned(mola(xlnet().eval(), "layer_1"), padded(5, 5))
+    assert len(said) == 1
+    assert "as many sequences as tokens (5)" in said[0]
+    assert "layer_1" in said[0]
+    assert not warned(mola(xlnet().eval(), "layer_1"), padded(3, 6))
+
+
+def test_frames_of_sound_have_the_mask_that_the_model_makes_of_its_samples() -> None:
+    config = HubertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
+        conv_stride=(4, 4), conv_kernel=(8, 8), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tiny.adapted(HubertModel(config).eval(), target_modules=["q_proj"])
+    mask = (torch.arange(400) < torch.tensor([[400], [200]])).long()
+    with tiny.watch(model) as seen, torch.no_grad():
+        model(input_values=torch.randn(2, 400), attention_mask=mask)
+    frames = model.get_base_model()._get_feature_vector_attention_mask(len(seen[0][2]) // 2, mask)
+    assert 0 < frames[1].sum() < frames[0].sum()
+    assert torch.equal(seen[0][2], frames.flatten())
+
+
+def test_a_decision_for_sequences_refuses_rows_that_may_be_padding() -> None:
+    model = tiny.molex(xlnet().eval(), lora=None)
+    inputs = padded(3, 6)
+    with torch.no_grad(), pytest.raises(LamellaError, match="padding would be read"):
+        model(**inputs)
+    canine = CanineConfig(
+        **{**_SIZES, "num_hidden_layers": 3}, intermediate_size=24, downsampling_rate=2, local_transformer_stride=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = tiny.molex(CanineForSequenceClassification(canine).eval(), lora=None)
+    with torch.no_grad(), pytest.raises(LamellaError, match="padding would be read"):
+        model(**padded(3, 16))
+    with torch.no_grad():
+        model(input_ids=padded(3, 16)["input_ids"])
