@@ -170,7 +170,7 @@ def _of_tokens(model: nn.Module, name: str, tokens: Tokens, modules: Modules, so
         )
     choose = torch.zeros(len(tokens.indices), vocabulary)  # (N, vocabulary)
     choose[torch.arange(len(tokens.indices)), tokens.indices] = 1
-    own = module.weight.detach()[tokens.indices].cpu()  # (N, features)
+    own = _values(module.weight)[tokens.indices]  # (N, features)
     learned = tokens.values.float() - own.float()
     found: dict[str, Factors] = {name: EmbeddingFactors(choose, learned.t(), 1.0)}
     for other in _tied_to(model, module):
@@ -204,15 +204,19 @@ def _beside_factors(
         own: Any = getattr(module, parameter, None)
         fits = isinstance(own, Tensor) and own.shape == tensor.shape
         if fits and head is None and parameter == "bias" and own.dim() == 1 and adds_bias(module):
-            constants[names[place]] = tensor.float() - own.detach().cpu().float()
+            constants[names[place]] = tensor.float() - _values(own).float()
             continue
         head = head or names[place]
         inside = f"{names[place]}.{parameter}".removeprefix(f"{head}.")
         whole.setdefault(head, {})[inside] = tensor
-        same = fits and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
+        same = fits and (own.is_meta or torch.equal(_values(own), tensor.to(own.dtype)))
         own_already[head] = own_already.get(head, True) and same
-    constants = {name: constant for name, constant in constants.items() if constant.any()}
     return constants, {head: tensors for head, tensors in whole.items() if not own_already[head]}
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """A tensor's numbers; zeros for one on the meta device, which has a shape alone."""
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
 
 
 def _head_of(name: str, config: LoraConfig | None) -> str | None:

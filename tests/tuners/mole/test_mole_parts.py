@@ -23,7 +23,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from lamella import LamellaError, MoleConfig, collapse, compose, fixed_weights
+from lamella import LamellaError, MoleConfig, collapse, compose, doctor, fixed_weights
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 3, 4, 5]])
 TEXT = {"input_ids": IDS}
@@ -202,6 +202,7 @@ def test_a_head_that_all_loras_share_is_taken_over(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     again = PeftModel.from_pretrained(tiny.bert(), tmp_path / "saved").eval()
     assert torch.equal(output(again, TEXT), output(model, TEXT))
+    assert "base-mismatch" not in {finding.code for finding in doctor(tmp_path / "saved", base=tiny.bert()).findings}
 
 
 def test_heads_that_differ_are_loudly_missed(tmp_path: Path) -> None:
