@@ -139,13 +139,18 @@ def test_sharded_blocks_are_refused_by_name() -> None:
         refuse_sharded(plain, plain)
 
 
-def test_a_cache_that_cannot_be_extended_is_refused() -> None:
+def test_a_cache_that_cannot_be_extended_is_not_gone_on_with() -> None:
     class Own(DynamicCache):
         pass
 
     model = tiny.molex(tiny.llama(layers=4))
+    given, cache = tiny.inputs(model.get_base_model()), Own()
+    with torch.no_grad():  # one forward needs nothing of the cache
+        torch.testing.assert_close(model(**given, past_key_values=cache).logits, model(**given, use_cache=False).logits)
     with pytest.raises(LamellaError, match=r"Own.*use_cache=False"):
-        model(**tiny.inputs(model.get_base_model()), past_key_values=Own())
+        model(given["input_ids"][:, :1], past_key_values=cache)
+    with pytest.raises(LamellaError, match=r"Own.*use_cache=False"):
+        model.generate(**given, past_key_values=Own(), max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
