@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from tests import tiny
 from tests.families.catalogue import FAMILIES
 from tests.families.checks import TOLERANCE, _mates, _start, _trained_loras
 from tests.families.models import tiny_model
 
-from lamella import MoleConfig, compose
+from lamella import MolaConfig, MoleConfig, compose
 from lamella.backbones import locate_stacks, rehearse
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -37,6 +38,15 @@ def test_experts_are_given_other_rows() -> None:
     experts = "encoder.block.2.layer.1.mlp.experts.expert_0.wi"
     assert not seen.is_given_sequences(experts)
     assert seen.is_given_sequences("encoder.block.2.layer.0.SelfAttention.q")
+
+
+def test_a_module_whose_weight_is_only_read_has_no_experts_and_is_named() -> None:
+    model = get_peft_model(
+        tiny_model(BY_NAME["mamba"]), MolaConfig(target_modules="all-linear", init_lora_weights=False)
+    )
+    skipped = dict(model.base_model.summary().skipped)
+    assert "without calling it" in skipped["backbone.layers.1.mixer.dt_proj"]
+    assert not any("dt_proj.lamella" in name for name, _ in model.named_parameters())
 
 
 def test_where_a_model_cannot_be_run_nothing_is_seen() -> None:

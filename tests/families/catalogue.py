@@ -173,5 +173,5 @@ GROUPS = {
     "Text and images": MULTIMODAL,
 }
 FAMILIES = tuple(family for families in GROUPS.values() for family in families)
-# One for each way through the code that another test does not take at this width.
-PATHS = ("llama",)
+# An unknown decoder, an encoder beside a decoder, and states instead of attention.
+PATHS = ("glm", "t5", "mamba")

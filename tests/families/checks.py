@@ -85,13 +85,13 @@ def _examine(
             model = model or _adapted(family, base, method, folder)
             return asked[check](model) if check in asked else max(probe(model) for probe in kept)
 
-        answers[check] = _answer(ask, exact=check == "saved", is_lora=method == "LoRA")
+        answers[check] = _answer(ask, is_lora=method == "LoRA")
         if answers[check].said != "yes":
             model = None  # what failed may have left something behind
     return answers
 
 
-def _answer(ask: Callable[[], float], exact: bool = False, is_lora: bool = False) -> Answer:
+def _answer(ask: Callable[[], float], is_lora: bool) -> Answer:
     try:
         difference = ask()
     except LamellaError as error:
@@ -102,7 +102,7 @@ def _answer(ask: Callable[[], float], exact: bool = False, is_lora: bool = False
         raise
     except Exception as error:  # whatever it is, it is not a LamellaError
         return Answer("no" if is_lora else "fault", _raw(error))
-    if difference <= (0 if exact else TOLERANCE):
+    if difference <= TOLERANCE:
         return Answer("yes", "", difference)
     return Answer("no" if is_lora else "fault", f"differs by {difference:.2g}", difference)
 
@@ -230,6 +230,10 @@ def _saved(family: Family, base: nn.Module, model: PeftModel, folder: Path) -> f
     given = batch(family)
     model.save_pretrained(folder, save_embedding_layers=False)  # PEFT looks for some in models that have none
     again = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    before, after = model.state_dict(), again.state_dict()
+    unlike = sorted(before.keys() ^ after.keys()) or [name for name in before if not before[name].equal(after[name])]
+    if unlike:
+        raise FindingError(f"{unlike[0]} is another in the loaded model, one of {len(unlike)}")
     return apart(run(again, given), run(model, given))
 
 

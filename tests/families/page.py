@@ -24,7 +24,7 @@ below. **·** is not asked, because the base model itself does not keep it, whic
   adapter that is not fresh changes the output.
 - **backward**: all parameters of the adapter (experts, routers) get a gradient, finite and not zero, wherever the
   adapted module's own weight has one.
-- **saved**: saved, and loaded on another copy of the base, it gives the same output to the last bit.
+- **saved**: saved, and loaded on another copy of the base, every tensor is equal to the last bit, and so the output.
 - **generation**: greedy generation with the model's cache has the logits of that without, also where padded.
 - **padding**: sequences padded on the left or on the right are what they are alone.
 - **batch-mates**: each sequence of a batch is what it is alone.

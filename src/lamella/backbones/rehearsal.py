@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lamella.backbones.blocks import Stack, find_place
 from lamella.backbones.samples import BATCH, few_inputs
@@ -21,11 +22,13 @@ class Rehearsal:
         order: the modules that ran, the first one first.
         other_tokens: patterns of those in blocks whose rows were not one for each token of the block's sequences.
         other_sequences: the same of those whose rows were not some for each of those sequences, one after another.
+        only_read: those that did not run, though something took their weights: what is put around them has no effect.
     """
 
     order: tuple[str, ...] = ()
     other_tokens: frozenset[str] = field(default_factory=frozenset)
     other_sequences: frozenset[str] = field(default_factory=frozenset)
+    only_read: frozenset[str] = field(default_factory=frozenset)
 
     def sort(self, names: Sequence[str]) -> list[str]:
         """The names in the order in which they ran; behind them those that did not run, as they were."""
@@ -53,11 +56,12 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
     rows: dict[str, torch.Size] = {}  # of what a linear module or a block was given first, by its name, in that order
     blocks = [f"{stack.name}.{at}" for stack in stacks for at in range(stack.depth)]
     modes = {module: module.training for module in model.modules()}
+    read = _Reads({id(model.get_submodule(name).weight): name for name in linear})
     with ExitStack() as hooks:
         for name in (*blocks, *linear):
             hooks.callback(_watch(model.get_submodule(name), name, rows).remove)
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng(), read:
                 model.eval()(**given)
         except Exception:  # of whatever kind: it is another's forward
             return Rehearsal()
@@ -71,7 +75,22 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
         order,
         frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_token(rows[name], block)),
         frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_sequence(rows[name], block)),
+        frozenset(read.names - rows.keys()),
     )
+
+
+class _Reads(TorchFunctionMode):
+    """Notes whose weights torch's functions are given."""
+
+    def __init__(self, weights: dict[int, str]) -> None:
+        super().__init__()
+        self._weights = weights
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        self.names.update(self._weights[id(one)] for one in given if id(one) in self._weights)
+        return func(*args, **(kwargs or {}))
 
 
 def _watch(module: nn.Module, name: str, rows: dict[str, torch.Size]) -> torch.utils.hooks.RemovableHandle:

@@ -9,8 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.backbones import Stack, find_place
+from lamella.backbones import Stack, find_place, rehearse
 from lamella.errors import LamellaError
+
+ONLY_READ = "its weight is read without calling it, so that an adapter there has no effect"
 
 
 def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack], outside: bool = False) -> None:
@@ -53,6 +55,13 @@ def check_targets(model: nn.Module, config: PeftConfig, stacks: Sequence[Stack],
                 f"{name} is a {type(base).__name__}, which is not a linear layer; name linear modules in "
                 "target_modules, or put it into exclude_modules."
             )
+
+
+def only_read(model: nn.Module, stacks: Sequence[Stack]) -> frozenset[str]:
+    """Linear modules whose weights the model reads without calling them, so that no adapter around them is seen."""
+    modules = _outside_adapters(model)
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    return rehearse(model, stacks, linear).only_read
 
 
 def usual_lora_targets(model: nn.Module) -> set[str]:

@@ -12,7 +12,7 @@ from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.mola.mixture import MolaMixture
 from lamella.tuners.summary import Summary
-from lamella.tuners.targets import check_targets
+from lamella.tuners.targets import ONLY_READ, check_targets, only_read
 
 
 class MolaModel(RoutedModel):
@@ -41,6 +41,7 @@ class MolaModel(RoutedModel):
         self._stacks = stacks
         self._why_left_out = _why_left_out(config, stacks)
         self._skipped: list[tuple[str, str]] = []
+        self._only_read = only_read(model, stacks) if config.target_modules == "all-linear" else frozenset()
         check_targets(model, config, stacks, outside=self._why_left_out is None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [layer for layer in _layers(model) if adapter_name in layer.experts]
@@ -68,6 +69,9 @@ class MolaModel(RoutedModel):
         place = find_place(current_key, self._stacks) or Place("", 0, current_key)
         if not place.stack and self._why_left_out is not None:
             self._skipped.append((current_key, self._why_left_out))
+            return
+        if current_key in self._only_read:
+            self._skipped.append((current_key, ONLY_READ))
             return
         # Outside the blocks there is one number of experts for all.
         experts, top_k, _ = self._allocations[place.stack] if place.stack else peft_config.allocation(1)

@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 
 from lamella.backbones import Stack, find_place
+from lamella.tuners.config import wrote_before
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.targets import check_targets, usual_lora_targets
+from lamella.tuners.targets import check_targets, only_read, usual_lora_targets
 
 
 def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> tuple[list[str], list[str]]:
@@ -38,7 +39,9 @@ def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack])
         for name, _ in model.named_modules()
         if name and not name.startswith(inside_adapters) and check_target_module_exists(lora, name)
     ]
-    inside = [name for name in matched if find_place(name, stacks) is not None]
+    is_chosen_here = config.lora.target_modules == "all-linear" and not wrote_before(config, "0.2")
+    left_out = only_read(model, stacks) if is_chosen_here else frozenset()
+    inside = [name for name in matched if find_place(name, stacks) is not None and name not in left_out]
     return inside, [name for name in matched if name not in inside]
 
 
