@@ -91,6 +91,7 @@ _FACTS: dict[str, dict[str, Any]] = {
 _GAINS = {"mobilebert": 0.3}
 # PEFT refuses these of Mamba's, whose kernels read their weights.
 _NOT_LORA = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba"), ("out_proj",))
+_NOT_LORA["phimoe"] = ("router",)  # a linear module that puts out more than a tensor
 
 
 def _families(head: str, names: str, **more: Any) -> tuple[Family, ...]:
