@@ -37,6 +37,7 @@ def test_experts_are_given_other_rows() -> None:
     seen = rehearse(model, locate_stacks(model), linear_modules(model))
     experts = "encoder.block.2.layer.1.mlp.experts.expert_0.wi"
     assert not seen.is_given_sequences(experts)
+    assert not seen.is_given_sequences(experts.replace("block.2", "block.0").replace("expert_0", "expert_3"))
     assert seen.is_given_sequences("encoder.block.2.layer.0.SelfAttention.q")
 
 

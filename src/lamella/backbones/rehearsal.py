@@ -117,4 +117,4 @@ def _flat(rows: torch.Size) -> torch.Size:
 
 def _pattern(name: str) -> str:
     """A dotted name without its numbers: alike modules of all blocks and experts have one."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+    return re.sub(r"(?<=[._])\d+(?=\.)", "#", name)
