@@ -1,6 +1,7 @@
 """What the configs of all methods share: PEFT's fields, strictness about unknown keys, and faithful JSON."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,10 +35,11 @@ class LamellaConfig(PeftConfig):
     Args:
         target_modules: names or a regex of the linear modules to adapt, or "all-linear".
         exclude_modules: names or a regex of modules to leave alone.
-        layers_to_transform: indices of the blocks to adapt; all when None.
-        layers_pattern: name of the list of blocks, for ``layers_to_transform``.
+        layers_to_transform: indices of the blocks to adapt, counted in their stack; all when None.
+        layers_pattern: name of the stack, for ``layers_to_transform``.
         modules_to_save: modules outside the method that are trained and saved, such as a classifier.
-        init_lora_weights: True starts at the base model exactly (B zero); False draws B at random, for tests.
+        init_lora_weights: True starts with LoRAs that add nothing (B zero), so that MoLA starts at the base exactly
+            and MoLEx at its blocks mixed by alpha; False draws B at random, for tests.
         lamella_version: the version that wrote the config; filled in.
     """
 
@@ -67,6 +69,7 @@ class LamellaConfig(PeftConfig):
             elif isinstance(value, tuple):
                 setattr(self, f.name, list(value))
         self._check_kinds()
+        check_patterns(self, type(self).__name__)
         self.check(
             "layers_pattern",
             self.layers_pattern is None or self.layers_to_transform is not None,
@@ -99,6 +102,20 @@ class LamellaConfig(PeftConfig):
         renamed = {_new_name(key, values): value for key, value in values.items()}
         writer = values.get("lamella_version") or FIRST_VERSION
         return defaults_of(writer, FORMER_DEFAULTS, values["peft_type"]) | renamed | {"lamella_version": writer}
+
+
+def check_patterns(config: PeftConfig, name: str) -> None:
+    """Raises unless what a config gives as a string for names of modules is a regular expression."""
+    for key in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, key)
+        if isinstance(pattern, str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise LamellaError(
+                    f"{name} has {key}={pattern!r}, which is not a regular expression: {error}. A string is matched "
+                    "against whole names of modules; give names as a list."
+                ) from error
 
 
 def wrote_before(config: LamellaConfig, edition: str) -> bool:

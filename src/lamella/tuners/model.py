@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.findings import Examination
 from lamella.routing import track_calls, untrack_calls
+from lamella.tuners.bypassing import watch_bypassing
 from lamella.tuners.cache import DecisionsInCache
 from lamella.tuners.loading import check_tensors
 from lamella.tuners.loss_scale import scale_of_trainer, watch_trainer
@@ -49,6 +50,10 @@ class RoutedModel(BaseTuner):
     cannot_merge: ClassVar[str]
     no_lora_mixture: ClassVar[str] = "The experts of this adapter are not LoRAs that lie side by side."
     instead_of_adapter_names: ClassVar[str] = "Call the model once for each."
+    instead_of_weighted_adapters: ClassVar[str] = (
+        "Weigh trained LoRAs with lamella.compose, or turn each adapter into a plain LoRA with lamella.collapse and "
+        "add up those."
+    )
     lone_tensors: ClassVar[tuple[str, ...]] = ()  # of `AdapterTensors`, which a file calls so
     also_loaded_strictly: ClassVar[
         tuple[str, ...]
@@ -58,9 +63,17 @@ class RoutedModel(BaseTuner):
         _refuse_name(adapter_name)
         with placed(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        watch_bypassing(model)
         track(model)
         if any(parameter.requires_grad for parameter in model.parameters()):
             watch_trainer()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT merges LoRAs by this; whoever looks for it here is told what there is instead."""
+        raise LamellaError(
+            f"{self.method} adapters cannot be added up into one (add_weighted_adapter): each decides by its input. "
+            f"{self.instead_of_weighted_adapters}"
+        )
 
     def lora_mixture(self, adapter_name: str) -> LoraMixture:
         """An adapter's LoRAs and their weights, for `lamella.collapse` and `lamella.export_experts`.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lamella.errors import LamellaError
-from lamella.tuners.config import LamellaConfig
+from lamella.tuners.config import LamellaConfig, wrote_before
 from lamella.tuners.kinds import Bounds, Coefficient, Count
 from lamella.tuners.mola.allocation import SHAPES, allocate
 from lamella.tuners.registry import LamellaType
@@ -51,6 +51,8 @@ class MolaConfig(LamellaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LamellaType.MOLA
+        if not wrote_before(self, "0.2"):
+            self.check("lora_alpha", self.lora_alpha != 0, "other than 0: the experts' sum is multiplied by it")
         self._check_counts()
 
     @property

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 from lamella.backbones import Place, Stack, find_place, find_stacks, siblings_with_same_input
@@ -12,7 +13,14 @@ from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.mola.mixture import MolaMixture
 from lamella.tuners.summary import Summary
-from lamella.tuners.targets import ONLY_READ, check_targets, only_read
+from lamella.tuners.targets import (
+    Selection,
+    check_names,
+    check_targets,
+    never_called,
+    usual_lora_targets,
+    warn_of_left_out,
+)
 
 
 class MolaModel(RoutedModel):
@@ -41,20 +49,32 @@ class MolaModel(RoutedModel):
         self._stacks = stacks
         self._why_left_out = _why_left_out(config, stacks)
         self._skipped: list[tuple[str, str]] = []
-        self._only_read = only_read(model, stacks) if config.target_modules == "all-linear" else frozenset()
-        check_targets(model, config, stacks, outside=self._why_left_out is None)
+        if config.target_modules is None:
+            config.target_modules = usual_lora_targets(model)
+        is_named = config.target_modules != "all-linear"
+        self._selection = Selection(model, config, stacks, as_saved=wrote_before(config, "0.2"))
+        self._never_called = never_called(model, self._selection)
+        check_names(model, config)
+        check_targets(model, config, self._selection, outside=self._why_left_out is None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if is_named and not self._selection.as_saved:
+            warn_of_left_out(self.method, self._skipped)
+        else:
+            warn_of_left_out(self.method, [one for one in self._skipped if one[0] in self._never_called])
         layers = [layer for layer in _layers(model) if adapter_name in layer.experts]
         self.targeted_module_names[:] = [
             name for name in self.targeted_module_names if name not in {name for name, _ in self._skipped}
         ]
-        if self._skipped:
+        if self._skipped or config.layers_to_transform is not None:
             config.target_modules = {layer.name for layer in layers}  # PEFT has named all that it would have taken
         _connect(layers, adapter_name)
         self.keep_summary(self._summarise(adapter_name, layers))
 
     def lora_mixture(self, adapter_name: str) -> MolaMixture:
         return MolaMixture(self.model, adapter_name, self.peft_config[adapter_name])
+
+    def _check_target_module_exists(self, peft_config: MolaConfig, key: str) -> bool | _ExcludedModule:
+        return self._selection(key)
 
     def _create_and_replace(
         self,
@@ -67,11 +87,11 @@ class MolaModel(RoutedModel):
         parameter_name: str | None = None,
     ) -> None:
         place = find_place(current_key, self._stacks) or Place("", 0, current_key)
+        if current_key in self._never_called:
+            self._skipped.append((current_key, self._never_called[current_key]))
+            return
         if not place.stack and self._why_left_out is not None:
             self._skipped.append((current_key, self._why_left_out))
-            return
-        if current_key in self._only_read:
-            self._skipped.append((current_key, ONLY_READ))
             return
         # Outside the blocks there is one number of experts for all.
         experts, top_k, _ = self._allocations[place.stack] if place.stack else peft_config.allocation(1)

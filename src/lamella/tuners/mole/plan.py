@@ -1,6 +1,5 @@
 """Everything about a composition that can be known, and refused, before the first module is touched."""
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lamella.adapters import (
@@ -28,7 +27,9 @@ from lamella.backbones import Place, Rehearsal, Stack, find_place, rehearse, sib
 from lamella.backbones.blocks import CROSS_ATTENTION
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, concatenate
+from lamella.tuners.config import wrote_before
 from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.targets import Selection, check_names
 
 Head = Mapping[str, Tensor]
 _ATTENTION = ("attention", "attn")
@@ -166,6 +167,8 @@ def make_plan(
     """
     refuse_too_few(list(config.adapters))
     refuse_too_large(config.top_k, list(config.adapters))
+    selection = Selection(model, config, stacks, as_saved=wrote_before(config, "0.2"))
+    check_names(model, config)
     modules = _composable(model)
     linear = [name for name, module in modules.items() if not projects(module)]
     skipped: list[tuple[str, str]] = []
@@ -176,11 +179,11 @@ def make_plan(
         constants: dict[str, dict[str, Tensor]] = {name: {} for name in config.embedded_constants or ()}
         heads: dict[str, Head] = {}
         missed: dict[str, str] = {}
-        excluded |= set(_wanted(config, linear)[1])
+        excluded |= {name for name in linear if selection.leaves_out(name)}
         notes.append(f"{len(names)} LoRAs from the adapter's own file")
     else:
         names = tuple(source.name for source in sources)
-        factors, constants, whole = _factors(model, config, sources, excluded, skipped, notes)
+        factors, constants, whole = _factors(model, selection, sources, excluded, skipped, notes)
         heads, missed = shared_heads(model, whole, {*factors, *constants})
         notes += [f"{head}: the one that all LoRAs were trained with" for head in heads]
         skipped += missed.items()
@@ -208,7 +211,7 @@ def make_plan(
 
 def _factors(
     model: nn.Module,
-    config: MoleConfig,
+    selection: Selection,
     sources: Sequence[LoraSource],
     excluded: set[str],
     skipped: list[tuple[str, str]],
@@ -222,19 +225,16 @@ def _factors(
     by_module: dict[str, dict[str, Factors]] = {}
     constants: dict[str, dict[str, Tensor]] = {}
 
-    def leave_out(name: str) -> bool:
-        return bool(_wanted(config, [name])[1])
-
     for source in {(source.format, source.base): source for source in reversed(sources)}.values():
         check_base(model, source)
     for source in sources:
-        mapped = map_to(model, source, leave_out=leave_out)
+        mapped = map_to(model, source, leave_out=selection.leaves_out)
         excluded |= {name for name, reason in mapped.skipped if reason == LEFT_OUT}
         skipped += [(f"{source.name}: {name}", reason) for name, reason in mapped.skipped]
         for name, lora in mapped.modules.items():
             by_module.setdefault(name, {})[source.name] = lora
         for name, constant in mapped.constants.items():
-            if leave_out(name):
+            if selection.leaves_out(name):
                 skipped.append((f"{source.name}: {name}.bias", LEFT_OUT))
             else:
                 constants.setdefault(name, {})[source.name] = constant
@@ -291,19 +291,6 @@ def warn_of_missed(missed: Mapping[str, str]) -> None:
 
 def _same(one: Head, other: Head) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def _wanted(config: MoleConfig, modules: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The modules that the config leaves in, and those it leaves out, by PEFT's own rules."""
-    rules = copy.copy(config)
-    # Their last parts: by PEFT's rules layers_to_transform does not hold for a module that is named whole.
-    rules.target_modules = {name.rpartition(".")[2] for name in modules}
-    wanted: list[str] = []
-    excluded: list[str] = []
-    for name in modules:
-        match = check_target_module_exists(rules, name)
-        (wanted if match and not isinstance(match, _ExcludedModule) else excluded).append(name)
-    return wanted, excluded
 
 
 def _composable(model: nn.Module) -> dict[str, nn.Module]:

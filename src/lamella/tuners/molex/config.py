@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from peft import LoraConfig
 
 from lamella.errors import LamellaError
-from lamella.tuners.config import LamellaConfig, unknown_keys
+from lamella.tuners.config import LamellaConfig, check_patterns, unknown_keys, wrote_before
 from lamella.tuners.kinds import Bounds, Coefficient, Count, Index
 from lamella.tuners.registry import LamellaType
 
@@ -141,6 +141,9 @@ class MolexConfig(LamellaConfig):
                 f"lora sets {', '.join(outside)}, which does not work inside MoLEx; task_type and modules_to_save "
                 "belong to MolexConfig itself."
             )
+        check_patterns(self.lora, "lora")
+        if not self.lora.lora_alpha and not wrote_before(self, "0.2"):
+            raise LamellaError("lora has lora_alpha=0, and all that it adds is multiplied by that; use lora=None.")
         if self.lora.bias != "none":
             raise LamellaError(
                 f"lora has bias={self.lora.bias!r}, which would train the base model's biases and not save them with "

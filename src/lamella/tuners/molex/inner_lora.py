@@ -6,13 +6,22 @@ from contextlib import contextmanager
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 from lamella.backbones import Stack, find_place
 from lamella.tuners.config import wrote_before
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.targets import check_targets, only_read, usual_lora_targets
+from lamella.tuners.targets import (
+    Selection,
+    check_names,
+    check_targets,
+    never_called,
+    usual_lora_targets,
+    warn_of_left_out,
+)
+
+_OUTSIDE = "outside the blocks, where no guest could run it; train it with modules_to_save"
 
 
 def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> tuple[list[str], list[str]]:
@@ -30,19 +39,24 @@ def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack])
     lora = copy.deepcopy(config.lora)
     if lora.target_modules is None and lora.target_parameters is None:
         lora.target_modules = usual_lora_targets(model)
-    check_targets(model, lora, stacks)
+    lora.inference_mode = config.inference_mode
+    selection = Selection(model, lora, stacks, as_saved=wrote_before(config, "0.2"))
+    check_names(model, lora)
+    check_targets(model, lora, selection)
+    unseen = never_called(model, selection)
+    is_named = lora.target_modules != "all-linear"
     lora.task_type = config.task_type  # says which head is not among "all-linear"
     _maybe_include_all_linear_layers(lora, model)
     inside_adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
     matched = [
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(inside_adapters) and check_target_module_exists(lora, name)
+        name for name, _ in model.named_modules() if name and not name.startswith(inside_adapters) and selection(name)
     ]
-    is_chosen_here = config.lora.target_modules == "all-linear" and not wrote_before(config, "0.2")
-    left_out = only_read(model, stacks) if is_chosen_here else frozenset()
-    inside = [name for name in matched if find_place(name, stacks) is not None and name not in left_out]
-    return inside, [name for name in matched if name not in inside]
+    inside = [name for name in matched if find_place(name, stacks) is not None and name not in unseen]
+    outside = [name for name in matched if name not in inside]
+    loud = outside if is_named and not selection.as_saved else [name for name in outside if name in unseen]
+    if not config.inference_mode:
+        warn_of_left_out("MoLEx", [(name, unseen.get(name, _OUTSIDE)) for name in loud])
+    return inside, outside
 
 
 def inject_lora(

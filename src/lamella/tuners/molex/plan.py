@@ -10,6 +10,7 @@ from torch import nn
 from lamella.backbones import Stack, kinds_of_blocks, why_no_sequences, width_of
 from lamella.errors import LamellaError
 from lamella.tuners.molex.config import MolexConfig
+from lamella.tuners.targets import check_names, chosen_blocks
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def make_plans(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -
             "policy='fixed' needs fixed_layer, the index of the block that is every block's guest. "
             "lamella.tuners.molex.best_fixed_layer(model, batches, config) finds the best on training data."
         )
-    wrapped = _wrapped(model, config, stacks)
+    check_names(model, config, [f"{stack.name}.{index}" for stack in stacks for index in range(stack.depth)])
+    wrapped = chosen_blocks(model, config, stacks)
     obstacles = {stack.name: reason for stack, _ in wrapped if config.mixes and (reason := _why_not(model, stack))}
     if len(obstacles) == len(wrapped) or (obstacles and config.layers_pattern):
         raise LamellaError(next(iter(obstacles.values())))
@@ -71,29 +73,6 @@ def make_plans(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -
     return plans
 
 
-def _wrapped(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> list[tuple[Stack, list[int]]]:
-    """The blocks that layers_to_transform asks for, by stack."""
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    meant = [s for s in stacks if not patterns or any(_ends_with(s.name, pattern) for pattern in patterns)]
-    if not meant:
-        raise LamellaError(
-            f"layers_pattern={config.layers_pattern!r} names none of the stacks of {type(model).__name__}: "
-            f"{', '.join(stack.name for stack in stacks)}."
-        )
-    asked = config.layers_to_transform
-    if asked is None:
-        return [(stack, list(range(stack.depth))) for stack in meant]
-    layers = sorted({asked} if isinstance(asked, int) else set(asked))
-    for stack in meant:
-        outside = [layer for layer in layers if not 0 <= layer < stack.depth]
-        if outside or not layers:
-            raise LamellaError(
-                f"layers_to_transform={asked!r} does not fit {stack.name}, whose {stack.depth} blocks are counted from "
-                "0; name other blocks, or choose the stack with layers_pattern."
-            )
-    return [(stack, layers) for stack in meant]
-
-
 def _why_not(model: nn.Module, stack: Stack) -> str | None:
     """Why no block of a stack can run in another's place; None where nothing is known against it."""
     try:
@@ -101,10 +80,6 @@ def _why_not(model: nn.Module, stack: Stack) -> str | None:
     except LamellaError as error:
         return str(error)
     return why_no_sequences(model, stack.name)
-
-
-def _ends_with(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}")
 
 
 def _plan(model: nn.Module, config: MolexConfig, stack: Stack, layers: list[int]) -> StackPlan:
