@@ -23,6 +23,17 @@ RENAMED = {
     "init_weights": "init_lora_weights",
 }
 
+# Settings of PEFT's LoRA that no method of lamella has, and what to do instead.
+INSTEAD = {
+    "trainable_token_indices": "train the embedding whole, with modules_to_save",
+    "ensure_weight_tying": "modules that modules_to_save does not name stay tied",
+    "target_parameters": "only modules can be adapted, by target_modules",
+    "rank_pattern": "all experts have one rank",
+    "alpha_pattern": "all experts have one alpha",
+    "bias": "biases stay as they are",
+    "use_dora": "experts are added, and no norms are trained",
+}
+
 # What a key means that a saved config lacks, where it is not today's default: by the last version that meant it, by
 # peft_type, by key. Whoever moves a default writes the former one here.
 FORMER_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {}
@@ -132,6 +143,9 @@ def unknown_keys(config: str, unknown: list[str], known: set[str], given: Mappin
     """An error's text: each unknown key with the nearest known one, and who wrote the config."""
     culprits = []
     for key in unknown:
+        if key in INSTEAD:
+            culprits.append(f"{key!r} (a setting of PEFT's LoRA; {INSTEAD[key]})")
+            continue
         near = difflib.get_close_matches(key, [*known, *RENAMED], n=1)
         new = RENAMED.get(near[0], near[0]) if near else None
         hint = f" (it is called {new!r} now)" if key in RENAMED else f" (did you mean {new!r}?)"

@@ -59,6 +59,15 @@ class RoutedModel(BaseTuner):
         tuple[str, ...]
     ] = ()  # prefixes beside the method's own of tensors that must be there
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise LamellaError(
+                f"The model is a PeftModel already, with the adapter {model.active_adapter!r}. Put another one of the "
+                "same method beside it with model.add_adapter(name, config), or begin with the bare model, which "
+                "model.unload() gives back."
+            )
+        super().__init__(model, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _refuse_name(adapter_name)
         with placed(model):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
 from lamella.errors import CannotMergeError, LamellaError
@@ -269,6 +270,23 @@ class MolaLinear(nn.Module, AdapterLayer):
             self, self.name, self.place, adapter, self.lamella_mola_router[adapter], experts.num_experts, experts.top_k,
             factors=self.factors(adapter), scaling=experts.scaling, loss=loss,
         )  # fmt: skip
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether this module is a plain LoRA, for PEFT's ``convert_to_lora``: one expert, and no router."""
+        return adapter_name in self.experts and not self.routed(adapter_name)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What one expert adds to the base's weight, in its shape ``(out, in)``, or ``(in, out)`` in a Conv1D.
+
+        Raises:
+            CannotMergeError: a router chooses among several experts.
+        """
+        if not self.supports_lora_conversion(adapter_name):
+            self.merge()
+        with onloaded(*self.held(adapter_name)):
+            A, B = (factor.detach()[0] for factor in self.factors(adapter_name))
+        delta = self.experts[adapter_name].scaling * (B @ A)  # (out, in)
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         raise CannotMergeError(

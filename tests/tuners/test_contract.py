@@ -1,0 +1,59 @@
+"""What PEFT asks of a method works, or is refused by one sentence that names the way, for all three methods."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from tests import tiny
+from tests.tuners.test_targets import METHODS, build
+
+from lamella import LamellaError, MolaConfig, MoleConfig, MolexConfig
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_adapter_by_each_of_pefts_ways(method: str, folder: Path) -> None:
+    model = build(method, folder)
+    config = model.peft_config["default"]
+    with pytest.raises(LamellaError, match=r"PeftModel already, with the adapter 'default'.*add_adapter.*unload"):
+        get_peft_model(model, config)
+    with pytest.raises(LamellaError, match=r"add_weighted_adapter.*lamella\.compose"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=2)
+    model.set_adapter("default", inference_mode=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.set_adapter("default")
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_one_expert_is_converted_to_the_lora_that_it_is(family: str) -> None:
+    settings = {"r": 2, "num_experts": 1, "init_lora_weights": False}
+    model = get_peft_model(tiny.build(family, layers=2), MolaConfig(**settings)).eval()
+    config, tensors = convert_to_lora(model, rank=2)
+    config.fan_in_fan_out = family == "gpt2"
+    plain = get_peft_model(tiny.build(family, layers=2), config).eval()
+    set_peft_model_state_dict(plain, tensors)
+    given = tiny.inputs(model.get_base_model())
+    expected = model(**given).logits
+    torch.testing.assert_close(plain(**given).logits, expected, atol=1e-5, rtol=1e-4)
+    with model.disable_adapter():
+        assert float((model(**given).logits - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("config", [MolaConfig, MolexConfig, MoleConfig])
+def test_a_setting_of_peft_s_lora_is_refused_with_the_way(config: type) -> None:
+    with pytest.raises(LamellaError, match=r"'trainable_token_indices' \(a setting of PEFT's LoRA.*modules_to_save"):
+        config(trainable_token_indices=[1])
+
+
+@torch.no_grad()
+def test_a_lora_beside_a_mixture_on_other_modules() -> None:
+    lora = get_peft_model(tiny.llama(), LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).eval()
+    given = tiny.inputs(lora.get_base_model())
+    expected = lora(**given).logits
+    both = get_peft_model(lora.get_base_model(), MolaConfig(r=2, target_modules=["q_proj"]), adapter_name="mixture")
+    assert isinstance(both, PeftModel)
+    torch.testing.assert_close(both.eval()(**given).logits, expected)
