@@ -287,12 +287,6 @@ class MolexBlock(nn.Module, AdapterLayer):
     def _logits(self, adapter: str, h: Tensor) -> Tensor:
         """The router's scores of all blocks, in float32 or wider, ``(batch, tokens, T)``."""
         router = self.router(adapter)
-        if h.shape[-1] != router.weight.shape[-1] or h.dim() != 3:
-            raise LamellaError(
-                f"{self.name} is given hidden states of shape {tuple(h.shape)}, and its router reads (batch, tokens, "
-                f"{router.weight.shape[-1]}), as wide as config.hidden_size says. Leave this stack out with "
-                "layers_pattern, or use MoLA on this model."
-            )
         with onloaded(*router.modules()):
             wide = h.to(router.weight.device, torch.promote_types(h.dtype, torch.float32))
             return router.logits(wide.flatten(0, 1)).view(*h.shape[:2], -1).to(h.device)
