@@ -315,6 +315,7 @@ def _generation(family: Family, lengths: tuple[int, ...], model: nn.Module) -> f
             model.generate(
                 **given, max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1, use_cache=use_cache,
                 output_logits=True, return_dict_in_generate=True,
+                suppress_tokens=list(range(FIRST_WORD)),
             ).logits
         )
         for use_cache in (True, False)

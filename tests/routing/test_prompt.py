@@ -181,15 +181,18 @@ def test_a_forward_is_known_by_what_it_begins_with() -> None:
 
 def test_a_prompt_that_comes_in_parts_is_an_error() -> None:
     generation = Generation([Beginning(IDS, is_asked=True)])
+    part = generation.prompt_of(IDS[:, :2])  # MoLA, which decides for each token, goes on
     with pytest.raises(LamellaError, match="2 of its 3 tokens first"):
-        generation.prompt_of(IDS[:, :2])
+        find_readable(torch.ones_like(IDS[:, :2], dtype=torch.bool), part, None, 2)
 
 
 def test_guessed_tokens_are_no_part_of_the_prompt() -> None:
     generation = Generation([Beginning(IDS, drafts=True)], drafts=True)
     assert generation.prompt_of(torch.cat([IDS, IDS], dim=1)).width == 3
+    guessed = torch.cat([IDS + 1, IDS], dim=1)
+    unknown = generation.prompt_of(guessed)
     with pytest.raises(LamellaError, match=r"guessed tokens .* lamella\.prompt"):
-        generation.prompt_of(torch.cat([IDS + 1, IDS], dim=1))
+        find_readable(torch.ones_like(guessed, dtype=torch.bool), unknown, None, 2)
 
 
 def test_another_number_of_sequences_is_an_error() -> None:

@@ -25,10 +25,12 @@ class Prompt:
     Attributes:
         lengths: real tokens of each sequence's prompt, ``(batch,)``; None inside ``generate``.
         width: positions before this one are the prompt, in every row; None where all that the forward is given is.
+        unreadable: why no decision may read it; empty where one may.
     """
 
     lengths: Tensor | None = None
     width: int | None = None
+    unreadable: str = ""
 
 
 @dataclass(eq=False)
@@ -94,31 +96,32 @@ class Generation:
     def prompt_of(self, given: Tensor | None) -> Prompt:
         """The prompt of a forward without past, by what it is given.
 
-        Raises:
-            LamellaError: only a part of a prompt, or one of which nobody says where it ends.
+        One that is not whole, or that nobody says the end of, is refused only to a decision that would read it.
         """
         if given is None:
             return Prompt()
         known = next((one for one in self.beginnings if one.begins(given)), None)
         if known is None:
-            self._refuse(given)
+            if unreadable := self._unreadable(given):
+                return Prompt(unreadable=unreadable)
             known = Beginning(given)
             self.beginnings.append(known)
         known.seen = given.shape[1]
         return Prompt(width=known.width)
 
-    def _refuse(self, given: Tensor) -> None:
+    def _unreadable(self, given: Tensor) -> str:
         cut = next((one for one in self.beginnings if one.is_cut(given)), None)
         if cut is not None:
-            raise LamellaError(
+            return (
                 f"A decision reads the whole prompt, but generate hands over {given.shape[1]} of its {cut.width} "
                 "tokens first. Give it in one forward, or say what decisions are to read (lamella.prompt)."
             )
         if self.drafts:
-            raise LamellaError(
+            return (
                 "A decision reads the prompt, and with an assistant the first forward holds guessed tokens after it, "
                 "so that nothing tells where it ends. Say it by lamella.prompt, or generate without an assistant."
             )
+        return ""
 
 
 @dataclass(frozen=True)
@@ -248,9 +251,11 @@ def find_readable(
         sequences: S of them, in these rows; None where each row is one.
 
     Raises:
-        LamellaError: prompts of another number of sequences than there are, or rows of several documents in
-            ``generate``.
+        LamellaError: prompts of another number of sequences than there are, rows of several documents in
+            ``generate``, or a prompt there that is not whole.
     """
+    if known is not None and known.unreadable:
+        raise LamellaError(known.unreadable)
     sequences = sequences or Rows(len(real))
     order = sequences.running(real.long())  # (batch, tokens): how many real tokens so far
     first = real & (order <= prompt_tokens)

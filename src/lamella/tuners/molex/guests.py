@@ -15,9 +15,6 @@ from transformers.utils import output_capturing
 from lamella.backbones import BlockCall, hidden_states_of
 from lamella.errors import LamellaError
 
-# Not the Exception by which torch ends a recomputation early.
-_RAISED_BY_BLOCKS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-
 
 def run_guest(
     block: nn.Module, call: BlockCall, rows: Tensor | None, cache: Any, output: Any, dtype: str | None, recompute: bool
@@ -46,27 +43,11 @@ def run_guest(
         with _bfloat16(device) if dtype == "bfloat16" else nullcontext():
             return hidden_states_of(block(*args, **kwargs))
 
-    with _unseen(), _named(block, call):
+    with _unseen():
         states = checkpoint(run, *args, use_reentrant=False, **kwargs) if recompute else run(*args, **kwargs)
     host = hidden_states_of(output)
     moved: Tensor = states.to(device=host.device, dtype=host.dtype)
     return moved if rows is None or cut is not None else moved[rows]
-
-
-@contextmanager
-def _named(block: nn.Module, call: BlockCall) -> Iterator[None]:
-    """Says of what a block raises on another's input that it is not its own."""
-    try:
-        yield
-    except (LamellaError, torch.OutOfMemoryError):
-        raise
-    except _RAISED_BY_BLOCKS as error:
-        shape, kind = tuple(call.hidden_states.shape), type(block).__name__
-        raise LamellaError(
-            f"A {kind} cannot run as guest on what another block was given, hidden states of shape {shape}: "
-            f"{type(error).__name__}: {str(error) or 'no reason given'}. Its stack hands its blocks arguments that "
-            "MoLEx cannot hand on to another, or not for some sequences of a batch. Use MoLA on this model."
-        ) from error
 
 
 def is_checkpointed(block: nn.Module) -> bool:
