@@ -6,6 +6,7 @@ from lamella.tuners.molex import MolexConfig, MolexModel
 from lamella.tuners.redundancy import redundancy
 from lamella.tuners.registry import (
     LamellaType,
+    name_what_is_damaged,
     read_saved_configs,
     register,
     rename_tensors,
@@ -18,6 +19,7 @@ register(LamellaType.MOLEX, MolexConfig, MolexModel)
 register(LamellaType.MOLE, MoleConfig, MoleModel)
 read_saved_configs()
 rename_tensors()
+name_what_is_damaged()
 say_what_was_done()
 
 __all__ = [

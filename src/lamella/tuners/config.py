@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from packaging.version import Version
-from peft import PeftConfig
+from packaging.version import InvalidVersion, Version
+from peft import PeftConfig, TaskType
 
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, UnreadableError
 from lamella.tuners.kinds import fits, in_words
 from lamella.version import FIRST_VERSION, __version__, defaults_of
 
@@ -71,16 +71,18 @@ class LamellaConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.lamella_version = self.lamella_version or __version__
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("target_modules", "exclude_modules") and isinstance(value, list | tuple):
-                setattr(self, f.name, set(value))
-            elif isinstance(value, tuple):
+            if isinstance(value := getattr(self, f.name), tuple):
                 setattr(self, f.name, list(value))
-        self._check_kinds()
+        self._check_kinds()  # before PEFT meets them
+        tasks = [task.value for task in TaskType]
+        self.check("task_type", self.task_type is None or self.task_type in tasks, f"None, or one of {tasks}")
         check_patterns(self, type(self).__name__)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        super().__post_init__()
         self.check(
             "layers_pattern",
             self.layers_pattern is None or self.layers_to_transform is not None,
@@ -112,14 +114,23 @@ class LamellaConfig(PeftConfig):
         """
         renamed = {_new_name(key, values): value for key, value in values.items()}
         writer = values.get("lamella_version") or FIRST_VERSION
+        if not _is_version(writer):
+            raise LamellaError(f"lamella_version={writer!r} in {folder} must be a version, such as {__version__!r}.")
+        settings = {f.name for f in fields(cls)} - {f.name for f in fields(PeftConfig)}
+        if missing := sorted(settings - set(renamed)) if writer == __version__ else []:
+            raise UnreadableError(
+                f"The adapter_config.json in {folder} lacks {missing[0]!r}, which lamella {__version__} writes, and "
+                "its default may be another value than what was trained. Restore the file from a copy."
+            )
         return defaults_of(writer, FORMER_DEFAULTS, values["peft_type"]) | renamed | {"lamella_version": writer}
 
 
 def check_patterns(config: PeftConfig, name: str) -> None:
     """Raises unless what a config gives as a string for names of modules is a regular expression."""
-    for key in ("target_modules", "exclude_modules"):
-        pattern = getattr(config, key)
-        if isinstance(pattern, str):
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = getattr(config, key)
+        names = given or () if key == "modules_to_save" else ()  # which PEFT puts into expressions
+        for pattern in [given] if isinstance(given, str) else names:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -132,6 +143,13 @@ def check_patterns(config: PeftConfig, name: str) -> None:
 def wrote_before(config: LamellaConfig, edition: str) -> bool:
     """Whether a version before this edition wrote a config."""
     return Version(config.lamella_version or __version__).release < Version(edition).release
+
+
+def _is_version(written: Any) -> bool:
+    try:
+        return isinstance(written, str) and bool(Version(written))
+    except InvalidVersion:
+        return False
 
 
 def _new_name(key: str, given: Mapping[str, Any]) -> str:

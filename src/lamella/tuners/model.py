@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -34,6 +35,15 @@ def _refuse_name(adapter: Any) -> None:
         raise LamellaError(
             f"An adapter cannot be called {adapter!r}: the name becomes a part of its tensors' names, so that it has "
             "no dots and is none of the words that torch keeps for itself. Call it otherwise, as in 'v1_0'."
+        )
+
+
+def _refuse_task(model: nn.Module, task: Any) -> None:
+    """Raises where PEFT would wrap a model for a task that generates, and the model cannot."""
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise LamellaError(
+            f"task_type={str(getattr(task, 'value', task))!r} is for models that generate, and {type(model).__name__} "
+            "does not. Correct task_type, or leave it out."
         )
 
 
@@ -70,8 +80,15 @@ class RoutedModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _refuse_name(adapter_name)
-        with placed(model):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _refuse_task(model, self.peft_config[adapter_name].task_type)
+        try:
+            with placed(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except (LamellaError, NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # settings of the right kinds and of no use, such as 2**63 experts
+            said = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+            raise LamellaError(f"The adapter cannot be put on {type(model).__name__}: {said}.") from error
         watch_bypassing(model)
         track(model)
         if any(parameter.requires_grad for parameter in model.parameters()):
@@ -155,13 +172,7 @@ class RoutedModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            for prefix in (cls.prefix, *cls.also_loaded_strictly):
-                check_tensors(model, prefix, adapter_name, tensors)
-        except LamellaError:
-            if isinstance(model, PeftModel) and len(model.peft_config) > 1:
-                model.delete_adapter(adapter_name)  # load_adapter made room for it before it looked at the file
-            raise
+        check_tensors(model, (cls.prefix, *cls.also_loaded_strictly), adapter_name, tensors)
         say_if_rounded(model)
         # Loaded without copying, a tensor lies in memory as in the file, and one that is not aligned is multiplied in
         # another order: the same numbers would give other last digits.

@@ -16,8 +16,11 @@ from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError
 from transformers.core_model_loading import WeightRenaming
 
+from lamella.errors import LamellaError, UnreadableError
+from lamella.files import read_json
 from lamella.tuners.config import LamellaConfig
 from lamella.tuners.model import RoutedModel
 
@@ -79,14 +82,51 @@ def read_saved_configs() -> None:
 
     @functools.wraps(original)
     def from_json_file(cls: type[PeftConfig], path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        kind = read_json(Path(path_json_file)).get("peft_type")  # refuses a damaged file by its name
         attributes = original(cls, path_json_file, **kwargs)
-        kind = attributes.get("peft_type") if isinstance(attributes, dict) else None
-        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
         if config is None or not issubclass(config, LamellaConfig):
+            if "lamella_version" in attributes:
+                raise LamellaError(
+                    f"{path_json_file} was written by lamella, and peft_type={kind!r} is none of its methods. Restore "
+                    "peft_type, or install the package that adds that method."
+                )
             return attributes
         return config.read_saved(attributes, Path(path_json_file).parent)
 
     PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
+
+
+def name_what_is_damaged() -> None:
+    """Makes ``load_adapter`` of a PeftModel say which of lamella's adapters could not be loaded, and leave none of it.
+
+    PEFT makes room for an adapter before it looks at the file, and passes on what the readers of files say, without
+    the file's name.
+    """
+    original = PeftModel.load_adapter
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        present = adapter_name in model.peft_config
+        try:
+            return original(model, model_id, adapter_name, *args, **kwargs)
+        except Exception as error:
+            if not isinstance(model.peft_config.get(adapter_name), LamellaConfig):
+                raise
+            if not present:
+                model.delete_adapter(adapter_name)
+            named = isinstance(error, LamellaError)
+            if named or not isinstance(error, SafetensorError | OSError | KeyError | ValueError | RuntimeError):
+                raise
+            reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+            raise UnreadableError(
+                f"The tensors of the adapter in {model_id} (adapter_model.safetensors) cannot be loaded: "
+                f"{reason.rstrip('.')}. Restore the file from a copy, or save the adapter again."
+            ) from error
+
+    PeftModel.load_adapter = load_adapter
 
 
 def rename_tensors() -> None:

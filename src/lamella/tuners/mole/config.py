@@ -136,7 +136,10 @@ class MoleConfig(LamellaConfig):
     def read_saved(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """As for any method; paths of LoRAs that are relative to the folder are made absolute."""
         values = super().read_saved(values, folder)
-        for written in values.get("adapters", {}).values():
+        adapters = values.get("adapters")
+        for written in adapters.values() if isinstance(adapters, dict) else ():
+            if not isinstance(written, dict) or not isinstance(written.get("source"), str):
+                continue  # the constructor refuses it by name
             if written["source"].split("/")[0] in (".", ".."):
                 path = folder.resolve() / written["source"]
                 # the first version wrote a path that was given as ./lora as it was, relative to the working directory
@@ -156,6 +159,12 @@ class MoleConfig(LamellaConfig):
         write_atomic(path, json.dumps(written, indent=2))
 
     def _check_together(self) -> None:
+        for module, ranks in (self.embedded or {}).items():
+            if len(ranks) != len(self.adapters):
+                raise LamellaError(
+                    f"embedded has {len(ranks)} ranks of {module!r}, and adapters names {len(self.adapters)} LoRAs: "
+                    "one of the two was changed after the adapter was saved. Restore its config from a copy."
+                )
         if self.target_modules is not None:
             raise LamellaError(
                 f"target_modules={self.target_modules!r} is not a setting of MOLE: the LoRAs say which modules they "
@@ -189,6 +198,9 @@ def _as_dict(name: str, given: Any) -> dict[str, Any]:
             f"adapters[{name!r}]={given!r} must be a path, a hub id, or a dictionary with the keys "
             f"{', '.join(_REFERENCE)}."
         )
+    for key, value in given.items():
+        if not (isinstance(value, str) or (value is None and key != "source")):
+            raise LamellaError(f"adapters[{name!r}] has {key}={value!r}, which must be a string.")
     return Reference(**{**given, "source": _absolute(given["source"])}).to_dict()
 
 

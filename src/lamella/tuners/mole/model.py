@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lamella.adapters import projects
 from lamella.backbones import Stack, find_place, find_stacks, width_of
+from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.block_forms import BlockGroup, mix_at_block, remove_mixtures
@@ -53,6 +54,11 @@ class MoleModel(RoutedModel):
             config.embedded = plan.ranks if config.embed_adapters else None
             config.embedded_constants = list(plan.constants) if config.embed_adapters and plan.constants else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not all(group.inputs or group.members for group in self._composition.distinct):
+            raise LamellaError(
+                "exclude_modules or layers_to_transform leaves out modules whose LoRAs are embedded in the adapter's "
+                "file: they were changed after it was saved. Restore its config from a copy."
+            )
         plan.factors = None  # the layers have their own copies
         for head, tensors in plan.heads.items():
             wrapper: Any = model.get_submodule(head)

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from peft import LoraConfig
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import LamellaConfig, check_patterns, unknown_keys, wrote_before
-from lamella.tuners.kinds import Bounds, Coefficient, Count, Index
+from lamella.tuners.kinds import Bounds, Coefficient, Count, Index, fits, in_words
 from lamella.tuners.registry import LamellaType
 
 # What belongs to the whole adapter, or would change the base model's own weights or number of blocks.
@@ -161,4 +161,12 @@ def _lora_from(values: Mapping[str, Any]) -> LoraConfig:
     unknown = sorted(set(values) - known)
     if unknown:
         raise LamellaError(unknown_keys("lora", unknown, known, values))
-    return LoraConfig(**values)
+    hints = get_type_hints(LoraConfig) | {"lora_alpha": float}  # PEFT's hint has only whole numbers, its layers any
+    for name, value in values.items():
+        # PEFT's own configs inside check themselves; in JSON they are dictionaries
+        if name not in ("peft_type", "task_type") and not isinstance(value, dict) and not fits(value, hints[name]):
+            raise LamellaError(f"lora has {name}={value!r}, which must be {in_words(hints[name])}.")
+    try:
+        return LoraConfig(**values)
+    except Exception as error:  # its own code meets values of any type
+        raise LamellaError(f"lora cannot be a peft.LoraConfig: {error}") from error
