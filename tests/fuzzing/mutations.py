@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from pyarrow import ArrowException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -179,7 +180,10 @@ def parquet_changed(path: Path, pick: Pick) -> str:
         table[column] = None
     else:
         table = pd.concat([table, table]) if change == "doubled rows" else table.iloc[:0]
-    table.to_parquet(path)
+    try:
+        table.to_parquet(path)
+    except (ArrowException, OverflowError):  # one column of several kinds, which the format cannot hold
+        return emptied(path, pick)
     return f"column {column!r}: {change}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+import yaml
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import Tensor
@@ -114,13 +115,18 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def says_what_is_read(given: Any, read: Any) -> bool:
-    """Whether what was read of a recipe is what stands in it: each key that it gives has that very value."""
+    """Whether what was read of a recipe is what stands in it: each key that it gives has that very value.
+
+    A number or a truth value may stand in quotes, and 1 and 0 for a truth value.
+    """
+    if isinstance(given, str) and not isinstance(read, str):
+        given = yaml.safe_load(given)
     if isinstance(given, dict):
         return isinstance(read, dict) and all(k in read and says_what_is_read(v, read[k]) for k, v in given.items())
     if isinstance(given, list):
         return isinstance(read, list) and len(given) == len(read) and all(map(says_what_is_read, given, read))
     if isinstance(given, bool) or isinstance(read, bool):
-        return given is read
+        return isinstance(given, int) and given == read
     if isinstance(given, int | float) and isinstance(read, int | float):
         return given == read and math.isfinite(given)
     return type(given) is type(read) and given == read

@@ -89,7 +89,7 @@ def _entry_of_files(path: Path) -> TaskEntry:
     files: dict[str, str] = {}
     for split, stems in _SPLIT_FILES.items():
         names = [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        there = [name for name in names if (path / name).is_file()]
+        there = [name for name in names if (path / name).exists()]
         if len(there) > 1:
             raise LamellaError(f"{path} has {' and '.join(there)} for one split. Keep one.")
         if there:
@@ -139,6 +139,12 @@ def _load(name: str, entry: TaskEntry, beside: Path, subset: str, seed: int) -> 
 
 def _by_columns(raw: Raw) -> tuple[TaskKind, Splits, tuple[str, ...], list[str]]:
     """Kind, rows, label names and notes of a source that says nothing but its columns."""
+    named = {split: any("label" in row for row in rows) for split, rows in raw.splits.items()}
+    if not named.get("train", True) and any(named.values()):
+        raise LamellaError(
+            f"{raw.origins['train']} has no column 'label', and another split has one: as text without labels, the "
+            "task would be another. Add the column, or take it out of every split."
+        )
     labelled = {split: rows for split, rows in raw.splits.items() if any(row.get("label") != -1 for row in rows)}
     tables = {split: Table(raw.origins[split], rows, raw.names) for split, rows in labelled.items()}
     kind, splits, label_names, notes = read_columns(tables)

@@ -180,7 +180,7 @@ def method_from(value: str | Mapping[str, Any]) -> Method:
     values = {"name": value} if isinstance(value, str) else dict(value)
     name = values.setdefault("name", _DEFAULT)
     if not isinstance(name, str) or name not in _METHODS:
-        raise LamellaError(unknown_key(name, _METHODS, "method.name=").replace("setting", "method", 1))
+        raise LamellaError(unknown_key(str(name), _METHODS, "method.name=").replace("setting", "method", 1))
     return _METHODS[name].parse(values, where="method.")
 
 

@@ -157,20 +157,13 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = Path(name)
     packaged = resources.files("lamella.lab") / "recipes" / f"{name}.yaml"
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif packaged.is_file():
-        text = packaged.read_text(encoding="utf-8")
-    else:
+        return read_yaml(path)
+    if not packaged.is_file():
         raise LamellaError(
             f"There is no recipe '{name}': no file of that path, and the packaged ones are {', '.join(recipe_names())}."
         )
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LamellaError(f"The recipe '{name}' is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise LamellaError(f"The recipe '{name}' holds no 'key: value' lines; write settings such as 'model: minilm'.")
-    return tree
+    with resources.as_file(packaged) as inside:
+        return read_yaml(inside)
 
 
 def recipe_names() -> list[str]:
