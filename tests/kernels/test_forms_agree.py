@@ -10,6 +10,7 @@ from tests.reference import mola
 from torch import Tensor
 
 from lamella.kernels import choose_form, mix_dense, mix_reference, mix_sorted, project
+from lamella.routing import LinearRouter
 
 SCALING = 1.75
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -57,8 +58,8 @@ def decide(case: Case, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     logits = leaves["x"] @ leaves["router"].t()
     if case.unused is not None:
         logits = logits - 50 * torch.nn.functional.one_hot(torch.tensor(case.unused), case.experts)
-    largest, indices = logits.topk(case.top_k, dim=-1)
-    return torch.softmax(largest, dim=-1), indices
+    routing = LinearRouter.route(None, logits, case.top_k)
+    return routing.weights, routing.indices
 
 
 def spread(case: Case, weights: Tensor, indices: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def _explain(error: ValidationError, values: Mapping[str, Any], where: str) -> s
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, LamellaError):
         return str(cause)
-    place = where + ".".join(_typed(first["loc"], values))
+    missing = (first["loc"][-1],) if first["type"] == "missing" else ()
+    place = where + ".".join((*_typed(first["loc"], values), *map(str, missing)))
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"The setting '{place}' cannot be {first['input']!r}: {reason}."
 

@@ -105,7 +105,7 @@ def test_every_setting_of_the_config_can_be_given(name):
         ({"name": "mola", "num_expert": 2}, "Did you mean 'method.num_experts'"),
         ({"name": "mola", "top_k": 0}, "top_k=0 must be a whole number of at least 1"),
         ({"name": "mola", "router": "mlp"}, "'method.router' cannot be 'mlp'"),
-        ({"name": "mola", "router_aux_loss_coef": float("nan")}, "router_aux_loss_coef=nan must be"),
+        ({"name": "mola", "router_aux_loss_coef": float("nan")}, "'method.router_aux_loss_coef' cannot be nan"),
         ({"name": "molex", "alpha": 2}, "alpha=2.0 must be a number from 0 to 1"),
         ({"name": "lora", "r": 0}, "r=0 must be"),
         ({"name": "mole", **LORAS, "temperature": 0}, "temperature=0.0 must be"),

@@ -56,7 +56,8 @@ def test_two_processes_train_one_model(bert, questions, tmp_path, launcher):
         "evaluate_every": 2,
         "log_every": 2,
     }
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    paths = os.pathsep.join(map(str, (Path.cwd() / "src", Path.cwd())))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if launcher is ACCELERATE:
         launcher = [*launcher, "--main_process_port", "0"]
     command = [*launcher, str(script), json.dumps(settings), str(tmp_path / "run")]

@@ -76,7 +76,7 @@ def train(
         LamellaError: the folder may not be written or another process writes it, settings do not fit the model or
             task, the loss is not finite, a checkpoint cannot be written, or what was saved does not load equal.
     """
-    process = PartialState()
+    process = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs do not find each other
     place = RunFolder(Path(folder))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

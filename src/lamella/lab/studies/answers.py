@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -113,29 +113,22 @@ def masked_answers(settings: RunSettings, run: Path, tests: Questions) -> pd.Dat
     Raises:
         LamellaError: as `answers`.
     """
-    asked = tests.loaded()
-    frames = [
-        _asked(model, backbone, settings, asked, None).assign(dropped=dropped)
-        for dropped, model, backbone in _without_each(settings, run, asked)
-    ]
-    return pd.concat(frames, ignore_index=True)
-
-
-def _without_each(
-    settings: RunSettings, run: Path, asked: Mapping[str, Task]
-) -> Iterator[tuple[str, nn.Module, Backbone]]:
-    method = settings.method
+    asked, method = tests.loaded(), settings.method
     assert isinstance(method, Composition)  # the recipe was checked
-    model, backbone = _trained(settings, run, asked)
-    for dropped in method.adapters:
-        if method.masked_by == "routers":
+    frames = []
+    if method.masked_by == "routers":
+        model, backbone = _trained(settings, run, asked)
+        for dropped in method.adapters:
             with masked_experts(model, [dropped]):
-                yield dropped, model, backbone
-        else:
-            rest = {name: place for name, place in method.adapters.items() if name != dropped}
-            task = next(iter(asked.values()))
-            bare = load_backbone(settings.model, task)
-            yield dropped, method.model_copy(update={"adapters": rest}).build(bare, task).model.eval(), bare
+                frames.append(_asked(model, backbone, settings, asked, None).assign(dropped=dropped))
+        return pd.concat(frames, ignore_index=True)
+    for dropped in method.adapters:
+        rest = {name: place for name, place in method.adapters.items() if name != dropped}
+        task = next(iter(asked.values()))
+        bare = load_backbone(settings.model, task)
+        left = method.model_copy(update={"adapters": rest}).build(bare, task).model.eval()
+        frames.append(_asked(left, bare, settings, asked, None).assign(dropped=dropped))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _trained(settings: RunSettings, run: Path, asked: Mapping[str, Task]) -> tuple[nn.Module, Backbone]:
