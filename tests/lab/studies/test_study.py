@@ -129,8 +129,8 @@ def test_whatever_breaks_a_cell_the_others_go_on_and_it_is_said(bert, questions,
     [
         ("seeds=[99999999999999999999]", "'seed' cannot be 99999999999999999999"),
         ("seeds=1000000000", "at most 1,000 are planned"),
-        ("methods.LoRA.method.target_modules='(query'", "is no regular expression"),
-        ("methods.MoLA.method.exclude_modules='*'", "is no regular expression"),
+        ("methods.LoRA.method.target_modules='(query'", "is not a regular expression"),
+        ("methods.MoLA.method.exclude_modules='*'", "is not a regular expression"),
     ],
 )
 def test_settings_that_no_cell_could_run_with_are_refused_before_the_study_begins(

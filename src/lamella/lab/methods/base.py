@@ -114,7 +114,7 @@ class Configured(Method):
                     re.compile(value)
                 except re.error as error:
                     raise LamellaError(
-                        f"{key}={value!r} is no regular expression: {error}. Write one, or a list of module names."
+                        f"{key}={value!r} is not a regular expression: {error}. Write one, or a list of module names."
                     ) from error
         return self
 
