@@ -20,7 +20,7 @@ from lamella.diagnostics.running import (
 )
 from lamella.errors import LamellaError
 from lamella.findings import Examination
-from lamella.routing import collect_losses, find_tracker
+from lamella.routing import collect_losses, find_tracker, loss_scale
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.routed import AttachedLoss, RoutedLayer, routed_layers
 
@@ -191,7 +191,8 @@ def _examine_gradients(
 def _without_gradient(model: nn.Module, layers: Sequence[RoutedLayer], batch: Mapping[str, Any]) -> list[RoutedLayer]:
     """The layers whose router gets nothing but zeros from a forward and backward pass."""
     model.zero_grad(set_to_none=True)
-    loss_of(model(**batch)).backward()
+    with loss_scale(model, 1.0):  # of a batch without labels the loss is built here
+        loss_of(model(**batch)).backward()
     return [layer for layer in layers if not any(_not_zero(parameter) for parameter in layer.router.parameters())]
 
 

@@ -41,6 +41,13 @@ def test_each_text_gets_the_mean_over_modules_and_each_module_alone():
     assert [layer.weights.tolist() for layer in second.layers] == [[[0.0, 1.0]]] * 3
 
 
+def test_a_router_outside_the_blocks_that_is_given_one_state_of_each_text_is_left_out():
+    pooler = choices((0, "pooler", 0, 0, 1, 1.0), (0, "pooler", 1, 2, 1, 1.0), stack="")
+    both = token_texts(pd.concat([TWO_TEXTS, pooler]), [("a", ["x", "y"]), ("b", ["z"])], 2)
+    assert [layer.name for layer in both[0].layers] == ["layer 0", "layer 0 · q", "layer 0 · k"]
+    assert token_texts(pooler, [("a", ["x", "y"]), ("b", ["z", "z"])], 2) == []
+
+
 def test_layers_come_before_modules_and_a_single_module_stands_alone():
     rows = choices((0, "q", 0, 0, 1, 1.0), (0, "k", 0, 0, 0, 1.0), (1, "q", 0, 0, 2, 1.0), (1, "k", 0, 0, 0, 1.0))
     (text,) = token_texts(rows, [("a", ["x"])], {("encoder", 0): 2, ("encoder", 1): 3})

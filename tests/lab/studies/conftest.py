@@ -1,3 +1,7 @@
+import fcntl
+import os
+from contextlib import contextmanager
+
 import pytest
 import yaml
 from tests.lab.tiny_runs import question_task
@@ -17,10 +21,30 @@ RUN = {
 }
 
 
+@contextmanager
+def shared(tmp_path_factory):
+    """A folder that all workers of the session have, one at a time: what one of them has made, the others find."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-composition"
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
 @pytest.fixture(scope="session")
 def recipe(bert, tmp_path_factory):
     """A study of two sources, one held-out task and four methods, as a file."""
-    folder = tmp_path_factory.mktemp("composition")
+    with shared(tmp_path_factory) as folder:
+        path = folder / "study.yaml"
+        return str(path) if path.is_file() else _write_recipe(path, bert)
+
+
+def _write_recipe(path, bert):
+    folder = path.parent
     tasks = {name: question_task(folder / name, train=size) for name, size in (("a", 40), ("b", 44), ("c", 48))}
     study = {
         "backbone": bert,
@@ -41,7 +65,6 @@ def recipe(bert, tmp_path_factory):
         },
         "masked": ["MOLE", "uniform"],
     }
-    path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     return str(path)
 
@@ -49,7 +72,8 @@ def recipe(bert, tmp_path_factory):
 @pytest.fixture(scope="session")
 def ran(recipe, tmp_path_factory):
     """The study, its cells, and the folder it was run in."""
-    return run(recipe, tmp_path_factory.mktemp("study"))
+    with shared(tmp_path_factory) as folder:
+        return run(recipe, folder / "study")
 
 
 def run(recipe, path, *changes):

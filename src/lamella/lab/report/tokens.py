@@ -52,7 +52,8 @@ def token_texts(
 ) -> list[TokenText]:
     """Texts for a report from the tokens of a trace.
 
-    Each layer comes as the mean over its modules, then each module alone.
+    Each layer comes as the mean over its modules, then each module alone. What lies outside the blocks and is not given
+    the text's tokens is left out.
 
     Args:
         tokens: `Trace.tokens`, a row per token, router and chosen expert, columns `COLUMNS`.
@@ -70,10 +71,11 @@ def token_texts(
             f"The trace holds {len(sequences)} sequences but {len(texts)} texts were given; give the tokens of every "
             "sequence that was recorded, in the order of the calls."
         )
-    return [
+    made = [
         TokenText(title, shown, _layers(rows, title, len(shown), num_experts))
         for rows, (title, shown) in zip(sequences, texts, strict=True)
     ]
+    return [text for text in made if text.layers]
 
 
 def _layers(
@@ -81,6 +83,8 @@ def _layers(
 ) -> list[TokenLayer]:
     routers: dict[Router, npt.NDArray[np.float64]] = {}
     for (adapter, stack, layer, module), group in rows.groupby(["adapter", "stack", "layer", "module"], sort=False):
+        if not stack and group["position"].nunique() != length:
+            continue  # outside the blocks a module may be given one state of each text, as a pooler is
         experts = num_experts if isinstance(num_experts, int) else _experts_of(num_experts, stack, layer)
         routers[adapter, stack, layer, module] = _dense(group, (length, experts), title, f"{stack} layer {layer}")
     adapters, stacks = ({key[at] for key in routers} for at in (0, 1))
