@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.state import GradientState
 from torch import Tensor
-from transformers import TrainerCallback
 
 from lamella.routing import Scale
 
@@ -114,7 +113,3 @@ def watch_trainer() -> None:
 
     training_step.tells_lamella = True  # type: ignore[attr-defined]
     Trainer.training_step = training_step
-
-
-class LossScaleCallback(TrainerCallback):
-    """Does nothing any more: trainers need no callback. Here so that a script that adds it goes on."""
