@@ -327,6 +327,9 @@ def _checkpointing(family: Family, model: nn.Module) -> float:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not inner.supports_gradient_checkpointing:
         raise LackingError("it does not support gradient checkpointing")
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)  # as beside an adapter: transformers then makes its output require a gradient
     given = labelled(family)
     plain = _gradients(model.train(), given)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -207,7 +207,7 @@ class Frame:
 
     def again(self, **changes: Any) -> "Frame":
         """The same stack for a block that runs once more, with nothing computed for siblings yet."""
-        return replace(self, projections={}, decisions={}, **changes)
+        return replace(self, **{"projections": {}, "decisions": {}, **changes})
 
     def real_tokens(self, x: Tensor) -> Tensor:
         """Which tokens of ``x (batch, tokens, features)`` are real, ``(batch, tokens)``."""

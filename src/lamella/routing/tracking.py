@@ -19,6 +19,7 @@ from lamella.errors import LamellaError
 from lamella.routing.context import (
     Frame,
     RoutedCall,
+    RouterKey,
     TrackedModel,
     calling_frame,
     current_context,
@@ -29,6 +30,7 @@ from lamella.routing.context import (
     stated_collection,
     stated_prompt,
 )
+from lamella.routing.decision import Decision
 from lamella.routing.documents import Packing, expanded_mask
 from lamella.routing.generating import unwrap_generation, wrap_generation
 from lamella.routing.prompt import find_given
@@ -281,14 +283,22 @@ class _CarryFrame:
         frame = current_frame()
         if frame is None:
             return self.checkpoint(block, *args, **kwargs)
-        runs = 0
+        has_graph, runs = torch.is_grad_enabled(), 0
+        decided: dict[RouterKey, Decision] = {}  # before it runs, by a block that it is part of
 
         def run(*block_args: Any, **block_kwargs: Any) -> Any:
-            nonlocal runs
-            again = frame.again(checkpointed=True, recomputing=runs > 0)
-            runs += 1
+            nonlocal runs, decided
+            is_first, runs = runs == 0, runs + 1
+            # Reentrant checkpointing runs without a graph, and would lose the gradient of what another has decided.
+            hands_on = is_first and torch.is_grad_enabled() == has_graph
+            if hands_on:
+                decided = dict(frame.decisions)
+            again = frame.again(checkpointed=True, recomputing=not is_first, decisions=dict(decided))
             with in_frame(again):
-                return block(*block_args, **block_kwargs)
+                output = block(*block_args, **block_kwargs)
+            if hands_on:
+                frame.decisions.update(again.decisions)
+            return output
 
         return self.checkpoint(run, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from tests import tiny
 from tests.tuners.mole import trained
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lamella import LamellaError, masked_experts
 from lamella.routing import collect_losses, loss_scale
@@ -76,6 +77,26 @@ def test_checkpointing_changes_no_gradient(kind: str, mode: str, granularity: st
         results.append(step(model, tiny.batch(model.get_base_model())))
     tiny.assert_same(results[1], results[0])
     assert all(gradient.any() for name, gradient in results[0].items() if name.endswith(".bias"))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_parts_of_a_block_that_are_recomputed_by_themselves_share_its_decision(inside: bool, folder: Path) -> None:
+    """Some blocks have parts that are checkpointed, inside of what is (a hybrid block) or in its place (a stage)."""
+    results = []
+    for checkpointed in (False, True):
+        base = tiny.llama().double()
+        for block in base.model.layers:
+            for part in (block.self_attn, block.mlp):
+                part.__class__ = type("Part", (GradientCheckpointingLayer, type(part)), {})
+                part.gradient_checkpointing = False
+        settings = {"granularity": "block", "balance": "entropy"}
+        model = trained.composed(base, "llama", folder, **settings)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for block in base.model.layers:
+                block.gradient_checkpointing = inside
+        results.append(step(model, tiny.batch(base)))
+    tiny.assert_same(results[1], results[0])
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,17 @@ def test_what_a_guest_gets_while_a_window_records_its_past_records_too() -> None
     assert guest_slots(later, BLOCKS).view(0, 2, None, 1).is_recording_past(0)
 
 
+@pytest.mark.parametrize("name", CACHES)
+def test_a_guest_starts_empty_beside_what_a_training_forward_has_written(name: str) -> None:
+    """So it is where the first block has no guest, and transformers keeps a cache in training."""
+    cache = CACHES[name]()
+    keys, values = _states(2, 3, torch.Generator().manual_seed(0))
+    written = [kept.clone() for kept in cache.update(keys.requires_grad_(), values, 0)]
+    view = guest_slots(cache, BLOCKS).view(0, 1, None, 2)
+    assert view.get_seq_length(0) == 0
+    torch.testing.assert_close([cache.layers[0].keys, cache.layers[0].values], written, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["lazy", "dynamic-sliding"])
 def test_cropping_everything_leaves_an_empty_slot(name: str) -> None:
     play = Play(CACHES[name](), _choices(3, 1, seed=1))

@@ -353,10 +353,12 @@ class MolexBlock(nn.Module, AdapterLayer):
                 share = share.masked_fill(choice.without, 0)
             chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
             rows = None if spans_rows or bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
-            together = rows if call.can_cut(output) else None
+            runs_on_all = slots is not None and slots.has_all(depth, guest, len(host))
+            together = rows if call.can_cut(output) and not runs_on_all else None
             view = None if slots is None else slots.view(depth, guest, together, len(host), past)
             settings = mixture.config.guest_dtype, mixture.config.recompute_guest
-            states = run_guest(self.blocks[guest], call, rows, view, output, *settings)
+            states = run_guest(self.blocks[guest], call, together, view, output, *settings)
+            states = states if rows is None or together is not None else states[rows]
             share = share[..., None].to(host.dtype)  # (batch, tokens or 1, 1)
             if rows is None:
                 mixed = mixed + share * (states - host)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
@@ -168,6 +169,11 @@ class GuestSlots:
             if layer is not None:
                 layer.forget(depth)
 
+    def has_all(self, depth: int, guest: int, batch: int) -> bool:
+        """Whether a guest has seen every row at this depth, as where its first call could not be cut."""
+        kept = self.own.kept.get((depth, guest))
+        return kept is not None and len(kept.rows) == batch
+
     def view(self, depth: int, guest: int, rows: Tensor | None, batch: int, past: int | None = None) -> Cache:
         """What a guest at this depth is given as its cache; it serves one call.
 
@@ -230,7 +236,8 @@ def _guests(cache: Cache, num_blocks: int) -> GuestsLayer:
 
 def _emptied(layer: Any) -> Any:
     """A layer of the same kind and size that holds nothing, and knows of no number of rows."""
-    empty = copy.deepcopy(layer)
+    graph = [held for held in tree_leaves(vars(layer)) if isinstance(held, Tensor) and held.requires_grad]
+    empty = copy.deepcopy(layer, {id(held): held.detach().clone() for held in graph})  # which deepcopy itself refuses
     empty.reset()
     if isinstance(empty, CacheLayerMixin):
         empty.keys = empty.values = None

@@ -24,7 +24,7 @@ def run_guest(
     Args:
         block: the guest.
         call: the host's call.
-        rows: the sequences whose states are asked for; None for all. It runs on those alone where the call can be cut.
+        rows: the sequences that it runs on; None for all.
         cache: the guest's keys and values, of the sequences that it runs on; None without.
         output: what the host returned.
         dtype: "bfloat16" to run under autocast to it.
@@ -35,8 +35,7 @@ def run_guest(
     """
     recompute = recompute and block.training and torch.is_grad_enabled() and not is_checkpointed(block)
     # A recomputed block would write its keys a second time.
-    cut = rows if call.can_cut(output) else None
-    args, kwargs = call.on(cut, None if recompute else cache, output)
+    args, kwargs = call.on(rows, None if recompute else cache, output)
     device = call.hidden_states.device.type
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
@@ -46,8 +45,7 @@ def run_guest(
     with _unseen():
         states = checkpoint(run, *args, use_reentrant=False, **kwargs) if recompute else run(*args, **kwargs)
     host = hidden_states_of(output)
-    moved: Tensor = states.to(device=host.device, dtype=host.dtype)
-    return moved if rows is None or cut is not None else moved[rows]
+    return states.to(device=host.device, dtype=host.dtype)
 
 
 def is_checkpointed(block: nn.Module) -> bool:
