@@ -82,14 +82,14 @@ class _Grid:
         scale = batch.x.new_ones(len(self.tokens))
         losses = []
         for at, target in enumerate(self.targets):
-            stack = start_stack("layernorm", width, 1, self.generators(at), batch.x)
+            stack = start_stack("published", width, 1, self.generators(at), list(batch.x))
             trained = train(stack, FrozenExpert(target, batch.x.dtype), batch, scale, steps=self.steps, lr=LR)
             losses.append(trained.loss)
         return torch.stack(losses)
 
     def one_by_one(self, frozen: bool) -> Tensor:
         """The same by the published loop."""
-        kind = aligner_class("layernorm")
+        kind = aligner_class("published")
         losses = []
         for at, target in enumerate(self.targets):
             for (x, y), generator in zip(self.tokens, self.generators(at), strict=True):

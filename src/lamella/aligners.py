@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm, linear
 
 from lamella.errors import LamellaError
 
-Kind = Literal["layernorm", "linear", "low-rank", "identity"]
+Kind = Literal["linear", "layernorm", "low-rank", "identity", "published"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 EPSILON = 1e-5  # of the layer norm; torch's and the published value
 
@@ -24,6 +24,7 @@ class Aligner(nn.Module):
     """
 
     kind: ClassVar[Kind]
+    scales: ClassVar[bool] = False  # whether it can start as any multiple of the identity
     hidden_size: int
     bias: Tensor
 
@@ -40,8 +41,23 @@ class Aligner(nn.Module):
         return {}
 
     @classmethod
-    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
-        """Writes the start of training into parameters of these names and shapes."""
+    def fill(
+        cls,
+        parameters: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+        inputs: Tensor | None = None,
+    ) -> None:
+        """Writes the start of training into parameters of these names and shapes.
+
+        Args:
+            parameters: of one aligner.
+            generator: of what is drawn.
+            inputs: what the aligner will be given, ``(n, h)``, for a start that depends on it.
+        """
+
+    @classmethod
+    def rescale(cls, parameters: Mapping[str, Tensor], factors: Tensor) -> None:
+        """Multiplies what S stacked aligners put out by ``factors (S,)``, where the kind can."""
 
     @property
     def matrix(self) -> Tensor:
@@ -57,13 +73,12 @@ class Aligner(nn.Module):
 
 
 class LayerNormAligner(Aligner):
-    """``LayerNorm(W x + b)``, as published; it starts as ``nn.Linear`` and ``nn.LayerNorm`` do: W and b uniform within
-    1/sqrt(h), gain 1, shift 0.
-
-    Source: Alisetti & Kumar, MoE Align: Quantifying Expert Similarity Across Transformer Layers.
+    """``LayerNorm(W x + b)``; it starts near the identity: W = diag(1/σ) and b = −μ/σ, gain σ and shift μ, the mean and
+    deviation of each feature of its inputs.
     """
 
-    kind = "layernorm"
+    kind: ClassVar[Kind] = "layernorm"
+    scales = True
     weight: Tensor
     gain: Tensor
     shift: Tensor
@@ -75,21 +90,53 @@ class LayerNormAligner(Aligner):
 
     @classmethod
     @torch.no_grad()
-    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
+    def fill(
+        cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None, inputs: Tensor | None = None
+    ) -> None:
+        gain, shift = parameters["gain"], parameters["shift"]
+        gain.fill_(1.0) if inputs is None else gain.copy_(inputs.std(0, unbiased=False))
+        shift.zero_() if inputs is None else shift.copy_(inputs.mean(0))
+        slope = gain.clamp_min(EPSILON * gain.max()).reciprocal()  # of a feature that hardly varies, finite
+        parameters["weight"].copy_(slope.diag())
+        parameters["bias"].copy_(-shift * slope)
+
+    @classmethod
+    @torch.no_grad()
+    def rescale(cls, parameters: Mapping[str, Tensor], factors: Tensor) -> None:
+        parameters["gain"].mul_(factors[:, None])
+        parameters["shift"].mul_(factors[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(linear(x, self.weight, self.bias), (self.hidden_size,), self.gain, self.shift, EPSILON)
+
+
+class PublishedAligner(LayerNormAligner):
+    """``LayerNorm(W x + b)`` from the published start, that of ``nn.Linear`` and ``nn.LayerNorm``: W and b uniform
+    within 1/sqrt(h), gain 1, shift 0. From there it hardly regains even the expert itself in a few hundred steps.
+
+    Source: Alisetti & Kumar, MoE Align: Quantifying Expert Similarity Across Transformer Layers.
+    """
+
+    kind = "published"
+    scales = False
+
+    @classmethod
+    @torch.no_grad()
+    def fill(
+        cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None, inputs: Tensor | None = None
+    ) -> None:
         bound = parameters["bias"].shape[0] ** -0.5
         parameters["weight"].uniform_(-bound, bound, generator=generator)
         parameters["bias"].uniform_(-bound, bound, generator=generator)
         parameters["gain"].fill_(1.0)
         parameters["shift"].zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(linear(x, self.weight, self.bias), (self.hidden_size,), self.gain, self.shift, EPSILON)
-
 
 class LinearAligner(Aligner):
-    """``W x + b``; it starts as the identity, which `align` scales for each pair (see ``fitting.IDENTITY_SCALES``)."""
+    """``W x + b``; it starts as the identity."""
 
     kind = "linear"
+    scales = True
     weight: Tensor
 
     @classmethod
@@ -98,9 +145,17 @@ class LinearAligner(Aligner):
 
     @classmethod
     @torch.no_grad()
-    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
+    def fill(
+        cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None, inputs: Tensor | None = None
+    ) -> None:
         parameters["weight"].zero_().fill_diagonal_(1.0)
         parameters["bias"].zero_()
+
+    @classmethod
+    @torch.no_grad()
+    def rescale(cls, parameters: Mapping[str, Tensor], factors: Tensor) -> None:
+        parameters["weight"].mul_(factors[:, None, None])
+        parameters["bias"].mul_(factors[:, None])
 
     @property
     def matrix(self) -> Tensor:
@@ -125,7 +180,9 @@ class LowRankAligner(Aligner):
 
     @classmethod
     @torch.no_grad()
-    def fill(cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> None:
+    def fill(
+        cls, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None, inputs: Tensor | None = None
+    ) -> None:
         bound = parameters["bias"].shape[0] ** -0.5
         parameters["down"].uniform_(-bound, bound, generator=generator)
         parameters["up"].zero_()
@@ -158,7 +215,7 @@ class IdentityAligner(Aligner):
 
 
 _CLASSES: dict[str, type[Aligner]] = {
-    one.kind: one for one in (LayerNormAligner, LinearAligner, LowRankAligner, IdentityAligner)
+    one.kind: one for one in (LinearAligner, LayerNormAligner, LowRankAligner, IdentityAligner, PublishedAligner)
 }
 
 
@@ -198,7 +255,7 @@ def make_aligner(kind: str, hidden_size: int, rank: int | None = None) -> Aligne
     """An aligner before training.
 
     Args:
-        kind: "layernorm", "linear", "low-rank" or "identity".
+        kind: "linear", "layernorm", "low-rank", "identity" or "published".
         hidden_size: h, the size of what experts are given.
         rank: of a low-rank one; an eighth of the hidden size unless given.
 

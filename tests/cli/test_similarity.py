@@ -168,7 +168,7 @@ def test_an_alignment_keeps_other_aligners_seeds_and_texts(text, tmp_path, monke
     _, study = captured(monkeypatch, text, tmp_path)
     _, other = captured(monkeypatch, text, tmp_path, "--split", "all", name="other")
     quick = ("--same-layer", "--aligner", "linear")
-    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer") == 0
+    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer", "--aligner", "layernorm") == 0
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 2, *quick) == 0
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick, "--score-on", other) == 0
     elsewhere = "linear, scored on text.txt (all)"
@@ -199,7 +199,7 @@ def test_an_alignment_keeps_other_aligners_seeds_and_texts(text, tmp_path, monke
 
 def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeypatch, capsys):
     _, study = captured(monkeypatch, text, tmp_path)
-    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer") == 0
+    assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer", "--aligner", "layernorm") == 0
     before, tiles = (study / "alignment.parquet").read_bytes(), list((study / "tiles").iterdir())
 
     def killed(*given, seed, **settings):
@@ -209,7 +209,7 @@ def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("lamella.similarity.steps.sweep", killed)
-        assert run(patch, "align", study, "--steps", 3, "--seeds", 2, "--same-layer", "--aligner", "linear") != 0
+        assert run(patch, "align", study, "--steps", 3, "--seeds", 2, "--same-layer") != 0
     assert (study / "alignment.parquet").read_bytes() == before
     assert len(list((study / "tiles").iterdir())) > len(tiles)  # what was computed is not lost
 

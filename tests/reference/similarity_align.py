@@ -18,7 +18,7 @@ class LowRank(nn.Module):
 
 def module(kind: str, hidden_size: int, rank: int) -> nn.Module:
     """An aligner made of torch's modules; its parameters come in the order of lamella's names below."""
-    if kind == "layernorm":
+    if kind in ("layernorm", "published"):
         return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size))
     if kind == "linear":
         return nn.Linear(hidden_size, hidden_size)
@@ -27,6 +27,7 @@ def module(kind: str, hidden_size: int, rank: int) -> nn.Module:
 
 NAMES = {
     "layernorm": ("weight", "bias", "gain", "shift"),
+    "published": ("weight", "bias", "gain", "shift"),
     "linear": ("weight", "bias"),
     "low-rank": ("down", "up", "bias"),
 }

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Qwen2MoeConfig
 
+from lamella.aligners import KINDS
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
 from lamella.similarity.activations import capture
@@ -124,7 +125,7 @@ class Counted(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("aligner", ["layernorm", "linear", "low-rank", "identity"])
+@pytest.mark.parametrize("aligner", KINDS)
 def test_hours_are_roughly_those_of_the_products_that_torch_counts(aligner, tmp_path):
     model = build("qwen2_moe", num_experts=2, num_hidden_layers=1)
     captured = capture(model, documents(80), tmp_path, per_expert=100)

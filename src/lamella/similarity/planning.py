@@ -114,7 +114,7 @@ def plan(
     per_expert: int = 512,
     *,
     tokens: int | None = None,
-    aligner: str = "layernorm",
+    aligner: str = "linear",
     steps: int = STEPS,
     rank: int | None = None,
     held_out: float = 0.5,

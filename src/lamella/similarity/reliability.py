@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Normalised error of an expert by itself from which its aligners count as untrained, and what helps.
-NOT_REGAINED = 0.9
+NOT_REGAINED = 0.3
 REMEDY = "Align with more --steps, or capture more with --per-expert, before drawing conclusions."
 _SOURCE = NAMES[:2]
 _REVERSED = (("source", "target"), ("target", "source"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lamella.errors import LamellaError, optional_module
 from lamella.files import atomic, write_atomic
 from lamella.similarity.activations import Capture, Manifest
-from lamella.similarity.alignment.table import from_label, with_texts
+from lamella.similarity.alignment.table import from_first_edition, with_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,7 +172,7 @@ class StudyFolder:
         if isinstance(noted, list):
             return noted
         # the first edition named both in one key
-        ends = [dict(zip(("aligner", "scored_on"), from_label(name), strict=True)) for name in noted]
+        ends = [dict(zip(("aligner", "scored_on"), from_first_edition(name), strict=True)) for name in noted]
         return [{**end, **settings} for end, settings in zip(ends, noted.values(), strict=True)]
 
     def _identity(self) -> str | None:

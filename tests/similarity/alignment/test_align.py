@@ -46,8 +46,10 @@ def test_every_ordered_pair_and_control_has_a_row(model, capture):
     assert frame["kind"].value_counts().to_dict() == {"pair": 30, "self": 6, "random-target": 6}
     assert not frame.duplicated(NAMES).any()
     assert (frame[frame["kind"] == "random-target"][NAMES[2:]] == -1).all(axis=None)
-    assert (frame["samples_per_parameter"] == frame["samples"] / frame["parameters"]).all()
-    assert (frame["parameters"] == 16 * 16 + 3 * 16).all()
+    # a sample tells 16 numbers, one for each output of the expert
+    assert (frame["samples_per_parameter"] == 16 * frame["samples"] / frame["parameters"]).all()
+    assert (frame["aligner"] == "linear").all()
+    assert (frame["parameters"] == 16 * 16 + 16).all()
 
 
 @pytest.mark.parametrize("kind", ["linear", "low-rank", "identity"])
@@ -57,6 +59,20 @@ def test_an_expert_stands_in_for_itself(model, capture, kind):
     assert len(own) == 1
     assert (own["nmse"] < 1e-3).all()
     assert (own["cosine"] > 0.999).all()
+
+
+def test_a_layernorm_aligner_starts_near_the_identity_whatever_its_inputs():
+    model = tiny_model(hidden=64, experts=2, layers=1)
+    capture = fake_capture(model)
+    for name, x in capture.samples.items():
+        capture.samples[name] = x * torch.linspace(0.1, 9, 64) + torch.linspace(-3, 5, 64)
+    capture.samples[0, 1][:, 7] = 2.5  # a feature that never varies
+    own = {
+        kind: align(capture, model, aligner=kind, steps=40).query("kind == 'self'")["nmse"].max()
+        for kind in ("layernorm", "published")
+    }
+    assert own["layernorm"] < 0.15
+    assert own["published"] > 0.5
 
 
 def test_controls_are_their_closed_forms(model, capture):
@@ -138,7 +154,8 @@ def test_other_text_can_be_scored(model, capture):
     elsewhere = align(capture, model, pairs, steps=10, score_on=other)
     assert (elsewhere["train_nmse"] == same["train_nmse"]).all()
     assert (elsewhere["held_out"] == len(other.split(0, 0)[1])).all()
-    assert (elsewhere["nmse"] != same["nmse"]).all()
+    pair = elsewhere["kind"] == "pair"  # the expert itself is regained on any text
+    assert (elsewhere["nmse"] != same["nmse"])[pair].all()
 
 
 def test_what_is_beyond_its_controls(model, capture):

@@ -14,7 +14,7 @@ from lamella.cli.similarity.subject import Json
 def align(
     study: Annotated[Path, typer.Argument(help="Folder of a study with a capture.")],
     aligner: Annotated[
-        list[str] | None, typer.Option(help="layernorm, linear, low-rank or identity; may be repeated.")
+        list[str] | None, typer.Option(help="linear, layernorm, low-rank, identity or published; may be repeated.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each aligner; two or more give the seed ceiling.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps of an aligner, at most.")] = 200,
@@ -34,7 +34,7 @@ def align(
     The table keeps what other calls aligned: other aligners, seeds and texts to score on. An aligner with other
     settings takes the place of its rows.
 
-    Example: lamella similarity align studies/tiny --aligner layernorm --seeds 2
+    Example: lamella similarity align studies/tiny --aligner linear --seeds 2
     """
     from lamella.cli.similarity.subject import load_model, open_study, telling
     from lamella.similarity.reliability import alignment_facts, alignment_in_words
@@ -43,7 +43,7 @@ def align(
     opened = open_study(study)
     with telling("aligning") as tell:
         notes = align_pairs(
-            opened, aligner or ["layernorm"], seeds, load_model, steps=steps, lr=lr, pull=pull, per_source=per_source,
+            opened, aligner or ["linear"], seeds, load_model, steps=steps, lr=lr, pull=pull, per_source=per_source,
             same_layer=same_layer, score_on=score_on, ray=ray, device=device, tell=tell,
         )  # fmt: skip
     table, path = opened.folder.needed("alignment", "align"), str(study / "alignment.parquet")

@@ -18,7 +18,7 @@ def plan(
     documents: Annotated[int | None, typer.Option(min=1, help="Of the text, at most; all if absent.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a document, at most.")] = 256,
     per_expert: Annotated[int, typer.Option(min=2, help="Samples of each expert.")] = 512,
-    aligner: Annotated[str, typer.Option(help="layernorm, linear, low-rank or identity.")] = "layernorm",
+    aligner: Annotated[str, typer.Option(help="linear, layernorm, low-rank, identity or published.")] = "linear",
     steps: Annotated[int, typer.Option(min=1, help="Steps of an aligner, at most.")] = 200,
     per_source: Annotated[
         int | None, typer.Option(min=1, help="Replacements of each expert that the screen lets through; all if absent.")

@@ -19,8 +19,9 @@ from lamella.similarity.alignment.stack import start_stack
 from lamella.similarity.alignment.training import Batch, Trained, stack_tokens, train
 from lamella.similarity.pairs import Name
 
-# A linear aligner starts as that multiple of the identity which errs least on the training tokens. The identity
-# itself is right for like experts and much worse than a random start for unlike ones, where it saturates the target.
+# An aligner that starts near the identity starts as that multiple of it which errs least on the training tokens. The
+# identity itself is right for like experts and much worse than a random start for unlike ones, where it saturates the
+# target.
 IDENTITY_SCALES = (1.0, 0.5, 0.25, 0.1)
 BUDGET = 256 * 2**20  # bytes of one stack, activations and optimiser included
 
@@ -121,9 +122,10 @@ def fit(job: Job, settings: Settings, budget: int = BUDGET) -> Iterator[Fitted]:
             for parts in zip(*((one.train, one.stop, one.held_out) for one in sources), strict=True)
         )
         generators = [_generator(settings.seed, one.name, job.target, device) for one in sources]
-        stack = start_stack(settings.kind, settings.hidden_size, settings.rank, generators, training.x)
-        if settings.kind == "linear":
-            stack.parameters["weight"] *= _identity_scales(target, training)[:, None, None]
+        inputs = [one.train.x.to(device) for one in sources]
+        stack = start_stack(settings.kind, settings.hidden_size, settings.rank, generators, inputs)
+        if (kind := aligner_class(settings.kind)).scales:
+            kind.rescale(stack.parameters, _identity_scales(target, training))
         scale = torch.tensor([1.0 / one.train_variance for one in sources], device=device)
         trained = train(stack, target, training, scale, steps=settings.steps, lr=settings.lr, stop=stopping, pull=pull)
         stack.parameters = trained.parameters
@@ -146,7 +148,7 @@ def fit(job: Job, settings: Settings, budget: int = BUDGET) -> Iterator[Fitted]:
 
 
 def _identity_scales(target: FrozenExpert, batch: Batch) -> Tensor:
-    """The multiple of the identity that each pair's linear aligner starts from, ``(S,)``."""
+    """The multiple of the identity that each pair's aligner starts from, ``(S,)``."""
     scales = torch.tensor(IDENTITY_SCALES, device=batch.x.device)
     errors = [(_compare(target, batch.x * one, batch)[0] * batch.weight[..., 0]).sum(1) for one in IDENTITY_SCALES]
     return scales[torch.stack(errors).argmin(0)]

@@ -35,7 +35,7 @@ def align(
     capture: Capture,
     model: nn.Module,
     pairs: Iterable[Pair] | None = None,
-    aligner: str = "layernorm",
+    aligner: str = "linear",
     seed: int = 0,
     *,
     steps: int = STEPS,
@@ -57,10 +57,10 @@ def align(
         capture: inputs of the experts.
         model: the captured model; nothing in it changes.
         pairs: (source, target), each a (layer, expert); None takes all ordered pairs of captured experts.
-        aligner: "layernorm" (published), "linear", "low-rank" or "identity".
+        aligner: "linear", "layernorm", "low-rank", "identity" or "published".
         seed: of the documents to stop by, of the aligners' start and of the random experts, the last two together with
             the pair: a pair's row is the same whatever else is asked for. Held-out documents are the same for every
-            seed, and so is the start of a linear aligner: a multiple of the identity.
+            seed, and so is the start of a linear or layernorm aligner: a multiple of the identity.
         steps: of full-batch Adam, at most.
         lr: its step size.
         rank: of low-rank aligners; an eighth of the hidden size unless given.
@@ -71,18 +71,20 @@ def align(
 
     Returns:
         A row per pair, with the columns `COLUMNS`: names, kind, aligner, seed; ``samples`` and ``held_out`` tokens;
-        ``steps`` that led to the state kept; ``parameters`` of the aligner and ``samples_per_parameter``; ``mse`` mean
-        over elements; ``nmse`` = mse / ``source_variance`` (mean over elements of (y − mean y)², held out); ``cosine``
-        mean over tokens; ``train_nmse``; the nmse of the target without aligner (``identity_nmse``) and of the mean of
-        the training outputs (``mean_nmse``); and ``over_mean``, ``over_identity``, ``over_random``: upper ends of the
-        95 % intervals, over documents, of nmse less that control's. ``attrs["notes"]`` names experts that were no
-        source for want of samples; they are targets still.
+        ``steps`` that led to the state kept; ``parameters`` of the aligner and ``samples_per_parameter``: numbers that
+        the samples tell, each as many as the expert has outputs, for each of them; ``mse`` mean over elements; ``nmse``
+        = mse / ``source_variance`` (mean over elements of (y − mean y)², held out); ``cosine`` mean over tokens;
+        ``train_nmse``; the nmse of the target without aligner (``identity_nmse``) and of the mean of the training
+        outputs (``mean_nmse``); and ``over_mean``, ``over_identity``, ``over_random``: upper ends of the 95 %
+        intervals, over documents, of nmse less that control's. ``attrs["notes"]`` names experts that were no source
+        for want of samples; they are targets still.
 
     Raises:
         LamellaError: a capture of another model, an unknown pair or setting, experts of different shapes in a pair,
             activations that are not finite, or no source left.
 
-    Source: Alisetti & Kumar, MoE Align: Quantifying Expert Similarity Across Transformer Layers, with held-out scores.
+    Source: Alisetti & Kumar, MoE Align: Quantifying Expert Similarity Across Transformer Layers (aligner "published"),
+    with held-out scores.
     """
     settings = Settings.checked(aligner, capture.hidden_size, seed, steps, lr, rank, _pull(pull))
     plan = _plan(capture, model, pairs, held_out, score_on, seed)

@@ -108,31 +108,34 @@ class IdentityStack(Stack):
 
 
 _STACKS: dict[str, type[Stack]] = {
-    "layernorm": LayerNormStack,
     "linear": LinearStack,
+    "layernorm": LayerNormStack,
+    "published": LayerNormStack,
     "low-rank": LowRankStack,
     "identity": IdentityStack,
 }
 
 
-def start_stack(kind: str, hidden_size: int, rank: int, generators: Sequence[torch.Generator], like: Tensor) -> Stack:
+def start_stack(
+    kind: str, hidden_size: int, rank: int, generators: Sequence[torch.Generator], inputs: Sequence[Tensor]
+) -> Stack:
     """A stack before training, each pair's aligner drawn by its own generator.
 
     Args:
         kind: of the aligners.
         hidden_size: h.
         rank: of low-rank ones.
-        generators: one per pair, on the device of ``like``.
-        like: gives device and dtype.
+        generators: one per pair, on the device of the inputs.
+        inputs: tokens that each pair is trained on, ``(n, h)``; they give device and dtype too.
 
     Raises:
         LamellaError: there is no such kind.
     """
     aligner = aligner_class(kind)
     shapes = aligner.shapes(hidden_size, rank)
-    stack = _STACKS[kind]({name: (len(generators), *shape) for name, shape in shapes.items()}, like)
-    for at, generator in enumerate(generators):
-        aligner.fill({name: stacked[at] for name, stacked in stack.parameters.items()}, generator)
+    stack = _STACKS[kind]({name: (len(generators), *shape) for name, shape in shapes.items()}, inputs[0])
+    for at, (generator, x) in enumerate(zip(generators, inputs, strict=True)):
+        aligner.fill({name: stacked[at] for name, stacked in stack.parameters.items()}, generator, x)
     return stack
 
 

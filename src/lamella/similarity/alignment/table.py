@@ -44,7 +44,7 @@ def rows_of(fitted: Fitted, settings: Settings, random_errors: Mapping[Name, Ten
         values = (
             *source.name, *fitted.target, _kind(source.name, fitted.target), settings.kind, settings.seed,
             len(source.train), tokens, steps[at], settings.parameters,
-            len(source.train) / settings.parameters if settings.parameters else float("inf"),
+            source.train.y.numel() / settings.parameters if settings.parameters else float("inf"),
             mse, mse / source.variance, cosine[at], train_mse[at] / source.train_variance,
             float(identity.sum()) / tokens / source.variance,
             float(source.mean_errors.sum()) / tokens / source.variance,
@@ -80,17 +80,26 @@ def label(aligner: str, scored_on: str) -> str:
 
 
 def from_label(name: str) -> tuple[str, str]:
-    """Aligner and text of a label, which the first edition kept in place of both."""
+    """Aligner and text of a label."""
     aligner, _, scored_on = name.partition(_ELSEWHERE)
     return aligner, scored_on
 
 
+def from_first_edition(name: str) -> tuple[str, str]:
+    """Aligner and text of a label that the first edition kept in place of both; its layernorm started as published."""
+    aligner, scored_on = from_label(name)
+    return "published" if aligner == "layernorm" else aligner, scored_on
+
+
 def with_texts(frame: pd.DataFrame) -> pd.DataFrame:
-    """The alignment of a study with the column ``scored_on``, which the first edition wrote into the aligner's name."""
+    """The alignment of a study with the column ``scored_on``, which the first edition wrote into the aligner's name.
+
+    It counted samples per parameter, not the numbers in them: that column becomes NaN.
+    """
     if "scored_on" in frame.columns:
         return frame
-    aligners, texts = zip(*map(from_label, frame["aligner"]), strict=True)
-    return frame.assign(aligner=aligners, scored_on=texts)
+    aligners, texts = zip(*map(from_first_edition, frame["aligner"]), strict=True)
+    return frame.assign(aligner=aligners, scored_on=texts, samples_per_parameter=float("nan"))
 
 
 def _texts(frame: pd.DataFrame) -> Sequence[str]:

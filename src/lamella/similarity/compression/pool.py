@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lamella.aligners import Aligner
+from lamella.aligners import Aligner, LayerNormAligner
 from lamella.backbones.moe import Expert, MoELayer
 from lamella.backbones.moe.expert import Activation
 from lamella.errors import LamellaError
@@ -147,7 +147,7 @@ def _size(aligner: Aligner) -> int:
 
 
 def _folds(target: Expert, aligner: Aligner) -> bool:
-    return aligner.kind != "layernorm" and folded_parameters(target) <= _size(aligner)
+    return not isinstance(aligner, LayerNormAligner) and folded_parameters(target) <= _size(aligner)
 
 
 def expert_parameters(layers: Iterable[MoELayer]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lamella.aligners import Aligner
+from lamella.aligners import Aligner, LayerNormAligner
 from lamella.backbones.moe import Dispatch, Expert, MoELayer, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.similarity.compression.grouping import Aligners, choose_measure, directed, train_aligners
@@ -289,7 +289,7 @@ class Route:
         aligner = self.aligner
         if aligner is None or aligner.kind == "identity":
             return expert
-        if aligner.kind == "layernorm":
+        if isinstance(aligner, LayerNormAligner):
             aligner = copy.deepcopy(aligner).to(expert.down.device, expert.down.dtype)
             return lambda x: expert(aligner(x))
         return fold(expert, aligner.matrix.to(expert.up.device), aligner.bias.to(expert.up.device))

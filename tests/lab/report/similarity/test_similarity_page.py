@@ -80,7 +80,8 @@ def test_every_aligner_has_its_matrices_and_its_tree():
     assert len(set(re.findall(r'id="([^"]+)"', page))) == len(re.findall(r'id="([^"]+)"', page))
     sentences = summary(both, None, None, None)
     assert "(layernorm)" in sentences[0]
-    assert "(linear) leaves a median 78%" in sentences[1]
+    assert "(linear); 30 of them are better" in sentences[1]
+    assert "the best leaves a median 78%" in sentences[1]
 
 
 def test_the_layer_matrix_takes_the_best_stand_in_and_never_the_expert_itself():

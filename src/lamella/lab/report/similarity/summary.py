@@ -37,20 +37,27 @@ def _of_alignment(alignment: pd.DataFrame) -> list[str]:
 
 def _of_aligner(aligner: str, rows: pd.DataFrame) -> list[str]:
     pairs, itself = rows[rows["kind"] == "pair"], rows.loc[rows["kind"] == "self", "nmse"].median()
-    best = pairs.loc[pairs.groupby(["source_layer", "source_expert"])["nmse"].idxmin()]
-    top = best.loc[best["nmse"].idxmin()]
-    within = (best["source_layer"] == best["target_layer"]).mean()
+    sources = pairs.groupby(["source_layer", "source_expert"]).ngroups
+    counting = pairs[pairs["beyond"]]
+    best = counting.loc[counting.groupby(["source_layer", "source_expert"])["nmse"].idxmin()]
     names = {*zip(pairs["source_layer"], pairs["source_expert"], strict=True)}
     names |= {*zip(pairs["target_layer"], pairs["target_expert"], strict=True)}
+    aligned = f"{len(pairs):,} of {len(names) * (len(names) - 1):,} pairs were aligned ({aligner})"
     control = "" if np.isnan(itself) else f"; the expert itself, the control, leaves {itself:.0%}"
-    closest = f"The closest pair is {_name(top)} ({top['nmse']:.0%})." if top["nmse"] < 1 else "None beats the mean."
-    words = (
-        f"Of {len(best)} experts, the best replacement behind an aligner ({aligner}) leaves a median "
-        f"{best['nmse'].median():.0%} of the output variance unexplained on held-out tokens{control}. {closest} "
-        f"{within:.0%} of the best replacements lie in the same layer. {len(pairs):,} of "
-        f"{len(names) * (len(names) - 1):,} pairs were aligned; {pairs['beyond'].mean():.0%} of them are better than "
-        "all their controls with every seed."
-    )
+    if best.empty:
+        words = (
+            f"{aligned}; none of them is better than the mean, no aligner and a random expert with every seed, so none "
+            f"is a replacement{control}."
+        )
+    else:
+        top = best.loc[best["nmse"].idxmin()]
+        within = (best["source_layer"] == best["target_layer"]).mean()
+        words = (
+            f"{aligned}; {len(counting):,} of them are better than the mean, no aligner and a random expert with every "
+            f"seed. So {len(best)} of {sources} experts have a replacement; the best leaves a median "
+            f"{best['nmse'].median():.0%} of the output variance unexplained on held-out tokens{control}. The closest "
+            f"pair is {_name(top)} ({top['nmse']:.0%}). {within:.0%} of the best lie in the same layer."
+        )
     failed = f"The aligners ({aligner}) hardly learned: not even the expert itself is regained. {REMEDY}"
     return [failed, words] if itself > NOT_REGAINED else [words]
 
