@@ -71,7 +71,7 @@ def text_scores(
     parts = []
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            parts.append(_scores(model, inputs_on(device, batch), metric, allowed, name))
+            parts.append(batch_scores(model, inputs_on(device, batch), metric, allowed, name))
     if not parts:
         raise LamellaError("There are no texts to measure a swap on; give at least one batch.")
     sums, weights = (torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True))
@@ -80,10 +80,14 @@ def text_scores(
     return TextScores(sums, weights)
 
 
-def _scores(
-    model: nn.Module, inputs: dict[str, Tensor], metric: Metric, choices: Tensor | None, name: str
+def batch_scores(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    metric: Metric = "nll",
+    choices: Tensor | None = None,
+    name: str = "the model",
 ) -> tuple[Tensor, Tensor]:
-    """Sums and weights of one batch, each ``(B,)`` float64."""
+    """Sums and weights of one batch as in ``TextScores``, each ``(B,)`` float64; gradients flow where they are on."""
     config: Any = model.config
     labels = inputs.get("labels")
     if not config.is_encoder_decoder:
