@@ -13,6 +13,7 @@ from lamella.similarity.alignment import beyond_controls, seed_ceiling
 from lamella.similarity.alignment.controls import mean_of_known, rank_agreement
 from lamella.similarity.alignment.table import by_aligner
 from lamella.similarity.pairs import NAMES
+from lamella.statistics import mean_intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,22 +130,17 @@ def truth_auc(
     table: pd.DataFrame,
     kinds: Mapping[tuple[int, int], str],
     measure: str = "nmse",
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
 ) -> dict[str, float]:
     """How well a measure tells experts of one kind from others, where kinds are known.
 
     For each expert that is replaced: the chance that one of its own kind and layer is nearer than one of another kind
     (area under the curve; 0.5 is a guess), ties counting half. Then the mean over experts, with a 95 % interval by
-    drawing experts with replacement.
+    drawing experts with replacement; NaN for a single expert.
 
     Args:
         table: an alignment of one aligner, whose seeds are averaged, or a screen.
         kinds: of each (layer, expert).
         measure: its column, small where experts are alike.
-        resamples: draws.
-        seed: of the draws.
 
     Returns:
         ``auc``, ``low``, ``high``, ``experts``: how many counted.
@@ -163,9 +159,8 @@ def truth_auc(
             areas.append(float(((same[:, None] < other) + 0.5 * (same[:, None] == other)).mean()))
     if not areas:
         raise LamellaError("No expert was aligned with one of its own kind and one of another, in its layer.")
-    draws = np.random.default_rng(seed).integers(len(areas), size=(resamples, len(areas)))
-    low, high = np.quantile(np.array(areas)[draws].mean(1), [0.025, 0.975])
-    return {"auc": float(np.mean(areas)), "low": float(low), "high": float(high), "experts": len(areas)}
+    low, high = mean_intervals({measure: {0: areas}}).get(measure, (math.nan, math.nan))
+    return {"auc": float(np.mean(areas)), "low": low, "high": high, "experts": len(areas)}
 
 
 def _known(facts: Mapping[str, float]) -> dict[str, float]:

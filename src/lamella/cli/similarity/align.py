@@ -34,7 +34,7 @@ def align(
     The table keeps what other calls aligned: other aligners, seeds and texts to score on. An aligner with other
     settings takes the place of its rows.
 
-    Example: lamella similarity align studies/tiny --aligner linear --seeds 2
+    Example: lamella similarity align runs/tiny --aligner linear --seeds 2
     """
     from lamella.cli.similarity.subject import load_model, open_study, telling
     from lamella.similarity.reliability import alignment_facts, alignment_in_words

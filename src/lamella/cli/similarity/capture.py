@@ -27,7 +27,7 @@ def capture(
 ) -> None:
     """Run text through a model once and keep a uniform sample of what each expert is given. Goes on where it stopped.
 
-    Example: lamella similarity capture tiny-moe --text news -o studies/tiny
+    Example: lamella similarity capture tiny-moe --text news -o runs/tiny
     """
     from lamella.backbones.moe import moe_layers
     from lamella.cli.similarity.subject import load, read_texts, telling

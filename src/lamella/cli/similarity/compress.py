@@ -60,7 +60,7 @@ def compress(
 
     The model that --save writes is opened by lamella.similarity.Compressed.load.
 
-    Example: lamella similarity compress studies/tiny --budget 0.9 --budget 0.75 --text news --text dialogue
+    Example: lamella similarity compress runs/tiny --budget 0.9 --budget 0.75 --text news --text dialogue
     """
     from lamella.cli.similarity.subject import open_study, read_texts, telling
     from lamella.similarity import largest_compression

@@ -17,7 +17,7 @@ def report(
 ) -> None:
     """Write one page of all that was measured, with controls. It opens offline.
 
-    Example: lamella similarity report studies/tiny
+    Example: lamella similarity report runs/tiny
     """
     from lamella.lab.report.similarity import write_report
 

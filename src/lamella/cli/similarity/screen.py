@@ -24,7 +24,7 @@ def screen(
 ) -> None:
     """Compare every ordered pair of experts without training: floor, CKA, matched weights, co-activation.
 
-    Example: lamella similarity screen studies/tiny
+    Example: lamella similarity screen runs/tiny
     """
     from lamella.cli.similarity.subject import open_study, telling
     from lamella.similarity.screening import MEASURES, QUICK_MEASURES, default_measures

@@ -30,7 +30,7 @@ def swap(
 ) -> None:
     """Put experts, routers or blocks in each other's place and measure, with intervals. Goes on where it stopped.
 
-    Example: lamella similarity swap studies/tiny --unit block --unit router+experts
+    Example: lamella similarity swap runs/tiny --unit block --unit router+experts
     """
     from lamella.cli.similarity.subject import open_study, read_texts, telling
     from lamella.similarity.steps import swap_parts

@@ -6,14 +6,12 @@ Importing this package imports every module in it, so that a section is register
 import importlib
 import pkgutil
 
-from lamella.lab.report.findings import Finding
 from lamella.lab.report.pictures import PictureGrid
 from lamella.lab.report.report import Report, render, write_report
 from lamella.lab.report.sections import section
 from lamella.lab.report.tokens import TokenLayer, TokenText, token_texts
 
 __all__ = [
-    "Finding",
     "PictureGrid",
     "Report",
     "TokenLayer",

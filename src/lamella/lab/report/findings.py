@@ -1,31 +1,8 @@
 """The doctor's findings, put in order for the page."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
-
-class Finding(Protocol):
-    """One thing that is wrong: how badly ("error" or "warning"), what, where, why it matters, what to do."""
-
-    @property
-    def severity(self) -> str:
-        """How badly: "error" or "warning"."""
-
-    @property
-    def what(self) -> str:
-        """What is wrong."""
-
-    @property
-    def where(self) -> str:
-        """The place in the model, the run or the folder."""
-
-    @property
-    def why(self) -> str:
-        """Why it matters."""
-
-    @property
-    def fix(self) -> str:
-        """What to do."""
+from lamella.findings import Finding
 
 
 def worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -13,8 +13,9 @@ import pandas as pd
 
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
+from lamella.findings import Finding
 from lamella.lab.report.dots import dot_plots
-from lamella.lab.report.findings import Finding, findings_words, worst_first
+from lamella.lab.report.findings import findings_words, worst_first
 from lamella.lab.report.pages import page_environment
 from lamella.lab.report.pictures import PictureGrid
 from lamella.lab.report.sections import Section, sections_of
