@@ -4,7 +4,6 @@ The work goes on where it was killed; when it comes to its end before the kill, 
 """
 
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -15,13 +14,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-
-
-def fresh_processes(*modules: str) -> ForkServerContext:
-    """Processes that have imported these modules and done nothing: a kill then falls into work, not into imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(modules))
-    return context
 
 
 def kill_at_random(

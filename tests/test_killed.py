@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.killing import fresh_processes, kill_at_random
+from tests.killing import kill_at_random
 from tests.lab.tiny_runs import question_task, tiny_bert, tiny_settings
 from tests.lab.tiny_studies import write_study
+from tests.processes import fresh_processes
 from tests.tiny_moe import VOCAB, build
 from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,6 @@
 """Doctor on adapter folders: each fault planted in the files is found, and a healthy folder has none."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -271,26 +269,3 @@ def test_another_kind_of_folder_is_examined_by_who_registers_it(tmp_path, monkey
     (tmp_path / "album.json").write_text("{}")
 
     assert doctor(tmp_path).checked == (f"album {tmp_path.name}",)
-
-
-WITHOUT_LABORATORY = """
-import sys
-sys.modules["pandas"] = None
-import lamella
-assert lamella.doctor(sys.argv[1]).ok
-try:
-    lamella.doctor(sys.argv[2])
-except lamella.LamellaError as error:
-    print(error)
-"""
-
-
-def test_without_the_laboratory_an_adapter_is_examined_and_a_run_is_one_sentence(adapter, tmp_path):
-    (tmp_path / "run.yaml").write_text("model: minilm")
-
-    # a process of its own: what is imported here once stays
-    words = [sys.executable, "-c", WITHOUT_LABORATORY, str(adapter), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr
-    assert "lamella needs pandas, which is not installed: pip install 'lamella[lab]'" in done.stdout

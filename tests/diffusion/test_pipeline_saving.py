@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny_pipelines as tiny
 from tests.diffusion.conftest import Loras
+from tests.processes import run_fresh
 from torch import nn
 
 from lamella import LamellaError, MoleConfig, compose_pipeline, load_pipeline
 from lamella.diffusion import PipelineComposition
 
 PROMPTS = ["a cat", "a blue dog"]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -37,12 +35,19 @@ def composition(loras: dict[str, Path]) -> PipelineComposition:
     return compose_pipeline(tiny.stable_diffusion(), loras, config)
 
 
-def test_a_fresh_process_makes_the_same_images_bit_for_bit(composition: PipelineComposition, tmp_path: Path) -> None:
+def load_and_run(saved: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    pipe = tiny.stable_diffusion()
+    load_pipeline(pipe, saved)
+    save_file({"latents": tiny.run(pipe, PROMPTS)}, out)
+
+
+def test_a_fresh_process_makes_the_same_images_bit_for_bit(
+    fresh: ForkServerContext, composition: PipelineComposition, tmp_path: Path
+) -> None:
     saved = composition.save(tmp_path / "saved")
     assert sorted(path.name for path in saved.iterdir()) == ["adapter_config.json", "routers.safetensors"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.diffusion.fresh_pipeline", str(saved), str(tmp_path / "out.safetensors")]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=300)
+    run_fresh(fresh, load_and_run, saved, tmp_path / "out.safetensors")
     actual = load_file(tmp_path / "out.safetensors")["latents"]
     assert torch.equal(actual, tiny.run(composition.pipe, PROMPTS))
 

@@ -1,19 +1,44 @@
-import os
-import subprocess
-import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+import transformers
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.processes import run_fresh
 from tests.tuners.mole import trained
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from lamella import MoleConfig, compose
 
 
-def test_a_new_process_loads_the_very_same_models(folder: Path, tmp_path: Path) -> None:
+def load_all(root: Path) -> None:
+    """Loads the adapters that were saved, in every way there is, and writes what they give."""
+    torch.set_num_threads(1)
+    actual: dict[str, torch.Tensor] = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and (path / "adapter").exists()):
+        base, adapter, given = folder / "base", folder / "adapter", load_file(folder / "given.safetensors")
+        architecture = AutoConfig.from_pretrained(base).architectures[0]
+        kind: type[PreTrainedModel] = getattr(transformers, architecture, AutoModel)
+        models = {"peft": PeftModel.from_pretrained(kind.from_pretrained(base), adapter)}
+        if architecture == "LlamaForCausalLM":
+            models["auto"] = AutoPeftModelForCausalLM.from_pretrained(adapter)
+            models["transformers"] = AutoModelForCausalLM.from_pretrained(adapter)
+        if architecture == "LlamaForSequenceClassification":
+            models["auto"] = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=3)
+        for way, model in models.items():
+            with torch.no_grad():
+                actual[f"{folder.name} {way}"] = model.eval()(**given).logits
+        if hasattr(kind, "generate") and kind.can_generate():
+            start = {name: tensor for name, tensor in given.items() if not name.startswith("decoder_")}
+            actual[f"{folder.name} says"] = models["peft"].generate(
+                **start, max_new_tokens=4, min_new_tokens=4, do_sample=False
+            )
+    save_file(actual, root / "found.safetensors")
+
+
+def test_a_new_process_loads_the_very_same_models(fresh: ForkServerContext, folder: Path, tmp_path: Path) -> None:
     """Adapters of each method, in every way in which PEFT and transformers load one."""
 
     def on_disk(case: str, model: PreTrainedModel) -> PreTrainedModel:
@@ -44,12 +69,7 @@ def test_a_new_process_loads_the_very_same_models(folder: Path, tmp_path: Path) 
             start = {name: tensor for name, tensor in given.items() if not name.startswith("decoder_")}
             expected[f"{case} says"] = model.generate(**start, max_new_tokens=4, min_new_tokens=4, do_sample=False)
 
-    program = Path(__file__).with_name("fresh_process.py")
-    run = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_fresh(fresh, load_all, tmp_path)
     actual = load_file(tmp_path / "found.safetensors")
     assert {f"{case} {way}" for case in ("mola", "mole", "molex-llama") for way in ("auto", "transformers")} < set(
         actual

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -6,46 +7,62 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import torch.distributed as dist
+from tests.processes import run_on_two
 
+from lamella.lab.runs import run
+from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.trained import load_trained
 from lamella.lab.scoring import score
 from lamella.tracing import record_routing
 
 SCRIPT = """
-import hashlib, json, sys
-import torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-from lamella.lab.runs import run as module
-from lamella.lab.runs.settings import RunSettings
+import json, sys
+from tests.lab.studies.test_parallel import train_here
 
-model = []
-build = module._Run.__init__
-def kept(self, *args):
-    build(self, *args)
-    model.append(self.model)
-module._Run.__init__ = kept
-
-result = module.train(RunSettings.parse(json.loads(sys.argv[1])), sys.argv[2])
-digest = hashlib.sha256()
-for name, parameter in sorted(model[0].named_parameters()):
-    if parameter.requires_grad:
-        digest.update(parameter.detach().numpy().tobytes())
-rank = dist.get_rank()
-with open(f"{sys.argv[2]}-rank{rank}.json", "w") as file:
-    json.dump({"world": dist.get_world_size(), "checksum": digest.hexdigest(), "metrics": result.metrics}, file)
+train_here(json.loads(sys.argv[1]), sys.argv[2])
 """
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--main_process_port", "0"]
+
+
+def train_here(settings, folder):
+    """What each of the processes does; it writes down what it has trained and found."""
+    torch.set_num_threads(1)
+    model, build = [], run._Run.__init__
+
+    def kept(self, *args):
+        build(self, *args)
+        model.append(self.model)
+
+    run._Run.__init__ = kept
+    metrics = run.train(RunSettings.parse(settings), folder).metrics
+    digest = hashlib.sha256()
+    for _, parameter in sorted(model[0].named_parameters()):
+        if parameter.requires_grad:
+            digest.update(parameter.detach().numpy().tobytes())
+    found = {"world": dist.get_world_size(), "checksum": digest.hexdigest(), "metrics": metrics}
+    Path(f"{folder}-rank{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def launch(launcher, folder, *words):
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    paths = os.pathsep.join(map(str, (Path.cwd() / "src", Path.cwd())))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([*launcher, script, *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
-    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.heavy)], ids=["torchrun", "accelerate"]
+    "launcher",
+    [None, pytest.param(TORCHRUN, marks=pytest.mark.heavy), pytest.param(ACCELERATE, marks=pytest.mark.heavy)],
+    ids=["forked", "torchrun", "accelerate"],
 )
-def test_two_processes_train_one_model(bert, questions, tmp_path, launcher):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def test_two_processes_train_one_model(fresh, bert, questions, tmp_path, launcher):
     settings = {
         "model": bert,
         "task": questions,
@@ -56,13 +73,10 @@ def test_two_processes_train_one_model(bert, questions, tmp_path, launcher):
         "evaluate_every": 2,
         "log_every": 2,
     }
-    paths = os.pathsep.join(map(str, (Path.cwd() / "src", Path.cwd())))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    if launcher is ACCELERATE:
-        launcher = [*launcher, "--main_process_port", "0"]
-    command = [*launcher, str(script), json.dumps(settings), str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if launcher is None:
+        run_on_two(fresh, train_here, settings, str(tmp_path / "run"))
+    else:
+        launch(launcher, tmp_path, json.dumps(settings), str(tmp_path / "run"))
 
     first, second = (json.loads((tmp_path / f"run-rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == second["world"] == 2

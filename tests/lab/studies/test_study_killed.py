@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import time
@@ -6,7 +7,7 @@ from functools import partial
 
 import pandas as pd
 import pytest
-from tests.killing import fresh_processes, kill_at_random
+from tests.killing import kill_at_random
 from tests.lab.tiny_studies import write_study
 
 from lamella.lab.studies.folder import StudyFolder
@@ -15,12 +16,6 @@ from lamella.lab.studies.runner import work, work_in_processes
 from lamella.lab.studies.study import summarise
 
 MEASURED = ["build_seconds", "train_seconds", "seconds_per_step", "peak_memory_bytes"]
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """Processes that have imported everything and done nothing: a kill then falls into the work, not into imports."""
-    return fresh_processes("lamella.lab.studies.runner")
 
 
 @pytest.fixture
@@ -48,12 +43,18 @@ def table(grid, cells, folder):
     return pd.read_parquet(folder.path / "results.parquet").drop(columns=["study", *MEASURED])
 
 
+def work_in_forked(jobs, folder):
+    """`work_in_processes`, the workers of which are forked: this process has done nothing that a fork could break."""
+    multiprocessing.get_context = lambda method, of=multiprocessing.get_context: of("fork")
+    work_in_processes(jobs, folder, 2)
+
+
 def test_workers_are_replaced_and_end_with_the_process_that_started_them(study, fresh, tmp_path):
     _, cells = study
     long = [cell.settings.model_copy(update={"max_steps": 100_000, "evaluate_every": 100_000}) for cell in cells]
     endless = [replace(cell, settings=one) for cell, one in zip(cells, long, strict=True)]
     folder = StudyFolder(tmp_path / "out")
-    process = fresh.Process(target=work_in_processes, args=(endless, folder, 2))
+    process = fresh.Process(target=work_in_forked, args=(endless, folder))
     process.start()
     wait_until(lambda: len(list(folder.path.glob("runs/*/log.txt"))) == 2)
     assert claimable(endless, folder) == [False, False]
