@@ -55,17 +55,24 @@ class LackingError(Exception):
     """What a check would need of the base, and the base does not have."""
 
 
-def examine(family: Family) -> dict[str, dict[str, dict[str, Any]]]:
-    """The answer to every check, of PEFT's LoRA and every method, by method and check."""
+def examine(
+    family: Family, methods: Sequence[str] = METHODS, checks: Sequence[str] = CHECKS
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The answer to each check, of PEFT's LoRA and each method, by method and check."""
     base = tiny_model(family)
-    probes = {name: list(_kept(family, base, named)) for name, named in _probes(family, base).items()}
+    probes = {name: list(_kept(family, base, named)) for name, named in _probes(family, base).items() if name in checks}
     with tempfile.TemporaryDirectory() as folder:
-        rows = {method: _examine(family, base, method, probes, Path(folder)) for method in METHODS}
+        rows = {method: _examine(family, base, method, checks, probes, Path(folder)) for method in methods}
     return {method: {check: asdict(answer) for check, answer in answers.items()} for method, answers in rows.items()}
 
 
 def _examine(
-    family: Family, base: nn.Module, method: str, probes: dict[str, list[tuple[Probe, str]]], folder: Path
+    family: Family,
+    base: nn.Module,
+    method: str,
+    checks: Sequence[str],
+    probes: dict[str, list[tuple[Probe, str]]],
+    folder: Path,
 ) -> dict[str, Answer]:
     asked: dict[str, Callable[[PeftModel], float]] = {
         "start": lambda _: _start(family, base, method, folder),
@@ -74,7 +81,7 @@ def _examine(
     }
     model: PeftModel | None = None
     answers = {}
-    for check in CHECKS:
+    for check in checks:
         kept = [probe for probe, why_not in probes.get(check, ()) if not why_not]
         if check not in asked and not kept:
             answers[check] = Answer("not asked", "; ".join(dict.fromkeys(why for _, why in probes[check])))

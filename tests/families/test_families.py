@@ -25,6 +25,20 @@ def test_one_family_for_each_path(name: str) -> None:
     assert not [(method, check) for method in METHODS[1:] for check in CHECKS if answers[method][check]["said"] == "no"]
 
 
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("canine", ("MOLE",)),  # words pooled from characters
+        ("longformer", ("MoLEx",)),  # padded by the model itself
+        ("git", ("MOLE",)),  # an image before the words
+        ("mistral3", ("MoLEx",)),  # all images in one row
+    ],
+)
+def test_blocks_that_are_given_other_tokens_than_the_model(name: str, methods: tuple[str, ...]) -> None:
+    answers = examine(BY_NAME[name], methods, ("padding", "batch-mates"))
+    assert {answer["said"] for of_method in answers.values() for answer in of_method.values()} == {"yes"}, answers
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_family(name: str) -> None:

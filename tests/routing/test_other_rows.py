@@ -9,10 +9,10 @@ from peft import PeftModel, get_peft_model
 from tests import tiny
 from torch import Tensor
 from transformers import (
-    CanineConfig,
-    CanineForSequenceClassification,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    FunnelConfig,
+    FunnelForSequenceClassification,
     HubertConfig,
     HubertModel,
     PreTrainedModel,
@@ -112,11 +112,8 @@ def test_frames_of_sound_have_the_mask_that_the_model_makes_of_its_samples() -> 
 
 
 def test_a_decision_for_sequences_refuses_rows_that_may_be_padding() -> None:
-    canine = CanineConfig(
-        **{**_SIZES, "num_hidden_layers": 3}, intermediate_size=24, downsampling_rate=2, local_transformer_stride=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    model = tiny.molex(CanineForSequenceClassification(canine).eval(), lora=None)
+    funnel = FunnelConfig(vocab_size=tiny.VOCAB, d_model=16, n_head=2, d_head=8, d_inner=24, block_sizes=[2, 2])
+    model = tiny.molex(FunnelForSequenceClassification(funnel).eval(), lora=None)
     with torch.no_grad(), pytest.raises(LamellaError, match="padding would be read"):
         model(**padded(3, 16))
     with torch.no_grad():

@@ -4,6 +4,7 @@ from lamella.backbones.block_calls import BlockCall, hidden_states_of, with_hidd
 from lamella.backbones.blocks import (
     Place,
     Stack,
+    find_blocks,
     find_place,
     find_stacks,
     kinds_of_blocks,
@@ -18,6 +19,7 @@ __all__ = [
     "Place",
     "Rehearsal",
     "Stack",
+    "find_blocks",
     "find_place",
     "find_stacks",
     "hidden_states_of",

@@ -103,16 +103,27 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     linear layers is one. Beside the one with most parameters only those at least half as large count, except in an
     encoder-decoder.
     """
-    lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    of_transformers = [name for name, blocks in lists.items() if blocks and all(map(_is_layer, blocks))]
-    candidates = _outermost(of_transformers or [name for name, blocks in lists.items() if _are_alike(blocks)])
-    size = {name: sum(p.numel() for block in lists[name] for p in block.parameters()) for name in candidates}
+    lists, found_by = _lists_of_blocks(model)
+    size = {name: sum(p.numel() for block in blocks for p in block.parameters()) for name, blocks in lists.items()}
+    candidates = list(lists)
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         candidates = [name for name in candidates if 2 * size[name] >= max(size.values())]
     roles = {name: role_of(model, name) for name in candidates}
-    found_by = "layers" if of_transformers else "structure"
     stacks = [Stack(name, role, len(lists[name]), found_by, evidence) for name, (role, evidence) in roles.items()]
     return sorted(stacks, key=lambda stack: stack.causal)
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """Every block of a model, also of stacks too small to count."""
+    return [block for blocks in _lists_of_blocks(model)[0].values() for block in blocks]
+
+
+def _lists_of_blocks(model: nn.Module) -> tuple[dict[str, list[nn.Module]], str]:
+    """The outermost lists of blocks by name, and what says that they are: "layers" or "structure"."""
+    lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    of_transformers = [name for name, blocks in lists.items() if blocks and all(map(_is_layer, blocks))]
+    names = _outermost(of_transformers or [name for name, blocks in lists.items() if _are_alike(blocks)])
+    return {name: lists[name] for name in names}, "layers" if of_transformers else "structure"
 
 
 def find_place(name: str, stacks: Iterable[Stack]) -> Place | None:
@@ -142,6 +153,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _are_alike(blocks: Sequence[nn.Module]) -> bool:
     # A list is never called, and a bare linear module is no block.
+    blocks = [getattr(block, "base_layer", block) for block in blocks]
     is_block = len(blocks) > 1 and not isinstance(blocks[0], nn.ModuleList) and any(blocks[0].children())
     return is_block and len({type(block) for block in blocks}) == 1 and _has_linear(blocks[0])
 

@@ -70,7 +70,7 @@ def _lies_in(blocks: nn.Module, around: nn.Module) -> bool:
 def _sees_later_tokens(blocks: nn.Module, owner: PreTrainedModel) -> bool:
     """Whether another state of the last token before the first block changes what comes out for earlier ones."""
     seen = look(list(blocks.children()), owner)
-    if seen is None or seen.end.dim() != 3 or len(seen.end) != 2:
+    if seen is None or seen.end.dim() != 3 or len(seen.end) != 2 or seen.end.shape[1] < 2:
         return False
     before, after = seen.end[:, :-1].float()
     moved = (before - after).abs().max() / before.abs().max()

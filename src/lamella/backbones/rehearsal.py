@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lamella.backbones.blocks import Stack, find_place
-from lamella.backbones.samples import BATCH, few_inputs
+from lamella.backbones.samples import BATCH, as_it_was, few_inputs
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,15 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
         return Rehearsal()
     rows: dict[str, torch.Size] = {}  # of what a linear module or a block was given first, by its name, in that order
     blocks = [f"{stack.name}.{at}" for stack in stacks for at in range(stack.depth)]
-    modes = {module: module.training for module in model.modules()}
     read = _Reads({id(model.get_submodule(name).weight): name for name in linear})
     with ExitStack() as hooks:
         for name in (*blocks, *linear):
             hooks.callback(_watch(model.get_submodule(name), name, rows).remove)
         try:
-            with torch.no_grad(), torch.random.fork_rng(), read:
+            with torch.no_grad(), torch.random.fork_rng(), as_it_was(model), read:
                 model.eval()(**given)
         except Exception:  # of whatever kind: it is another's forward
             return Rehearsal()
-        finally:
-            for module, training in modes.items():
-                module.training = training
     order = tuple(name for name in rows if name not in blocks)
     places = {name: place for name in order if (place := find_place(name, stacks)) and not place.reads_encoder}
     of_block = {name: rows.get(f"{place.stack}.{place.layer}", torch.Size()) for name, place in places.items()}

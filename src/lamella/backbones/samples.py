@@ -1,5 +1,7 @@
 """A few inputs that a model can be run on, for a look at what it does with them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,27 @@ def few_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     if name == "input_values":
         return {name: torch.linspace(-1, 1, BATCH * _SAMPLES, device=device).view(BATCH, _SAMPLES)}
     return None
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undoes what is done to a model's modules inside: their modes, what a forward keeps in them or exchanges.
+
+    BigBird, for one, changes to another attention for good where it is given few tokens.
+    """
+    held = ("_modules", "_buffers")
+    before = {
+        module: (dict(vars(module)), {name: dict(vars(module)[name]) for name in held}) for module in model.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, (attributes, of_module) in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, members in of_module.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(members)
 
 
 def _ids(model: nn.Module, width: int) -> Tensor:

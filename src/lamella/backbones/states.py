@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lamella.backbones.block_calls import hidden_states_of, parameter_names, states_without_sequences
-from lamella.backbones.samples import few_inputs
+from lamella.backbones.samples import as_it_was, few_inputs
 from lamella.errors import LamellaError
 
 
@@ -95,6 +95,14 @@ def look(blocks: list[nn.Module], model: PreTrainedModel) -> Seen | None:
         return None
     known = parameter_names(type(model).forward)
     given = {name: value[:1].repeat(2, *[1] * (value.dim() - 1)) for name, value in sample.items() if name in known}
+    seen = _look_at(blocks, model, given)
+    if seen is not None and seen.begin.shape[1] < 2:  # of so few tokens a model that pools them leaves only one
+        longer = {name: value.repeat(1, 8) if value.dim() == 2 else value for name, value in given.items()}
+        return _look_at(blocks, model, longer)
+    return seen
+
+
+def _look_at(blocks: list[nn.Module], model: PreTrainedModel, given: dict[str, Tensor]) -> Seen | None:
     begins: list[Tensor] = []
     ends: list[Tensor] = []
 
@@ -105,25 +113,18 @@ def look(blocks: list[nn.Module], model: PreTrainedModel) -> Seen | None:
         begins.append(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, name: states})
 
-    modes = {module: module.training for module in model.modules()}
     before = _attributes(blocks)
-    kept = ""
     try:
-        with torch.no_grad(), torch.random.fork_rng(), ExitStack() as hooked:
+        with torch.no_grad(), torch.random.fork_rng(), as_it_was(model), ExitStack() as hooked:
             hooked.enter_context(blocks[0].register_forward_pre_hook(disturb, with_kwargs=True))
             hooked.enter_context(
                 blocks[-1].register_forward_hook(lambda _, args, output: ends.append(hidden_states_of(output)))
             )
             model.eval()(**given)
+            after = _attributes(blocks).items()
     except Exception:  # of whatever kind: it is another model's forward
         return None
-    finally:
-        for (module, name), value in _attributes(blocks).items():
-            if isinstance(value, Tensor) and value is not before.get((module, name)):
-                kept = name
-                module.__dict__[name] = before.get((module, name))
-        for module, training in modes.items():
-            module.training = training
+    kept = next((at[1] for at, value in after if isinstance(value, Tensor) and value is not before.get(at)), "")
     return Seen(begins[0], ends[0], kept) if len(begins) == len(ends) == 1 else None
 
 

@@ -2,17 +2,8 @@
 
 from lamella.routing.attachment import attach, refuse_reentrant_collection
 from lamella.routing.balance import CollectedLoss, RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
-from lamella.routing.context import (
-    CallListener,
-    Frame,
-    RoutedCall,
-    RouterKey,
-    Scale,
-    collect_losses,
-    current_frame,
-    in_frame,
-    prompt,
-)
+from lamella.routing.calls import CallListener, RoutedCall, RouterKey, Scale
+from lamella.routing.context import Frame, collect_losses, current_frame, in_frame, prompt
 from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision, mixing_weights
 from lamella.routing.documents import Rows, Sequences
 from lamella.routing.generating import Asked

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lamella.errors import LamellaError
-from lamella.routing.context import Frame, RoutedCall
+from lamella.routing.calls import RoutedCall
+from lamella.routing.context import Frame
 
 Gradient = Callable[..., Tensor]
 

@@ -6,169 +6,25 @@ by an exception, of whatever kind, runs no more, and what it put there is taken 
 """
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
-from lamella.routing.balance import CollectedLoss, JointBalance
-from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision
-from lamella.routing.documents import Documents, Packing, Rows, Sequences, rows_of_mask, watch_for_mixing
-from lamella.routing.prompt import Generation, Given, Prompt, Readable, find_readable, prompt_of, say_unknown
+from lamella.routing.balance import CollectedLoss
+from lamella.routing.calls import Observer, RoutedCall, RouterKey, TrackedModel
+from lamella.routing.decision import Decision, Projection
+from lamella.routing.documents import Documents, Packing, Rows, Sequences, watch_for_mixing
+from lamella.routing.masks import real_by_block, rows_of_mask
+from lamella.routing.prompt import Generation, Prompt, Readable, find_readable, prompt_of, say_unknown
 from lamella.routing.statements import Statements
-
-Observer = Callable[..., None]
-RouterKey = tuple[str, str]  # an adapter, and the router's name in the model
-Scale = Callable[[], Tensor | float]
-
-_UNKNOWN_SCALE = (
-    "A balance loss is attached with scale 1, since the task loss was not built by the model and no trainer says how "
-    "it is scaled. That is right where it goes into the backward pass as it is. Where it is multiplied or divided "
-    "first, as for gradient accumulation, run the backward pass inside "
-    "`lamella.routing.loss_scale(model, 1 / steps)`."
-)
-
-
-def _nobody_says(shifts_labels: bool) -> Scale | None:
-    return None
-
-
-@dataclass(eq=False)
-class TrackedModel:
-    """What outlives a call of a model.
-
-    Attributes:
-        shifts_labels: whether its loss predicts token t+1 at t, so that the first label counts for nothing.
-        whole_input: whether it answers about its whole input instead of continuing it.
-        observers: who wants to see routings.
-        listeners: who takes part in the beginning and the end of each call.
-        overrides: what was said in place of an adapter's routers.
-        scales: what the user says of a loss that is built outside the model, the latest last.
-        trainers_scale: asks for the same whoever runs a call that begins; it is told ``shifts_labels``.
-        said: the warnings that were given, each of which is given once.
-        turned: whether a module is given tokens before sequences, by its name, as far as batches have shown.
-    """
-
-    shifts_labels: bool = False
-    whole_input: bool = False
-    observers: list[Observer] = field(default_factory=list)
-    listeners: list["CallListener"] = field(default_factory=list)
-    overrides: Statements[Override] = field(default_factory=Statements)
-    scales: dict[object, float] = field(default_factory=dict)
-    trainers_scale: Callable[[bool], Scale | None] = _nobody_says
-    said: set[str] = field(default_factory=set)
-    turned: dict[str, bool] = field(default_factory=dict)
-
-    def override(self, adapter: str) -> Override:
-        """What holds here and now in place of an adapter's routers."""
-        return self.overrides_here().get(adapter, Override(adapter))
-
-    def overrides_here(self) -> dict[str, Override]:
-        """What holds here and now in place of routers, by adapter."""
-        return {override.adapter: override for override in self.overrides.here()}
-
-    def say_once(self, about: str, warning: str) -> None:
-        """Warns of something unless it has been said for this model."""
-        if about not in self.said:
-            self.said.add(about)
-            warnings.warn(warning, stacklevel=2)
-
-
-class CallListener(Protocol):
-    """Who takes part in the beginning and the end of each call."""
-
-    def asked(self, generation: Generation, asked: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A ``generate`` is asked for something; returns the named arguments that it is to run with."""
-
-    def batched(self, model: nn.Module) -> None:
-        """Continuous batching of a model is to begin."""
-
-    def opened(self, call: "RoutedCall", arguments: Mapping[str, Any]) -> None:
-        """A call begins with these arguments."""
-
-    def closed(self, call: "RoutedCall", output: Any) -> None:
-        """It ends with this output; not told where it failed."""
-
-
-@dataclass(eq=False)
-class RoutedCall:
-    """One forward of a tracked model.
-
-    Attributes:
-        tracker: the model.
-        label_share: labels of this batch over the labels the trainer normalises by; 1 where it does not say.
-        decoder_mask: where an encoder-decoder has labels, the positions that predict one, ``(batch, tokens)``.
-        half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
-        collected: where the layers' own losses go when it ends, instead of being attached.
-        losses: those of its layers so far, by module name.
-        recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
-        trainers_scale: of a loss that the trainer builds outside the model, where it is known.
-        prompt: what ``generate`` or ``lamella.prompt`` says about the prompts.
-        generation: the ``generate`` it runs in; None outside.
-        given: what its arguments say of which tokens are given and which are to be predicted.
-        cache: of the sequences that the forward continues or begins, as it was given.
-        foreign: what it was given instead that is none of transformers' caches, by its type; None where nothing.
-        past: tokens the cache held when the forward began.
-        tokens: those that the forward adds.
-        cached: the decisions for those sequences that it brought, and those taken since.
-        is_settled: whether those that it brought are known to be those of a forward of the whole sequences.
-        is_recalled: whether any of those was used.
-        overrides: what holds in place of the routers, by adapter.
-        decisions: those that blocks of different stacks share.
-        balances: losses that all routers of an adapter have in common, by adapter.
-    """
-
-    tracker: TrackedModel
-    label_share: Tensor | float = 1.0
-    decoder_mask: Tensor | None = None
-    half: bool = False
-    collected: CollectedLoss | None = None
-    losses: list[tuple[str, Tensor]] = field(default_factory=list)
-    recorded_scale: Tensor | None = None
-    trainers_scale: Scale | None = None
-    prompt: Prompt | None = None
-    generation: Generation | None = None
-    given: Given | None = None
-    cache: Any = None
-    foreign: str | None = None
-    past: int = 0
-    tokens: int = 0
-    cached: dict[RouterKey, CachedDecision] = field(default_factory=dict)
-    is_settled: bool = False
-    is_recalled: bool = False
-    overrides: dict[str, Override] = field(default_factory=dict)
-    decisions: dict[RouterKey, SharedDecision] = field(default_factory=dict)
-    balances: dict[str, JointBalance] = field(default_factory=dict)
-
-    def attached_scale(self) -> Tensor | float:
-        """The factor of an attached loss: the task loss's own.
-
-        Raises:
-            LamellaError: fp16 with a gradient scaler whose scale never passed through the model's loss.
-        """
-        if self.recorded_scale is not None:
-            return self.recorded_scale * self.label_share
-        if self.tracker.scales:
-            return [*self.tracker.scales.values()][-1]
-        if self.trainers_scale is not None:
-            return self.trainers_scale()
-        if self.half:
-            raise LamellaError(
-                "A balance loss is attached under fp16, but the loss was not built by the model, so the scale of the "
-                "gradient scaler is unknown and the balance loss would be thousands of times too small. Pass labels so "
-                "that the model returns its loss, wrap the backward in `lamella.routing.loss_scale(model, scale)`, use "
-                "bf16, or set router_aux_loss_coef=0."
-            )
-        self.tracker.say_once("loss scale", _UNKNOWN_SCALE)
-        return 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +45,8 @@ class Frame:
         projections: what one layer computed for a sibling with the same input, by that layer and adapter.
         decisions: those that several layers of the stack share.
         alone: where a block runs with one expert at a time, for which router and which expert this run is.
+        of_stack: the stack's own frame, where this one is of a block that is given other tokens than the stack.
+        of_blocks: what such blocks' masks say, by mask and rows, each with its mask so that it stays the same object.
     """
 
     call: RoutedCall
@@ -204,10 +62,41 @@ class Frame:
     projections: dict[tuple[nn.Module, str], Projection] = field(default_factory=dict)
     decisions: dict[RouterKey, Decision] = field(default_factory=dict)
     alone: tuple[RouterKey, int] | None = None
+    of_stack: "Frame | None" = None
+    of_blocks: dict[tuple[int, torch.Size], tuple[Any, Tensor | None, Packing]] = field(default_factory=dict)
 
     def again(self, **changes: Any) -> "Frame":
         """The same stack for a block that runs once more, with nothing computed for siblings yet."""
         return replace(self, **{"projections": {}, "decisions": {}, **changes})
+
+    def of_block(self, states: Tensor, arguments: Mapping[str, Any], takes_mask: bool) -> "Frame":
+        """What the layers of a block see: the same, unless it is given other tokens and says which of them are real.
+
+        So are frames of sound, patches, or words that the model has pooled, padded or put something beside.
+
+        Args:
+            states: what the block maps, ``(batch, tokens, features)``.
+            arguments: all that it is given, by name.
+            takes_mask: whether it can be given an attention mask, so that where there is none nothing is hidden.
+        """
+        rows, mask = states.shape[:2], arguments.get("attention_mask")
+        is_padded_inside = mask is None and self.width is not None and rows[1] > self.width
+        if self._has_tokens(rows) or not takes_mask or is_padded_inside:
+            return self
+        key = (id(mask), rows)
+        if key not in self.of_blocks:
+            self.of_blocks[key] = (mask, real_by_block(mask, states), Packing(arguments))
+        _, real, packing = self.of_blocks[key]
+        if real is None or (self.mask is None and not packing.speaks):
+            return self
+        return replace(self, mask=real, packing=packing, of_stack=self)
+
+    def _has_tokens(self, rows: torch.Size) -> bool:
+        """Whether rows ``(batch, tokens)`` are known to be those that the stack was given."""
+        if self.mask is not None:
+            return rows_of_mask(self._new_tokens(self.mask, of_encoder=False), rows) is not None
+        given = self.given
+        return given is not None and given.dim() in (2, 3) and rows in (given.shape[:2], given.shape[1::-1])
 
     def real_tokens(self, x: Tensor) -> Tensor:
         """Which tokens of ``x (batch, tokens, features)`` are real, ``(batch, tokens)``."""
@@ -259,10 +148,30 @@ class Frame:
         real, sequences, call = self.real_tokens(x), self.sequences(x), self.call
         if not decoder or call.tracker.whole_input:
             return Readable(real, None, sequences)
-        readable = find_readable(real, call.prompt, call.given, prompt_tokens, sequences)
+        before = self._put_before(real, sequences)
+        behind = Rows(len(real)) if before else sequences
+        readable = find_readable(real[:, before:], call.prompt, call.given, prompt_tokens, behind).after(before)
         if readable.unknown:
             call.tracker.say_once(*say_unknown(readable, call.given is not None, prompt_tokens))
         return readable
+
+    def _put_before(self, real: Tensor, sequences: Sequences) -> int:
+        """How many tokens, all real, a decoder puts before those that it was given, as some do with an image's.
+
+        Raises:
+            LamellaError: its blocks are given other tokens, but not in that order.
+        """
+        if self.of_stack is None or self.width is None:
+            return 0
+        before = real.shape[1] - self.width
+        given = self.of_stack.real_tokens(real[:, max(before, 0) :, None])
+        if before < 0 or sequences.packed or not torch.equal(real, torch.cat([real[:, :before] | True, given], dim=1)):
+            raise LamellaError(
+                f"The blocks of {type(self.stack).__name__} are given {real.shape[1]} tokens where it was given "
+                f"{self.width}, and nothing says where among them a prompt ends, which is what a decision for a whole "
+                "sequence reads. Use granularity='token', or MoLA."
+            )
+        return before
 
     def readable_so_far(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
         """What it could read in a forward of all that the sequences have had so far, ``x`` being their last tokens."""
@@ -318,7 +227,7 @@ class Frame:
 
     def _new_tokens(self, mask: Tensor, of_encoder: bool) -> Tensor:
         """The part of a mask that is of this forward's tokens."""
-        given = None if of_encoder else self.given
+        given = None if of_encoder or self.of_stack is not None else self.given
         if given is None or given.dim() not in (2, 3) or len(given) != len(mask) or given.shape[1] > mask.shape[1]:
             return mask
         return mask[:, mask.shape[1] - given.shape[1] :]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lamella.errors import LamellaError
+from lamella.routing.masks import expanded_mask
 
 _CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens")
 
@@ -107,6 +108,11 @@ class Packing:
         self._found: dict[tuple[torch.Size, torch.device], Sequences] = {}
 
     @property
+    def speaks(self) -> bool:
+        """Whether there is any argument that could say it."""
+        return bool(self._said)
+
+    @property
     def spans_rows(self) -> bool:
         """Whether lengths are counted through all rows, so that no row can be left out."""
         return any(name in self._said for name in _CUMULATIVE)
@@ -147,7 +153,7 @@ class Packing:
         for name in _CUMULATIVE:
             if isinstance(self._said.get(name), Tensor):
                 return _by_lengths(self._said[name], real.shape)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask > 1).any()):
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and bool((mask > 1).any()):
             return mask
         return _by_positions(self._said.get("position_ids"), real, is_masked=mask is not None)
 
@@ -199,19 +205,6 @@ def watch_for_mixing(
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
 
 
-def rows_of_mask(mask: Tensor, rows: torch.Size) -> Tensor | None:
-    """A mask ``(batch, tokens)`` laid out as a module's rows; None where those are not one for each token.
-
-    A module may be given tokens before sequences, an axis of one, or all tokens of all sequences behind each other.
-    """
-    if len(mask) == 1 and len(rows) > 1 and mask.shape[1] == rows[-1]:  # one for all sequences
-        mask = mask.expand(rows[:-1].numel(), -1)
-    axes, shape = ([n for n in size if n != 1] for size in (rows, mask.shape))
-    if axes == shape or tuple(rows) == (mask.numel(),):
-        return mask
-    return mask.t() if axes == shape[::-1] else None
-
-
 def number_documents(numbers: Tensor, real: Tensor) -> Sequences:
     """The sequences of rows whose tokens have numbers, ``(batch, tokens)``; padding belongs to none of its own."""
     batch, tokens = numbers.shape
@@ -226,25 +219,6 @@ def number_documents(numbers: Tensor, real: Tensor) -> Sequences:
     begins = begins.scatter_reduce(0, of, torch.arange(len(of), device=of.device), "amin")
     rank = begins.argsort().argsort()
     return Documents(rank[of].view(batch, tokens), len(unique))
-
-
-def expanded_mask(mask: Any) -> Tensor | None:
-    """A mask that was expanded for attention, one head of it, True where a token attends: ``(batch, queries, keys)``.
-
-    None where a mask is none of these: a tensor ``(batch, heads, queries, keys)``, flex attention's, or one for each
-    kind of attention.
-    """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if hasattr(mask, "mask_mod"):
-        from torch.nn.attention.flex_attention import create_mask  # brings torch's compiler along
-
-        batch, heads, queries, keys = mask.shape
-        mask = create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_indices.device)
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return None
-    attends = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
-    return attends.any(dim=1)
 
 
 def _connected(attends: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.routing.context import TrackedModel, generating
+from lamella.routing.calls import TrackedModel
+from lamella.routing.context import generating
 from lamella.routing.prompt import Beginning, Generation
 
 # What generate is asked for where its first forward holds guessed tokens after the prompt.

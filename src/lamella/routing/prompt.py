@@ -146,6 +146,16 @@ class Readable:
         without = torch.zeros_like(self.read) if self.without is None else self.without
         return torch.stack([self.read.sum(dim=1), without.sum(dim=1)], dim=1)
 
+    def after(self, tokens: int) -> "Readable":
+        """The same of sequences that begin with so many tokens more, all of which are given."""
+        if tokens == 0:
+            return self
+        read, without = self.read, self.without
+        read = torch.cat([torch.ones_like(read[:, :1]).expand(-1, tokens), read], dim=1)
+        if without is not None:  # what runs without a decision sees those before it, which are then without it too
+            without = torch.cat([without.any(dim=1, keepdim=True).expand(-1, tokens), without], dim=1)
+        return replace(self, read=read, without=without)
+
 
 @dataclass(frozen=True, eq=False)
 class Given:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError
+from lamella.routing.calls import RoutedCall, RouterKey, TrackedModel
 from lamella.routing.context import (
     Frame,
-    RoutedCall,
-    RouterKey,
-    TrackedModel,
     calling_frame,
     current_context,
     current_frame,
@@ -31,8 +29,9 @@ from lamella.routing.context import (
     stated_prompt,
 )
 from lamella.routing.decision import Decision
-from lamella.routing.documents import Packing, expanded_mask
+from lamella.routing.documents import Packing
 from lamella.routing.generating import unwrap_generation, wrap_generation
+from lamella.routing.masks import real_by_expanded
 from lamella.routing.prompt import find_given
 
 _IN_OTHER_THREADS = (
@@ -87,6 +86,24 @@ class CallTracker(TrackedModel):
             call.collected.by_name.extend(call.losses + joint)
         return _record_loss_scale(output, call)
 
+    def open_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of each block: it may be given other tokens than its stack."""
+        frame = current_frame()
+        if frame is None or frame.call.tracker is not self:
+            return
+        wrapped = getattr(block, "base_layer", block)
+        names, arguments = _parameter_names(type(wrapped).forward), _named_arguments(wrapped, args, kwargs)
+        states = arguments.get(names[0]) if names else None
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            return
+        of_block = frame.of_block(states, arguments, takes_mask="attention_mask" in names)
+        if of_block is not frame:
+            enter(of_block, block, runs_in=sys._getframe(1))
+
+    def close_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, run also when the forward raised an Exception."""
+        leave(block)
+
     def _start_call(self, module: nn.Module, arguments: Mapping[str, Any]) -> RoutedCall:
         labels = arguments.get("labels")
         is_encoder_decoder = "decoder_input_ids" in _parameter_names(type(module).forward)
@@ -126,7 +143,11 @@ def _decoder_input(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | 
 
 
 def track_calls(
-    model: nn.Module, stacks: Sequence[nn.Module] = (), shifts_labels: bool = False, whole_input: bool = False
+    model: nn.Module,
+    stacks: Sequence[nn.Module] = (),
+    shifts_labels: bool = False,
+    whole_input: bool = False,
+    blocks: Sequence[nn.Module] = (),
 ) -> CallTracker:
     """Sets the hooks on ``model`` and on the ``stacks`` inside it, once; returns the model's tracker.
 
@@ -135,6 +156,7 @@ def track_calls(
         stacks: modules inside it that are given an attention mask of their own.
         shifts_labels: whether the model's loss predicts token t+1 at t, so that the first label counts for nothing.
         whole_input: whether the model answers about its whole input, as a classifier does, instead of continuing it.
+        blocks: modules inside the stacks, each of which may be given other tokens than its stack.
     """
     existing = find_tracker(model)
     if existing is not None:
@@ -145,6 +167,9 @@ def track_calls(
     for module in (model, *stacks):
         module.register_forward_pre_hook(tracker.open, with_kwargs=True)
         module.register_forward_hook(tracker.close, always_call=True)
+    for block in blocks:
+        block.register_forward_pre_hook(tracker.open_block, with_kwargs=True)
+        block.register_forward_hook(tracker.close_block, always_call=True)
     return tracker
 
 
@@ -234,7 +259,7 @@ def _frame_of_stack(call: RoutedCall, stack: nn.Module, arguments: Mapping[str, 
     elif mask is None:
         real = None
     elif parent is None:
-        real = _real_by_expanded(mask)
+        real = real_by_expanded(mask)
     else:  # already expanded for attention: the stack around this one was given the plain mask
         real = parent.mask
     encoder_mask = arguments.get("encoder_attention_mask")
@@ -247,21 +272,6 @@ def _frame_of_stack(call: RoutedCall, stack: nn.Module, arguments: Mapping[str, 
     ids = arguments.get("input_ids")
     width = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
     return Frame(call, real, encoder_real, parent, stack=stack, given=given, width=width, packing=Packing(arguments))
-
-
-def _real_by_expanded(mask: Any) -> Tensor | None:
-    """Real tokens by a mask that was expanded for attention, as ``generate`` does for static caches; None unless so.
-
-    A token is real if any token attends to it. A static cache has columns for tokens that are yet to come.
-    """
-    attends = expanded_mask(mask)
-    if attends is None:
-        return None
-    attended = attends.any(dim=1)  # (batch, keys)
-    if attends.shape[1] == attends.shape[2]:
-        return attended
-    so_far = int(attended.any(dim=0).nonzero().max()) + 1 if bool(attended.any()) else 0
-    return attended[:, :so_far]
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from lamella.backbones import find_blocks
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.findings import Examination
 from lamella.routing import track_calls, untrack_calls
@@ -187,7 +188,8 @@ def track(model: nn.Module) -> None:
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     loss_type = getattr(model, "loss_type", None) or ""
     shifts_labels = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not is_encoder_decoder
-    tracker = track_calls(model, stacks, shifts_labels=shifts_labels, whole_input=loss_type in _ABOUT_ALL)
+    about_all = loss_type in _ABOUT_ALL
+    tracker = track_calls(model, stacks, shifts_labels, whole_input=about_all, blocks=find_blocks(model))
     tracker.trainers_scale = scale_of_trainer
     if not tracker.listeners:
         tracker.listeners += [DecisionsInCache(), LostGradients(model)]

@@ -9,10 +9,10 @@ from tests import tiny
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BigBirdConfig,
+    BigBirdModel,
     CLIPConfig,
     CLIPModel,
-    LongformerConfig,
-    LongformerModel,
     MptConfig,
     PreTrainedModel,
     Qwen2VLConfig,
@@ -197,13 +197,15 @@ def test_blocks_that_no_other_could_stand_in_for_are_refused_when_they_are_asked
 
 
 def test_tokens_that_a_model_adds_by_itself_are_not_taken_for_real_ones() -> None:
-    config = LongformerConfig(**TOWER, attention_window=4, vocab_size=tiny.VOCAB, max_position_embeddings=24)
-    model = tiny.molex(LongformerModel(config).eval())
-    ids = torch.full((3, 8), 7)
+    config = BigBirdConfig(
+        **TOWER, block_size=2, num_random_blocks=1, vocab_size=tiny.VOCAB, max_position_embeddings=24
+    )
+    model = tiny.molex(BigBirdModel(config).eval())
+    ids = torch.full((3, 16), 7)
     with torch.no_grad():
         model(input_ids=ids)
-        with pytest.raises(LamellaError, match=r"is given 8 tokens where the model was given 6.*pad_to_multiple_of"):
-            model(input_ids=ids[:, :6])
+        with pytest.raises(LamellaError, match=r"is given 16 tokens where the model was given 15.*pad_to_multiple_of"):
+            model(input_ids=ids[:, :15])
 
 
 def test_random_guests_of_a_speech_model_are_drawn_from_what_it_hears() -> None:

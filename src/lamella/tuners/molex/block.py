@@ -277,7 +277,7 @@ class MolexBlock(nn.Module, AdapterLayer):
         return frame.readable(h, self.decoder, config.prompt_tokens)
 
     def _refuse_padded_inside(self, h: Tensor, frame: Frame) -> None:
-        if frame.width is not None and h.shape[1] > frame.width:
+        if frame.of_stack is None and frame.width is not None and h.shape[1] > frame.width:
             raise LamellaError(
                 f"{self.name} is given {h.shape[1]} tokens where the model was given {frame.width}: the model has "
                 "padded them itself, and nothing says which are real. Pad the batch to that length "
@@ -302,7 +302,10 @@ class MolexBlock(nn.Module, AdapterLayer):
                 raise LamellaError(
                     f"policy='random' draws from what the model reads, so {self.name} cannot run outside its forward."
                 )
-            tokens = hash_tokens(frame.given, read, sequences, self._hash_source(frame, len(read)))
+            given = frame.given
+            if (stack := frame.of_stack) is not None and given is not None:  # other tokens than those that were given
+                given = hash_sequences(given, stack.mask)[:, None]
+            tokens = hash_tokens(given, read, sequences, self._hash_source(frame, len(read)))
             drawn = draw(tokens, sequences, depth.index, config.seed, count, mixture.granularity)
             picked = drawn.sort(dim=1, descending=True, stable=True).indices[:, : depth.top_k]
         else:

@@ -215,8 +215,8 @@ def _content(given: Tensor | None, read: Tensor) -> Tensor:
     given = given.to(read.device)
     if given.is_floating_point():
         bits = given.detach().float().view(torch.int32).long()
-        per_token = bits if bits.dim() == 3 and bits.shape[:2] == read.shape else bits.flatten(1)[:, None]
-        per_token = per_token.flatten(2)
+        is_by_token = bits.dim() < 4 and bits.shape[:2] == read.shape
+        per_token = bits.view(*read.shape, -1) if is_by_token else bits.flatten(1)[:, None]
         given = _mix(per_token + _mix(torch.arange(per_token.shape[-1], device=read.device))).sum(dim=-1)
     if given.shape[0] == read.shape[0] and given.shape[-1] in (1, read.shape[1]):
         return given.long().expand_as(read)
