@@ -19,7 +19,7 @@ from benchmarks.naive_similarity import LR, capture_pair, train_pair
 from benchmarks.record import Benchmark, BenchSettings, Case, Record, Say, Target
 from lamella.aligners import aligner_class
 from lamella.backbones.moe import Expert, moe_layers
-from lamella.backbones.moe.family import Gated
+from lamella.backbones.moe.expert import Gated
 from lamella.similarity.activations import Capture, capture
 from lamella.similarity.alignment.frozen import FrozenExpert
 from lamella.similarity.alignment.stack import start_stack

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from lamella.backbones.moe import Expert, moe_layers
-from lamella.backbones.moe.family import Gated
+from lamella.backbones.moe.expert import Gated
 from lamella.similarity.activations.keys import hashed, unit
 
 

@@ -12,7 +12,7 @@ from tests.tiny_moe import FAMILIES
 
 from lamella.aligners import KINDS, make_aligner
 from lamella.backbones.moe import moe_layers
-from lamella.backbones.moe.family import Gated
+from lamella.backbones.moe.expert import Gated
 from lamella.similarity.alignment.frozen import FrozenExpert, HiddenUnits, Swiglu, hidden_units
 from lamella.similarity.alignment.stack import start_stack, unstack
 from lamella.similarity.alignment.training import stack_tokens, train

@@ -1,14 +1,11 @@
-"""The experts of mixture-of-experts models: one small file per family says where router and experts are."""
+"""The experts of mixture-of-experts models: one reader of transformers' contract, one small file per exception."""
 
-from lamella.backbones.moe import (  # noqa: F401  (they register their families)
-    deepseek_v2,
-    deepseek_v3,
-    gpt_oss,
-    granite,
-    mixtral,
-    olmoe,
-    phi,
-    qwen,
+from lamella.backbones.moe import (  # noqa: F401  (they register: exceptions after the rule)
+    contract,
+    dbrx,
+    deepseek_v4,
+    gemma4,
+    llama4,
     switch,
 )
 from lamella.backbones.moe.dispatch import Dispatch, watch_dispatch

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lamella.backbones.blocks import locate_stacks
 from lamella.backbones.moe.family import NativeRouting
+from lamella.backbones.moe.interventions import eagerly
 from lamella.backbones.moe.layer import MoELayer
 from lamella.routing import Frame, current_frame, find_tracker, track_calls, untrack_calls
 
@@ -43,7 +44,7 @@ def watch_dispatch(model: nn.Module, layers: Sequence[MoELayer], watcher: Callab
     if not tracked:
         track_calls(model, _models_of_stacks(model))
     try:
-        with ExitStack() as watched:
+        with eagerly(), ExitStack() as watched:
             for layer in layers:
                 watched.enter_context(layer.family.watched(layer.module, _telling(layer, watcher)))
             yield

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -67,3 +68,43 @@ class Expert:
             raise LamellaError(f"An expert with the matrices {given} cannot be written over one with {held}.")
         for name, matrix in mine.items():
             matrix.copy_(theirs[name])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NormedExpert(Expert):
+    """An expert whose output is normalised before it is weighted: more than its matrices.
+
+    Attributes:
+        norm: ``(N, out) -> (N, out)``, one for all experts of the layer.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The expert's output ``(N, out)`` for tokens ``x (N, in)``."""
+        return self.norm(super().__call__(x))
+
+
+@runtime_checkable
+class HoldsExperts(Protocol):
+    """A module in the place of a family's own experts that knows how to give them out."""
+
+    def expert(self, index: int) -> Expert:
+        """What does the work of one of the E experts."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """``activation(gate) * up``, the gated linear unit that most families use."""
+
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """The hidden units ``(N, ff)``."""
+        assert gate is not None
+        return self.activation(gate) * up
+
+
+def ungated(activation: Callable[[Tensor], Tensor]) -> Activation:
+    """``activation(up)``."""
+    return lambda _, up: activation(up)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lamella.backbones.moe.expert import Activation, Expert
-from lamella.backbones.moe.interventions import replace_experts, restrict_router, restricted
+from lamella.backbones.moe.expert import Expert
+from lamella.backbones.moe.interventions import put, replace_experts, restrict_router, restricted
+from lamella.backbones.moe.masking import Scored, Without
+from lamella.errors import LamellaError
 from lamella.routing import Routing
 
 FAMILIES: list["MoEFamily"] = []
@@ -38,17 +41,21 @@ class NativeRouting(Routing):
 
 
 class MoEFamily:
-    """The parts of one family's sparse module, for transformers' layout: fused experts behind a router called gate.
+    """How the module that holds a router and its experts is read, and how it is changed.
 
-    A family is a subclass with an instance in ``FAMILIES``; it overrides what differs. Routings are read as the model
-    made them, in training too (with its jitter and its sampling); ``Expert`` leaves out dropout.
+    A family is a subclass with an instance in ``FAMILIES``; it overrides what differs from a router that puts out
+    logits, weights and indices, beside experts whose forward is given hidden states, indices and weights. Routings are
+    read as the model made them, in training too (with its jitter and its sampling); ``Expert`` leaves out dropout.
     """
 
-    sparse: ClassVar[tuple[str, ...]]  # class names of the module that holds router and experts
+    sparse: ClassVar[tuple[str, ...]] = ()  # class names of the module that holds router and experts
     native: ClassVar[bool] = True  # whether the model came with them, instead of an adapter
-    router_name: ClassVar[str] = "gate"
-    experts_name: ClassVar[str] = "experts"
-    logits_at: ClassVar[int] = 0  # where the logits are in what the router puts out
+    pools: ClassVar[bool] = True  # whether its experts' forward is given indices and weights, so that a pool can be
+    routers: ClassVar[tuple[str, ...]] = ("gate", "router")  # what the router may be called
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether this module holds a router and experts of the family."""
+        return type(module).__name__ in self.sparse
 
     def of(self, sparse: nn.Module) -> "MoEFamily | None":
         """The family as it is for this module; None where the module routes nothing."""
@@ -56,45 +63,64 @@ class MoEFamily:
 
     def router(self, sparse: nn.Module) -> nn.Module:
         """The module that scores the experts."""
-        return sparse.get_submodule(self.router_name)
+        return next(module for name in self.routers if (module := sparse._modules.get(name)) is not None)
 
     def experts(self, sparse: nn.Module) -> nn.Module:
         """The module that holds the experts."""
-        return sparse.get_submodule(self.experts_name)
+        return sparse.get_submodule("experts")
 
     def num_experts(self, sparse: nn.Module) -> int:
         """E."""
-        return int(self.experts(sparse).num_experts)  # type: ignore[arg-type]
+        return int(bare(self.experts(sparse)).num_experts)
 
     def top_k(self, sparse: nn.Module) -> int:
         """How many experts a token gets."""
-        return int(self.router(sparse).top_k)  # type: ignore[arg-type]
+        return int(bare(self.router(sparse)).top_k)
+
+    def columns(self, sparse: nn.Module) -> int:
+        """How many logits the router computes: one for each expert, then those for whatever else it can choose."""
+        return self.num_experts(sparse)
 
     def expert(self, sparse: nn.Module, index: int) -> Expert:
-        """One expert, by views of the fused parameters."""
-        experts: Any = self.experts(sparse)
-        both = experts.gate_up_proj[index]  # (2*ff, h)
-        ff = both.shape[0] // 2
-        return Expert(both[ff:], experts.down_proj[index], Gated(experts.act_fn), both[:ff])
+        """One expert, by views of the module's parameters."""
+        raise NotImplementedError
 
     def shared(self, sparse: nn.Module) -> Callable[[Tensor], Tensor] | None:
-        """What every token gets beside its experts, ``(N, h) -> (N, h)``; None where there is nothing."""
-        return None
+        """What the module puts out beside its experts, ``(N, h) -> (N, h)``; None where there is nothing."""
+        own = {id(one) for part in (self.router(sparse), self.experts(sparse)) for one in part.parameters()}
+        if own == {id(one) for one in sparse.parameters()}:
+            return None
 
-    def read(self, router: nn.Module, output: Any) -> NativeRouting:
-        """The decision in what the router put out, for the N tokens of all sequences."""
-        logits, weights, indices = output
-        logits = widen(logits)
-        return NativeRouting(logits, weights.to(logits.dtype), indices)
+        def beside(x: Tensor) -> Tensor:
+            with put(self.experts(sparse), "forward", lambda _: _nothing):
+                output = sparse.forward(x[None])
+            first: Tensor = output[0] if isinstance(output, tuple) else output
+            return first.view(x.shape)
+
+        return beside
+
+    def read(self, sparse: nn.Module, output: Any, selected: Tensor, weights: Tensor) -> NativeRouting:
+        """The decision, for the N tokens of all sequences.
+
+        Args:
+            sparse: the module that holds both.
+            output: what the router put out.
+            selected: what its experts were given as the second argument.
+            weights: what they were given as the third.
+        """
+        logits = widen(output[0])
+        return NativeRouting(logits, weights.to(logits.dtype), selected)
 
     def route(self, sparse: nn.Module, x: Tensor) -> NativeRouting:
         """The router's decision for tokens ``x (N, h)`` or ``(batch, tokens, h)``."""
-        router = self.router(sparse)
-        return self.read(router, router(x.reshape(-1, x.shape[-1])))
+        told: list[NativeRouting] = []
 
-    def decide(self, router: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the router puts out for these logits ``(N, E)``, with -inf for experts that may not be chosen."""
-        raise NotImplementedError
+        def tell(_: Tensor, routing: NativeRouting) -> None:
+            told.append(routing)
+
+        with self.watched(sparse, tell), put(self.experts(sparse), "forward", lambda _: _nothing):
+            sparse.forward(x.clone() if x.dim() == 3 else x[None].clone())  # some add noise in place, in training
+        return told[0]
 
     def chosen(self, selected: Tensor) -> tuple[Tensor, Tensor | None]:
         """Indices ``(N, k)``, and which were kept, in what the experts' forward is given as its second argument."""
@@ -102,66 +128,138 @@ class MoEFamily:
 
     @contextmanager
     def watched(self, sparse: nn.Module, tell: Callable[[Tensor, NativeRouting], None]) -> Iterator[None]:
-        """Inside the context, ``tell`` gets what the router is given, as it is, and what it decides."""
+        """Inside the context, ``tell`` gets what the experts are given, and what the router decides.
 
-        def hook(router: nn.Module, args: Any, output: Any) -> None:
+        The tokens are ``(batch, tokens, h)`` where the module that holds both is given them so, ``(N, h)`` otherwise.
+        """
+        given: dict[str, Any] = {}
+
+        def enter(_: nn.Module, args: Any) -> None:
+            given["shape"] = args[0].shape[:2] if args and args[0].dim() == 3 else None
+
+        def scoring(forward: Any) -> Any:
+            def score(*args: Any, **kwargs: Any) -> Any:
+                with Scored(self.columns(sparse)) as scored:
+                    given["output"] = forward(*args, **kwargs)
+                given["scores"] = scored.scores
+                return given["output"]
+
+            return score
+
+        def see(_: nn.Module, args: Any) -> None:
             with torch.no_grad():
-                tell(args[0].detach(), self.read(router, output))
+                x = args[0].detach()
+                if given.get("shape") is not None and given["shape"].numel() * x.shape[-1] == x.numel():
+                    x = x.view(*given["shape"], x.shape[-1])
+                routing = self.read(sparse, given.pop("output"), *args[1:3])
+                if given["scores"] is not None:
+                    scores = given["scores"][:, : routing.num_experts].to(routing.logits.dtype)  # (N, E)
+                    routing = replace(routing, scores=scores / scores.sum(dim=-1, keepdim=True))
+                tell(x, routing)
 
-        handle = self.router(sparse).register_forward_hook(hook)
+        handles = [
+            sparse.register_forward_pre_hook(enter),
+            self.experts(sparse).register_forward_pre_hook(see),
+        ]
         try:
-            yield
+            with put(self.router(sparse), "forward", scoring):
+                yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def replaced(self, sparse: nn.Module, experts: Callables) -> AbstractContextManager[None]:
         """Inside the context, tokens of these experts go to these callables."""
         return replace_experts(self.experts(sparse), self.chosen, experts)
 
     def masked(self, sparse: nn.Module, experts: Collection[int]) -> AbstractContextManager[None]:
-        """Inside the context, the router cannot choose these experts."""
-        router = self.router(sparse)
+        """Inside the context, the router cannot choose these experts.
 
-        def again(original: Any, masked: frozenset[int], x: Tensor) -> Any:
-            output = original(x)
-            decided = self.decide(router, without(output[self.logits_at], masked))
-            return tuple(new.to(old.dtype) for new, old in zip(decided, output, strict=True))
+        Raises:
+            LamellaError: it chooses one all the same, because it does not choose by its scores.
+        """
 
-        return restrict_router(router, "forward", again, experts)
+        return _masked(self, sparse, experts)
 
     def masks(self, sparse: nn.Module) -> frozenset[int]:
         """The experts that the router may not choose now."""
-        return restricted(self.router(sparse), "forward")
+        return restricted(self.router(sparse))
+
+    def deciding_again(self, sparse: nn.Module, closed: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """Inside the context, the router decides a second time, for each token without the experts closed to it.
+
+        Args:
+            sparse: the module that holds router and experts.
+            closed: asked when the first decision has been taken, ``(N, E)``.
+        """
+        return _deciding_again(self, sparse, closed)
+
+    def handed(self, sparse: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
+        """The experts' second and third argument, from what the router puts out."""
+        return output[2], output[1]
+
+
+@contextmanager
+def _masked(family: MoEFamily, sparse: nn.Module, experts: Collection[int]) -> Iterator[None]:
+    def again(original: Any, masked: frozenset[int], *args: Any, **kwargs: Any) -> Any:
+        if not masked:
+            return original(*args, **kwargs)
+        closed = torch.zeros(family.num_experts(sparse), dtype=torch.bool, device=args[0].device)
+        closed[sorted(masked)] = True
+        with Without(closed, family.columns(sparse)):
+            return original(*args, **kwargs)
+
+    def check(_: Tensor, routing: NativeRouting) -> None:
+        masked = torch.isin(routing.indices, torch.tensor(sorted(family.masks(sparse)), device=routing.indices.device))
+        if (masked if routing.kept is None else masked & routing.kept).any():
+            raise LamellaError(
+                f"The {type(bare(family.router(sparse))).__name__} of this {type(sparse).__name__} does not choose "
+                "experts by scores that it takes the largest of, so none can be masked; replace the expert instead."
+            )
+
+    with restrict_router(family.router(sparse), "forward", again, experts), family.watched(sparse, check):
+        yield
+
+
+@contextmanager
+def _deciding_again(family: MoEFamily, sparse: nn.Module, closed: Callable[[], Tensor]) -> Iterator[None]:
+    router, given = family.router(sparse), {}
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        given["args"], given["kwargs"] = args, kwargs
+
+    def decide(_: nn.Module, args: Any) -> Any:
+        with Without(closed(), family.columns(sparse)):
+            output = router.forward(*given["args"], **given["kwargs"])
+        return args[0], *family.handed(sparse, output)
+
+    handles = [
+        router.register_forward_pre_hook(keep, with_kwargs=True),
+        family.experts(sparse).register_forward_pre_hook(decide),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _nothing(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What no expert adds to hidden states."""
+    return torch.zeros_like(hidden)
+
+
+def bare(module: nn.Module) -> Any:
+    """The model's own module inside PEFT's wrappers, which do not answer for what it knows."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.base_layer
+    return module
 
 
 def register(family: type[MoEFamily]) -> type[MoEFamily]:
     """Makes a family known; a class decorator."""
     FAMILIES.append(family())
     return family
-
-
-@dataclass(frozen=True)
-class Gated:
-    """``activation(gate) * up``, the gated linear unit that most families use."""
-
-    activation: Callable[[Tensor], Tensor]
-
-    def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        """The hidden units ``(N, ff)``."""
-        assert gate is not None
-        return self.activation(gate) * up
-
-
-def ungated(activation: Callable[[Tensor], Tensor]) -> Activation:
-    """``activation(up)``."""
-    return lambda _, up: activation(up)
-
-
-def softmax_top_k(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-    """Weights and indices ``(N, k)``: the k largest of a softmax over all experts, normalised or not."""
-    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    weights, indices = probs.topk(top_k, dim=-1)
-    return (weights / weights.sum(dim=-1, keepdim=True) if normalise else weights), indices
 
 
 def without(logits: Tensor, masked: Collection[int]) -> Tensor:

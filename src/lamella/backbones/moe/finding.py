@@ -32,13 +32,13 @@ def find_moe_layers(model: nn.Module, families: Iterable[MoEFamily] = FAMILIES) 
     Raises:
         LamellaError: a layer lies outside every stack of blocks.
     """
-    known = {name: family for family in families for name in family.sparse}
     inside, base = _without_peft(model)
-    candidates = [(name, module) for name, module in base.named_modules() if type(module).__name__ in known]
+    families = list(families)[::-1]  # an exception is registered after the rule
     matches = [
         (name, module, family)
-        for name, module in candidates
-        if (family := known[type(module).__name__].of(module)) is not None
+        for name, module in base.named_modules()
+        if (known := next((one for one in families if one.holds(module)), None)) is not None
+        and (family := known.of(module)) is not None
     ]
     if not matches:
         return []
@@ -46,7 +46,7 @@ def find_moe_layers(model: nn.Module, families: Iterable[MoEFamily] = FAMILIES) 
     first = {stack.name: sum(before.depth for before in stacks[:at]) for at, stack in enumerate(stacks)}
     layers = []
     for name, module, family in matches:
-        place = find_place(name, stacks)
+        place = find_place(name, stacks) or find_place(f"{name}.experts", stacks)  # the block itself may hold them
         if place is None:
             raise LamellaError(f"{name} lies outside every stack of blocks of {type(base).__name__}.")
         block = base.get_submodule(f"{place.stack}.{place.layer}" if place.stack else str(place.layer))

@@ -1,11 +1,18 @@
 """Putting something else in the place of a module's method while a context is open, and restoring it exactly."""
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Inside the context, a compiled model runs its own code, as compiled code does not see what is set on modules."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -14,7 +21,8 @@ def put(module: nn.Module, method: str, make: Callable[[Any], Any]) -> Iterator[
     before = vars(module).get(method)  # what an outer context put there
     setattr(module, method, make(getattr(module, method)))
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         if before is None:
             delattr(module, method)
@@ -80,27 +88,44 @@ Again = Callable[..., Any]
 
 
 class _Restricted:
-    """A router's method that decides without the masked experts."""
+    """A router's method that decides without the experts that are masked when it is called."""
 
-    def __init__(self, original: Any, again: Again, masked: frozenset[int]) -> None:
-        # An outer restriction is taken in, so that the router decides once, without all of them.
-        outer = original if isinstance(original, _Restricted) else None
-        self.original: Any = original if outer is None else outer.original
-        self.masked: frozenset[int] = masked if outer is None else masked | outer.masked
-        self.again = again
+    def __init__(self, original: Any, again: Again) -> None:
+        self.original, self.again = original, again
+        self.masks: list[frozenset[int]] = []  # of each open context
 
-    def __call__(self, *args: Any) -> Any:
-        return self.again(self.original, self.masked, *args)
+    @property
+    def masked(self) -> frozenset[int]:
+        return frozenset().union(*self.masks)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.again(self.original, self.masked, *args, **kwargs)
+
+
+_RESTRICTED: WeakKeyDictionary[nn.Module, _Restricted] = WeakKeyDictionary()
 
 
 @contextmanager
 def restrict_router(router: nn.Module, method: str, again: Again, masked: Collection[int]) -> Iterator[None]:
-    """Inside the context, the router's method puts out what ``again`` makes of it without the masked experts."""
-    with put(router, method, lambda original: _Restricted(original, again, frozenset(masked))):
+    """Inside the context, the router's method puts out what ``again`` makes of it without the masked experts.
+
+    Where contexts are nested, it is asked once, without all that are masked.
+    """
+    with ExitStack() as stack:
+        if router not in _RESTRICTED:
+
+            def make(original: Any) -> _Restricted:
+                _RESTRICTED[router] = _Restricted(original, again)
+                return _RESTRICTED[router]
+
+            stack.enter_context(put(router, method, make))
+            stack.callback(_RESTRICTED.pop, router)
+        masks = _RESTRICTED[router].masks
+        masks.append(frozenset(masked))
+        stack.callback(masks.pop)
         yield
 
 
-def restricted(router: nn.Module, method: str) -> frozenset[int]:
+def restricted(router: nn.Module) -> frozenset[int]:
     """The experts that are masked now."""
-    present = vars(router).get(method)
-    return present.masked if isinstance(present, _Restricted) else frozenset()
+    return _RESTRICTED[router].masked if router in _RESTRICTED else frozenset()

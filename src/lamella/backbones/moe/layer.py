@@ -3,23 +3,15 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, overload, runtime_checkable
+from typing import overload
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lamella.backbones.blocks import Place
-from lamella.backbones.moe.expert import Expert
+from lamella.backbones.moe.expert import Expert, HoldsExperts
 from lamella.backbones.moe.family import Callables, MoEFamily, NativeRouting
 from lamella.errors import LamellaError
-
-
-@runtime_checkable
-class HoldsExperts(Protocol):
-    """A module in the place of a family's own experts that knows how to give them out."""
-
-    def expert(self, index: int) -> Expert:
-        """What does the work of one of the E experts."""
 
 
 class Experts(Sequence[Expert]):

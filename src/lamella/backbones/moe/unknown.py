@@ -17,14 +17,14 @@ def explain_unknown(model: nn.Module) -> str:
     if not report and not any((getattr(config, name, None) or 0) > 1 for name in _COUNTS):
         return (
             f"{type(model).__name__} is not a mixture of experts: nothing in it looks like a router or like experts. "
-            "Give a model of a family that has them (Mixtral, Qwen-MoE, OLMoE, DeepSeek, Switch, GPT-OSS, Granite-MoE, "
-            "Phi-MoE) or one with a MoLA adapter."
+            "Give a mixture of experts (Mixtral, Qwen-MoE, DeepSeek, GPT-OSS, ...) or a model with a MoLA adapter."
         )
     family = getattr(config, "model_type", None) or "family"
     return (
-        f"{type(model).__name__} seems to be a mixture of experts of a family that lamella does not know. To teach it, "
+        f"{type(model).__name__} seems to be a mixture of experts that does not follow transformers' contract "
+        "(use_experts_implementation), of a family that lamella does not know. To teach it, "
         f"write src/lamella/backbones/moe/{family}.py: a subclass of MoEFamily that names the class of the module that "
-        "holds router and experts and says how the router decides (mixtral.py is the shortest), and import it in "
+        "holds router and experts and says how an expert is read (dbrx.py is the shortest), and import it in "
         f"src/lamella/backbones/moe/__init__.py. What looks like it in one block or more: {'; '.join(report)}."
     )
 

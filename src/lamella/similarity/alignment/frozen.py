@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from transformers.activations import ACT2FN
 
 from lamella.backbones.moe import Expert
-from lamella.backbones.moe.family import Gated
+from lamella.backbones.moe.expert import Gated
 
 
 class FrozenExpert:

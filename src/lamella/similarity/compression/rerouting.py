@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -192,17 +192,8 @@ def _deciding_again(model: nn.Module, layer: MoELayer, overflow: Overflow) -> It
         full = torch.zeros_like(dispatch.routing.logits, dtype=torch.bool)  # (N, E)
         closed["full"] = full.scatter_(1, dispatch.routing.indices, away)
 
-    def decide(router: nn.Module, args: Any, output: Any) -> Any:
-        logits = output[layer.family.logits_at]
-        decided = layer.family.decide(router, logits.masked_fill(closed["full"].view_as(logits), -torch.inf))
-        return tuple(new.to(old.dtype) for new, old in zip(decided, output, strict=True))
-
-    with watch_dispatch(model, [layer], note):
-        handle = layer.router_module.register_forward_hook(decide)
-        try:
-            yield
-        finally:
-            handle.remove()
+    with watch_dispatch(model, [layer], note), layer.family.deciding_again(layer.module, lambda: closed["full"]):
+        yield
 
 
 What = Literal["dropped", "masked", "full"]

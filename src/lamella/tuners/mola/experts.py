@@ -104,7 +104,7 @@ class MolaExperts(MoEFamily):
         return restrict_router(self.router(sparse), "route", again, experts)
 
     def masks(self, sparse: nn.Module) -> frozenset[int]:
-        return restricted(self.router(sparse), "route")
+        return restricted(self.router(sparse))
 
 
 class _StandIns:
