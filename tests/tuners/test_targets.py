@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tests import tiny, tiny_moe
 from tests.tuners.mole import trained
 from torch import Tensor, nn
@@ -172,6 +172,25 @@ def test_a_forward_that_reads_the_weight_of_an_adapted_module_is_refused() -> No
         model(torch.randn(2, 4))
     with model.disable_adapter():
         model(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MolaConfig(r=2, target_modules=["intermediate.dense"]),
+        MolexConfig(lora=LoraConfig(target_modules=["intermediate.dense"])),
+    ],
+    ids=["mola", "molex"],
+)
+def test_so_it_is_in_a_block(config: PeftConfig) -> None:
+    model, given = tiny.bert(), {"input_ids": torch.arange(3, 9)[None]}
+    adapted_model, part = get_peft_model(model, config), model.bert.encoder.layer[0]
+    part = getattr(part, "base_layer", part).intermediate
+    adapted_model(**given)
+    assert float(part.dense.weight.sum()) != 0  # read outside a forward
+    part.forward = lambda h: nn.functional.gelu(nn.functional.linear(h, part.dense.weight))
+    with pytest.raises(LamellaError, match="BertIntermediate has not called its dense"):
+        adapted_model(**given)
 
 
 def test_a_kernel_that_is_not_used_is_no_obstacle() -> None:

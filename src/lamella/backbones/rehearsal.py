@@ -1,7 +1,7 @@
 """In which order the linear modules of a model run, and on which rows: seen in one forward of a few tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +22,14 @@ class Rehearsal:
         order: the modules that ran, the first one first.
         other_tokens: patterns of those in blocks whose rows were not one for each token of the block's sequences.
         other_sequences: the same of those whose rows were not some for each of those sequences, one after another.
+        turned: of those that ran, whether they were given tokens before sequences.
         only_read: those that did not run, though something took their weights: what is put around them has no effect.
     """
 
     order: tuple[str, ...] = ()
     other_tokens: frozenset[str] = field(default_factory=frozenset)
     other_sequences: frozenset[str] = field(default_factory=frozenset)
+    turned: Mapping[str, bool] = field(default_factory=dict)
     only_read: frozenset[str] = field(default_factory=frozenset)
 
     def sort(self, names: Sequence[str]) -> list[str]:
@@ -71,6 +73,7 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
         order,
         frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_token(rows[name], block)),
         frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_sequence(rows[name], block)),
+        {name: rows[name][1:] == (BATCH,) for name in order},
         frozenset(read.names - rows.keys()),
     )
 

@@ -79,6 +79,7 @@ class CallTracker(TrackedModel):
         call = frame.call
         if frame.parent is not None or output is None:  # inside a call, or of one that has failed
             return output
+        _refuse_bypassed(module, call)
         for listener in self.listeners:
             listener.closed(call, output)
         if call.collected is not None:
@@ -133,6 +134,18 @@ class CallTracker(TrackedModel):
         shifted = arguments.get("shift_labels")
         counted = shifted if isinstance(shifted, Tensor) else labels[..., 1:] if self.shifts_labels else labels
         return counted.ne(-100).sum() / total
+
+
+def _refuse_bypassed(model: nn.Module, call: RoutedCall) -> None:
+    """Raises where a layer's weight was read and the layer did not run: what it adds is missing."""
+    bypassed = next((layer for layer in call.read if layer not in call.called), None)
+    if bypassed is not None:
+        around, _, name = next(name for name, module in model.named_modules() if module is bypassed).rpartition(".")
+        raise LamellaError(
+            f"{type(model.get_submodule(around)).__name__} has not called its {name}, which has an adapter, but read "
+            "its weight, as a fast path or a kernel does that multiplies by it itself: the adapter has no effect "
+            f"there. Switch that off, or adapt the model without {name} (exclude_modules)."
+        )
 
 
 def _decoder_input(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from lamella.backbones import find_blocks
+from lamella.backbones import Rehearsal, find_blocks
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.findings import Examination
-from lamella.routing import track_calls, untrack_calls
-from lamella.tuners.bypassing import watch_bypassing
+from lamella.routing import CallTracker, track_calls, untrack_calls
+from lamella.tuners.bypassing import leave_fast_paths
 from lamella.tuners.cache import DecisionsInCache
 from lamella.tuners.loading import check_tensors
 from lamella.tuners.loss_scale import scale_of_trainer, watch_trainer
@@ -65,6 +65,7 @@ class RoutedModel(BaseTuner):
         "Weigh trained LoRAs with lamella.compose, or turn each adapter into a plain LoRA with lamella.collapse and "
         "add up those."
     )
+    seen: Rehearsal = Rehearsal()  # what a forward of a few tokens has shown of the model
     lone_tensors: ClassVar[tuple[str, ...]] = ()  # of `AdapterTensors`, which a file calls so
     also_loaded_strictly: ClassVar[
         tuple[str, ...]
@@ -90,8 +91,8 @@ class RoutedModel(BaseTuner):
         except Exception as error:  # settings of the right kinds and of no use, such as 2**63 experts
             said = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
             raise LamellaError(f"The adapter cannot be put on {type(model).__name__}: {said}.") from error
-        watch_bypassing(model)
-        track(model)
+        leave_fast_paths(model)
+        track(model).turned.update(self.seen.turned)
         if any(parameter.requires_grad for parameter in model.parameters()):
             watch_trainer()
 
@@ -181,7 +182,7 @@ class RoutedModel(BaseTuner):
         return {n: tensor.clone() if any(part in n for part in own) else tensor for n, tensor in tensors.items()}
 
 
-def track(model: nn.Module) -> None:
+def track(model: nn.Module) -> CallTracker:
     """Sets the hooks of ``lamella.routing.track_calls`` on a model and the transformers inside it, once."""
     # The transformers inside are given attention masks of their own: an encoder's, a decoder's.
     stacks = [m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel)]
@@ -193,3 +194,4 @@ def track(model: nn.Module) -> None:
     tracker.trainers_scale = scale_of_trainer
     if not tracker.listeners:
         tracker.listeners += [DecisionsInCache(), LostGradients(model)]
+    return tracker

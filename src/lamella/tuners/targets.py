@@ -13,9 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_targ
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.backbones import Stack, find_place, rehearse
+from lamella.backbones import Rehearsal, Stack, find_place, rehearse
 from lamella.errors import LamellaError
-from lamella.tuners.bypassing import ONLY_READ, why_never_called
 
 # What PEFT adds to modules_to_save by a task_type, whether the model has it or not.
 _HEADS_OF_TASKS = frozenset({"classifier", "score", "qa_outputs"})
@@ -126,13 +125,16 @@ def check_names(model: nn.Module, config: PeftConfig, meant: Collection[str] = (
     _refuse_misspelt("modules_to_save", plain, names, kind)
 
 
-def check_targets(model: nn.Module, config: PeftConfig, selection: Selection, outside: bool = False) -> None:
+def check_targets(
+    model: nn.Module, config: PeftConfig, selection: Selection, never_called: Mapping[str, str], outside: bool = False
+) -> None:
     """Refuses targets that would adapt less than was asked for, or a module that is not linear.
 
     Args:
         model: the model.
         config: names the targets.
         selection: which modules it asks for.
+        never_called: those that no adapter has an effect on, and why.
         outside: whether modules outside the blocks are adapted too.
 
     Raises:
@@ -161,7 +163,6 @@ def check_targets(model: nn.Module, config: PeftConfig, selection: Selection, ou
             f"target_modules={targets!r} matches only modules outside {blocks}, such as {matched[0]}; name linear "
             "modules inside the blocks."
         )
-    unseen = never_called(model, selection)
     for name in meant:
         module = modules[name]
         base: nn.Module = BaseTunerLayer.get_base_layer(module)  # itself where it has no adapter
@@ -170,9 +171,9 @@ def check_targets(model: nn.Module, config: PeftConfig, selection: Selection, ou
                 f"{name} is a {type(base).__name__}, which is not a linear layer; name linear modules in "
                 "target_modules, or put it into exclude_modules."
             )
-        if name in unseen:
+        if name in never_called and not selection.as_saved:
             raise LamellaError(
-                f"{name} cannot be adapted: {unseen[name]}. Leave it out of target_modules, or put it into "
+                f"{name} cannot be adapted: {never_called[name]}. Leave it out of target_modules, or put it into "
                 "exclude_modules."
             )
     _warn_of_fused([weight for weight in fused if any(name.startswith(_owners_parent(weight)) for name in meant)])
@@ -185,18 +186,10 @@ def warn_of_left_out(method: str, skipped: Sequence[tuple[str, str]]) -> None:
         warnings.warn(f"{method} does not adapt {said}.", stacklevel=2)
 
 
-def never_called(model: nn.Module, selection: Selection) -> dict[str, str]:
-    """By name the modules whose weight is read without calling them, and by whom: no adapter there has an effect.
-
-    It is read from the source of the classes, and where modules are not named also seen in a forward of a few tokens.
-    """
-    if selection.as_saved:
-        return {}
+def rehearse_linear(model: nn.Module, stacks: Sequence[Stack]) -> Rehearsal:
+    """What a forward of a few tokens shows of all linear modules that have no adapter."""
     modules = _outside_adapters(model)
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
-    is_chosen_here = selection.config.target_modules == "all-linear"
-    seen = rehearse(model, selection.stacks, linear).only_read if is_chosen_here else ()
-    return dict.fromkeys(seen, f"the model {ONLY_READ}") | why_never_called(model)
+    return rehearse(model, stacks, [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)])
 
 
 def usual_lora_targets(model: nn.Module) -> set[str]:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import LamellaError
 from lamella.routing import Asked, Generation, RoutedCall
+from lamella.tuners.bypassing import read_weight
 
 
 class _Held(nn.Module):
@@ -63,6 +64,9 @@ class AdapterLayer(BaseTunerLayer):
     _disable_adapters: bool
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
+
+    is_watched = True
+    weight = property(read_weight)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         home = device or execution_device(self.get_base_layer())

@@ -24,6 +24,7 @@ from lamella.routing import (
     make_router,
     refuse_reentrant_collection,
 )
+from lamella.tuners.bypassing import note_call
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_plain, onloaded
@@ -96,6 +97,7 @@ class MolaLinear(nn.Module, AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""
+        note_call(self)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y

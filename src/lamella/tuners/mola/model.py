@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 from lamella.backbones import Place, Stack, find_place, find_stacks, siblings_with_same_input
+from lamella.tuners.bypassing import why_never_called
 from lamella.tuners.config import wrote_before
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mola.config import MolaConfig
@@ -17,7 +18,7 @@ from lamella.tuners.targets import (
     Selection,
     check_names,
     check_targets,
-    never_called,
+    rehearse_linear,
     usual_lora_targets,
     warn_of_left_out,
 )
@@ -53,9 +54,10 @@ class MolaModel(RoutedModel):
             config.target_modules = usual_lora_targets(model)
         is_named = config.target_modules != "all-linear"
         self._selection = Selection(model, config, stacks, as_saved=wrote_before(config, "0.2"))
-        self._never_called = never_called(model, self._selection)
+        self.seen = rehearse_linear(model, stacks)
+        self._never_called = why_never_called(model, self.seen)
         check_names(model, config)
-        check_targets(model, config, self._selection, outside=self._why_left_out is None)
+        check_targets(model, config, self._selection, self._never_called, outside=self._why_left_out is None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if is_named and not self._selection.as_saved:
             warn_of_left_out(self.method, self._skipped)
@@ -87,7 +89,8 @@ class MolaModel(RoutedModel):
         parameter_name: str | None = None,
     ) -> None:
         place = find_place(current_key, self._stacks) or Place("", 0, current_key)
-        if current_key in self._never_called:
+        has_no_effect = current_key in self._never_called
+        if has_no_effect and not self._selection.as_saved:
             self._skipped.append((current_key, self._never_called[current_key]))
             return
         if not place.stack and self._why_left_out is not None:
@@ -96,6 +99,7 @@ class MolaModel(RoutedModel):
         # Outside the blocks there is one number of experts for all.
         experts, top_k, _ = self._allocations[place.stack] if place.stack else peft_config.allocation(1)
         layer = target if isinstance(target, MolaLinear) else MolaLinear(target, place)
+        layer.is_watched = not has_no_effect
         layer.update_layer(adapter_name, peft_config, experts[place.layer], top_k[place.layer])
         if layer is not target:
             if adapter_name not in self.active_adapters:

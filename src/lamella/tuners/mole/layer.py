@@ -14,6 +14,7 @@ from lamella.backbones import Place
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
+from lamella.tuners.bypassing import note_call
 from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
@@ -153,6 +154,7 @@ class MoleLinear(Member, AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""
+        note_call(self)
         frame, y = current_frame(), None
         for adapter in [] if self.disable_adapters else self.active_adapters:
             if adapter not in self.groups:
@@ -224,6 +226,8 @@ class MoleProjection(MoleLinear):
     Its A is stored as the matrix ``(R, in)`` whose input is a patch of the kernel's size, or a token. A module of which
     only a bias was trained has R = 0.
     """
+
+    is_watched = False  # an embedding's weight may be the head's too, and a convolution's is read by kernels
 
     def loras(self, adapter: str) -> FrozenLoras:
         factors = self.frozen(adapter)

@@ -41,6 +41,7 @@ class MoleModel(RoutedModel):
         stacks = find_stacks(model)
         sources = read_sources(config) if config.embedded is None else None
         plan = make_plan(model, config, sources, stacks)
+        self.seen = plan.seen
         make = self._group_maker(model, plan, adapter_name, config, stacks)
         twin = self._adapter_with_the_same_loras(adapter_name) if sources is None else None
         self._composition = Composition(plan, adapter_name, config, stacks, make, twin)
@@ -173,6 +174,7 @@ class Composition:
         else:
             kind = MoleProjection if projects(BaseTunerLayer.get_base_layer(target)) else MoleLinear
             layer = kind(target, name, find_place(name, self.stacks))
+            layer.is_watched = layer.is_watched and name not in self.plan.never_called
         one, group = self._of_module[name]
         group.members.append(layer)
         if name in one.inputs:

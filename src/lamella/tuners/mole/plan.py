@@ -27,6 +27,7 @@ from lamella.backbones import Place, Rehearsal, Stack, find_place, rehearse, sib
 from lamella.backbones.blocks import CROSS_ATTENTION
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, concatenate
+from lamella.tuners.bypassing import why_never_called
 from lamella.tuners.config import wrote_before
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.targets import Selection, check_names
@@ -81,6 +82,8 @@ class Plan:
         excluded: modules that the config leaves out.
         skipped: what of the LoRAs is left out, and why.
         notes: what else a user should know.
+        seen: what a forward of a few tokens has shown of the model.
+        never_called: modules that no adapter has an effect on, also none of the LoRAs alone.
     """
 
     names: tuple[str, ...]
@@ -94,6 +97,8 @@ class Plan:
     excluded: set[str]
     skipped: list[tuple[str, str]]
     notes: list[str]
+    seen: Rehearsal = field(default_factory=Rehearsal)
+    never_called: frozenset[str] = frozenset()
 
     def loras(self, module: str) -> FrozenLoras:
         """A module's LoRAs side by side."""
@@ -200,13 +205,15 @@ def make_plan(
     by_token = config.router_input == "token" and config.form == "delta"  # a block's output has its own tokens alone
     silent = {name for name, of in ranks.items() if not any(of)}  # whose LoRAs are constants alone
     alone = {name for name in ranks if projects(modules[name])} | silent if config.form == "delta" else set()
+    seen = rehearse(model, stacks, linear)
     # Block forms run whole blocks with one LoRA at a time, so that no module in them decides.
-    rehearsal = rehearse(model, stacks, linear) if config.form == "delta" else _NOT_SEEN
-    groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token, alone, rehearsal)
+    order = seen if config.form == "delta" else _NOT_SEEN
+    groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token, alone, order)
     for group in groups:
         group.inputs = [name for name in group.inputs if name not in silent]
     widths = {name: sides_of(modules[name])[1] for name in ranks}
-    return Plan(names, ranks, widths, factors, constants, heads, missed, groups, excluded, skipped, notes)
+    never = frozenset(why_never_called(model, seen))
+    return Plan(names, ranks, widths, factors, constants, heads, missed, groups, excluded, skipped, notes, seen, never)
 
 
 def _factors(

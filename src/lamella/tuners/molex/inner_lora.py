@@ -3,25 +3,40 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
 
 from lamella.backbones import Stack, find_place
+from lamella.tuners.bypassing import note_call, read_weight, why_never_called
 from lamella.tuners.config import wrote_before
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.targets import (
     Selection,
     check_names,
     check_targets,
-    never_called,
+    rehearse_linear,
     usual_lora_targets,
     warn_of_left_out,
 )
 
 _OUTSIDE = "outside the blocks, where no guest could run it; train it with modules_to_save"
+
+
+class LoraLinear(Linear):
+    """PEFT's layer, which notices who reads its weight without calling it."""
+
+    is_watched = True
+    weight = property(read_weight)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's."""
+        note_call(self)
+        output: Tensor = super().forward(*args, **kwargs)
+        return output
 
 
 def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> tuple[list[str], list[str]]:
@@ -42,8 +57,9 @@ def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack])
     lora.inference_mode = config.inference_mode
     selection = Selection(model, lora, stacks, as_saved=wrote_before(config, "0.2"))
     check_names(model, lora)
-    check_targets(model, lora, selection)
-    unseen = never_called(model, selection)
+    unseen = why_never_called(model, rehearse_linear(model, stacks))
+    check_targets(model, lora, selection, unseen)
+    unseen = {} if selection.as_saved else unseen
     is_named = lora.target_modules != "all-linear"
     lora.task_type = config.task_type  # says which head is not among "all-linear"
     _maybe_include_all_linear_layers(lora, model)
@@ -85,6 +101,8 @@ def inject_lora(
         LoraModel(model, lora, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
     for layer in lora_layers(model):
         layer.set_adapter(active, inference_mode=config.inference_mode)
+        if type(layer) is Linear and not wrote_before(config, "0.2"):
+            layer.__class__ = LoraLinear
     for parameter, requires_grad in before:
         parameter.requires_grad = requires_grad
 
