@@ -1,7 +1,7 @@
 import pytest
 import torch
 from tests import tiny
-from tests.tuners.mole.trained import composition, routers_of, sharpen
+from tests.tuners.mole.trained import composition, lora, routers_of, sharpen
 
 from lamella import doctor, preflight
 
@@ -77,3 +77,13 @@ def test_a_frozen_router_is_found(batch, composed):
 
 def test_preflight_passes(batch, composed):
     assert preflight(composed(), batch, steps=10).ok
+
+
+def test_a_lora_that_adds_nothing_is_found(batch, composed, tmp_path):
+    path = lora("bert", tmp_path, 0) / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 0'))
+
+    (finding,) = preflight(composed(), batch).findings
+
+    assert finding.code == "lora-adds-nothing"
+    assert finding.where == "news"

@@ -11,7 +11,7 @@ from tests import tiny
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lamella import LamellaError, MolaConfig
+from lamella import LamellaError, MolaConfig, MolexConfig
 from lamella.diagnostics.preflight import Estimate, FirstStep, preflight
 from lamella.tuners.mola import MolaLinear
 from lamella.tuners.optimization import param_groups
@@ -155,6 +155,35 @@ def test_a_frozen_router_ends_it_before_the_cost_is_estimated():
 
     assert codes(actual) == ["router-no-gradient"]
     assert actual.estimate is None
+
+
+LORA = {"r": 2, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+ADDING_NOTHING = {
+    "an alpha of zero": (LoraConfig(**LORA, lora_alpha=0), "4 of 4 modules"),
+    "an alpha of zero somewhere": (LoraConfig(**LORA, alpha_pattern={"query": 0}), "2 of 4 modules"),
+    "all dropped": (LoraConfig(**LORA, lora_dropout=1.0), "4 of 4 modules"),
+    "an alpha that is zero in float32, beside a balance loss": (MolaConfig(**LORA, lora_alpha=1e-60), "4 of 4 modules"),
+    "neither guests nor LoRA": (MolexConfig(alpha=1, lora=None, task_type="SEQ_CLS"), "no guest"),
+}
+
+
+@pytest.mark.parametrize("case", ADDING_NOTHING)
+def test_what_adds_nothing_whatever_it_learns_is_found(case):
+    config, said = ADDING_NOTHING[case]
+    base = tiny.bert()
+
+    actual = preflight(get_peft_model(base, config), tiny.batch(base))
+
+    assert codes(actual) == ["adds-nothing"], actual
+    assert said in str(actual)
+
+
+def test_a_run_that_trains_nothing_is_found():
+    base = tiny.llama()
+
+    actual = preflight(get_peft_model(base, MolexConfig(policy="random", lora=None)), tiny.batch(base))
+
+    assert codes(actual) == ["nothing-to-train"]
 
 
 def test_a_balance_loss_that_is_perfect_on_the_batch_is_no_fault(monkeypatch):

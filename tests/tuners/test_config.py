@@ -108,8 +108,8 @@ WRONG_KINDS = [
     ("router_aux_loss_coef", True, "a number of at least 0"),
     ("router_aux_loss_coef", math.nan, "a number of at least 0"),
     ("router_aux_loss_coef", math.inf, "a number of at least 0"),
-    ("top_k", "2", "a whole number of at least 1"),
-    ("top_k", 2.0, "a whole number of at least 1"),
+    ("top_k", "2", "a whole number from 1 to 1,000,000"),
+    ("top_k", 2.0, "a whole number from 1 to 1,000,000"),
     ("layers_to_transform", "0", "a list, each entry a whole number, or a whole number, or None"),
     ("layers_to_transform", ["0"], "a list, each entry a whole number, or a whole number, or None"),
     ("modules_to_save", "score", "a list, each entry a string, or None"),
@@ -137,6 +137,8 @@ def test_a_value_of_the_wrong_kind_is_named(config, key, value, expected):
         (MolaConfig, {"num_experts": 2.5}),
         (MolaConfig, {"num_experts": ["2"]}),
         (MolaConfig, {"expert_budget": "3"}),
+        (MolaConfig, {"expert_budget": 1e308}),
+        (MolaConfig, {"r": 10**9}),
         (MolexConfig, {"recompute_guest": "yes"}),
         (MolexConfig, {"seed": 1.5}),
         (MolexConfig, {"candidates": (0, True)}),
@@ -144,6 +146,8 @@ def test_a_value_of_the_wrong_kind_is_named(config, key, value, expected):
         (MoleConfig, {"embed_adapters": 1}),
         (MoleConfig, {"adapters": ["a", "b"]}),
         (MoleConfig, {"embedded": {"a": "b"}}),
+        (MoleConfig, {"embedded": {"a": [-1]}}),
+        (MoleConfig, {"embedded": {"a": [2**63]}}),
     ],
 )
 def test_and_so_is_one_of_a_method_s_own_settings(config, values):

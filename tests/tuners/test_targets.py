@@ -80,6 +80,12 @@ def test_an_alpha_by_which_nothing_is_ever_added_is_refused() -> None:
         MolaConfig(lora_alpha=0)
     with pytest.raises(LamellaError, match="lora_alpha=0"):
         MolexConfig(lora=LoraConfig(lora_alpha=0))
+    with pytest.raises(LamellaError, match=r"alpha_pattern\['query'\]=0"):
+        MolexConfig(lora=LoraConfig(alpha_pattern={"query": 0}))
+    with pytest.raises(LamellaError, match=r"lora_dropout=1\.0"):
+        MolexConfig(lora=LoraConfig(lora_dropout=1.0))
+    with pytest.raises(LamellaError, match=r"rank_pattern\['query'\]=1000000000"):
+        MolexConfig(lora=LoraConfig(rank_pattern={"query": 10**9}))
 
 
 def test_saved_and_loaded_the_blocks_are_those_that_were_asked_for(tmp_path: Path) -> None:

@@ -88,12 +88,20 @@ def preflight(model: nn.Module, batch: Mapping[str, Any], steps: int = 1, *, bf1
     for adapter, config in getattr(model, "peft_config", {}).items():
         examine_targets(model, config, adapter, examination)
     describe_skipped(model, examination)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        examination.error(
+            "nothing-to-train",
+            "no parameter is trained: requires_grad is off everywhere",
+            type(model).__name__,
+            "there is nothing for a run to do",
+            "choose a method or settings that train something",
+        )
     if examination.findings:
         examination.saw("everything else: not examined before these are mended")
         return _result(examination, None)
     with preserve_state(model):
         examine_effects(model, batch, examination)
-        if examination.findings:
+        if any(finding.severity == "error" for finding in examination.findings):
             examination.saw("saving, padding, cache and cost: not examined before these are mended")
             return _result(examination, None)
         examine_method(model, batch, examination)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lamella.diagnostics.running import (
@@ -29,7 +30,7 @@ _NUDGE = 0.02  # standard deviation given to a B that is zero, about that of a t
 
 
 def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examination: Examination) -> None:
-    """Runs forward and backward in training mode and looks at each router of the active adapters.
+    """Runs forward and backward in training mode and looks at each router and all else that adapters train.
 
     Where B is zero, as at the start, the task loss does not depend on the routers yet: then the balance loss must give
     the gradient, and a router without one (k = N, or coefficients of 0) must get it as soon as B has moved, which is
@@ -40,11 +41,11 @@ def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examinati
         batch: arguments of its forward; None where none could be made up.
         examination: takes the findings.
     """
-    layers = routed_layers(model)
+    before = len(examination.findings)
+    layers, parts = routed_layers(model), _trained_parts(model)
     if not layers:
         examination.saw("routers: this model has none, so there is no gradient or balance loss to look at")
-        return
-    if find_tracker(model) is None:
+    elif find_tracker(model) is None:
         examination.error(
             "hooks-missing",
             "the hooks that tell the layers about a running forward are gone",
@@ -53,8 +54,8 @@ def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examinati
             "do not remove forward hooks from the model; apply the adapter anew with get_peft_model",
         )
         return
-    layers = _trainable(model, layers, examination)
-    if not layers:
+    layers = _trainable(model, layers, examination) if layers else []
+    if not layers and not parts:
         return
     if batch is None:
         examination.saw("balance loss and gradients: not examined, the model takes no token ids; give batches")
@@ -63,8 +64,11 @@ def examine_effects(model: nn.Module, batch: Mapping[str, Any] | None, examinati
     try:
         with preserve_state(model):
             model.train()
-            reached = _examine_balance(model, layers, batch, examination)
-            _examine_gradients(model, reached, batch, examination)
+            if layers:
+                reached = _examine_balance(model, layers, batch, examination)
+                _examine_gradients(model, reached, batch, examination)
+            if len(examination.findings) == before:
+                _examine_parts(model, parts, batch, examination)
     except LamellaError as error:
         examination.error(
             "training-step-fails",
@@ -198,6 +202,65 @@ def _without_gradient(model: nn.Module, layers: Sequence[RoutedLayer], batch: Ma
 
 def _not_zero(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool(parameter.grad.ne(0).any())
+
+
+def _trained_parts(model: nn.Module) -> dict[nn.Module, tuple[str, list[nn.Parameter]]]:
+    """The layers in which adapters train more than a router: their names, and what they train."""
+    routers = {id(p) for layer in routed_layers(model) for p in layer.router.parameters()}
+    parts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            held = [getattr(module, own) for own in module.adapter_layer_names]
+            trained = [p for one in held for p in one.parameters() if p.requires_grad and id(p) not in routers]
+            if trained:
+                parts[module] = name, trained
+    return parts
+
+
+def _examine_parts(
+    model: nn.Module,
+    parts: dict[nn.Module, tuple[str, list[nn.Parameter]]],
+    batch: Mapping[str, Any],
+    examination: Examination,
+) -> None:
+    """Looks at the gradient of the task loss alone: a balance loss moves routers also where nothing is made of them."""
+    reached, silent = _run(model, parts, batch)
+    for other in filter(None, (random_batch(model, seed) for seed in range(_TRIES))):
+        if silent:
+            silent &= _run(model, parts, other)[1]
+    if silent:
+        report = examination.error if silent == reached else examination.warning
+        report(
+            "adds-nothing",
+            f"{len(silent)} of {len(reached)} modules with an adapter get no gradient from the task loss",
+            [name for module, (name, _) in parts.items() if module in silent],
+            "what they add is multiplied by zero, or nothing depends on it: they learn nothing, and change nothing",
+            "correct the setting (lora_alpha, alpha_pattern, a dropout of 1), or leave those modules out",
+        )
+    examination.saw(
+        f"effect: the task loss moves {len(reached) - len(silent)} of {len(reached)} modules with an adapter"
+    )
+
+
+def _run(
+    model: nn.Module, parts: dict[nn.Module, tuple[str, list[nn.Parameter]]], batch: Mapping[str, Any]
+) -> tuple[set[nn.Module], set[nn.Module]]:
+    """The parts that a forward reaches with any input, and those of them that get no gradient from the task loss."""
+    reached: set[nn.Module] = set()
+
+    def see(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if all(x.numel() for x in given if isinstance(x, Tensor)):  # not an expert of a native MoE without tokens
+            reached.add(module)
+
+    hooks = [module.register_forward_pre_hook(see) for module in parts]
+    model.zero_grad(set_to_none=True)
+    try:
+        with without_checkpointing(model), collect_losses():
+            loss_of(model(**batch)).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reached, {module for module in reached if not any(map(_not_zero, parts[module][1]))}
 
 
 @contextmanager

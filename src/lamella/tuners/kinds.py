@@ -22,13 +22,15 @@ class Bounds:
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            return f"from {self.least:g} to {self.most:g}"
+            return f"from {self.least:g} to {self.most:,}"
         return f"of at least {self.least:g}" + (f" and below {self.below:g}" if self.below < math.inf else "")
 
 
-Count = Annotated[int, Bounds(1)]
-Index = Annotated[int, Bounds(0)]
+MOST = 1_000_000  # no matrix of a model is as wide, and what is counted here would not fit into memory
+Count = Annotated[int, Bounds(1, MOST)]
+Index = Annotated[int, Bounds(0, MOST)]
 Coefficient = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, below=1)]
 
 
 def fits(value: Any, hint: Any) -> bool:

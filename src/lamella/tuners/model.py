@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -86,10 +85,10 @@ class RoutedModel(BaseTuner):
         try:
             with placed(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except (LamellaError, NotImplementedError, torch.OutOfMemoryError):
+        except LamellaError:
             raise
-        except Exception as error:  # settings of the right kinds and of no use, such as 2**63 experts
-            said = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        except ValueError as error:  # how PEFT refuses settings
+            said = str(error).split("\n")[0].rstrip(".")
             raise LamellaError(f"The adapter cannot be put on {type(model).__name__}: {said}.") from error
         leave_fast_paths(model)
         track(model).turned.update(self.seen.turned)

@@ -118,7 +118,7 @@ def name_what_is_damaged() -> None:
             if not present:
                 model.delete_adapter(adapter_name)
             named = isinstance(error, LamellaError)
-            if named or not isinstance(error, SafetensorError | OSError | KeyError | ValueError | RuntimeError):
+            if named or not isinstance(error, SafetensorError | OSError | KeyError | ValueError):
                 raise
             reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             raise UnreadableError(

@@ -103,7 +103,7 @@ def test_every_setting_of_the_config_can_be_given(name):
         ({"name": "mola", "balance_coef": 0.1}, "'method.balance_coef' is called 'method.router_aux_loss_coef' now"),
         ({"name": "mola", "init_weights": False}, "'method.init_weights' is called 'method.init_lora_weights' now"),
         ({"name": "mola", "num_expert": 2}, "Did you mean 'method.num_experts'"),
-        ({"name": "mola", "top_k": 0}, "top_k=0 must be a whole number of at least 1"),
+        ({"name": "mola", "top_k": 0}, "top_k=0 must be a whole number from 1 to 1,000,000"),
         ({"name": "mola", "router": "mlp"}, "'method.router' cannot be 'mlp'"),
         ({"name": "mola", "router_aux_loss_coef": float("nan")}, "'method.router_aux_loss_coef' cannot be nan"),
         ({"name": "molex", "alpha": 2}, "alpha=2.0 must be a number from 0 to 1"),

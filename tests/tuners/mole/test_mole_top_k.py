@@ -260,7 +260,7 @@ def test_saved_and_loaded_it_is_bit_equal(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "2"])
 def test_bad_numbers(top_k: object) -> None:
-    with pytest.raises(LamellaError, match=r"top_k=.* must be a whole number of at least 1, or None"):
+    with pytest.raises(LamellaError, match=r"top_k=.* must be a whole number from 1 to 1,000,000, or None"):
         MoleConfig(top_k=top_k)
 
 

@@ -1,9 +1,11 @@
 """How many experts each layer gets."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from lamella.errors import LamellaError
+from lamella.tuners.kinds import MOST, Count, fits
 
 NumExperts = int | Sequence[int] | str
 
@@ -46,7 +48,9 @@ def allocate(num_experts: NumExperts, layers: int, expert_budget: float | None =
                 "with one entry per layer."
             )
         counts = [groups[layer * len(groups) // layers] for layer in range(layers)]
-        return counts if expert_budget is None else _scale(counts, expert_budget)
+        counts = counts if expert_budget is None else _scale(counts, expert_budget)
+        _refuse_uncountable(counts, num_experts)
+        return counts
     if expert_budget is not None:
         raise LamellaError(
             f"expert_budget={expert_budget} scales a shape, but num_experts={num_experts!r} is explicit; "
@@ -58,7 +62,7 @@ def allocate(num_experts: NumExperts, layers: int, expert_budget: float | None =
             f"num_experts has {len(counts)} entries but the stack has {layers} blocks; give one entry per block, or a "
             f'shape such as "2-4-6-8".'
         )
-    _refuse_below_one(counts, num_experts)
+    _refuse_uncountable(counts, num_experts)
     return counts
 
 
@@ -66,29 +70,27 @@ def _parse_shape(shape: str) -> tuple[int, ...]:
     if shape in SHAPES:
         return SHAPES[shape]
     parts = shape.split("-")
-    if not all(part.isdigit() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
         raise LamellaError(
             f"num_experts={shape!r} is not a shape; use one of {', '.join(SHAPES)}, or numbers such as '2-4-6-8'."
         )
     groups = tuple(int(part) for part in parts)
-    _refuse_below_one(groups, shape)
+    _refuse_uncountable(groups, shape)
     return groups
 
 
-def _refuse_below_one(counts: Sequence[int], given: object) -> None:
-    if any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
-        raise LamellaError(f"num_experts={given!r}: every layer needs at least one expert, as a whole number.")
+def _refuse_uncountable(counts: Sequence[int], given: object) -> None:
+    if not all(fits(count, Count) for count in counts):
+        raise LamellaError(
+            f"num_experts={given!r}: every layer needs at least one expert, as a whole number, and at most {MOST:,}."
+        )
 
 
 def _scale(counts: list[int], expert_budget: float) -> list[int]:
     """The same proportions with a total of ``expert_budget * layers``, by largest remainder, at least 1 each."""
+    if not 1 <= expert_budget <= MOST:  # nan is neither
+        raise LamellaError(f"expert_budget={expert_budget} is a mean per layer; it must be from 1 to {MOST:,}.")
     total = round(expert_budget * len(counts))
-    if total < len(counts):
-        raise LamellaError(
-            f"expert_budget={expert_budget} is a mean of less than one expert per layer over {len(counts)} "
-            "layers; it must "
-            "be at least 1."
-        )
     scaled = [1] * len(counts)
     free = set(range(len(counts)))
     while free:

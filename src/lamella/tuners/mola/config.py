@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import LamellaConfig, wrote_before
-from lamella.tuners.kinds import Bounds, Coefficient, Count
+from lamella.tuners.kinds import MOST, Bounds, Coefficient, Count, Share
 from lamella.tuners.mola.allocation import SHAPES, allocate
 from lamella.tuners.registry import LamellaType
 
@@ -38,11 +38,11 @@ class MolaConfig(LamellaConfig):
 
     r: Count = 8
     lora_alpha: float = 16
-    lora_dropout: Annotated[float, Bounds(0, below=1)] = 0.0
+    lora_dropout: Share = 0.0
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     num_experts: int | list[int] | str = 4
-    expert_budget: float | None = None
+    expert_budget: Annotated[float, Bounds(1, MOST)] | None = None
     top_k: Count | list[Count] = 2
     router: Literal["linear", "cosine"] = "linear"
     router_aux_loss_coef: Coefficient = 1e-3

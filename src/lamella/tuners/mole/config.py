@@ -13,7 +13,7 @@ from lamella.adapters.locate import exists
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
 from lamella.tuners.config import LamellaConfig
-from lamella.tuners.kinds import Bounds, Coefficient, Count
+from lamella.tuners.kinds import Bounds, Coefficient, Count, Index
 from lamella.tuners.mole.router import LOWEST_TEMPERATURE
 from lamella.tuners.registry import LamellaType
 
@@ -78,7 +78,7 @@ class MoleConfig(LamellaConfig):
     router_aux_loss_coef: Coefficient = 0.5
     prompt_tokens: Count = 4
     embed_adapters: bool = False
-    embedded: dict[str, list[int]] | None = None
+    embedded: dict[str, list[Index]] | None = None
     embedded_constants: list[str] | None = None
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """One module with the LoRAs that are composed on it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,16 @@ class MoleLinear(Member, AdapterLayer):
         """The LoRAs of an adapter as maps of the `rows`, scaling inside B."""
         factors = self.frozen(adapter)
         return FrozenLoras(factors.A, factors.B, factors.ranks)
+
+    def adding(self, adapter: str) -> Iterator[str]:
+        """The LoRAs of an adapter that add anything here."""
+        with onloaded(self.lamella_mole_loras[adapter]):
+            stored = self.frozen(adapter)
+            parts = stored.B.split(list(stored.ranks), dim=1)  # K of (out, r)
+            constants = [None] * len(parts) if stored.constant is None else list(stored.constant)  # K of (out,)
+            for name, B, constant in zip(self.groups[adapter].names, parts, constants, strict=True):
+                if bool(B.any()) or (constant is not None and bool(constant.any())):
+                    yield name
 
     def rows(self, adapter: str, x: Tensor) -> Tensor:
         """What the LoRAs' matrices are applied to, ``(*rows, features)``."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lamella.adapters import projects
 from lamella.backbones import Stack, find_place, find_stacks, width_of
 from lamella.errors import LamellaError
+from lamella.findings import Examination
 from lamella.kernels import FrozenLoras
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mole.block_forms import BlockGroup, mix_at_block, remove_mixtures
@@ -83,6 +84,21 @@ class MoleModel(RoutedModel):
 
     def lora_mixture(self, adapter_name: str) -> MoleMixture:
         return MoleMixture(self.model, adapter_name)
+
+    def examine(self, model: nn.Module, run: Callable[[], float], examination: Examination) -> None:
+        """Looks for LoRAs whose B or scaling is zero wherever they are."""
+        for adapter in self.active_adapters:
+            silent = set(self.peft_config[adapter].adapters)
+            for layer in (one for one in model.modules() if isinstance(one, MoleLinear) and adapter in one.groups):
+                silent -= set(layer.adding(adapter))
+            if silent:
+                examination.warning(
+                    "lora-adds-nothing",
+                    f"{len(silent)} of {len(self.peft_config[adapter].adapters)} LoRAs add nothing anywhere",
+                    sorted(silent),
+                    "their B is zero, or their scaling (lora_alpha): whatever weight they get, they change no output",
+                    "look for the checkpoints that were trained, or leave them out",
+                )
 
     def _prepare_adapter_config(self, peft_config: MoleConfig, model_config: dict[str, Any]) -> MoleConfig:
         return peft_config  # there are no target_modules to fill in

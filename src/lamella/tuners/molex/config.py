@@ -8,12 +8,14 @@ from peft import LoraConfig
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import LamellaConfig, check_patterns, unknown_keys, wrote_before
-from lamella.tuners.kinds import Bounds, Coefficient, Count, Index, fits, in_words
+from lamella.tuners.kinds import Bounds, Coefficient, Count, Index, Share, fits, in_words
 from lamella.tuners.registry import LamellaType
 
 # What belongs to the whole adapter, or would change the base model's own weights or number of blocks.
 _NOT_INSIDE = ("task_type", "modules_to_save", "layer_replication", "trainable_token_indices", "loftq_config")
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal")
+# What PEFT's hints leave open: its layers take any alpha.
+_OF_LORA: dict[str, Any] = {"r": Count, "lora_alpha": float, "lora_dropout": Share}
 
 
 @dataclass
@@ -142,8 +144,17 @@ class MolexConfig(LamellaConfig):
                 "belong to MolexConfig itself."
             )
         check_patterns(self.lora, "lora")
-        if not self.lora.lora_alpha and not wrote_before(self, "0.2"):
-            raise LamellaError("lora has lora_alpha=0, and all that it adds is multiplied by that; use lora=None.")
+        ranks, alphas = self.lora.rank_pattern or {}, self.lora.alpha_pattern or {}
+        given = {**{name: getattr(self.lora, name) for name in _OF_LORA}, **_each("rank_pattern", ranks)}
+        for name, value in given.items():
+            if not fits(value, hint := _OF_LORA.get(name, Count)):
+                raise LamellaError(f"lora has {name}={value!r}, which must be {in_words(hint)}.")
+        for name, alpha in {"lora_alpha": self.lora.lora_alpha, **_each("alpha_pattern", alphas)}.items():
+            if alpha == 0 and not wrote_before(self, "0.2"):
+                raise LamellaError(
+                    f"lora has {name}=0, and all that it adds there is multiplied by that. Leave such modules out of "
+                    "its target_modules; without any, use lora=None."
+                )
         if self.lora.bias != "none":
             raise LamellaError(
                 f"lora has bias={self.lora.bias!r}, which would train the base model's biases and not save them with "
@@ -156,12 +167,16 @@ class MolexConfig(LamellaConfig):
             )
 
 
+def _each(name: str, pattern: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name}[{key!r}]": value for key, value in pattern.items()}
+
+
 def _lora_from(values: Mapping[str, Any]) -> LoraConfig:
     known = {f.name for f in fields(LoraConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise LamellaError(unknown_keys("lora", unknown, known, values))
-    hints = get_type_hints(LoraConfig) | {"lora_alpha": float}  # PEFT's hint has only whole numbers, its layers any
+    hints = get_type_hints(LoraConfig) | _OF_LORA
     for name, value in values.items():
         # PEFT's own configs inside check themselves; in JSON they are dictionaries
         if name not in ("peft_type", "task_type") and not isinstance(value, dict) and not fits(value, hints[name]):

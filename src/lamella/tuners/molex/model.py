@@ -81,6 +81,15 @@ class MolexModel(RoutedModel):
 
     def examine(self, model: nn.Module, run: Callable[[], float], examination: Examination) -> None:
         """Compares what guests add with what their hosts do."""
+        config: MolexConfig = self.peft_config[self.active_adapters[0]]
+        if not config.mixes and config.lora is None:
+            examination.warning(
+                "adds-nothing",
+                f"policy={config.policy!r} and alpha={config.alpha:g} mix no guest in, and there is no LoRA",
+                f"adapter {self.active_adapters[0]!r}",
+                "the blocks do what the base's do",
+                "lower alpha, let a router choose, or give lora=LoraConfig(...)",
+            )
         examine_guests(model, [block for _, _, block in _wrapped(self.model)], run, examination)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
