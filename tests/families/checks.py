@@ -213,13 +213,16 @@ def _backward(family: Family, model: PeftModel) -> float:
     """Every trainable parameter gets a finite gradient that is not zero, wherever its module's own weights get one."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     model.requires_grad_(True)  # the base's weights show which modules the loss depends on
+    ran: set[nn.Module] = set()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: ran.add(module))
     loss_of(model.train(), labelled(family)).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     bad = sorted(name for name in trainable & gradients.keys() if not bool(torch.isfinite(gradients[name]).all()))
     if bad:
         raise FindingError(f"gradient not finite: {bad[0]}, one of {len(bad)}")
     moved = {name for name, gradient in gradients.items() if bool(gradient.any())}
-    alive = {name for name in trainable if any(other.startswith(_module_of(name)) for other in moved - trainable)}
+    alive = {name for name in trainable if _is_used(model, _module_of(name), moved - trainable, ran)}
     still = sorted(alive - moved)
     if still:
         raise FindingError(f"no gradient: {still[0]}, one of {len(still)} of {len(trainable)}")
@@ -229,8 +232,21 @@ def _backward(family: Family, model: PeftModel) -> float:
 
 
 def _module_of(parameter: str) -> str:
-    """The dotted name of the module that an adapter's parameter belongs to, with its last dot."""
-    return re.split(r"(?<=\.)(?:lamella_|lora_)", parameter)[0]
+    """The dotted name of the module that an adapter's parameter belongs to."""
+    return re.split(r"\.(?:lamella_|lora_)", parameter)[0]
+
+
+def _is_used(model: nn.Module, name: str, moved: set[str], ran: set[nn.Module]) -> bool:
+    """Whether the loss depends on a module by weights of its own.
+
+    A weight that several modules share (Zamba2's blocks) speaks for those that ran; one of a module that did not run
+    and shares it with nobody was read without calling the module.
+    """
+    module = model.get_submodule(name)
+    weights = {p for other, p in model.named_parameters(remove_duplicate=False) if other in moved}
+    own = weights & set(module.parameters())
+    sharing = [other for other in model.modules() if other in ran and own & set(other._parameters.values())]
+    return bool(own) and (module in ran or not sharing)
 
 
 def _saved(family: Family, base: nn.Module, model: PeftModel, folder: Path) -> float:
