@@ -26,16 +26,17 @@ def test_one_family_for_each_path(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "methods"),
+    ("name", "method", "checks"),
     [
-        ("canine", ("MOLE",)),  # words pooled from characters
-        ("longformer", ("MoLEx",)),  # padded by the model itself
-        ("git", ("MOLE",)),  # an image before the words
-        ("mistral3", ("MoLEx",)),  # all images in one row
+        ("canine", "MOLE", ("padding",)),  # words pooled from characters
+        ("longformer", "MoLEx", ("padding",)),  # padded by the model itself
+        ("git", "MOLE", ("padding",)),  # an image before the words
+        ("mistral3", "MoLEx", ("batch-mates",)),  # all images in one row
+        ("recurrent_gemma", "MoLEx", ("generation",)),  # states kept in the blocks
     ],
 )
-def test_blocks_that_are_given_other_tokens_than_the_model(name: str, methods: tuple[str, ...]) -> None:
-    answers = examine(BY_NAME[name], methods, ("padding", "batch-mates"))
+def test_blocks_that_are_given_other_tokens_or_keep_states(name: str, method: str, checks: tuple[str, ...]) -> None:
+    answers = examine(BY_NAME[name], (method,), checks)
     assert {answer["said"] for of_method in answers.values() for answer in of_method.values()} == {"yes"}, answers
 
 

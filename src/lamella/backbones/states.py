@@ -59,11 +59,6 @@ def why_no_sequences(model: nn.Module, stack: str) -> str | None:
     seen = next((seen for around in models_around(model, stack) if (seen := look(blocks, around)) is not None), None)
     if seen is None:
         return None
-    if seen.kept:
-        return (
-            f"the blocks of {stack} keep a state of the sequences in themselves ({seen.kept}), and a guest would write "
-            "into that of another block"
-        )
     is_by_sequence = seen.begin.dim() == 3 and len(seen.begin) == 2 and seen.begin.shape == seen.end.shape
     return None if is_by_sequence else states_without_sequences(f"{stack}.0", seen.begin.shape)
 
@@ -74,12 +69,10 @@ class Seen(NamedTuple):
     Attributes:
         begin: what its first block was given.
         end: what its last block returned.
-        kept: the name of an attribute in which a block has kept a tensor; "" where none has.
     """
 
     begin: Tensor
     end: Tensor
-    kept: str
 
 
 def look(blocks: list[nn.Module], model: PreTrainedModel) -> Seen | None:
@@ -113,7 +106,6 @@ def _look_at(blocks: list[nn.Module], model: PreTrainedModel, given: dict[str, T
         begins.append(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, name: states})
 
-    before = _attributes(blocks)
     try:
         with torch.no_grad(), torch.random.fork_rng(), as_it_was(model), ExitStack() as hooked:
             hooked.enter_context(blocks[0].register_forward_pre_hook(disturb, with_kwargs=True))
@@ -121,15 +113,6 @@ def _look_at(blocks: list[nn.Module], model: PreTrainedModel, given: dict[str, T
                 blocks[-1].register_forward_hook(lambda _, args, output: ends.append(hidden_states_of(output)))
             )
             model.eval()(**given)
-            after = _attributes(blocks).items()
     except Exception:  # of whatever kind: it is another model's forward
         return None
-    kept = next((at[1] for at, value in after if isinstance(value, Tensor) and value is not before.get(at)), "")
-    return Seen(begins[0], ends[0], kept) if len(begins) == len(ends) == 1 else None
-
-
-def _attributes(blocks: list[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
-    """What modules have beside parameters, buffers and other modules."""
-    return {
-        (module, name): value for block in blocks for module in block.modules() for name, value in vars(module).items()
-    }
+    return Seen(begins[0], ends[0]) if len(begins) == len(ends) == 1 else None

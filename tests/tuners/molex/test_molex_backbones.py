@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    RecurrentGemmaConfig,
     SwinConfig,
     SwinModel,
     WhisperConfig,
@@ -164,19 +163,6 @@ UNFIT = {
     "tokens before sequences": (
         lambda: XLNetLMHeadModel(XLNetConfig(d_model=16, n_layer=2, n_head=2, d_inner=24, vocab_size=tiny.VOCAB)),
         r"transformer\.layer\.0 maps states of shape \(5, 2, 16\), not \(batch, tokens, features\)",
-    ),
-    "a state in the block": (
-        lambda: AutoModelForCausalLM.from_config(
-            RecurrentGemmaConfig(
-                **TOWER,
-                num_key_value_heads=1,
-                vocab_size=tiny.VOCAB,
-                lru_width=16,
-                pad_token_id=0,
-                block_types=["recurrent", "attention"],
-            )
-        ),
-        r"blocks of model\.layers keep a state of the sequences in themselves \((conv1d_state|recurrent_states)\)",
     ),
     "stages of several widths": (
         lambda: SwinModel(SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2])),

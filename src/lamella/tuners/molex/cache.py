@@ -9,7 +9,7 @@ them.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentio
 
 from lamella.errors import LamellaError
 from lamella.tuners.cache import DecisionLayer
+from lamella.tuners.molex.guests import States
 
 _EXTENDED = (DynamicCache, StaticCache, QuantizedCache)  # each is a list of layers and nothing more
 
@@ -64,10 +65,11 @@ def is_static(cache: Any) -> bool:
 
 @dataclass
 class Kept:
-    """What one guest at one depth keeps: ``rows (R,)`` of the batch, and a cache's layer for them."""
+    """What one guest at one depth keeps: ``rows (R,)`` of the batch, a cache's layer for them, and states beside it."""
 
     rows: Tensor
     layer: Any
+    states: States = field(default_factory=dict)
 
 
 class GuestsLayer(DummyLayer):
@@ -151,6 +153,7 @@ class GuestsLayer(DummyLayer):
             has, at = (chosen[:, None] == kept.rows).nonzero().T  # each new row, and where its states lie
             kept.rows = has
             kept.layer.reorder_cache(at)
+            kept.states = {name: state if state is None else state[at] for name, state in kept.states.items()}
             if len(has) == 0:
                 del self.kept[place]
 
@@ -173,6 +176,10 @@ class GuestSlots:
         """Whether a guest has seen every row at this depth, as where its first call could not be cut."""
         kept = self.own.kept.get((depth, guest))
         return kept is not None and len(kept.rows) == batch
+
+    def states(self, depth: int, guest: int) -> States:
+        """What a guest at this depth keeps in itself, of the rows of its view."""
+        return self.own.kept[depth, guest].states
 
     def view(self, depth: int, guest: int, rows: Tensor | None, batch: int, past: int | None = None) -> Cache:
         """What a guest at this depth is given as its cache; it serves one call.

@@ -15,9 +15,19 @@ from transformers.utils import output_capturing
 from lamella.backbones import BlockCall, hidden_states_of
 from lamella.errors import LamellaError
 
+# What a block has kept of the sequences in itself, by the module inside it and the attribute.
+States = dict[tuple[str, str], Tensor | None]
+
 
 def run_guest(
-    block: nn.Module, call: BlockCall, rows: Tensor | None, cache: Any, output: Any, dtype: str | None, recompute: bool
+    block: nn.Module,
+    call: BlockCall,
+    rows: Tensor | None,
+    cache: Any,
+    kept: States,
+    output: Any,
+    dtype: str | None,
+    recompute: bool,
 ) -> Tensor:
     """The hidden states another block makes of a call's input.
 
@@ -26,6 +36,7 @@ def run_guest(
         call: the host's call.
         rows: the sequences that it runs on; None for all.
         cache: the guest's keys and values, of the sequences that it runs on; None without.
+        kept: what it has kept of them in itself, beside the cache; brought up to date.
         output: what the host returned.
         dtype: "bfloat16" to run under autocast to it.
         recompute: whether to recompute it in the backward pass instead of keeping its activations.
@@ -39,7 +50,7 @@ def run_guest(
     device = call.hidden_states.device.type
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        with _bfloat16(device) if dtype == "bfloat16" else nullcontext():
+        with _bfloat16(device) if dtype == "bfloat16" else nullcontext(), _kept_apart(block, kept):
             return hidden_states_of(block(*args, **kwargs))
 
     with _unseen():
@@ -51,6 +62,31 @@ def run_guest(
 def is_checkpointed(block: nn.Module) -> bool:
     """Whether transformers recomputes this block in the backward pass, and keeps no cache for it."""
     return bool(getattr(block, "gradient_checkpointing", False)) and block.training
+
+
+@contextmanager
+def _kept_apart(block: nn.Module, kept: States) -> Iterator[None]:
+    """Gives a block what it has kept as this guest, as RecurrentGemma's do, and afterwards its own back."""
+    own, modules = _attributes(block), dict(block.named_modules())
+    for (module, name), value in kept.items():
+        setattr(modules[module], name, value)
+    try:
+        yield
+    finally:
+        for at, value in _attributes(block).items():
+            if value is not own.get(at):
+                kept[at] = value
+                setattr(modules[at[0]], at[1], own.get(at))
+
+
+def _attributes(block: nn.Module) -> States:
+    """The tensors, and the places where there is none, that modules have beside parameters and buffers."""
+    return {
+        (module, name): value
+        for module, inside in block.named_modules()
+        for name, value in vars(inside).items()
+        if value is None or isinstance(value, Tensor)
+    }
 
 
 @contextmanager
