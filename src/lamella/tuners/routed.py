@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lamella.backbones import Place
-from lamella.tuners.tensors import onloaded
+from lamella.backbones.offloading import onloaded
 
 
 @dataclass(frozen=True)

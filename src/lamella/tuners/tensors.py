@@ -1,22 +1,18 @@
-"""Tensors of adapters: what they are called in a model, and how they are read where accelerate keeps them elsewhere.
-
-accelerate brings a module's weights in when that module's forward runs, and takes them out again; until then they are
-on the meta device, without numbers. A layer that reads the tensors of a module which it does not call brings them in
-with `onloaded`.
-"""
+"""Tensors of adapters: what they are called in a model, and how they are kept there."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from lamella.backbones.offloading import execution_device
 from lamella.errors import LamellaError
 from lamella.routing import Asked, Generation, RoutedCall
 from lamella.tuners.bypassing import read_weight
@@ -115,31 +111,6 @@ def say_if_rounded(model: nn.Module) -> None:
             "experts score alike, a router chooses others by rounding, and outputs move much more than a LoRA's would.",
             stacklevel=2,
         )
-
-
-def onloaded(*modules: nn.Module) -> AbstractContextManager[object]:
-    """Brings in the weights of modules that accelerate has offloaded, for what reads them without calling them."""
-    offloaded = [module for module in modules if "_hf_hook" in module.__dict__ and _is_out(module)]
-    return _aligned(offloaded) if offloaded else nullcontext()
-
-
-def _is_out(module: nn.Module) -> bool:
-    return any(
-        tensor is not None and tensor.is_meta for tensor in (*module._parameters.values(), *module._buffers.values())
-    )
-
-
-@contextmanager
-def _aligned(modules: Sequence[nn.Module]) -> Iterator[None]:
-    with ExitStack() as loaded:
-        for module in modules:
-            loaded.enter_context(align_module_device(module))
-        yield
-
-
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate runs a module whose weights it keeps elsewhere; None for any other module."""
-    return torch.device(module.__dict__["_hf_hook"].execution_device) if has_offloaded_params(module) else None
 
 
 @contextmanager

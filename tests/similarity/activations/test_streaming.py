@@ -237,6 +237,16 @@ def test_activations_of_padding_may_be_anything(tmp_path):
         capture(model, batches([TEXTS[0][:4]], wider=4), tmp_path / "real", per_expert=4)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_nan_is_blamed_on_the_expert_that_gives_it(family, tmp_path):
+    model = FAMILIES[family]()
+    layer = moe_layers(model)[1]
+    with torch.no_grad():
+        layer.experts[2].down[0, 0] = torch.nan
+    with pytest.raises(LamellaError, match=r"^Expert 2 of layer 1 .* put out NaN .* token \d"):
+        capture(model, batches(TEXTS), tmp_path)
+
+
 def test_a_layer_that_runs_twice_is_refused(tmp_path):
     model = FAMILIES["mixtral"]()
     again = moe_layers(model)[0].module

@@ -1,8 +1,8 @@
 """One expert of a mixture: its matrices, and the function they make."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch.nn.functional import linear
 
 from lamella.errors import LamellaError
 
+OFFLOADED = (
+    "which brings them in anew for each forward, so that what is written to them is lost; load the model without "
+    "offloading (device_map), or replace experts instead."
+)
 Activation = Callable[[Tensor | None, Tensor], Tensor]
 
 
@@ -50,6 +54,11 @@ class Expert:
         named = {name: getattr(self, name) for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")}
         return {name: matrix for name, matrix in named.items() if matrix is not None}
 
+    def copied(self) -> "Expert":
+        """The same by copies of its matrices, which cannot be written to."""
+        copies: dict[str, Any] = {name: matrix.detach().clone() for name, matrix in self.matrices.items()}
+        return CopiedExpert(**vars(self) | copies) if type(self) is Expert else replace(self, **copies)
+
     @property
     def parameters(self) -> int:
         """How many numbers the matrices hold."""
@@ -68,6 +77,19 @@ class Expert:
             raise LamellaError(f"An expert with the matrices {given} cannot be written over one with {held}.")
         for name, matrix in mine.items():
             matrix.copy_(theirs[name])
+
+
+@dataclass(frozen=True, eq=False)
+class CopiedExpert(Expert):
+    """An expert of a model whose weights are kept elsewhere, by copies of its matrices."""
+
+    def write(self, other: Expert) -> None:
+        """Refuses.
+
+        Raises:
+            LamellaError: the model's own weights are not in reach.
+        """
+        raise LamellaError("The weights of this expert are offloaded by accelerate, " + OFFLOADED)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from lamella.backbones.blocks import Place
 from lamella.backbones.moe.expert import Expert, HoldsExperts
 from lamella.backbones.moe.family import Callables, MoEFamily, NativeRouting
+from lamella.backbones.offloading import is_offloaded, onloaded
 from lamella.errors import LamellaError
 
 
 class Experts(Sequence[Expert]):
     """The experts of one layer, each made anew from the layer's present parameters when it is asked for.
 
+    Where accelerate has offloaded these, an expert is a copy.
+
     Raises:
-        LamellaError: an expert is asked for that computes with more than its parameters.
+        LamellaError: an expert is asked for that computes with more than its parameters (an adapter's, scales of
+            quantised ones).
     """
 
     def __init__(self, family: MoEFamily, sparse: nn.Module) -> None:
@@ -45,10 +49,14 @@ class Experts(Sequence[Expert]):
                 f"The experts of this {type(self._sparse).__name__} are wrapped by a PEFT adapter, so their parameters "
                 "are not all they compute with. Merge the adapter first (merge_and_unload), or keep it off the experts."
             )
+        offloaded = [module for module in self._modules if is_offloaded(module)]
+        with onloaded(*offloaded):
+            expert = self._made(index % len(self))
+            return expert.copied() if offloaded else expert
+
+    def _made(self, index: int) -> Expert:
         held = self._family.experts(self._sparse)
-        if isinstance(held, HoldsExperts):
-            return held.expert(index % len(self))
-        return self._family.expert(self._sparse, index % len(self))
+        return held.expert(index) if isinstance(held, HoldsExperts) else self._family.expert(self._sparse, index)
 
 
 @dataclass(frozen=True, eq=False)

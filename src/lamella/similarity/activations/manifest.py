@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
 
@@ -141,7 +142,9 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(_json({k: v for k, v in config.items() if k not in _ASIDE}))
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(_sampled(tensor).numpy().tobytes())
+        module, _, leaf = name.rpartition(".")
+        with onloaded(owner := model.get_submodule(module)):
+            digest.update(_sampled(getattr(owner, leaf).detach() if tensor.is_meta else tensor).numpy().tobytes())
     return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lamella.backbones.moe import Dispatch, MoELayer, moe_layers, watch_dispatch
+from lamella.backbones.offloading import input_device
 from lamella.errors import LamellaError
 from lamella.similarity.activations.checkpoints import Reservoirs, Saver
 from lamella.similarity.activations.documents import Batch, Documents, added, unread
@@ -92,7 +93,7 @@ def capture(
         _check_ended(unread(batches, done, folder), done, folder)
         return Capture.load(folder)
     taking = _Taking(model, layers, done, reservoirs)
-    with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch):
+    with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch), taking.checked(layers):
         for documents in unread(batches, done, folder):
             taking.take(documents)
             saver.checkpoint(taking.manifest, reservoirs)
@@ -110,9 +111,10 @@ class _Taking:
         self.manifest = done
         self._model = model
         self._reservoirs = reservoirs
-        self._device = next(model.parameters()).device
+        self._device = input_device(model)
         self._begun, self._tokens_before = time.monotonic(), done.tokens
         self._documents: Documents
+        self._last: Dispatch  # of the layer whose experts run now
         self._told: set[int] = set()
 
     def take(self, documents: Documents) -> None:
@@ -131,6 +133,7 @@ class _Taking:
     def watch(self, dispatch: Dispatch) -> None:
         """Takes in what one layer gave to its experts."""
         layer, real = dispatch.layer, dispatch.real
+        self._last = dispatch
         if layer.index in self._told:
             raise LamellaError(
                 f"Layer {layer.index} ({layer.name}) runs twice in one forward, so its tokens would count twice."
@@ -146,15 +149,46 @@ class _Taking:
         taken = torch.ones_like(indices, dtype=torch.bool) if kept is None else kept
         reservoir.offer(self.manifest.seed, layer.index, indices, taken, rows, positions, x)
 
+    @contextmanager
+    def checked(self, layers: Sequence[MoELayer]) -> Iterator[None]:
+        """Inside the context, NaN and infinity are found where they arise, and the expert that gave them is named."""
+        handles = [layer.experts_module.register_forward_hook(self._check_output) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_output(self, _: nn.Module, args: Any, output: Tensor) -> None:
+        dispatch = self._last
+        if output.numel() // output.shape[-1] != len(dispatch.x):
+            return  # not one row for each token: the next layer's inputs tell
+        broken = ~output.reshape(len(dispatch.x), -1).isfinite().all(dim=1) & dispatch.real
+        if not broken.any():
+            return
+        at, layer = int(broken.int().argmax()), dispatch.layer
+        x = dispatch.x[at : at + 1]
+        chosen = [e for e in dispatch.routing.indices[at].tolist() if not layer.experts[e](x).isfinite().all()]
+        place = at % dispatch.shape[1]
+        rows, real = self._documents.rows, dispatch.real.view(dispatch.shape)
+        self._refuse(
+            f"{f'Expert {chosen[0]}' if chosen else 'The experts'} of layer {layer.index} ({layer.name}) put out",
+            int(rows[at // dispatch.shape[1]]),
+            int(real[at // dispatch.shape[1], :place].sum()),
+        )
+
     def _check_finite(self, layer: MoELayer, x: Tensor, indices: Tensor, rows: Tensor, positions: Tensor) -> None:
         finite = x.isfinite().all(dim=1)
-        if finite.all():
-            return
-        first = int(finite.int().argmin())
+        if not finite.all():
+            first = int(finite.int().argmin())
+            what = f"Layer {layer.index} ({layer.name}) gives its expert {int(indices[first, 0])}"
+            self._refuse(what, int(rows[first]), int(positions[first]))
+
+    def _refuse(self, what: str, row: int, position: int) -> NoReturn:
         raise LamellaError(
-            f"Layer {layer.index} ({layer.name}) gives its expert {int(indices[first, 0])} NaN or infinite activations "
-            f"in batch {self._documents.number}, document {int(rows[first])}, token {int(positions[first])}. A model "
-            "that was trained in bfloat16 overflows in float16: load it in bfloat16 or float32; or mend its weights."
+            f"{what} NaN or infinite activations in batch {self._documents.number}, document {row}, token {position}. "
+            "A model that was trained in bfloat16 overflows in float16: load it in bfloat16 or float32; or mend its "
+            "weights."
         )
 
     def progress(self) -> Progress:

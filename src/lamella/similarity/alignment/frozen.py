@@ -13,7 +13,8 @@ from torch.nn.functional import silu
 from transformers.activations import ACT2FN
 
 from lamella.backbones.moe import Expert
-from lamella.backbones.moe.expert import Gated
+from lamella.backbones.moe.expert import Gated, NormedExpert
+from lamella.errors import LamellaError
 
 
 class FrozenExpert:
@@ -24,6 +25,8 @@ class FrozenExpert:
 
     @torch.no_grad()
     def __init__(self, expert: Expert, dtype: torch.dtype) -> None:
+        if isinstance(expert, NormedExpert):
+            raise LamellaError("An expert whose output is normalised is more than its matrices, and is not aligned to.")
         self._expert = with_matrices(expert, {name: one.detach().to(dtype) for name, one in expert.matrices.items()})
         self._units = hidden_units(self._expert)
         self._buffers = Buffers()

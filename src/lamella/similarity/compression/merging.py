@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lamella.backbones.moe import MoELayer, moe_layers
+from lamella.backbones.moe.expert import OFFLOADED, NormedExpert
+from lamella.backbones.offloading import is_offloaded
 from lamella.errors import LamellaError, optional_module
 from lamella.similarity.compression.grouping import (
     METHODS,
@@ -183,6 +185,13 @@ def _whole_layers(model: nn.Module) -> list[MoELayer]:
     """The layers, if their experts are all that their modules hold."""
     layers = list(native_layers(model).values())
     for layer in layers:
+        if not layer.family.pools or isinstance(layer.experts[0], NormedExpert):
+            raise LamellaError(
+                f"The experts of layer {layer.index} ({layer.name}) are given tokens, or give theirs out, by more than "
+                "a router's weights, so they cannot be stored as fewer."
+            )
+        if any(map(is_offloaded, layer.module.modules())):
+            raise LamellaError(f"Weights of {layer.name} are offloaded by accelerate, {OFFLOADED}")
         if isinstance(layer.experts_module, PooledExperts):
             raise LamellaError(f"The experts of layer {layer.index} are compressed already; compress the first model.")
         if sum(expert.parameters for expert in layer.experts) != expert_parameters([layer]):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lamella.backbones.offloading import input_device
 from lamella.errors import LamellaError
 from lamella.statistics import perplexity
 
@@ -66,7 +67,7 @@ def text_scores(
     """
     if metric not in get_args(Metric):
         raise LamellaError(f"metric={metric!r} is not one of {', '.join(get_args(Metric))}.")
-    device = next(model.parameters()).device
+    device = input_device(model)
     allowed = None if choices is None else torch.tensor(choices, device=device)
     parts = []
     with evaluating(model), torch.no_grad():

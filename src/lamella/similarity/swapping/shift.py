@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lamella.backbones.blocks import Place
+from lamella.backbones.offloading import input_device
 from lamella.similarity.swapping.exchange import Aligners, swap
 from lamella.similarity.swapping.scores import Batch, evaluating, inputs_on
 from lamella.similarity.swapping.units import Named, Unit, mixtures
@@ -53,7 +54,7 @@ def routing_shift(
 
 def _shares(model: nn.Module, batches: Sequence[Batch]) -> "pd.DataFrame":
     """layer, expert, share, dropped: what the routers that the model came with did with these batches."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     with evaluating(model), torch.no_grad(), record_routing(model) as trace:
         for batch in batches:
             model(**inputs_on(device, batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Literal, get_args
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lamella.backbones.blocks import locate_stacks
 from lamella.backbones.moe import MoELayer, moe_layers
+from lamella.backbones.moe.expert import OFFLOADED
+from lamella.backbones.offloading import is_offloaded
 from lamella.errors import LamellaError
 
 Unit = Literal["expert", "router", "router+experts", "block"]
@@ -134,12 +136,21 @@ def _expert(model: nn.Module, moe: MoELayer, expert: int) -> Part:
             "as (layer, expert)."
         )
     modules = _names(model, [moe.experts_module])
+    _refuse_offloaded(modules)
     return Part("expert", moe.index, expert, modules, moe.experts[expert].matrices, moe)
 
 
 def _of_modules(model: nn.Module, unit: Unit, layer: int, chosen: dict[str, nn.Module], moe: MoELayer | None) -> Part:
     tensors = {f"{prefix}.{name}": tensor for prefix, module in chosen.items() for name, tensor in _tensors(module)}
-    return Part(unit, layer, -1, _names(model, chosen.values()), tensors, moe)
+    modules = _names(model, chosen.values())
+    _refuse_offloaded(modules)
+    return Part(unit, layer, -1, modules, tensors, moe)
+
+
+def _refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if any(map(is_offloaded, module.modules())):
+            raise LamellaError(f"Weights of {name} are offloaded by accelerate, {OFFLOADED}")
 
 
 def _names(model: nn.Module, chosen: Iterable[nn.Module]) -> dict[str, nn.Module]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lamella.backbones.moe import Expert, MoEFamily, NativeRouting, register
 from lamella.backbones.moe.family import Callables, without
 from lamella.backbones.moe.interventions import add_experts, put, restrict_router, restricted
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.routing import Frame, Routing
 from lamella.tuners.mola.layer import MolaLinear
-from lamella.tuners.tensors import onloaded
 
 
 @register

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
+from lamella.backbones.offloading import onloaded
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import choose_form, mix_dense, mix_sorted, project
 from lamella.routing import (
@@ -27,7 +28,7 @@ from lamella.routing import (
 from lamella.tuners.bypassing import note_call
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
-from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_plain, onloaded
+from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_plain
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from lamella.backbones.offloading import onloaded
 from lamella.routing import Routing, find_tracker
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.routed import See
-from lamella.tuners.tensors import onloaded
 
 
 class MolaMixture:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.backbones import Place
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras
 from lamella.routing import (
@@ -31,7 +32,6 @@ from lamella.tuners.mole.balancing import RouterBalance
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.plan import GroupPlan
 from lamella.tuners.mole.router import MoleRouter, RankSpaceInputs, RouterInputs
-from lamella.tuners.tensors import onloaded
 
 
 class Member(nn.Module):

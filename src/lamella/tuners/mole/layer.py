@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.adapters import sides_of
 from lamella.backbones import Place
+from lamella.backbones.offloading import onloaded
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
@@ -18,7 +19,7 @@ from lamella.tuners.bypassing import note_call
 from lamella.tuners.mole.group import Group, Member
 from lamella.tuners.mole.router import MoleRouter
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
-from lamella.tuners.tensors import AdapterLayer, is_plain, onloaded
+from lamella.tuners.tensors import AdapterLayer, is_plain
 
 CANNOT_MERGE = (
     "MOLE decides the weights of its LoRAs for each input, so there is no single weight to merge into the base. Use "

@@ -6,13 +6,13 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.kernels.frozen import group_rows, scale_columns
 from lamella.routing import Frame
 from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import MoleLinear
 from lamella.tuners.routed import See
-from lamella.tuners.tensors import onloaded
 
 
 class MoleMixture:

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, project, read_outputs, read_positions
 from lamella.routing import Sequences, pool_mean
-from lamella.tuners.tensors import onloaded
 
 # Below it the softmax is a hard choice, and a learned temperature gets no more gradient.
 LOWEST_TEMPERATURE = 0.01

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.backbones import BlockCall, Place, hidden_states_of, with_hidden_states
+from lamella.backbones.offloading import onloaded
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.routing import (
     CachedDecision,
@@ -40,7 +41,7 @@ from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.guests import is_checkpointed, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
-from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_meta, onloaded
+from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_meta
 
 CANNOT_MERGE = (
     "MoLEx lets each sequence choose the blocks it runs through, so there is no single weight to merge into the base, "

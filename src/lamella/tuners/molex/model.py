@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from lamella.backbones import Place, Stack, locate_stacks, width_of
+from lamella.backbones.offloading import execution_device
 from lamella.errors import LamellaError
 from lamella.findings import Examination
 from lamella.tuners.model import RoutedModel
@@ -18,7 +19,7 @@ from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.inner_lora import find_targets, inject_lora, lora_layers
 from lamella.tuners.molex.plan import make_plans
 from lamella.tuners.molex.summarising import summarise
-from lamella.tuners.tensors import execution_device, is_meta, placed
+from lamella.tuners.tensors import is_meta, placed
 
 
 class MolexModel(RoutedModel):
