@@ -60,11 +60,14 @@ def test_qwen_by_the_published_protocol(qwen):
     assert planned.align_hours * 3600 == pytest.approx(1440 * 1441 * pair, rel=0.2)  # looks and scores beside
 
 
-def test_a_capture_reads_all_of_the_text_it_is_given(qwen):
+def test_a_capture_ends_when_every_expert_has_its_samples_or_with_the_text(qwen):
     planned = plan(qwen, tokens=789_786, flops_per_second=4e14)
-    assert (planned.tokens, planned.tokens_needed) == (789_786, 9303)
-    assert planned.capture_hours == 2 * 789_786 * 2_378_008_576 / 4e14 / 3600
-    assert "for 789,786 tokens" in str(planned)
+    assert planned.tokens == planned.tokens_needed == 9303
+    assert planned == plan(qwen, flops_per_second=4e14)
+    short = plan(qwen, tokens=1000, flops_per_second=4e14)
+    assert (short.tokens, short.tokens_needed) == (1000, 9303)
+    assert short.capture_hours == 2 * 1000 * 2_378_008_576 / 4e14 / 3600
+    assert "the text has 1,000" in str(short)
 
 
 def test_skew_and_measured_shares_ask_for_more_text(qwen, tmp_path):

@@ -44,7 +44,7 @@ class Plan:
         tiles: independent pieces of the alignment.
         aligner, steps: kind, and most steps of a pair.
         per_expert: samples of an expert.
-        tokens: of text that the capture reads: all that it is given, or ``tokens_needed`` where that is not known.
+        tokens: of text that the capture reads: ``tokens_needed``, or all that it is given where that is less.
         tokens_needed: so that with probability 0.99 every expert gets its samples, if the rarest is chosen as seldom
             as given or measured, by tokens that are independent; real ones are not quite, so take more.
         rarest: chance that a token chooses the rarest expert.
@@ -91,13 +91,16 @@ class Plan:
             f"{self.tokens_needed:,} tokens or more fill {self.per_expert} samples of each expert, the rarest chosen "
             f"by 1 token in {1 / self.rarest:,.1f}{silent}"
         )
-        reads = f"{self.tokens:,} tokens" if self.tokens != self.tokens_needed else "as many tokens as that"
+        reads = "as many tokens as that"
+        if self.tokens < self.tokens_needed:
+            needed += f"; the text has {self.tokens:,}"
+            reads = f"{self.tokens:,} tokens"
         lines = {
             "model": f"{self.model}: {self.parameters:,} parameters, {self.active:,} for one token; "
             f"{_gigabytes(self.model_bytes)} in float32",
             "experts": f"{self.experts:,} in {self.layers} layers",
             "pairs": f"{self.pairs_all:,} ordered; {self.pairs:,} to align, in {self.tiles:,} tiles",
-            "text": f"{needed}; a capture reads all of the text it is given",
+            "text": f"{needed}; a capture ends there",
             "capture": f"{_hours(self.capture_hours)} for {reads}; {_gigabytes(self.capture_bytes)} on disk and in "
             "memory",
             "screen": f"{_hours(self.screen_hours)} for all pairs",
@@ -150,7 +153,7 @@ def plan(
     if not chosen:
         raise LamellaError("The captured routing has no token that chose an expert; capture some text first.")
     needed = tokens_to_fill(per_expert, min(chosen), shape.experts)
-    read = needed if tokens is None else tokens
+    read = needed if tokens is None else min(tokens, needed)
     held = round(per_expert * held_out)
     speed = _measure_speed() if flops_per_second is None else flops_per_second
     # two controls for each source beside its pairs

@@ -62,6 +62,7 @@ def capture_texts(
     seed: int,
     dtype: torch.dtype,
     progress: Callable[[Progress], None],
+    whole_text: bool = False,
 ) -> Capture:
     """Begins the study, or goes on with it: the capture, its tables, and how inputs and outputs are distributed."""
     study.folder.begin(study.subject)
@@ -69,8 +70,8 @@ def capture_texts(
     if truth.is_file():  # a model that was made so that it is known which experts are alike
         study.folder.note("ground_truth", json.loads(truth.read_text(encoding="utf-8")))
     taken = capture(
-        study.model, texts, study.folder.capture, per_expert, seed=seed, dtype=dtype, tokenizer=study.tokenizer,
-        origin=texts.origin, progress=progress,
+        study.model, texts.shuffled(seed), study.folder.capture, per_expert, seed=seed, dtype=dtype,
+        tokenizer=study.tokenizer, origin=texts.origin, whole_text=whole_text, progress=progress,
     )  # fmt: skip
     taken.write_tables()
     norms, plane = distributions(taken, study.model)

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +62,11 @@ class TextBatches:
     def documents(self) -> int:
         """How many documents there are, one a row."""
         return len(self.rows)
+
+    def shuffled(self, seed: int = 0) -> "TextBatches":
+        """The same documents in an order drawn by the seed, so that the first ones stand for all."""
+        order = torch.randperm(self.documents, generator=torch.Generator().manual_seed(seed))
+        return replace(self, rows=[self.rows[at] for at in order.tolist()])
 
     def __len__(self) -> int:
         return -(-self.documents // self.batch_size)

@@ -11,6 +11,7 @@ from torch import nn
 from lamella.backbones.moe import Dispatch, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.similarity.activations import Capture, Progress, capture
+from lamella.similarity.activations.streaming import LOOK
 from lamella.tracing import record_routing
 
 TEXTS = documents()
@@ -64,6 +65,23 @@ def test_every_expert_has_the_tokens_with_the_smallest_keys(model, tmp_path):
 def test_padding_and_batch_size_change_no_sample(model, tmp_path, other):
     expected = capture(model, batches(TEXTS), tmp_path / "expected", per_expert=6)
     assert_same_samples(capture(model, batches(TEXTS, **other), tmp_path / "found", per_expert=6), expected)
+
+
+@pytest.mark.parametrize("size", [3, 50, 200])
+def test_it_ends_at_the_first_look_at_which_every_expert_has_its_samples(model, tmp_path, size):
+    texts = documents(200)
+    first = capture(model, batches(texts[:LOOK]), tmp_path / "first", per_expert=6, whole_text=True)
+    assert (first.routing["captured"] == 6).all()
+    ended = capture(model, batches(texts, size=size), tmp_path / "ended", per_expert=6)
+    assert_same_samples(ended, first)
+    assert ended.manifest.rows_done == LOOK
+    assert (
+        capture(model, batches(texts), tmp_path / "ended", per_expert=6).manifest.rows_done == LOOK
+    )  # nothing is added
+    whole = capture(model, batches(texts, size=size), tmp_path / "whole", per_expert=6, whole_text=True)
+    assert whole.manifest.rows_done == 200
+    more = int(first.routing["selected"].min()) + 1  # not yet there at the first look
+    assert capture(model, batches(texts, size=size), tmp_path / "more", per_expert=more).manifest.rows_done > LOOK
 
 
 def test_documents_with_numbers_of_their_own_may_come_in_any_order(model, tmp_path):

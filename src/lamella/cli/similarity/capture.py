@@ -22,10 +22,15 @@ def capture(
     batch_size: Annotated[int, typer.Option(min=1, help="Documents of a forward.")] = 8,
     samples: Annotated[str, typer.Option(help="Precision of the samples: float32 or bfloat16.")] = "float32",
     dtype: Annotated[str, typer.Option(help="Precision of the model: float32, bfloat16 or auto.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the samples and the order of documents.")] = 0,
+    whole_text: Annotated[
+        bool, typer.Option("--whole-text", help="Read on when every expert has its samples, to count all choices.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run text through a model once and keep a uniform sample of what each expert is given. Goes on where it stopped.
+
+    Documents come in random order, and it ends when every expert has its samples.
 
     Example: lamella similarity capture tiny-moe --text news -o runs/tiny
     """
@@ -40,7 +45,7 @@ def capture(
     moe_layers(study.model)  # what has no experts begins no study
     texts = read_texts(study, text, split, documents)
     with telling("capturing") as tell:
-        taken = capture_texts(study, texts, per_expert, seed, kept_in, lambda now: tell(str(now)))
+        taken = capture_texts(study, texts, per_expert, seed, kept_in, lambda now: tell(str(now)), whole_text)
     if json:
         print_json({"folder": str(output), **taken.facts(), "notes": list(texts.notes)})
         return

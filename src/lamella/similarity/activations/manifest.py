@@ -38,7 +38,8 @@ class Manifest:
         rows_done: documents taken in.
         tokens: real tokens taken in, as the model's input counts them.
         text: hash of the documents taken in, row by row.
-        complete: whether the text has ended.
+        whole_text: whether it reads on when every expert has its samples; captures of the first edition do.
+        complete: whether the text has ended, or every expert has its samples.
         shards: folder of the shards, relative to the manifest; of an unfinished capture it is the latest checkpoint's.
     """
 
@@ -53,6 +54,7 @@ class Manifest:
     rows_done: int = 0
     tokens: int = 0
     text: int = 0
+    whole_text: bool = True
     complete: bool = False
     shards: str = "."
 

@@ -19,6 +19,8 @@ from lamella.similarity.activations.documents import Batch, Documents, added, un
 from lamella.similarity.activations.manifest import DTYPES, Manifest, model_fingerprint, tokenizer_fingerprint
 from lamella.similarity.activations.reading import Capture
 
+LOOK = 64  # documents after which it is seen whether every expert has its samples
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -55,14 +57,18 @@ def capture(
     dtype: torch.dtype = torch.float32,
     tokenizer: Any = None,
     origin: str = "",
+    whole_text: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Capture:
     """Runs text through a mixture-of-experts model once and keeps a sample of every expert's inputs.
 
     Every (layer, expert, document, place among its real tokens) has a fixed pseudo-random key, and an expert keeps the
     ``per_expert`` tokens with the smallest keys (bottom-k sampling). So the sample is uniform over the tokens the
-    expert was given, and the same for any size, padding and order of the batches. Padding is left out; tokens that an
-    expert had no room for are counted, not sampled.
+    expert was given, and the same for any size and padding of the batches, and for any order of the same documents.
+    Padding is left out; tokens that an expert had no room for are counted, not sampled.
+
+    It ends with the text, or, looked at after every 64 documents, when every expert has its samples: give it documents
+    in random order (`TextBatches.shuffled`), so that the first ones stand for all.
 
     The folder holds a checkpoint from time to time: the same call goes on where a killed one stopped, reading over the
     documents it has, and gives the same capture. On a finished one it only compares the text.
@@ -78,6 +84,7 @@ def capture(
         dtype: of the samples, float32 or bfloat16.
         tokenizer: of the text, so that later steps can tell another one.
         origin: what the text is, a sentence.
+        whole_text: read on to the end of the text, where a few documents would do: counts of choices are of all then.
         progress: told after every batch.
 
     Raises:
@@ -86,15 +93,22 @@ def capture(
     """
     folder = Path(folder)
     layers = moe_layers(model)
-    asked = _asked(model, layers, per_expert, seed, dtype, tokenizer, origin)
+    asked = _asked(model, layers, per_expert, seed, dtype, tokenizer, origin, whole_text)
     saver = Saver(folder)
     done, reservoirs = saver.resume(asked)
     if done.complete:
-        _check_ended(unread(batches, done, folder), done, folder)
-        return Capture.load(folder)
-    taking = _Taking(model, layers, done, reservoirs)
+        taken = Capture.load(folder)
+        more = next(unread(batches, done, folder), None)
+        if more is not None and not _ended(done, [count["captured"] for count in taken.counts.values()]):
+            raise LamellaError(
+                f"The capture in {folder} is complete with {done.rows_done:,} documents, but the text given now goes "
+                "on. Capture into another folder."
+            )
+        return taken
+    taking = _Taking(model, layers, replace(done, whole_text=whole_text), reservoirs)
+    stream = _cut(unread(batches, done, folder), done.rows_done)
     with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch), taking.checked(layers):
-        for documents in unread(batches, done, folder):
+        while not taking.ended and (documents := next(stream, None)) is not None:
             taking.take(documents)
             saver.checkpoint(taking.manifest, reservoirs)
             if progress is not None:
@@ -191,6 +205,11 @@ class _Taking:
             "weights."
         )
 
+    @property
+    def ended(self) -> bool:
+        """Whether it ends before the text does."""
+        return _ended(self.manifest, [one.captured for one in self._reservoirs.values()])
+
     def progress(self) -> Progress:
         """How far it has come."""
         short = sum(int((one.captured < self.manifest.per_expert).sum()) for one in self._reservoirs.values())
@@ -207,6 +226,7 @@ def _asked(
     dtype: torch.dtype,
     tokenizer: Any,
     origin: str,
+    whole_text: bool,
 ) -> Manifest:
     """What is asked for, as the manifest of a capture that has not begun."""
     name = next((name for name, known in DTYPES.items() if known == dtype), None)
@@ -231,15 +251,24 @@ def _asked(
         dtype=name,
         layers=tuple((layer.index, layer.num_experts) for layer in layers),
         hidden_size=widths.pop(),
+        whole_text=whole_text,
     )
 
 
-def _check_ended(more: Iterator[Documents], done: Manifest, folder: Path) -> None:
-    if next(more, None) is not None:
-        raise LamellaError(
-            f"The capture in {folder} is complete with {done.rows_done:,} documents, but the text given now goes on. "
-            "Capture into another folder."
-        )
+def _ended(manifest: Manifest, captured: Sequence[Tensor]) -> bool:
+    """Whether, at a look, every expert has its samples ``(E,)``, so that nothing more needs to be read."""
+    looked = manifest.rows_done > 0 and manifest.rows_done % LOOK == 0
+    return looked and not manifest.whole_text and all(bool((one >= manifest.per_expert).all()) for one in captured)
+
+
+def _cut(stream: Iterable[Documents], taken: int) -> Iterator[Documents]:
+    """The documents after those taken, no batch reaching over a multiple of `LOOK`: batches of any size end alike."""
+    for documents in stream:
+        while len(documents) > (room := LOOK - taken % LOOK):
+            yield documents.part(0, room)
+            documents, taken = documents.part(room), taken + room
+        yield documents
+        taken += len(documents)
 
 
 def _sparing(model: nn.Module, inputs: Batch) -> dict[str, Any]:

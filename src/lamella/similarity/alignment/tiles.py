@@ -69,7 +69,7 @@ def tile_key(tile: Tile, captures: Collection[Manifest], settings: Mapping[str, 
 
     The manifest of a capture names its model by fingerprint, and its text by the hash of what was taken in.
     """
-    manifests = [{**asdict(one), "shards": None, "complete": None} for one in captures]
+    manifests = [{**asdict(one), "shards": None, "complete": None, "whole_text": None} for one in captures]
     told = json.dumps([version("lamella"), manifests, dict(settings), dtype, tile.pairs], sort_keys=True, default=repr)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
