@@ -1,5 +1,6 @@
 """What one forward shows of the order and the rows of linear modules, and what MOLE makes of it."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,16 @@ def test_experts_are_given_other_rows() -> None:
     assert seen.is_given_sequences("encoder.block.2.layer.0.SelfAttention.q")
 
 
-def test_a_module_whose_weight_is_only_read_has_no_experts_and_is_named() -> None:
-    model = get_peft_model(
-        tiny_model(BY_NAME["mamba"]), MolaConfig(target_modules="all-linear", init_lora_weights=False)
-    )
-    skipped = dict(model.base_model.summary().skipped)
-    assert "without calling it" in skipped["backbone.layers.1.mixer.dt_proj"]
-    assert not any("dt_proj.lamella" in name for name, _ in model.named_parameters())
+def test_a_module_whose_weight_is_only_read_has_no_experts_and_is_named(tmp_path: Path) -> None:
+    family, name = BY_NAME["mamba"], "backbone.layers.1.mixer.dt_proj"
+    base = tiny_model(family)
+    loras = _trained_loras(family, base, tmp_path)
+    config = MolaConfig(target_modules="all-linear", init_lora_weights=False)
+    for model in (get_peft_model(copy.deepcopy(base), config), compose(base, loras)):
+        skipped = dict(model.base_model.summary().skipped)
+        assert "without calling it" in skipped[name]
+        assert not any("dt_proj.lamella" in name for name, _ in model.named_parameters())
+    assert name in model.peft_config["default"].exclude_modules  # also where nothing can be seen when it is loaded
 
 
 def test_where_a_model_cannot_be_run_nothing_is_seen() -> None:

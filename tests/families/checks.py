@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -216,7 +217,9 @@ def _backward(family: Family, model: PeftModel) -> float:
     ran: set[nn.Module] = set()
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, _: ran.add(module))
-    loss_of(model.train(), labelled(family)).backward()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loss_of(model.train(), labelled(family)).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     bad = sorted(name for name in trainable & gradients.keys() if not bool(torch.isfinite(gradients[name]).all()))
     if bad:
@@ -224,6 +227,9 @@ def _backward(family: Family, model: PeftModel) -> float:
     moved = {name for name, gradient in gradients.items() if bool(gradient.any())}
     alive = {name for name in trainable if _is_used(model, _module_of(name), moved - trainable, ran)}
     still = sorted(alive - moved)
+    told = [str(one.message) for one in said if "is not trained" in str(one.message)]
+    if still and told and all(any(_module_of(name).split(".")[-2] in sentence for sentence in told) for name in still):
+        raise LamellaError(told[0])
     if still:
         raise FindingError(f"no gradient: {still[0]}, one of {len(still)} of {len(trainable)}")
     if not alive:

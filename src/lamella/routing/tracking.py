@@ -137,15 +137,23 @@ class CallTracker(TrackedModel):
 
 
 def _refuse_bypassed(model: nn.Module, call: RoutedCall) -> None:
-    """Raises where a layer's weight was read and the layer did not run: what it adds is missing."""
+    """Raises where a layer's weight was read and the layer did not run: what it adds is missing.
+
+    In training that is a warning: some models do so by themselves there and call it in evaluation (Gemma 3n).
+    """
     bypassed = next((layer for layer in call.read if layer not in call.called), None)
-    if bypassed is not None:
-        around, _, name = next(name for name, module in model.named_modules() if module is bypassed).rpartition(".")
-        raise LamellaError(
-            f"{type(model.get_submodule(around)).__name__} has not called its {name}, which has an adapter, but read "
-            "its weight, as a fast path or a kernel does that multiplies by it itself: the adapter has no effect "
-            f"there. Switch that off, or adapt the model without {name} (exclude_modules)."
-        )
+    if bypassed is None:
+        return
+    around, _, name = next(name for name, module in model.named_modules() if module is bypassed).rpartition(".")
+    said = (
+        f"{type(model.get_submodule(around)).__name__} has not called its {name}, which has an adapter, but read its "
+        "weight, as a fast path or a kernel does that multiplies by it itself: the adapter has no effect there"
+        f"{' and is not trained' if bypassed.training else ''}. Switch that off, or adapt the model without {name} "
+        "(exclude_modules)."
+    )
+    if not bypassed.training:
+        raise LamellaError(said)
+    call.tracker.say_once(f"{name} is not called", said)
 
 
 def _decoder_input(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Everything about a composition that can be known, and refused, before the first module is touched."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -83,7 +84,8 @@ class Plan:
         skipped: what of the LoRAs is left out, and why.
         notes: what else a user should know.
         seen: what a forward of a few tokens has shown of the model.
-        never_called: modules that no adapter has an effect on, also none of the LoRAs alone.
+        never_called: modules that no adapter has an effect on, also none of the LoRAs alone. A composition of the first
+            edition may have some.
     """
 
     names: tuple[str, ...]
@@ -176,6 +178,8 @@ def make_plan(
     check_names(model, config)
     modules = _composable(model)
     linear = [name for name, module in modules.items() if not projects(module)]
+    seen = rehearse(model, stacks, linear)
+    never_called = why_never_called(model, seen)
     skipped: list[tuple[str, str]] = []
     excluded: set[str] = set()
     notes: list[str] = []
@@ -197,6 +201,9 @@ def make_plan(
             for name in modules
             if name in factors or name in constants
         }
+        if not selection.as_saved:
+            _leave_out(config, [name for name in ranks if name in never_called])
+            skipped += [(name, why) for name, why in never_called.items() if ranks.pop(name, None)]
     if not ranks:
         raise LamellaError(
             "No module is left to compose on: exclude_modules and layers_to_transform leave out every module that the "
@@ -205,15 +212,23 @@ def make_plan(
     by_token = config.router_input == "token" and config.form == "delta"  # a block's output has its own tokens alone
     silent = {name for name, of in ranks.items() if not any(of)}  # whose LoRAs are constants alone
     alone = {name for name in ranks if projects(modules[name])} | silent if config.form == "delta" else set()
-    seen = rehearse(model, stacks, linear)
     # Block forms run whole blocks with one LoRA at a time, so that no module in them decides.
     order = seen if config.form == "delta" else _NOT_SEEN
     groups = plan_groups(list(ranks), linear, stacks, config.granularity, by_token, alone, order)
     for group in groups:
         group.inputs = [name for name in group.inputs if name not in silent]
     widths = {name: sides_of(modules[name])[1] for name in ranks}
-    never = frozenset(why_never_called(model, seen))
+    never = frozenset(never_called)
     return Plan(names, ranks, widths, factors, constants, heads, missed, groups, excluded, skipped, notes, seen, never)
+
+
+def _leave_out(config: MoleConfig, names: list[str]) -> None:
+    """Excludes modules, so that whoever loads the composition does without them too, whatever can be seen there."""
+    excluded = config.exclude_modules
+    if names and isinstance(excluded, str):
+        config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, names)])
+    elif names:
+        config.exclude_modules = {*(excluded or ()), *names}
 
 
 def _factors(
