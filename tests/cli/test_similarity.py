@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lamella.cli import main
 from lamella.cli.output import print_json
-from lamella.cli.similarity.subject import open_study, read_texts
+from lamella.cli.similarity.subject import open_study, placed, read_texts
 from lamella.similarity.alignment import sweep
 from lamella.similarity.swapping import routing_shift
 
@@ -156,6 +156,24 @@ def test_a_dense_model_begins_no_study(text, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "capture", model, "--text", text, "-o", study) == 2
     assert "LlamaForCausalLM" in said(capsys)
     assert not study.exists()
+
+
+def test_a_study_of_paths_goes_on_from_another_folder(text, tmp_path, monkeypatch, capsys):
+    save_model("qwen2_moe", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "news").mkdir()  # named like a task
+    begin = ("capture", "model", "--text", text.name, "-o", "study", "--per-expert", 48)
+    assert run(monkeypatch, *begin) == 0
+    study = tmp_path / "study"
+    subject = json.loads((study / "study.json").read_text())
+    assert (subject["model"], subject["text"]) == (str(tmp_path / "model"), str(text))
+    (study / "study.json").write_text(json.dumps({**subject, "model": "model", "text": text.name}))
+    assert run(monkeypatch, *begin) == 0  # one that was begun with paths as they were typed
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(monkeypatch, "screen", study) == 0
+    assert placed("news") == "news"
+    assert placed(f"file:../{text.name}") == f"file:{tmp_path}/elsewhere/../{text.name}"
 
 
 def seeds_of(study):

@@ -28,8 +28,8 @@ class Subject:
     """What a study is of.
 
     Attributes:
-        model: name, hub id or path of the model.
-        text: a task's name, or ``file:`` with a path.
+        model: name or hub id of the model, or its absolute path, so that the study goes on from any folder.
+        text: a task's name, or a file's absolute path.
         split: of the text that was captured.
         max_length: tokens of a document at most.
         batch_size: documents of a forward.
@@ -88,6 +88,11 @@ class StudyFolder:
             LamellaError: the folder holds a study of something else.
         """
         before = self.subject() if (self.path / _NAME).exists() else subject
+        # a study of the first edition may have paths as they were typed
+        if str(Path(before.model).absolute()) == subject.model:
+            before = replace(before, model=subject.model)
+        if str(Path(before.text).absolute()) == subject.text:
+            before = replace(before, text=subject.text)
         if replace(before, batch_size=subject.batch_size) != subject:
             changed = [
                 name

@@ -30,6 +30,16 @@ def load(name: str, dtype: str) -> tuple[Any, Any]:
     return backbone.model.eval(), backbone.tokenizer
 
 
+def placed(name: str) -> str:
+    """A path as it is from any folder; the names that the command knows come before folders of the same name."""
+    from pathlib import Path
+
+    from lamella.lab.data import KNOWN_BACKBONES, KNOWN_TASKS
+
+    form, path = ("file:", Path(name[5:])) if name.startswith("file:") else ("", Path(name))
+    return f"{form}{path.absolute()}" if name not in {*KNOWN_BACKBONES, *KNOWN_TASKS} and path.exists() else name
+
+
 def load_model(name: str, dtype: str) -> Any:
     """A model, evaluating."""
     return load(name, dtype)[0]

@@ -239,7 +239,7 @@ def _not_loaded(name: str, error: Exception) -> str:
     near = difflib.get_close_matches(name, KNOWN_BACKBONES, n=1, cutoff=0.5)
     first_line = str(error).strip().split("\n")[0]
     return (
-        f"The model {name!r} could not be loaded: {first_line} It is not a local folder; demo models are "
+        f"The model {name!r} could not be loaded: {first_line} No such folder is here; demo models are "
         f"{', '.join(KNOWN_BACKBONES)}"
         f"{f' (did you mean {near[0]}?)' if near else ''}; any other name is looked up on the Hugging Face hub."
         if not Path(name).is_dir()
