@@ -3,6 +3,7 @@
 Two busy threads make each other many times slower on small machines, and a hub that does not answer is waited for.
 """
 
+import gc
 import os
 
 for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
@@ -13,6 +14,16 @@ import torch  # noqa: E402
 from tests.processes import fresh_processes  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays, and is not looked through again at each of the Trainer's collections of garbage."""
+    gc.disable()
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,26 @@
 import json
+import shutil
 
 import pandas as pd
 import pytest
-from tests.lab.studies.conftest import recipe  # noqa: F401
+from tests.lab.studies.conftest import cell_of, ran, recipe
+
+from lamella.lab.studies.folder import StudyFolder
+
+__all__ = ["ran", "recipe"]
+TABLES = {"results.parquet", "examples.parquet", "interference.parquet", "masked.parquet"}
 
 
-def test_compare_runs_a_study_of_composition_and_says_what_it_could_not_run(lamella, recipe, tmp_path):  # noqa: F811
+def without_mole(ran, path):
+    """The study without its tables and without one of its cells."""
+    _, cells, whole = ran
+    folder, cell = StudyFolder(shutil.copytree(whole.path, path)), cell_of(cells, "MOLE")
+    shutil.rmtree(folder.run(cell.key))
+    for left in (*folder.path.glob(f"*/{cell.key}*"), *(folder.path / name for name in TABLES)):
+        left.unlink(missing_ok=True)
+
+
+def test_compare_runs_a_study_of_composition_and_says_what_it_could_not_run(lamella, ran, recipe, tmp_path):
     words = ["compare", recipe, "seeds=1", "-o", tmp_path / "out"]
 
     status, out, _ = lamella(*words, "--plan", "--json")
@@ -13,19 +28,14 @@ def test_compare_runs_a_study_of_composition_and_says_what_it_could_not_run(lame
     assert json.loads(out)["cells"] == 9
     assert not (tmp_path / "out").exists()
 
+    without_mole(ran, tmp_path / "out")
     status, out, err = lamella(*words, "--json")
     assert status == 0, err
+    assert "8 done, 1 to run" in err
     printed = json.loads(out)
     assert printed["not_run"] == []
     assert {row["method"] for row in printed["cost"]} >= {"MOLE", "uniform", "joint LoRA"}
-    assert {
-        "results.parquet",
-        "examples.parquet",
-        "interference.parquet",
-        "masked.parquet",
-        "study.yaml",
-        "report.html",
-    } <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {*TABLES, "study.yaml", "report.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert "kl from own LoRA" in set(pd.read_parquet(tmp_path / "out" / "results.parquet")["metric"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "sign conflict" in page

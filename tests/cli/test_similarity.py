@@ -41,13 +41,34 @@ def save_model(family, folder):
     return folder
 
 
-@pytest.fixture
-def text(tmp_path):
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
     """Documents of unlike length, by a rule rather than by chance."""
-    path = tmp_path / "text.txt"
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     lines = [" ".join(WORDS[(7 * d + d * t + t * t) % len(WORDS)] for t in range(8 + d % 9)) for d in range(48)]
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def captured(monkeypatch, text, tmp_path, *words, name="study"):
+    """A study of the tiny model: its model, its folder."""
+    model, study = tmp_path / "model", tmp_path / name
+    if not model.exists():
+        save_model("qwen2_moe", model)
+    assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 48, *words) == 0
+    return model, study
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A model and its study as the capture left it; both are only read."""
+    with pytest.MonkeyPatch.context() as patch:
+        return captured(patch, text, tmp_path_factory.mktemp("captured"))
+
+
+@pytest.fixture
+def study(whole, tmp_path):
+    return shutil.copytree(whole[1], tmp_path / "study")
 
 
 @pytest.mark.parametrize("family", tiny_moe.PATHS[1:])
@@ -76,33 +97,19 @@ def test_every_step_runs_on_every_kind_of_family(family, text, tmp_path, monkeyp
     assert (both["nmse"] >= both["floor"] - 1e-6).all()
 
 
-def test_a_step_out_of_turn_names_the_command_that_is_missing(text, tmp_path, monkeypatch, capsys):
-    study = tmp_path / "study"
-    assert run(monkeypatch, "screen", study) == 2
+def test_a_step_out_of_turn_names_the_command_that_is_missing(study, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "screen", tmp_path / "nothing") == 2
     assert "lamella similarity capture" in said(capsys)
-    model = save_model("qwen2_moe", tmp_path / "model")
-    assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 8) == 0
-    capsys.readouterr()
     assert run(monkeypatch, "compress", study) == 2
     assert "lamella similarity align" in said(capsys)
 
 
-def test_a_folder_of_another_study_is_not_touched(text, tmp_path, monkeypatch, capsys):
-    model, study = save_model("qwen2_moe", tmp_path / "model"), tmp_path / "study"
-    assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 8) == 0
+def test_a_folder_of_another_study_is_not_touched(whole, text, monkeypatch, capsys):
+    model, study = whole
     before = (study / "capture" / "manifest.json").read_bytes()
     assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--documents", 5) == 2
     assert "documents None there, 5 here" in said(capsys)
     assert (study / "capture" / "manifest.json").read_bytes() == before
-
-
-def captured(monkeypatch, text, tmp_path, *words, name="study"):
-    """A study of the tiny model: its model, its folder."""
-    model, study = tmp_path / "model", tmp_path / name
-    if not model.exists():
-        save_model("qwen2_moe", model)
-    assert run(monkeypatch, "capture", model, "--text", text, "-o", study, "--per-expert", 48, *words) == 0
-    return model, study
 
 
 def said(capsys):
@@ -110,37 +117,35 @@ def said(capsys):
     return " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("step", ["screen", "align", "swap", "compress"])
-def test_another_model_under_the_same_path_is_noticed_in_every_step(step, text, tmp_path, monkeypatch, capsys):
+def test_another_model_under_the_same_path_is_noticed_in_every_step(text, tmp_path, monkeypatch, capsys):
     model, study = captured(monkeypatch, text, tmp_path)
     tiny_moe.FAMILIES["qwen2_moe"](seed=1).save_pretrained(model)
     before = {path.name for path in study.iterdir()}
-    capsys.readouterr()
-    assert run(monkeypatch, step, study) == 2
-    assert "is of the model Qwen2MoeForCausalLM" in said(capsys)
-    assert {path.name for path in study.iterdir()} == before
+    for step in ("screen", "align", "swap", "compress"):
+        capsys.readouterr()
+        assert run(monkeypatch, step, study) == 2, step
+        assert "is of the model Qwen2MoeForCausalLM" in said(capsys)
+        assert {path.name for path in study.iterdir()} == before
 
 
-def test_batches_of_another_size_go_on_with_a_study(text, tmp_path, monkeypatch, capsys):
-    captured(monkeypatch, text, tmp_path, "--batch-size", 4)
-    captured(monkeypatch, text, tmp_path, "--batch-size", 2)
+def test_batches_of_another_size_go_on_with_a_study(whole, text, monkeypatch):
+    captured(monkeypatch, text, whole[1].parent, "--batch-size", 2)
 
 
-@pytest.mark.parametrize("step", ["screen", "align", "swap", "compress", "report"])
-def test_an_unfinished_capture_is_refused_in_every_step(step, text, tmp_path, monkeypatch, capsys):
-    model, study = captured(monkeypatch, text, tmp_path)
+def test_an_unfinished_capture_is_refused_in_every_step(whole, study, monkeypatch, capsys):
     manifest = study / "capture" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
-    capsys.readouterr()
-    assert run(monkeypatch, step, study) == 2
-    assert f"is not finished: it has 39 documents so far. Run `lamella similarity capture {model}" in said(capsys)
+    for step in ("screen", "align", "swap", "compress", "report"):
+        capsys.readouterr()
+        assert run(monkeypatch, step, study) == 2, step
+        sentence = f"is not finished: it has 39 documents so far. Run `lamella similarity capture {whole[0]}"
+        assert sentence in said(capsys)
 
 
-def test_a_table_of_another_capture_is_left_out_of_the_page(text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
+def test_a_table_of_another_capture_is_left_out_of_the_page(whole, study, text, monkeypatch, capsys):
     assert run(monkeypatch, "screen", study) == 0
     shutil.rmtree(study / "capture")
-    captured(monkeypatch, text, tmp_path, "--seed", 1)
+    assert run(monkeypatch, "capture", whole[0], "--text", text, "-o", study, "--per-expert", 48, "--seed", 1) == 0
     capsys.readouterr()
     assert run(monkeypatch, "align", study, "--per-source", 1) == 2
     assert "screen.parquet was made from another capture" in said(capsys)
@@ -182,9 +187,8 @@ def seeds_of(study):
     return table.groupby(["aligner", "scored_on", "seed"], sort=False).size().to_dict()
 
 
-def test_an_alignment_keeps_other_aligners_seeds_and_texts(text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
-    _, other = captured(monkeypatch, text, tmp_path, "--split", "all", name="other")
+def test_an_alignment_keeps_other_aligners_seeds_and_texts(whole, study, text, monkeypatch):
+    _, other = captured(monkeypatch, text, whole[0].parent, "--split", "all", name="other")
     quick = ("--same-layer", "--aligner", "linear")
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer", "--aligner", "layernorm") == 0
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 2, *quick) == 0
@@ -215,8 +219,7 @@ def test_an_alignment_keeps_other_aligners_seeds_and_texts(text, tmp_path, monke
     assert list(seeds_of(study)) == [one for one in aligners if one != ("linear", "", 1)]
 
 
-def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
+def test_a_kill_between_seeds_leaves_the_table_as_it_was(study, monkeypatch):
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, "--same-layer", "--aligner", "layernorm") == 0
     before, tiles = (study / "alignment.parquet").read_bytes(), list((study / "tiles").iterdir())
 
@@ -232,8 +235,7 @@ def test_a_kill_between_seeds_leaves_the_table_as_it_was(text, tmp_path, monkeyp
     assert len(list((study / "tiles").iterdir())) > len(tiles)  # what was computed is not lost
 
 
-def test_one_way_swaps_go_both_orders_and_so_do_their_shifts(text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
+def test_one_way_swaps_go_both_orders_and_so_do_their_shifts(study, monkeypatch):
     swap = ("swap", study, "--documents", 4, "--one-way")
     assert run(monkeypatch, *swap, "--unit", "router") == 0
     table = pd.read_parquet(study / "swap.parquet")
@@ -261,32 +263,27 @@ def test_one_way_swaps_go_both_orders_and_so_do_their_shifts(text, tmp_path, mon
         (["--metric", "bleu"], "metric='bleu' is not one of nll, accuracy"),
     ],
 )
-def test_units_and_metrics_that_are_not_there_are_refused(words, sentence, text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
-    assert run(monkeypatch, "swap", study, *words) == 2
+def test_units_and_metrics_that_are_not_there_are_refused(words, sentence, whole, monkeypatch, capsys):
+    assert run(monkeypatch, "swap", whole[1], *words) == 2
     assert sentence in said(capsys)
 
 
-def test_a_plan_counts_the_tokens_that_a_capture_reads(text, tmp_path, monkeypatch, capsys):
-    model, study = captured(monkeypatch, text, tmp_path, "--json")
+def test_a_plan_counts_the_tokens_that_a_capture_reads(whole, text, tmp_path, monkeypatch, capsys):
+    model, _ = captured(monkeypatch, text, whole[1].parent, "--json")
     read = json.loads(capsys.readouterr().out)["tokens"]
-    assert run(monkeypatch, "plan", model, "--text", text, "--flops", 1e9, "--json", "-o", study / "plan.json") == 0
+    assert run(monkeypatch, "plan", model, "--text", text, "--flops", 1e9, "--json", "-o", tmp_path / "plan.json") == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["tokens"] == read
-    assert json.loads((study / "plan.json").read_text()) == planned
+    assert json.loads((tmp_path / "plan.json").read_text()) == planned
 
 
 @pytest.mark.parametrize("layers", ["0,x,2", "0", "0,1,2", "0,-1", ""])
-def test_layers_that_are_not_two_are_refused(layers, text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
-    capsys.readouterr()
-    assert run(monkeypatch, "swap", study, "--unit", "expert", "--layers", layers) == 2
+def test_layers_that_are_not_two_are_refused(layers, whole, monkeypatch, capsys):
+    assert run(monkeypatch, "swap", whole[1], "--unit", "expert", "--layers", layers) == 2
     assert f"layers={layers!r} names no two layers" in said(capsys)
 
 
-def test_a_full_disk_is_said_with_the_file(text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
-
+def test_a_full_disk_is_said_with_the_file(study, monkeypatch, capsys):
     def full(*given, **settings):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -297,15 +294,13 @@ def test_a_full_disk_is_said_with_the_file(text, tmp_path, monkeypatch, capsys):
     assert not list(study.glob(".writing-*"))
 
 
-def test_an_error_of_no_file_is_not_hidden(text, tmp_path, monkeypatch, capsys):
-    _, study = captured(monkeypatch, text, tmp_path)
-
+def test_an_error_of_no_file_is_not_hidden(whole, monkeypatch):
     def odd(*given, **settings):
         raise OSError("odd")
 
     monkeypatch.setattr("lamella.similarity.steps.screen", odd)
     with pytest.raises(OSError, match="odd"):
-        run(monkeypatch, "screen", study)
+        run(monkeypatch, "screen", whole[1])
 
 
 def test_json_has_null_for_what_is_no_number(capsys):

@@ -10,6 +10,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 from lamella.lab.runs.settings import RunSettings
 
+MOLA = {"name": "mola", "r": 2, "num_experts": [2, 4], "top_k": 2}
+MOLEX = {"name": "molex", "r": 2, "target_modules": ["query", "value"]}
 WORDS = ["who", "where", "is", "are", "she", "they", "it", "we", "going", "now", "then", "here"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from tests import tiny
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLA, MOLEX, tiny_settings
 from torch import nn
 
 from lamella.errors import LamellaError
@@ -14,8 +14,6 @@ from lamella.lab.runs.run import train
 from lamella.lab.runs.trained import load_trained
 from lamella.lab.scoring import score
 
-MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
-MOLEX = {"name": "molex", "r": 2, "target_modules": ["query"]}
 LOSS = {"nll", "squared_error"}
 
 
@@ -46,18 +44,22 @@ def numbers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(bert, llama, questions, prose, options, numbers, tmp_path_factory):
+def trained(finished_run, bert, llama, questions, options, numbers, tmp_path_factory):
     """A trained model by model and kind of task; each is trained once."""
-    folder = tmp_path_factory.mktemp("noisy")
     models = {"bert": bert, "llama": llama}
-    tasks = {"questions": questions, "prose": prose, "options": options, "numbers": numbers}
+    tasks = {"questions": questions, "options": options, "numbers": numbers}
     made = {}
 
-    def make(model, task, method):
-        name = f"{model}-{task}-{method if isinstance(method, str) else method['name']}"
+    def run(model, task, method):
+        if (model, task) in (("bert", "questions"), ("llama", "prose")):
+            return finished_run(method, decoder=model == "llama").folder.path
+        settings = tiny_settings(models[model], tasks[task], method, max_steps=3)
+        return train(settings, tmp_path_factory.mktemp("noisy") / "run").folder.path
+
+    def make(*case):
+        name = json.dumps(case)
         if name not in made:
-            train(tiny_settings(models[model], tasks[task], method, max_steps=3), folder / name)
-            made[name] = load_trained(folder / name)
+            made[name] = load_trained(run(*case))
         return made[name]
 
     return make

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.lab.tiny_runs import MOLA
 
 from lamella import LamellaError
 from lamella.diagnostics.doctor import doctor
@@ -13,7 +14,6 @@ from lamella.lab.runs.evaluating import evaluate, trace
 from lamella.lab.runs.exporting import export_as_experts, export_collapsed
 from lamella.lab.runs.trained import load_trained
 
-MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
 WEIGHTS = "adapter/adapter_model.safetensors"
 CONFIG = "adapter/adapter_config.json"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLA, tiny_settings
 
 from lamella.lab.data import load_backbone, load_task
 from lamella.lab.runs import card
@@ -12,12 +12,10 @@ from lamella.lab.runs.card import model_card, public_name
 from lamella.lab.runs.floors import FLOOR
 from lamella.lab.runs.run import train
 
-MOLA = {"name": "mola", "r": 2, "num_experts": [2, 4], "top_k": 2}
-
 
 @pytest.fixture(scope="module")
-def trained(bert, questions, tmp_path_factory):
-    return train(tiny_settings(bert, questions, MOLA), tmp_path_factory.mktemp("card") / "run")
+def trained(finished_run):
+    return finished_run(MOLA)
 
 
 def _card(result) -> str:
@@ -70,24 +68,23 @@ def test_the_code_to_load_it_names_the_classes(trained):
     assert "num_labels=2" in text
 
 
-def test_lora_needs_no_lamella_to_load_and_is_not_mola(bert, questions, run_folder):
-    text = _card(train(tiny_settings(bert, questions, "lora"), run_folder))
+def test_lora_needs_no_lamella_to_load_and_is_not_mola(finished_run):
+    text = _card(finished_run("lora"))
 
     assert "import lamella" not in text
     assert "2402.08562" not in text
     assert "r=8" in text
 
 
-def test_a_whole_model_has_a_card_too(bert, questions, run_folder):
-    train(tiny_settings(bert, questions, "full"), run_folder)
-    text = (run_folder / "model" / "README.md").read_text()
+def test_a_whole_model_has_a_card_too(finished_run):
+    text = (finished_run("full").folder.path / "model" / "README.md").read_text()
 
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "transformers"
     assert "PeftModel" not in text
 
 
-def test_prose_has_no_floor(llama, prose, run_folder):
-    text = _card(train(tiny_settings(llama, prose, MOLA), run_folder))
+def test_prose_has_no_floor(finished_run):
+    text = _card(finished_run(MOLA, decoder=True))
 
     assert "perplexity" in text
     assert "No linear floor was measured" in text

@@ -8,7 +8,7 @@ import pytest
 import typer
 import yaml
 from safetensors.torch import load_file, save_file
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLA, tiny_settings
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -19,8 +19,6 @@ from lamella.lab.runs.callbacks import routing_summary
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import train
-
-MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
 
 
 @pytest.fixture

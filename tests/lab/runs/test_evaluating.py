@@ -3,18 +3,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLA, tiny_settings
 
 from lamella.errors import LamellaError
 from lamella.lab.runs.evaluating import evaluate, trace
 from lamella.lab.runs.run import train
 
-MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
-
 
 @pytest.fixture(scope="module")
-def run(bert, questions, tmp_path_factory) -> Path:
-    return train(tiny_settings(bert, questions, MOLA), tmp_path_factory.mktemp("evaluate") / "run").folder.path
+def run(finished_run) -> Path:
+    return finished_run(MOLA).folder.path
 
 
 def _other_task(folder: Path, labels: list[str]) -> str:
@@ -41,8 +39,9 @@ def test_an_adapter_on_its_own(run, bert, questions, tmp_path):
     assert evaluate(tmp_path / "lone", questions, base=bert).metrics == evaluate(run).metrics
 
 
-def test_a_whole_model(bert, questions, run_folder):
-    result = train(tiny_settings(bert, questions, "full"), run_folder)
+def test_a_whole_model(bert, finished_run):
+    result = finished_run("full")
+    run_folder = result.folder.path
 
     assert evaluate(run_folder).metrics == result.metrics["test"]
     with pytest.raises(LamellaError, match="Leave --base out"):
@@ -51,8 +50,9 @@ def test_a_whole_model(bert, questions, run_folder):
         trace(run_folder)
 
 
-def test_a_decoder_on_prose(llama, prose, run_folder):
-    result = train(tiny_settings(llama, prose, MOLA), run_folder)
+def test_a_decoder_on_prose(finished_run):
+    result = finished_run(MOLA, decoder=True)
+    run_folder = result.folder.path
 
     assert evaluate(run_folder).metrics == pytest.approx(result.metrics["test"])
     found = trace(run_folder, rows=5, shown=2)
@@ -187,7 +187,7 @@ def test_every_token_of_the_shown_rows_was_routed(run):
     found = trace(run, rows=12, shown=3)
 
     assert (found.evaluation.rows, len(found.texts)) == (12, 3)
-    assert found.num_experts == {(found.frame["stack"].iloc[0], 0): 2, (found.frame["stack"].iloc[0], 1): 3}
+    assert found.num_experts == {(found.frame["stack"].iloc[0], 0): 2, (found.frame["stack"].iloc[0], 1): 4}
     for call, (_, tokens) in enumerate(found.texts):
         rows = found.tokens[found.tokens["call"] == call]
         assert rows["position"].nunique() == len(tokens)

@@ -5,26 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLA
 
 from lamella.errors import LamellaError
 from lamella.lab.data import load_backbone, load_task
 from lamella.lab.runs.exporting import export_as_experts, export_collapsed
-from lamella.lab.runs.run import train
 from lamella.lab.runs.trained import find_trained, load_trained
-
-MOLA = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
 
 
 @pytest.fixture(scope="module")
-def run(bert, questions, tmp_path_factory) -> Path:
-    return train(tiny_settings(bert, questions, MOLA), tmp_path_factory.mktemp("export") / "run").folder.path
+def run(finished_run) -> Path:
+    return finished_run(MOLA).folder.path
 
 
 def test_each_expert_loads_with_peft_alone(run, bert, questions, tmp_path):
     made = export_as_experts(run, tmp_path / "experts")
 
-    assert [path.name for path in made.adapters] == ["expert_0", "expert_1", "expert_2"]
+    assert [path.name for path in made.adapters] == ["expert_0", "expert_1", "expert_2", "expert_3"]
     for path in made.adapters:
         PeftModel.from_pretrained(load_backbone(bert, load_task(questions)).model, path)
         assert json.loads((path / "adapter_config.json").read_text())["peft_type"] == "LORA"
@@ -105,10 +102,9 @@ def test_an_adapter_in_a_run_knows_its_run(run):
     assert find_trained(run / "adapter") == find_trained(run)
 
 
-def test_a_lora_has_no_experts(bert, questions, tmp_path):
-    train(tiny_settings(bert, questions, "lora"), tmp_path / "run")
+def test_a_lora_has_no_experts(finished_run, tmp_path):
     with pytest.raises(LamellaError, match="no experts to export"):
-        export_as_experts(tmp_path / "run", tmp_path / "out")
+        export_as_experts(finished_run("lora").folder.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -118,7 +114,7 @@ def test_a_lone_adapter_needs_a_task_to_collapse(run, bert, questions, tmp_path)
         export_collapsed(tmp_path / "lone", tmp_path / "out")
 
     assert export_collapsed(tmp_path / "lone", tmp_path / "out", task=questions, rows=16).error
-    assert len(export_as_experts(tmp_path / "lone", tmp_path / "experts", base=bert).adapters) == 3
+    assert len(export_as_experts(tmp_path / "lone", tmp_path / "experts", base=bert).adapters) == 4
 
 
 def test_a_folder_of_something_else(tmp_path):

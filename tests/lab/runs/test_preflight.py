@@ -3,15 +3,13 @@
 import json
 
 import pytest
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLA, tiny_settings
 
 from lamella import LamellaError
 from lamella.diagnostics.preflight import FirstStep
 from lamella.lab.runs.checks import preflight_of
 from lamella.lab.runs.run import train
 from lamella.tuners.mola import MolaLinear
-
-MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
 
 
 @pytest.mark.parametrize("changes", [{}, {"bf16": True, "gradient_checkpointing": True}])

@@ -14,7 +14,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLA, MOLEX, tiny_settings
 from transformers import AutoTokenizer, TrainerCallback
 
 from lamella.errors import LamellaError
@@ -22,10 +22,6 @@ from lamella.lab.runs import run as run_module
 from lamella.lab.runs.callbacks import entropy_over_training
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import train
-
-MOLA = {"name": "mola", "r": 2, "num_experts": "2-4", "top_k": 2}
-MOLEX = {"name": "molex", "r": 2, "target_modules": ["query", "value"]}
-
 
 LEARNED_ALPHA = {**MOLEX, "alpha": 0.7, "alpha_mode": "learned"}
 
@@ -129,11 +125,25 @@ def _without_times(metrics):
     return {key: value for key, value in metrics.items() if key not in times}
 
 
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory):
+    """The run with these settings that nothing interrupted."""
+    made = {}
+
+    def of(settings):
+        key = settings.model_dump_json()
+        if key not in made:
+            made[key] = train(settings, tmp_path_factory.mktemp("straight") / "run")
+        return made[key]
+
+    return of
+
+
 @pytest.mark.parametrize(("step", "epochs"), [(2, {}), (4, TWO_EPOCHS), (6, {})])
-def test_a_killed_run_goes_on_to_the_same_end(bert, questions, tmp_path, step, epochs):
+def test_a_killed_run_goes_on_to_the_same_end(straight_run, bert, questions, tmp_path, step, epochs):
     method = MOLA | {"lora_dropout": 0.2}  # dropout: the random state has to be taken up as well
     settings = tiny_settings(bert, questions, method, evaluate_every=2, **epochs)
-    straight = train(settings, tmp_path / "straight")
+    straight = straight_run(settings)
 
     with pytest.raises(KilledError):
         train(settings, tmp_path / "killed", callbacks=[KillAt(step + 1 if step < 6 else 6)])
@@ -306,9 +316,8 @@ def test_two_that_begin_one_run_do_not_both_write_it(interrupted, run_folder, mo
     assert not (run_folder / "run.yaml").exists()
 
 
-def test_a_run_killed_after_its_last_step_is_not_trained_again(bert, questions, run_folder, monkeypatch):
-    settings = tiny_settings(bert, questions, evaluate_every=2)
-    straight = train(settings, run_folder.with_name("straight"))
+def test_a_run_killed_after_its_last_step_is_not_trained_again(interrupted, run_folder, monkeypatch):
+    settings, _, straight = interrupted
     with monkeypatch.context() as patch:
         patch.setattr("lamella.lab.runs.run.save_trained", lambda *_: (_ for _ in ()).throw(KilledError()))
         with pytest.raises(KilledError):
@@ -318,13 +327,13 @@ def test_a_run_killed_after_its_last_step_is_not_trained_again(bert, questions, 
     resumed = train(settings, run_folder, callbacks=[watch])
 
     assert watch.steps == []
-    assert _without_times(resumed.metrics) == _without_times(straight.metrics)
+    assert _without_times(resumed.metrics) == _without_times(straight)
     assert resumed.metrics["train_seconds"] > 0
 
 
-def test_a_finished_run_is_kept_unless_forced(bert, questions, run_folder):
+def test_a_finished_run_is_kept_unless_forced(finished_run, bert, questions, run_folder):
     settings = tiny_settings(bert, questions)
-    train(settings, run_folder)
+    shutil.copytree(finished_run("lora").folder.path, run_folder)
     before = (run_folder / "metrics.json").read_text()
 
     with pytest.raises(LamellaError, match="--force"):
@@ -357,12 +366,12 @@ def test_other_settings_may_follow_a_run_that_kept_nothing(bert, questions, run_
     assert result.metrics["steps"] == 6
 
 
-def test_other_settings_do_not_take_up_an_interrupted_run(bert, questions, run_folder):
-    with pytest.raises(KilledError):
-        train(tiny_settings(bert, questions), run_folder, callbacks=[KillAt(4)])
+def test_other_settings_do_not_take_up_an_interrupted_run(interrupted, run_folder):
+    settings, killed, _ = interrupted
+    shutil.copytree(killed, run_folder)
 
     with pytest.raises(LamellaError, match=r"lr=0\.005.*lr=0\.1"):
-        train(tiny_settings(bert, questions, lr=0.1), run_folder)
+        train(settings.model_copy(update={"lr": 0.1}), run_folder)
 
 
 def test_a_folder_of_something_else_is_left_alone_even_with_force(bert, questions, run_folder):
@@ -403,7 +412,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(bert, questions, run_folder):
 
 def test_the_logs_tell_how_the_routers_do(bert, questions, run_folder):
     watch, handlers = Watch(), list(logging.getLogger("lamella").handlers)
-    result = train(tiny_settings(bert, questions, MOLA), run_folder, callbacks=[watch])
+    settings = tiny_settings(bert, questions, MOLA, report_to=["tensorboard"])
+    result = train(settings, run_folder, callbacks=[watch])
 
     assert logging.getLogger("lamella").handlers == handlers  # that of the run's log is gone
     logged = [log for log in watch.logs if "loss" in log]
@@ -421,10 +431,6 @@ def test_the_logs_tell_how_the_routers_do(bert, questions, run_folder):
     assert curve["step"].tolist() == [2, 4, 6]
     assert curve["entropy"].between(0, 1).all()
     assert curve["balance"].tolist() == pytest.approx([log["routing/balance"] for log in logged])
-
-
-def test_tensorboard_gets_the_routing_too(bert, questions, run_folder):
-    train(tiny_settings(bert, questions, MOLA, report_to=["tensorboard"]), run_folder)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -459,9 +465,9 @@ def test_bf16_and_checkpointing_train_and_save_equal(bert, questions, run_folder
     assert result.metrics["saved_equals_loaded"]["equal"]
 
 
-def test_checkpointing_changes_nothing(bert, questions, tmp_path):
-    plain = train(tiny_settings(bert, questions, MOLA), tmp_path / "plain")
-    thrifty = train(tiny_settings(bert, questions, MOLA, gradient_checkpointing=True), tmp_path / "thrifty")
+def test_checkpointing_changes_nothing(finished_run, bert, questions, run_folder):
+    plain = finished_run(MOLA)
+    thrifty = train(tiny_settings(bert, questions, MOLA, gradient_checkpointing=True), run_folder)
 
     ours, theirs = (load_file(run.folder.path / "adapter/adapter_model.safetensors") for run in (plain, thrifty))
     for name in ours:
@@ -505,8 +511,8 @@ def test_router_lr_without_a_router_is_refused(bert, questions, run_folder):
         train(tiny_settings(bert, questions, "lora", router_lr=1e-3), run_folder)
 
 
-def test_the_folder_tells_what_was_run_and_not_who_ran_it(bert, questions, run_folder, monkeypatch):
-    train(tiny_settings(bert, questions), run_folder)
+def test_the_folder_tells_what_was_run_and_not_who_ran_it(finished_run):
+    run_folder = finished_run("lora").folder.path
 
     settings = yaml.safe_load((run_folder / "run.yaml").read_text())
     assert settings["method"]["r"] == 8

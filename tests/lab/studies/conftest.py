@@ -22,10 +22,10 @@ RUN = {
 
 
 @contextmanager
-def shared(tmp_path_factory):
+def shared(tmp_path_factory, name):
     """A folder that all workers of the session have, one at a time: what one of them has made, the others find."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-composition"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -38,7 +38,7 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def recipe(bert, tmp_path_factory):
     """A study of two sources, one held-out task and four methods, as a file."""
-    with shared(tmp_path_factory) as folder:
+    with shared(tmp_path_factory, "composition") as folder:
         path = folder / "study.yaml"
         return str(path) if path.is_file() else _write_recipe(path, bert)
 
@@ -72,7 +72,7 @@ def _write_recipe(path, bert):
 @pytest.fixture(scope="session")
 def ran(recipe, tmp_path_factory):
     """The study, its cells, and the folder it was run in."""
-    with shared(tmp_path_factory) as folder:
+    with shared(tmp_path_factory, "composition") as folder:
         return run(recipe, folder / "study")
 
 

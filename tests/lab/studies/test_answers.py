@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from tests.lab.studies.conftest import RUN, cell_of, run
+from tests.lab.studies.conftest import RUN, cell_of, run, shared
 from tests.lab.tiny_runs import sentences
 
 from lamella.errors import LamellaError
@@ -36,7 +36,13 @@ def task(folder, start, prompted=False):
 
 @pytest.fixture(scope="module")
 def prose_recipe(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
+    with shared(tmp_path_factory, "texts") as folder:
+        path = folder / "prose.yaml"
+        return str(path) if path.is_file() else write_recipe(path, llama)
+
+
+def write_recipe(path, llama):
+    folder = path.parent
     limit = {"train": 8, "validation": 4}
     study = {
         "backbone": llama,
@@ -53,14 +59,14 @@ def prose_recipe(llama, tmp_path_factory):
             "only talk": {"method": {"name": "single", "adapter": "talk"}, "limit": limit},
         },
     }
-    path = folder / "prose.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def ran(prose_recipe, tmp_path_factory):
-    return run(prose_recipe, tmp_path_factory.mktemp("prose"))
+    with shared(tmp_path_factory, "texts") as folder:
+        return run(prose_recipe, folder / "study")
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,21 @@
 import pandas as pd
 import pytest
 import torch
-from tests.lab.tiny_runs import tiny_settings
+from tests.lab.tiny_runs import MOLEX
 
 from lamella import LamellaError, record_routing
-from lamella.lab.runs.run import train
 from lamella.lab.runs.trained import load_trained
 from lamella.lab.studies.choices import block_choices, choice_tables
 
-MOLEX = {"name": "molex", "r": 2, "target_modules": ["query"], "alpha": 0.8}
+
+@pytest.fixture(scope="module")
+def learned(finished_run):
+    return finished_run(MOLEX).folder.path
 
 
-@pytest.fixture
-def learned(bert, questions, tmp_path):
-    return train(tiny_settings(bert, questions, MOLEX), tmp_path / "learned").folder.path
-
-
-@pytest.fixture
-def random(bert, questions, tmp_path):
-    return train(tiny_settings(bert, questions, MOLEX | {"policy": "random"}), tmp_path / "random").folder.path
+@pytest.fixture(scope="module")
+def random(finished_run):
+    return finished_run(MOLEX | {"policy": "random"}).folder.path
 
 
 def test_choices_are_those_of_each_text_alone(random):
@@ -50,9 +47,8 @@ def test_tables_say_what_was_chosen_for_whom(learned, random):
     assert all(isinstance(table, pd.DataFrame) and table.columns[0] == "method" for table in tables.values())
 
 
-def test_token_decisions_have_no_text(bert, questions, tmp_path):
-    settings = tiny_settings(bert, questions, MOLEX | {"granularity": "token"})
-    run = train(settings, tmp_path / "token").folder.path
+def test_token_decisions_have_no_text(finished_run):
+    run = finished_run(MOLEX | {"granularity": "token"}).folder.path
 
     with pytest.raises(LamellaError, match="does not choose a block for each sequence"):
         block_choices(run)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from tests.lab.studies.conftest import RUN, cell_of, run
+from tests.lab.studies.conftest import RUN, cell_of, run, shared
 
 from lamella.errors import LamellaError
 from lamella.lab.data import load_backbone, load_task
@@ -32,7 +32,13 @@ def task(folder, start, answers, size=30):
 
 @pytest.fixture(scope="module")
 def option_recipe(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("options")
+    with shared(tmp_path_factory, "options") as folder:
+        path = folder / "options.yaml"
+        return str(path) if path.is_file() else write_recipe(path, llama)
+
+
+def write_recipe(path, llama):
+    folder = path.parent
     study = {
         "backbone": llama,
         "answers": "options",
@@ -52,14 +58,14 @@ def option_recipe(llama, tmp_path_factory):
             "uniform": {"method": "uniform"},
         },
     }
-    path = folder / "options.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def ran(option_recipe, tmp_path_factory):
-    return run(option_recipe, tmp_path_factory.mktemp("ran"))
+    with shared(tmp_path_factory, "options") as folder:
+        return run(option_recipe, folder / "study")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A study on a Ray cluster gives the table that this process gives, also where workers are killed."""
+"""Work on a Ray cluster gives what this process gives, also where workers are killed; one cluster for all of it."""
 
 import os
 import signal
@@ -10,16 +10,22 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 import ray
+from tests.lab.conftest import bert, questions
 from tests.lab.studies.test_study_killed import MEASURED
 from tests.lab.tiny_studies import write_study
+from tests.similarity.alignment.sweeping.conftest import study
 
 from lamella.cluster import RETRIES
+from lamella.errors import LamellaError
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.runner import run_cells, work, work_on_ray
 from lamella.lab.studies.study import summarise
+from lamella.similarity.alignment import sweep
+
+__all__ = ["bert", "questions", "study"]
 
 
 class Mortal(Cell):
@@ -78,6 +84,14 @@ def test_killed_workers_change_nothing(cluster, bert, questions, tmp_path):
         tables.append(pd.read_parquet(folder.path / "results.parquet").drop(columns=["study", *MEASURED]))
     pd.testing.assert_frame_equal(*tables)
     assert (there.path / "runs" / "killed").read_text() == first.key
+
+
+def test_an_error_comes_back_as_it_was(cluster, study, tmp_path):
+    quick = {"aligner": "linear", "tile_pairs": 22, "load": study.load}
+    with pytest.raises(LamellaError, match=r"steps=0, lr=0\.003, seed=0") as caught:
+        sweep(study.capture, study.model, tmp_path, ray="auto", steps=0, **quick)
+    assert type(caught.value) is LamellaError
+    assert ray.is_initialized()  # a sweep does not close what it did not open
 
 
 @pytest.mark.heavy  # a worker starts four times
