@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -48,11 +48,15 @@ class Statements(Generic[T]):
         """A copied or pickled model begins with none: what was said holds for the model that was named."""
         return Statements, ()
 
-    @property
-    def are_in_other_threads(self) -> bool:
-        """Whether there are some, and each was made in another thread and does not hold here."""
+    def elsewhere(self) -> Literal["thread", "generator"] | None:
+        """In what else some stand where none holds for a forward that starts here and now."""
         said = tuple(self._said)
-        return bool(said) and all(one.thread != threading.get_ident() for one in said) and not self.here()
+        if not said or self.here():
+            return None
+        if all(one.thread != threading.get_ident() for one in said):
+            return "thread"
+        here, running = _HERE.get(), set(_running())
+        return "generator" if any(one in here and one.iterated_by in running for one in said) else None
 
     def latest(self) -> T | None:
         """The last of those that hold for a forward that starts here and now; None where there is none."""

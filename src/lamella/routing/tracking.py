@@ -34,11 +34,14 @@ from lamella.routing.generating import unwrap_generation, wrap_generation
 from lamella.routing.masks import real_by_expanded
 from lamella.routing.prompt import find_given
 
-_IN_OTHER_THREADS = (
-    "masked_experts or fixed_weights holds in another thread, and so not for this forward, which asks the routers. A "
-    "thread that belongs to the `with` statement around its start is started with a copy of its context: "
-    "Thread(target=contextvars.copy_context().run, args=(model.generate, ...))."
-)
+_SAID_ELSEWHERE = {
+    "thread": "masked_experts or fixed_weights holds in another thread, and so not for this forward, which asks the "
+    "routers. A thread that belongs to the `with` statement around its start is started with a copy of its context: "
+    "Thread(target=contextvars.copy_context().run, args=(model.generate, ...)).",
+    "generator": "masked_experts or fixed_weights stands in a generator that is suspended, and so does not hold for "
+    "this forward of whoever iterates it, which asks the routers. If it is to hold for them, make the generator a "
+    "context manager (contextlib.contextmanager), or put the `with` statement around the loop.",
+}
 
 
 class CallTracker(TrackedModel):
@@ -109,8 +112,8 @@ class CallTracker(TrackedModel):
         labels = arguments.get("labels")
         is_encoder_decoder = "decoder_input_ids" in _parameter_names(type(module).forward)
         predicts = labels.ne(-100) if isinstance(labels, Tensor) and labels.dim() == 2 else None
-        if self.overrides.are_in_other_threads:
-            self.say_once("overrides", _IN_OTHER_THREADS)
+        if (where := self.overrides.elsewhere()) is not None:
+            self.say_once(f"overrides in a {where}", _SAID_ELSEWHERE[where])
         return RoutedCall(
             tracker=self,
             label_share=self._label_share(arguments),
