@@ -228,7 +228,8 @@ def _backward(family: Family, model: PeftModel) -> float:
     alive = {name for name in trainable if _is_used(model, _module_of(name), moved - trainable, ran)}
     still = sorted(alive - moved)
     told = [str(one.message) for one in said if "is not trained" in str(one.message)]
-    if still and told and all(any(_module_of(name).split(".")[-2] in sentence for sentence in told) for name in still):
+    unsaid = [name for name in still if not any(_module_of(name).rpartition(".")[2] in one for one in told)]
+    if still and not unsaid:
         raise LamellaError(told[0])
     if still:
         raise FindingError(f"no gradient: {still[0]}, one of {len(still)} of {len(trainable)}")

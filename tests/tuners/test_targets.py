@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tests import tiny, tiny_moe
+from tests.families.models import Family, tiny_model
 from tests.tuners.mole import trained
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MambaConfig
@@ -208,3 +209,19 @@ def test_a_kernel_that_is_not_used_is_no_obstacle() -> None:
         model = get_peft_model(base, MolaConfig(r=2))
     model(input_ids=torch.ones(1, 4, dtype=torch.long))
     assert {name.rpartition(".")[2] for name in adapted(model)} == {"in_proj", "x_proj", "out_proj"}
+
+
+def test_a_linear_module_that_puts_out_more_than_a_tensor_is_left_out_and_named() -> None:
+    base = tiny_model(Family("phimoe", "ForCausalLM"))
+    with pytest.raises(LamellaError, match=r"mlp\.router cannot be adapted: it puts out more than a tensor"):
+        get_peft_model(base, MolaConfig(r=2, target_modules=["router", "q_proj"]))
+    model = get_peft_model(base, MolaConfig(r=2))
+    assert "more than a tensor" in dict(model.base_model.summary().skipped)["model.layers.1.mlp.router"]
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_blocks_without_a_linear_module_are_no_blocks_for_mola_and_refused_by_molex() -> None:
+    base = tiny_model(Family("ibert", "ForSequenceClassification"))  # of linear layers of its own
+    with pytest.raises(LamellaError, match=r"The blocks of ibert\.encoder\.layer hold no linear module.*lora=None"):
+        get_peft_model(base, MolexConfig(lora=LoraConfig(target_modules="all-linear")))
+    assert adapted(get_peft_model(base, MolaConfig(r=2))) == ["classifier.dense", "classifier.out_proj"]

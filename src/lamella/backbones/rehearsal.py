@@ -23,6 +23,7 @@ class Rehearsal:
         other_tokens: patterns of those in blocks whose rows were not one for each token of the block's sequences.
         other_sequences: the same of those whose rows were not some for each of those sequences, one after another.
         turned: of those that ran, whether they were given tokens before sequences.
+        other_outputs: of those that ran, the ones that put out something else than a tensor.
         only_read: those that did not run, though something took their weights: what is put around them has no effect.
     """
 
@@ -30,6 +31,7 @@ class Rehearsal:
     other_tokens: frozenset[str] = field(default_factory=frozenset)
     other_sequences: frozenset[str] = field(default_factory=frozenset)
     turned: Mapping[str, bool] = field(default_factory=dict)
+    other_outputs: frozenset[str] = field(default_factory=frozenset)
     only_read: frozenset[str] = field(default_factory=frozenset)
 
     def sort(self, names: Sequence[str]) -> list[str]:
@@ -57,10 +59,12 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
         return Rehearsal()
     rows: dict[str, torch.Size] = {}  # of what a linear module or a block was given first, by its name, in that order
     blocks = [f"{stack.name}.{at}" for stack in stacks for at in range(stack.depth)]
+    other: set[str] = set()
     read = _Reads({id(model.get_submodule(name).weight): name for name in linear})
     with ExitStack() as hooks:
         for name in (*blocks, *linear):
-            hooks.callback(_watch(model.get_submodule(name), name, rows).remove)
+            for hook in _watch(model.get_submodule(name), name, rows, other):
+                hooks.callback(hook.remove)
         try:
             with torch.no_grad(), torch.random.fork_rng(), as_it_was(model), read:
                 model.eval()(**given)
@@ -74,6 +78,7 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
         frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_token(rows[name], block)),
         frozenset(_pattern(name) for name, block in of_block.items() if not _is_by_sequence(rows[name], block)),
         {name: rows[name][1:] == (BATCH,) for name in order},
+        frozenset(other - {*blocks}),
         frozenset(read.names - rows.keys()),
     )
 
@@ -92,13 +97,19 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _watch(module: nn.Module, name: str, rows: dict[str, torch.Size]) -> torch.utils.hooks.RemovableHandle:
+def _watch(
+    module: nn.Module, name: str, rows: dict[str, torch.Size], other: set[str]
+) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
         if isinstance(x, Tensor):
             rows.setdefault(name, x.shape[:-1])
 
-    return module.register_forward_pre_hook(note, with_kwargs=True)
+    def note_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):
+            other.add(name)
+
+    return module.register_forward_pre_hook(note, with_kwargs=True), module.register_forward_hook(note_output)
 
 
 def _is_by_token(rows: torch.Size, block: torch.Size) -> bool:

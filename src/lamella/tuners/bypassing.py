@@ -1,4 +1,4 @@
-"""Modules whose weight is read by what does not call them: no adapter acts there."""
+"""Modules that no adapter can act on, first those whose weight is read by what does not call them."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from lamella.routing import current_frame
 
 # What is done with a module that an adapter has no effect on.
 _ONLY_READ = "reads its weight without calling it, so that an adapter there has no effect"
+_MORE = "it puts out more than a tensor, to which an adapter could add"  # such as a router that chooses, too
 
 
 def read_weight(layer: Any) -> Tensor:
@@ -31,11 +32,12 @@ def note_call(layer: nn.Module) -> None:
         frame.call.called.add(layer)
 
 
-def why_never_called(model: nn.Module, seen: Rehearsal) -> dict[str, str]:
-    """By name the modules that are not called, such as ``out_proj`` in torch's attention, and what is done instead."""
+def why_unfit(model: nn.Module, seen: Rehearsal) -> dict[str, str]:
+    """By name the modules that no adapter can act on, and why: such as ``out_proj`` in torch's attention."""
     attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     of_torch = {f"{name}.out_proj".removeprefix("."): f"MultiheadAttention {_ONLY_READ}" for name in attentions}
-    return dict.fromkeys(seen.only_read, f"the model {_ONLY_READ}") | of_torch
+    of_model = dict.fromkeys(seen.only_read, f"the model {_ONLY_READ}") | dict.fromkeys(seen.other_outputs, _MORE)
+    return of_model | of_torch
 
 
 def leave_fast_paths(model: nn.Module) -> None:

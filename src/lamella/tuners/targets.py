@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_targ
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.backbones import Rehearsal, Stack, find_place, rehearse
+from lamella.backbones import Stack, find_place
 from lamella.errors import LamellaError
 
 # What PEFT adds to modules_to_save by a task_type, whether the model has it or not.
@@ -126,7 +126,7 @@ def check_names(model: nn.Module, config: PeftConfig, meant: Collection[str] = (
 
 
 def check_targets(
-    model: nn.Module, config: PeftConfig, selection: Selection, never_called: Mapping[str, str], outside: bool = False
+    model: nn.Module, config: PeftConfig, selection: Selection, unfit: Mapping[str, str], outside: bool = False
 ) -> None:
     """Refuses targets that would adapt less than was asked for, or a module that is not linear.
 
@@ -134,7 +134,7 @@ def check_targets(
         model: the model.
         config: names the targets.
         selection: which modules it asks for.
-        never_called: those that no adapter has an effect on, and why.
+        unfit: those that no adapter has an effect on, and why.
         outside: whether modules outside the blocks are adapted too.
 
     Raises:
@@ -171,9 +171,9 @@ def check_targets(
                 f"{name} is a {type(base).__name__}, which is not a linear layer; name linear modules in "
                 "target_modules, or put it into exclude_modules."
             )
-        if name in never_called and not selection.as_saved:
+        if name in unfit and not selection.as_saved:
             raise LamellaError(
-                f"{name} cannot be adapted: {never_called[name]}. Leave it out of target_modules, or put it into "
+                f"{name} cannot be adapted: {unfit[name]}. Leave it out of target_modules, or put it into "
                 "exclude_modules."
             )
     _warn_of_fused([weight for weight in fused if any(name.startswith(_owners_parent(weight)) for name in meant)])
@@ -186,10 +186,9 @@ def warn_of_left_out(method: str, skipped: Sequence[tuple[str, str]]) -> None:
         warnings.warn(f"{method} does not adapt {said}.", stacklevel=2)
 
 
-def rehearse_linear(model: nn.Module, stacks: Sequence[Stack]) -> Rehearsal:
-    """What a forward of a few tokens shows of all linear modules that have no adapter."""
-    modules = _outside_adapters(model)
-    return rehearse(model, stacks, [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)])
+def linear_modules(model: nn.Module) -> list[str]:
+    """The names of all linear modules that have no adapter."""
+    return [name for name, module in _outside_adapters(model).items() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def usual_lora_targets(model: nn.Module) -> set[str]:

@@ -1,13 +1,12 @@
 """MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
-from lamella.backbones import Place, Stack, find_place, find_stacks, siblings_with_same_input
-from lamella.tuners.bypassing import why_never_called
+from lamella.backbones import Place, find_place, find_stacks, rehearse, siblings_with_same_input
+from lamella.tuners.bypassing import why_unfit
 from lamella.tuners.config import wrote_before
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.mola.config import MolaConfig
@@ -18,7 +17,7 @@ from lamella.tuners.targets import (
     Selection,
     check_names,
     check_targets,
-    rehearse_linear,
+    linear_modules,
     usual_lora_targets,
     warn_of_left_out,
 )
@@ -48,21 +47,23 @@ class MolaModel(RoutedModel):
         stacks = find_stacks(model)
         self._allocations = {stack.name: config.allocation(stack.depth) for stack in stacks}
         self._stacks = stacks
-        self._why_left_out = _why_left_out(config, stacks)
+        linear = linear_modules(model)
+        has_blocks = any(find_place(name, stacks) for name in linear)
+        self._why_left_out = _why_left_out(config, has_blocks)
         self._skipped: list[tuple[str, str]] = []
         if config.target_modules is None:
             config.target_modules = usual_lora_targets(model)
         is_named = config.target_modules != "all-linear"
         self._selection = Selection(model, config, stacks, as_saved=wrote_before(config, "0.2"))
-        self.seen = rehearse_linear(model, stacks)
-        self._never_called = why_never_called(model, self.seen)
+        self.seen = rehearse(model, stacks, linear)
+        self._unfit = why_unfit(model, self.seen)
         check_names(model, config)
-        check_targets(model, config, self._selection, self._never_called, outside=self._why_left_out is None)
+        check_targets(model, config, self._selection, self._unfit, outside=self._why_left_out is None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if is_named and not self._selection.as_saved:
             warn_of_left_out(self.method, self._skipped)
         else:
-            warn_of_left_out(self.method, [one for one in self._skipped if one[0] in self._never_called])
+            warn_of_left_out(self.method, [one for one in self._skipped if one[0] in self._unfit])
         layers = [layer for layer in _layers(model) if adapter_name in layer.experts]
         self.targeted_module_names[:] = [
             name for name in self.targeted_module_names if name not in {name for name, _ in self._skipped}
@@ -89,9 +90,9 @@ class MolaModel(RoutedModel):
         parameter_name: str | None = None,
     ) -> None:
         place = find_place(current_key, self._stacks) or Place("", 0, current_key)
-        has_no_effect = current_key in self._never_called
+        has_no_effect = current_key in self._unfit
         if has_no_effect and not self._selection.as_saved:
-            self._skipped.append((current_key, self._never_called[current_key]))
+            self._skipped.append((current_key, self._unfit[current_key]))
             return
         if not place.stack and self._why_left_out is not None:
             self._skipped.append((current_key, self._why_left_out))
@@ -129,9 +130,9 @@ class MolaModel(RoutedModel):
         )
 
 
-def _why_left_out(config: MolaConfig, stacks: Sequence[Stack]) -> str | None:
-    """Why modules outside the blocks have no experts; None where they do: they are named, or there are no blocks."""
-    if stacks and (config.target_modules == "all-linear" or wrote_before(config, "0.2")):
+def _why_left_out(config: MolaConfig, has_blocks: bool) -> str | None:
+    """Why modules outside the blocks have no experts; None where they do: they are named, or no block has any."""
+    if has_blocks and (config.target_modules == "all-linear" or wrote_before(config, "0.2")):
         return "outside the blocks, so it belongs to no layer; name it in target_modules to adapt it"
     for name in ("num_experts", "top_k"):
         if not isinstance(value := getattr(config, name), int):

@@ -190,7 +190,7 @@ class Composition:
         else:
             kind = MoleProjection if projects(BaseTunerLayer.get_base_layer(target)) else MoleLinear
             layer = kind(target, name, find_place(name, self.stacks))
-            layer.is_watched = layer.is_watched and name not in self.plan.never_called
+            layer.is_watched = layer.is_watched and name not in self.plan.unfit
         one, group = self._of_module[name]
         group.members.append(layer)
         if name in one.inputs:

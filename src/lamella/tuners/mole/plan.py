@@ -28,7 +28,7 @@ from lamella.backbones import Place, Rehearsal, Stack, find_place, rehearse, sib
 from lamella.backbones.blocks import CROSS_ATTENTION
 from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras, concatenate
-from lamella.tuners.bypassing import why_never_called
+from lamella.tuners.bypassing import why_unfit
 from lamella.tuners.config import wrote_before
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.targets import Selection, check_names
@@ -84,7 +84,7 @@ class Plan:
         skipped: what of the LoRAs is left out, and why.
         notes: what else a user should know.
         seen: what a forward of a few tokens has shown of the model.
-        never_called: modules that no adapter has an effect on, also none of the LoRAs alone. A composition of the first
+        unfit: modules that no adapter has an effect on, also none of the LoRAs alone. A composition of the first
             edition may have some.
     """
 
@@ -100,7 +100,7 @@ class Plan:
     skipped: list[tuple[str, str]]
     notes: list[str]
     seen: Rehearsal = field(default_factory=Rehearsal)
-    never_called: frozenset[str] = frozenset()
+    unfit: frozenset[str] = frozenset()
 
     def loras(self, module: str) -> FrozenLoras:
         """A module's LoRAs side by side."""
@@ -179,7 +179,7 @@ def make_plan(
     modules = _composable(model)
     linear = [name for name, module in modules.items() if not projects(module)]
     seen = rehearse(model, stacks, linear)
-    never_called = why_never_called(model, seen)
+    unfit = why_unfit(model, seen)
     skipped: list[tuple[str, str]] = []
     excluded: set[str] = set()
     notes: list[str] = []
@@ -202,8 +202,8 @@ def make_plan(
             if name in factors or name in constants
         }
         if not selection.as_saved:
-            _leave_out(config, [name for name in ranks if name in never_called])
-            skipped += [(name, why) for name, why in never_called.items() if ranks.pop(name, None)]
+            _leave_out(config, [name for name in ranks if name in unfit])
+            skipped += [(name, why) for name, why in unfit.items() if ranks.pop(name, None)]
     if not ranks:
         raise LamellaError(
             "No module is left to compose on: exclude_modules and layers_to_transform leave out every module that the "
@@ -218,7 +218,7 @@ def make_plan(
     for group in groups:
         group.inputs = [name for name in group.inputs if name not in silent]
     widths = {name: sides_of(modules[name])[1] for name in ranks}
-    never = frozenset(never_called)
+    never = frozenset(unfit)
     return Plan(names, ranks, widths, factors, constants, heads, missed, groups, excluded, skipped, notes, seen, never)
 
 

@@ -10,15 +10,16 @@ from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from lamella.backbones import Stack, find_place
-from lamella.tuners.bypassing import note_call, read_weight, why_never_called
+from lamella.backbones import Stack, find_place, rehearse
+from lamella.errors import LamellaError
+from lamella.tuners.bypassing import note_call, read_weight, why_unfit
 from lamella.tuners.config import wrote_before
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.targets import (
     Selection,
     check_names,
     check_targets,
-    rehearse_linear,
+    linear_modules,
     usual_lora_targets,
     warn_of_left_out,
 )
@@ -57,7 +58,7 @@ def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack])
     lora.inference_mode = config.inference_mode
     selection = Selection(model, lora, stacks, as_saved=wrote_before(config, "0.2"))
     check_names(model, lora)
-    unseen = why_never_called(model, rehearse_linear(model, stacks))
+    unseen = why_unfit(model, rehearse(model, stacks, linear_modules(model)))
     check_targets(model, lora, selection, unseen)
     unseen = {} if selection.as_saved else unseen
     is_named = lora.target_modules != "all-linear"
@@ -69,6 +70,11 @@ def find_targets(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack])
     ]
     inside = [name for name in matched if find_place(name, stacks) is not None and name not in unseen]
     outside = [name for name in matched if name not in inside]
+    if not inside and not lora.target_parameters:
+        raise LamellaError(
+            f"The blocks of {', '.join(stack.name for stack in stacks)} hold no linear module that the LoRA of MoLEx "
+            "could adapt, so nothing would be trained in them. Use lora=None, which trains the routers alone."
+        )
     loud = outside if is_named and not selection.as_saved else [name for name in outside if name in unseen]
     if not config.inference_mode:
         warn_of_left_out("MoLEx", [(name, unseen.get(name, _OUTSIDE)) for name in loud])
