@@ -16,6 +16,8 @@ from transformers import (
     HubertConfig,
     HubertModel,
     PreTrainedModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
     XLNetConfig,
@@ -115,6 +117,20 @@ def test_frames_of_sound_have_the_mask_that_the_model_makes_of_its_samples() -> 
     frames = model.get_base_model()._get_feature_vector_attention_mask(len(seen[0][2]) // 2, mask)
     assert 0 < frames[1].sum() < frames[0].sum()
     assert torch.equal(seen[0][2], frames.flatten())
+
+
+def test_patches_are_real_by_whatever_name_the_model_is_told() -> None:
+    config = Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_patches=16, patch_size=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tiny.molex(Siglip2VisionModel(config).eval())
+    pixels, sides = torch.randn(2, 9, 12), torch.tensor([[3, 3], [2, 2]])
+    real = (torch.arange(9) < torch.tensor([[9], [4]])).long()
+    with torch.no_grad():
+        together = model(pixel_values=pixels, pixel_attention_mask=real, spatial_shapes=sides)
+        alone = model(pixel_values=pixels[1:, :4], pixel_attention_mask=real[1:, :4], spatial_shapes=sides[1:])
+    torch.testing.assert_close(together.pooler_output[1:], alone.pooler_output)
 
 
 def test_a_decision_for_sequences_refuses_rows_that_may_be_padding() -> None:

@@ -81,7 +81,9 @@ class Frame:
         """
         rows, mask = states.shape[:2], arguments.get("attention_mask")
         is_padded_inside = mask is None and self.width is not None and rows[1] > self.width
-        if self._has_tokens(rows) or not takes_mask or is_padded_inside:
+        # A stack that is given pixels may be told by another name which patches are padding.
+        is_told = self._has_tokens(rows) and (self.mask is not None or self.width is not None or mask is None)
+        if is_told or not takes_mask or is_padded_inside:
             return self
         key = (id(mask), rows)
         if key not in self.of_blocks:
