@@ -73,7 +73,7 @@ moe = Qwen2MoeForCausalLM(
     )
 ).eval()
 captured = lamella.similarity.capture(moe, [{"input_ids": ids}], folder / "capture", per_expert=4)
-smaller = lamella.similarity.compress(moe, None, budget=0.5, method="usage", capture=captured)
+smaller = lamella.similarity.compress(moe, captured, budget=0.5, texts=[{"input_ids": ids}])
 
 # what the laboratory has made is refused in one sentence
 (folder / "run.yaml").write_text("model: minilm")

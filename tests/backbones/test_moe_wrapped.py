@@ -49,7 +49,7 @@ def test_an_offloaded_model_is_not_swapped_or_compressed():
         with pytest.raises(LamellaError, match="offloaded by accelerate"), swap(model, (0, 1), (1, 2), unit):
             pass
     with pytest.raises(LamellaError, match="offloaded by accelerate"):
-        compress(model, None, 0.5, method="weight-distance")
+        compress(model, None, 0.5, scope="layer")
 
 
 def test_quantised_experts_are_refused_where_their_numbers_would_be_used():
@@ -61,7 +61,7 @@ def test_quantised_experts_are_refused_where_their_numbers_would_be_used():
     for use in (
         lambda: layer.experts[0],
         lambda: swap(model, (0, 1), (1, 2)).__enter__(),
-        lambda: compress(model, None, 0.5, method="weight-distance"),
+        lambda: compress(model, None, 0.5, scope="layer"),
     ):
         with pytest.raises(LamellaError, match=r"quantised \(gate_up_proj is torch.float8"):
             use()

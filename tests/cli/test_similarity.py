@@ -84,7 +84,8 @@ def test_every_step_runs_on_every_kind_of_family(family, text, tmp_path, monkeyp
     assert run(monkeypatch, "screen", study) == 0
     assert run(monkeypatch, "align", study, "--seeds", 1, "--steps", 3, "--per-source", 2, "--aligner", "linear") == 0
     assert run(monkeypatch, "swap", study, "--unit", "router+experts", "--documents", 6) == 0
-    assert run(monkeypatch, "compress", study, "--budget", 0.75, "--documents", 6, "--seeds", 1) == 0
+    quick = ("--budget", 0.75, "--documents", 6, "--criterion", "stand-in")  # tiny DeepSeek-V3 needs all its experts
+    assert run(monkeypatch, "compress", study, *quick) == 0
     assert run(monkeypatch, "report", study) == 0
     page = (study / "report.html").read_text(encoding="utf-8")
     assert "Not run" not in page
@@ -100,8 +101,8 @@ def test_every_step_runs_on_every_kind_of_family(family, text, tmp_path, monkeyp
 def test_a_step_out_of_turn_names_the_command_that_is_missing(study, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "screen", tmp_path / "nothing") == 2
     assert "lamella similarity capture" in said(capsys)
-    assert run(monkeypatch, "compress", study) == 2
-    assert "lamella similarity align" in said(capsys)
+    assert run(monkeypatch, "align", study, "--per-source", 2) == 2
+    assert "lamella similarity screen" in said(capsys)
 
 
 def test_a_folder_of_another_study_is_not_touched(whole, text, monkeypatch, capsys):

@@ -32,7 +32,7 @@ def test_capture_compress_and_saving_need_no_pandas(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     model = tiny_moe.FAMILIES["qwen2_moe"]()
     taken = capture(model, [tiny_moe.inputs()], tmp_path / "capture", per_expert=8)
-    small = compress(model, None, 0.75, method="usage", capture=taken)
+    small = compress(model, taken, 0.75, criterion="frequency", scope="layer")
     small.save(tmp_path / "small")
     loaded = Compressed.load(tmp_path / "small").model
     with torch.no_grad():

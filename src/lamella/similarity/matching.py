@@ -42,19 +42,21 @@ def match_units(reference: Expert, other: Expert) -> Tensor:
 
 
 @torch.no_grad()
-def average(experts: Sequence[Expert], weights: Sequence[float]) -> Expert:
+def average(experts: Sequence[Expert], weights: Sequence[float], matched: bool = True) -> Expert:
     """The weighted mean of experts whose hidden units are matched to those of the first, in the first's dtype.
 
     Args:
         experts: of one shape.
         weights: not negative; where all are 0 the experts count the same.
+        matched: whether units are matched at all.
     """
     reference, total = experts[0], sum(weights)
     mean = {name: torch.zeros_like(matrix, dtype=torch.float64) for name, matrix in reference.matrices.items()}
     for expert, weight in zip(experts, weights, strict=True):
         share = weight / total if total > 0 else 1 / len(experts)
-        matched = expert.matrices if expert is reference else _reorder(expert, match_units(reference, expert))
-        for name, matrix in matched.items():
+        as_is = expert is reference or not matched
+        matrices = expert.matrices if as_is else _reorder(expert, match_units(reference, expert))
+        for name, matrix in matrices.items():
             mean[name] += share * matrix.double()
     rounded = {name: matrix.to(reference.up.dtype) for name, matrix in mean.items()}
     return Expert(activation=reference.activation, **rounded)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -16,10 +17,10 @@ from lamella.similarity.activations import Capture, Progress, TextBatches, captu
 from lamella.similarity.activations.norms import distributions
 from lamella.similarity.alignment import fit_aligners, sweep
 from lamella.similarity.alignment.table import by_aligner, from_label
-from lamella.similarity.compression import compress, compression_curve, find_routes, rerouting_table
-from lamella.similarity.compression.grouping import Aligners, Method, Settings, choose_measure
-from lamella.similarity.compression.merging import check_arguments
+from lamella.similarity.compression import Settings, compression_curve, find_routes, rerouting_table
+from lamella.similarity.compression.compressed import check_arguments, compress_each, rank_experts
 from lamella.similarity.compression.perplexity import Domains, read_domains
+from lamella.similarity.compression.rerouting import Aligners
 from lamella.similarity.compression.saving import refuse_existing
 from lamella.similarity.pairs import Name
 from lamella.similarity.screening import all_pairs, choose_pairs, screen
@@ -34,6 +35,7 @@ from lamella.similarity.swapping import (
     routing_shift,
     swap_effects,
 )
+from lamella.similarity.swapping.scores import Batch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,77 +238,66 @@ def _shifts(study: Study, table: pd.DataFrame, batches: list[Any]) -> pd.DataFra
 def compress_to_budgets(
     study: Study,
     domains: Domains,
+    texts: Sequence[Batch],
     budgets: Sequence[float],
-    methods: Sequence[str],
-    measures: Sequence[str],
+    criteria: Sequence[str],
+    settings: Settings,
     *,
     aligner: str | None = None,
     seeds: int = 3,
-    replace: bool = False,
-    across_layers: bool = False,
     close: int = 1,
     capacity: int | None = None,
     save: Path | None = None,
     measured_on: str = "",
     tell: Tell,
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Perplexity after compression by each method to each budget, and after rerouting the tokens of closed experts.
+    """Perplexity after compression by each criterion to each budget, and after rerouting the tokens of closed experts.
 
     What can be refused is refused before the model reads any text. Rows that an earlier compression measured with the
-    same settings stay in the table beside the new ones.
+    same settings stay in the table beside the new ones. Rerouting needs an alignment, and is left out where none is.
 
     Args:
-        study: with an alignment.
+        study: with a capture.
         domains: texts to measure on, by name.
-        budgets, methods: of ``compress``.
-        measures: what the method "similarity" goes by, a curve each.
-        aligner: that was aligned, before replacements; None takes none in the curve and one that can be folded in
-            rerouting.
-        seeds: of the method "random".
-        replace: replacements as they are, instead of merged experts.
-        across_layers: one pool over neighbouring layers.
-        close: experts of each layer whose tokens are rerouted, the most used.
+        texts: batches of the captured text, for layer gradients and distillation.
+        budgets, criteria: of ``compress``.
+        settings: of ``compress``, the same for all criteria.
+        aligner: that was aligned, before replacements in rerouting; None takes one that can be folded.
+        seeds: of the criterion "random".
+        close: experts of each layer whose tokens are rerouted, those that go first.
         capacity: also reroute where closed experts take so many tokens of a sequence.
-        save: new folder for the model at the first budget by the first method.
+        save: new folder for the model at the first budget by the first criterion.
         measured_on: what part of the texts, in words.
         tell: how far it is.
 
     Returns:
-        The curve of this call, and notes on what it replaced.
+        The curve of this call, and notes on what it replaced and left out.
     """
-    pd = optional_module("pandas", "A compression curve")
     if save is not None:
         refuse_existing(save)
-    for method in methods:
-        check_arguments(budgets, Settings(cast(Method, method), merge=not replace))
-    behind = _aligners(study, _rows_of(study.folder, aligner)) if replace and aligner else None
-    tables = {measure: _similarities(study.folder, measure, aligner) for measure in measures}
-    closed = _most_used(study, close)
-    if closed:  # an expert that none could replace is named now, not after the curve
-        find_routes(_rows_of(study.folder, aligner), study.model, closed)
-    given: dict[str, Any] = {"capture": study.capture, "merge": not replace, "across_layers": across_layers}
-    texts = read_domains(domains)
-    curves = []
-    for name, method, measure in _curves(cast(Sequence[Method], methods), measures):
-        curve = compression_curve(
-            study.model, tables[measure], texts, budgets, (method,), seeds=range(seeds), aligner=behind,
-            measure=measure, progress=lambda done, total, name=name: tell(f"{name}: {done} of {total}"), **given,  # type: ignore[misc]
-        )  # fmt: skip
-        curves.append(curve.assign(method=name))
-    curve = pd.concat(curves, ignore_index=True)
-    settings = {
-        "merge": not replace, "aligner": aligner, "across_layers": across_layers, "measured_on": measured_on
+    for name in criteria:
+        check_arguments(budgets, replace(settings, criterion=name), texts)
+    closed: list[Name] = []
+    if close and study.folder.table("alignment") is not None:
+        closed = _first_to_go(study, criteria[0], aligner, close)
+        find_routes(_rows_of(study.folder, aligner), study.model, closed)  # one that none could replace is named now
+    curve = compression_curve(
+        study.model, study.capture, read_domains(domains), budgets, criteria, seeds=range(seeds), texts=texts,
+        chosen_on=(study.subject.text,), settings=settings,
+        progress=lambda done, total: tell(f"{done} of {total} smaller models"),
+    )  # fmt: skip
+    noted = {
+        "scope": settings.scope, "refit": settings.refit, "distil": settings.distil, "measured_on": measured_on
     }  # fmt: skip
-    notes = _add_curve(study.folder, curve, settings)
+    notes = _add_curve(study.folder, curve, noted)
     if closed:
         tell("rerouting")
-        notes += _reroute(study, texts, closed, aligner, capacity)
+        notes += _reroute(study, read_domains(domains), closed, aligner, capacity)
+    elif close:
+        notes.append("Nothing was aligned, so no tokens were rerouted.")
     if save is not None:
-        first = cast(Method, methods[0])
-        compress(
-            study.model, tables[measures[0]], budgets[0], method=first, measure=measures[0],
-            aligner=behind if first == "similarity" else None, **given,
-        ).save(save, study.tokenizer)  # fmt: skip
+        first = replace(settings, criterion=criteria[0])
+        next(compress_each(study.model, study.capture, budgets[:1], first, texts)).save(save, study.tokenizer)
     return curve, notes
 
 
@@ -334,29 +325,6 @@ def _lacking(before: pd.DataFrame, now: pd.DataFrame, key: list[str]) -> pd.Data
     return before[~pd.MultiIndex.from_frame(before[key]).isin(pd.MultiIndex.from_frame(now[key]))]
 
 
-def _curves(methods: Sequence[Method], measures: Sequence[str]) -> Iterator[tuple[str, Method, str]]:
-    """Name, method and measure of each curve: similarity goes by every measure, the others by none that matters."""
-    for method in methods:
-        if method != "similarity" or len(measures) == 1:
-            yield method, method, measures[0]
-        else:
-            yield from ((f"similarity ({measure})", method, measure) for measure in measures)
-
-
-def _similarities(folder: StudyFolder, measure: str, aligner: str | None) -> pd.DataFrame:
-    """The table that has the measure: the screen, its unmeasured pairs left out, or the alignment.
-
-    Raises:
-        LamellaError: neither has it.
-    """
-    screened = folder.table("screen")
-    if screened is not None and measure in screened.columns:
-        return screened.dropna(subset=[measure])
-    alignment = _rows_of(folder, aligner)
-    choose_measure(alignment, measure, aligned=False)
-    return alignment
-
-
 def _rows_of(folder: StudyFolder, aligner: str | None) -> pd.DataFrame:
     """The alignment's rows of one aligner: the one asked for, the first that can be folded, or the first.
 
@@ -381,13 +349,15 @@ def _aligners(study: Study, rows: pd.DataFrame, kind: str | None = None) -> Alig
     return partial(fit_aligners, study.capture, study.model, aligner=kind or name[0], **settings)
 
 
-def _most_used(study: Study, close: int) -> list[Name]:
-    """The experts of each layer that most tokens go to, whose work counts most."""
-    shares = study.capture.shares
-    of_layer: dict[int, list[Name]] = {}
-    for name in sorted(shares, key=lambda name: -shares[name]):
-        of_layer.setdefault(name[0], []).append(name)
-    return [name for layer in sorted(of_layer) for name in of_layer[layer][:close]]
+def _first_to_go(study: Study, criterion: str, aligner: str | None, close: int) -> list[Name]:
+    """The experts of each layer that go first, among those for which others were measured."""
+    pairs = _rows_of(study.folder, aligner)
+    known = set(zip(pairs["source_layer"], pairs["source_expert"], strict=True))
+    closed: list[Name] = []
+    for layer, ranking in rank_experts(study.model, study.capture, criterion).items():
+        order = [(layer, expert) for expert in ranking.order]
+        closed += ([name for name in order if name in known] or order)[:close]
+    return closed
 
 
 def _reroute(

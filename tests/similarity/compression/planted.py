@@ -1,10 +1,15 @@
 """Tiny models with two experts that are one up to the order of their hidden units, and their tables."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 from tests.reference.similarity_compress import identity_table
 from tests.tiny_moe import HIDDEN, build, inputs_for
 
 from lamella.backbones.moe import Expert, moe_layers
+from lamella.similarity.activations import capture
+from lamella.similarity.alignment import make_aligner
 
 TWINS = ((1, 0), (1, 3))
 
@@ -48,16 +53,20 @@ def same_state(model, before) -> bool:
     return now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
-class Counts:
-    """What compression reads of a capture: how the routers shared out the tokens."""
+def texts_of(model):
+    """Batches as the model takes them."""
+    return [inputs_for(model, batch=4, tokens=9, seed=seed) for seed in (3, 4, 5)]
 
-    def __init__(self, model, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.shares = {
-            (layer.index, e): float(torch.rand(1, generator=generator))
-            for layer in moe_layers(model)
-            for e in range(layer.num_experts)
-        }
 
-    def check(self, model, tokenizer=None):
-        pass
+def captured(model, folder=None):
+    """All that the experts of the model are given of a text; without a folder in one that the process leaves behind."""
+    return capture(model, texts_of(model), folder or Path(tempfile.mkdtemp()) / "capture", per_expert=200)
+
+
+def aligners(kind, pairs, rank=2):
+    made = {}
+    for pair in pairs:
+        made[pair] = make_aligner(kind, HIDDEN, rank).double()
+        for at, parameter in enumerate(made[pair].parameters()):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(at + 7 * pair[0][1]))
+    return made

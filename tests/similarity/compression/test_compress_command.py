@@ -1,8 +1,7 @@
 """`lamella similarity compress`: with which aligners, and what is refused before the long work."""
 
-import json
-import math
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,8 +9,11 @@ from tests.cli.test_similarity import WORDS, run, save_model
 from transformers import AutoTokenizer
 
 from lamella.similarity import Compressed, steps
+from lamella.similarity.study import StudyFolder
+from lamella.similarity.swapping.scores import text_scores
+from lamella.texts import text_batches
 
-QUICK = ("--budget", 0.9, "--documents", 4, "--seeds", 1)
+QUICK = ("--budget", 0.75, "--documents", 4, "--seeds", 1)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def keep(study, *kinds):
 
 
 def test_routes_go_by_the_aligner_that_can_be_folded(study, calls, monkeypatch):
-    assert run(monkeypatch, "compress", study, *QUICK, "--method", "usage", "--capacity", 1) == 0
+    assert run(monkeypatch, "compress", study, *QUICK, "--criterion", "reap", "--capacity", 1) == 0
     assert calls
     assert all(given == {"aligner": "low-rank", "steps": 3, "lr": 0.002, "pull": None} for given in calls)
     rerouted = pd.read_parquet(study / "rerouting.parquet")
@@ -77,7 +79,7 @@ def test_where_none_can_be_folded_linear_ones_go_before_the_most_similar_as_it_i
         return rerouting(*args, **settings)
 
     monkeypatch.setattr(steps, "rerouting_table", noted)
-    assert run(monkeypatch, "compress", study, *QUICK, "--method", "usage") == 0
+    assert run(monkeypatch, "compress", study, *QUICK, "--criterion", "reap") == 0
     assert set(measures) == {"identity_nmse"}
     assert all(given == {"aligner": "linear", "steps": 3, "lr": 0.002, "pull": None} for given in calls)
     assert calls
@@ -87,27 +89,41 @@ def test_an_aligner_that_was_scored_on_another_text_goes_by_its_kind(study, call
     alignment = pd.read_parquet(study / "alignment.parquet")
     named = alignment.assign(aligner=alignment["aligner"].replace("low-rank", "low-rank, scored on b.txt (train)"))
     named.drop(columns="scored_on").to_parquet(study / "alignment.parquet")
-    assert run(monkeypatch, "compress", study, *QUICK, "--method", "usage") == 0
+    assert run(monkeypatch, "compress", study, *QUICK, "--criterion", "reap") == 0
     assert {given["aligner"] for given in calls} == {"low-rank"}
 
 
-def test_the_curve_goes_behind_aligners_and_is_saved_so(study, calls, tmp_path, monkeypatch):
-    words = ("--replace", "--aligner", "low-rank", "--close", 0, "--save", tmp_path / "small")
-    assert run(monkeypatch, "compress", study, *QUICK, "--method", "similarity", *words) == 0
-    assert {given["aligner"] for given in calls} == {"low-rank"}
-    small = Compressed.load(tmp_path / "small")
-    assert (small.report.measure, small.report.merged) == ("nmse", False)
-    assert any("aligner" in name or name.endswith("up_bias") for name, _ in small.model.named_parameters())
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "small")) == len(WORDS) + 3
+def test_what_is_saved_is_what_was_measured(study, tmp_path, monkeypatch):
+    for scope, name in (("layer", "even"), ("model", "uneven")):
+        words = ("--criterion", "reconstruction", "--scope", scope, "--close", 0, "--save", tmp_path / name)
+        assert run(monkeypatch, "compress", study, *QUICK, *words) == 0
+        small = Compressed.load(tmp_path / name)
+        assert (small.report.criterion, small.report.scope, small.report.budget) == ("reconstruction", scope, 0.75)
+        (row,) = pd.read_parquet(study / "compression.parquet").to_dict("records")
+        folder = StudyFolder(study)
+        texts = text_batches(
+            Path(folder.subject().text), AutoTokenizer.from_pretrained(tmp_path / name), "test", 256, 8, 4
+        )
+        assert text_scores(small.model, list(texts), "nll").perplexity == pytest.approx(row["perplexity"], rel=1e-6)
+    assert (tmp_path / "even" / "model.safetensors").exists()
     assert not (study / "rerouting.parquet").exists()
+
+
+def test_a_study_without_an_alignment_says_what_it_leaves_out(study, monkeypatch, capsys):
+    (study / "alignment.parquet").unlink()
+    assert run(monkeypatch, "compress", study, *QUICK, "--criterion", "reap") == 0
+    said = capsys.readouterr().out
+    assert "Nothing was aligned, so no tokens were rerouted." in said
+    assert said.startswith("You can drop 3 of 12 experts (")
+    assert "--criterion reap --scope model --save FOLDER" in said
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--aligner", "linear"), "has no aligner 'linear', it has layernorm; low-rank."),
-        (("--measure", "identity_nmse", "--measure", "beauty"), "no column beauty"),
-        (("--method", "usage", "--method", "beauty"), "method='beauty'"),
+        (("--criterion", "reap", "--criterion", "beauty"), "criterion='beauty'"),
+        (("--scope", "block"), "scope='block' is not one of layer, model"),
         (("--budget", 0.9, "--budget", 2), "budget=2"),
         (("--save", "here"), "exists already"),
     ],
@@ -131,53 +147,30 @@ def test_a_closed_expert_that_was_compared_with_none_is_named_before_the_long_wo
 
 
 def test_a_budget_out_of_reach_is_told_with_one_that_is_in_reach(study, monkeypatch, capsys):
-    assert run(monkeypatch, "compress", study, "--budget", 0.1, "--method", "usage", "--close", 0) == 2
+    assert run(monkeypatch, "compress", study, "--budget", 0.3, "--criterion", "reap", "--close", 0) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "A budget of 0.1 of the experts' parameters cannot be reached" in said
-    assert "Give a budget of 0.25 or more" in said
+    assert "A budget of 0.3 keeps 3 of 12 experts, but at most 6 can go by reap" in said
+    assert "give a budget of 0.5 or more" in said
 
 
 def test_a_second_compression_stands_beside_the_first_or_says_what_it_replaces(study, monkeypatch, capsys):
     quick = ("compress", study, *QUICK, "--close", 0)
-    assert run(monkeypatch, *quick, "--method", "usage") == 0
-    assert run(monkeypatch, *quick, "--method", "random") == 0
+    assert run(monkeypatch, *quick, "--criterion", "reap") == 0
+    assert run(monkeypatch, *quick, "--criterion", "random") == 0
     assert "replaced" not in capsys.readouterr().out
-    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["usage", "random"]
-    assert run(monkeypatch, *quick, "--method", "random") == 0
-    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["usage", "random"]
+    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["reap", "random"]
+    assert run(monkeypatch, *quick, "--criterion", "random") == 0
+    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["reap", "random"]
     capsys.readouterr()
-    assert run(monkeypatch, *quick, "--method", "usage", "--replace") == 0
-    assert "Note: 2 rows of an earlier compression (merge True, aligner None" in capsys.readouterr().out
-    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["usage"]
+    assert run(monkeypatch, *quick, "--criterion", "reap", "--scope", "layer") == 0
+    assert "Note: 2 rows of an earlier compression (scope model, refit True" in capsys.readouterr().out
+    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["reap"]
 
 
 def test_rerouting_says_what_it_replaces(study, monkeypatch, capsys):
-    quick = ("compress", study, *QUICK, "--method", "usage")
+    quick = ("compress", study, *QUICK, "--criterion", "reap")
     for _ in range(2):
         assert run(monkeypatch, *quick) == 0
         assert "earlier rerouting" not in capsys.readouterr().out
     assert run(monkeypatch, *quick, "--close", 2) == 0
     assert "rows of an earlier rerouting, of other experts or texts, are replaced." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("ratios", "said"),
-    [
-        ({0.9: 1.0, 0.75: 1.001}, "at least 25%, the most tried, of the experts' parameters can go before perplexity "
-         "rises by 1 % (surely 25%, perhaps more than 25%, the most tried)"),
-        ({0.9: 1.0, 0.75: 1.008, 0.5: 1.3}, "25% of the experts' parameters can go before perplexity rises by 1 % "
-         "(surely 10%, perhaps 25%)"),
-    ],
-)  # fmt: skip
-def test_nothing_is_said_of_what_was_not_tried(ratios, said, study, monkeypatch, capsys):
-    rows = [
-        {"method": "similarity", "domain": "news", "budget": budget, "ratio": ratio, "low": ratio - 0.005,
-         "high": ratio + 0.005, "parameters": 1, "perplexity": 1.0, "baseline": 1.0, "experts_left": 1, "seed": 0}
-        for budget, ratio in ratios.items()
-    ]  # fmt: skip
-    monkeypatch.setattr(steps, "compression_curve", lambda *args, **settings: pd.DataFrame(rows))
-    assert run(monkeypatch, "compress", study, "--method", "similarity", "--close", 0) == 0
-    assert f"similarity on news: {said}" in capsys.readouterr().out
-    assert run(monkeypatch, "compress", study, "--method", "similarity", "--close", 0, "--json") == 0
-    (row,) = json.loads(capsys.readouterr().out)["within 1 %"]
-    assert row["high"] == (None if math.isclose(row["removed"], row["largest"]) else 0.25)

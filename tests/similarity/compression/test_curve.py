@@ -5,17 +5,24 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from tests.similarity.compression.planted import Counts, same_state, state, table, with_twins
-from tests.similarity.compression.test_compression import ONE_LESS, aligners
+from tests.similarity.compression.planted import aligners, captured, same_state, state, table, texts_of, with_twins
 from tests.tiny_moe import FAMILIES, inputs_for
 
 from lamella.errors import LamellaError
-from lamella.similarity.compression import METHODS, compress, compression_curve, largest_compression, rerouting_table
+from lamella.similarity.compression import (
+    Settings,
+    compress,
+    compression_curve,
+    largest_compression,
+    rerouting_table,
+    verdict,
+)
 
 COMPRESSION = [
     "method", "budget", "parameters", "domain", "perplexity", "baseline", "ratio", "low", "high", "experts_left",
-    "seed",
+    "seed", "experts", "parameters_before", "bytes", "gone", "chosen_on",
 ]  # fmt: skip
+ONE_LESS = 11 / 12  # of three layers with four experts each
 REROUTING = ["how", "what", "experts", "domain", "perplexity", "baseline", "ratio", "low", "high", "seed"]
 
 
@@ -39,38 +46,75 @@ def perplexity(model, batches):
     return math.exp(nats / tokens)
 
 
-@torch.no_grad()
-def test_the_curve_measures_each_compressed_model():
+def test_the_curve_measures_each_compressed_model(tmp_path):
     model = with_twins()
-    before, told = state(model), []
+    taken, texts, before, told = captured(model, tmp_path / "capture"), texts_of(model), state(model), []
     frame = compression_curve(
-        model, table(model), domains(model), [1.0, ONE_LESS, 0.5], seeds=(3, 4), capture=Counts(model),
-        progress=lambda done, total: told.append((done, total)),
+        model, taken, domains(model), [1.0, ONE_LESS, 0.5], ["stand-in", "reap", "random"], seeds=(3, 4), texts=texts,
+        chosen_on=["in"], progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert list(frame.columns) == COMPRESSION
     assert same_state(model, before)
-    assert len(frame) == (3 * 3 + 3 * 2) * 2
-    assert told == [(done, 15) for done in range(1, 16)]
-    assert set(frame["method"]) == set(METHODS)
+    assert len(frame) == (2 * 3 + 3 * 2) * 2
+    assert told == [(done, 12) for done in range(1, 13)]
     assert set(frame[frame["method"] == "random"]["seed"]) == {3, 4}
+    assert (frame["chosen_on"] == (frame["domain"] == "in")).all()
     whole = frame[frame["budget"] == 1.0]
-    assert (whole["ratio"] == 1).all()
-    assert (whole["low"] == 1).all()
-    assert (whole["high"] == 1).all()
+    assert (whole[["ratio", "low", "high"]] == 1).all().all()
+    assert set(whole["gone"]) == {"[]"}
     for row in frame[(frame["budget"] == 0.5)].itertuples():
-        small = compress(model, table(model), 0.5, method=row.method, seed=row.seed, capture=Counts(model))
+        small = compress(model, taken, 0.5, criterion=row.method, seed=row.seed, texts=texts)
         expected = perplexity(small.model, domains(model)[row.domain])
         assert row.perplexity == pytest.approx(expected, rel=1e-5)
         assert row.baseline == pytest.approx(perplexity(model, domains(model)[row.domain]), rel=1e-5)
         assert row.ratio == pytest.approx(row.perplexity / row.baseline, rel=1e-9)
         assert row.low <= row.ratio <= row.high
-        assert row.low < row.high
-        assert (row.parameters, row.experts_left) == (small.report.parameters, 6)
-    twins = frame[(frame["budget"] == ONE_LESS) & (frame["method"] == "similarity")]
+        assert (row.parameters, row.experts_left, row.experts) == (small.report.parameters, 6, 12)
+        assert [tuple(name) for name in json.loads(row.gone)] == small.report.gone
+        assert row.bytes == (row.parameters_before - row.parameters) * 8
+    twins = frame[(frame["budget"] == ONE_LESS) & (frame["method"] == "stand-in")]
     assert (twins["ratio"] - 1).abs().max() < 1e-6
     actual = largest_compression(frame).set_index(["method", "domain"])
-    assert actual.loc[("similarity", "in"), "removed"] >= 1 - ONE_LESS - 1e-9
-    assert actual.loc[("similarity", "in"), "low"] >= 1 - ONE_LESS - 1e-9
+    assert actual.loc[("stand-in", "in"), "removed"] >= 1 - ONE_LESS - 1e-9
+
+
+def rows(ratios, experts=12, gone=((0, 3), (0, 1), (2, 2))):
+    """A curve from ``{(criterion, budget, domain): ratio}``; experts were chosen on the domain "news"."""
+    return pd.DataFrame(
+        [
+            {
+                "method": method, "budget": budget, "domain": domain, "ratio": ratio, "low": ratio - 0.01,
+                "high": ratio + 0.01, "experts": experts, "experts_left": round(budget * experts), "seed": 0,
+                "parameters_before": 1000, "parameters": 1000 - round(500 * (1 - budget)), "bytes": 2_000_000,
+                "gone": json.dumps(gone), "chosen_on": domain == "news",
+            }
+            for (method, budget, domain), ratio in ratios.items()
+        ]
+    )  # fmt: skip
+
+
+def test_one_sentence_says_what_can_go_at_which_cost_in_the_worst_domain():
+    ratios = {
+        ("reconstruction", 0.75, "news"): 1.02, ("reconstruction", 0.75, "films"): 1.03,
+        ("reconstruction", 0.75, "glosses"): 1.077, ("reconstruction", 0.5, "news"): 1.3,
+        ("reconstruction", 0.5, "films"): 1.3, ("reconstruction", 0.5, "glosses"): 1.3,
+        ("random", 0.75, "news"): 1.4, ("random", 0.5, "news"): 2.0,
+    }  # fmt: skip
+    sentence, names, others = verdict(rows(ratios))
+    assert sentence == (
+        "You can drop 3 of 12 experts (12.5% of the parameters, 0.002 GB) at +2.0% perplexity on news [+1.0%, +3.0%], "
+        "and +7.7% perplexity on glosses [+6.7%, +8.7%], the worst of 2 texts that they were not chosen on "
+        "(by reconstruction, keeping 75.0% of the experts)."
+    )
+    assert names == "They are layer 0: 3, 1; layer 2: 2."
+    assert others == "Perplexity over the whole model's at that budget: reconstruction 1.020, random 1.400."
+    (costly, *_) = verdict(rows(ratios), within=0.01)
+    assert "keeping 75.0%" in costly
+    assert costly.endswith("That is more than the 1% allowed; keep more.")
+    (alone, *_) = verdict(rows({("merge", 0.75, "news"): 1.0}))
+    assert alone.startswith("You can merge 3 of 12 experts")
+    assert "; no text was measured that they were not chosen on" in alone
+    assert verdict(rows({("reap", 1.0, "news"): 1.0})) == ["Nothing was compressed."]
 
 
 def curve(ratios, spread=0.005, **columns):
@@ -100,14 +144,16 @@ def test_as_much_can_go_as_no_smaller_compression_forbids():
 
 def test_bad_input_of_curves_is_named():
     model = FAMILIES["mixtral"]()
+    taken = captured(model)
+    settings = {"settings": Settings("reap", "layer")}
     with pytest.raises(LamellaError, match="at least one budget"):
-        compression_curve(model, None, domains(model), [], ["random"])
+        compression_curve(model, taken, domains(model), [], ["random"], **settings)
     with pytest.raises(LamellaError, match="no text"):
-        compression_curve(model, None, {}, [0.5], ["random"])
+        compression_curve(model, taken, {}, [0.5], ["random"], **settings)
     with pytest.raises(LamellaError, match="in the domain out"):
-        compression_curve(model, None, {**domains(model), "out": []}, [0.5], ["random"])
+        compression_curve(model, taken, {**domains(model), "out": []}, [0.5], ["random"], **settings)
     with pytest.raises(LamellaError, match="budget=2"):
-        compression_curve(model, None, domains(model), [0.5, 2], ["random"])
+        compression_curve(model, taken, domains(model), [0.5, 2], ["random"], **settings)
     with pytest.raises(LamellaError, match="lacks the column budget"):
         largest_compression(curve({0.5: 1.0}).drop(columns="budget"))
     with pytest.raises(LamellaError, match="within"):

@@ -7,8 +7,7 @@ import torch
 from peft import get_peft_model
 from tests.pairwise import pairwise
 from tests.reference.similarity_compress import mixture, over_capacity
-from tests.similarity.compression.planted import TWINS, logits, same_state, state, table, with_twins
-from tests.similarity.compression.test_compression import aligners
+from tests.similarity.compression.planted import TWINS, aligners, logits, same_state, state, table, with_twins
 from tests.tiny_moe import FAMILIES, HIDDEN, PATHS, inputs_for
 
 from lamella import MolaConfig

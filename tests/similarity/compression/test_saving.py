@@ -1,23 +1,24 @@
 import json
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny_moe
 from tests.pairwise import pairwise
-from tests.similarity.compression.planted import logits, same_state, state, table
-from tests.similarity.compression.test_compression import aligners
+from tests.similarity.compression.planted import aligners, captured, logits, same_state, state, texts_of
+from tests.similarity.compression.test_compression import model_of
 from tests.tiny_moe import FAMILIES, PATHS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
+from lamella.similarity.activations.manifest import model_fingerprint
 from lamella.similarity.compression import Compressed, compress, saving
+from lamella.similarity.compression.pool import AlignedExpert
 
 AGAIN = """
 import sys, torch
@@ -30,14 +31,19 @@ save_file({"logits": logits(Compressed.load(folder).model)}, folder.parent / "lo
 """
 
 
-def small(family="qwen2_moe", budget=0.5, dtype=torch.float32, **settings):
-    model = FAMILIES[family](dtype=dtype)
-    return compress(model, table(model), budget, **settings)
+def small(family="qwen2_moe", criterion="m-smoe", budget=0.5, dtype=torch.float32, **settings):
+    """By default experts that share storage; dropped ones where the criterion drops."""
+    model = model_of(family, dtype=dtype)
+    settings = {"scope": "layer", "refit": False, **settings}
+    return compress(model, captured(model), budget, criterion=criterion, texts=texts_of(model), **settings)
 
 
-@pytest.mark.parametrize(("family", "across"), pairwise(PATHS, (False, True)))
-def test_what_is_loaded_is_what_was_saved(tmp_path, family, across):
-    saved = small(family, across_layers=across)
+@pytest.mark.parametrize(
+    ("family", "criterion", "scope"),
+    pairwise(PATHS, ("reap", "ream", "m-smoe", "mean"), ("layer", "model")),
+)
+def test_what_is_loaded_is_what_was_saved(tmp_path, family, criterion, scope):
+    saved = small(family, criterion, 0.75, scope=scope, refit=True)
     saved.save(tmp_path / "small")
     loaded = Compressed.load(tmp_path / "small")
     assert loaded.report == saved.report
@@ -45,29 +51,37 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, family, across):
     assert torch.equal(logits(loaded.model), logits(saved.model))
     assert sum(p.numel() for p in loaded.model.parameters()) == saved.report.parameters
     assert not loaded.model.training
+    uniform = len({len(kept) for kept in saved.report.kept.values()}) == 1
+    assert (tmp_path / "small" / "model.safetensors").exists() == (saved.report.cut and uniform)
 
 
-@pytest.mark.parametrize(
-    ("kind", "ff", "across"),
-    [
-        ("linear", 2, False),
-        ("linear", 12, True),
-        ("low-rank", 2, True),
-        ("low-rank", 12, False),
-        ("layernorm", 12, True),
-    ],
-)
-def test_replacements_are_loaded(tmp_path, kind, ff, across):
-    model = FAMILIES["mixtral"](dtype=torch.float64, intermediate_size=ff)
-    saved = compress(model, table(model), 0.95, merge=False, aligner=partial(aligners, kind), across_layers=across)
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss", "switch_transformers", "deepseek_v3"])
+def test_transformers_alone_opens_a_model_of_which_every_layer_lost_as_many(tmp_path, family):
+    saved = small(family, "reap", 0.75 if family != "deepseek_v3" else 0.5, refit=True)
+    saved.save(tmp_path / "small")
+    kind = AutoModelForSeq2SeqLM if saved.model.config.is_encoder_decoder else AutoModelForCausalLM
+    alone = kind.from_pretrained(tmp_path / "small").eval()
+    torch.testing.assert_close(logits(alone), logits(saved.model), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in alone.parameters()) == saved.report.parameters
+    assert model_fingerprint(alone) != model_fingerprint(model_of(family))
+
+
+@pytest.mark.parametrize("kind", ["linear", "low-rank", "layernorm"])
+def test_experts_behind_aligners_as_the_first_edition_stored_them_are_loaded(tmp_path, kind):
+    saved = small(dtype=torch.float64)
+    pool = moe_layers(saved.model)[1].experts_module
+    (aligner,) = aligners(kind, [((1, 0), (1, 1))]).values()
+    pool.stored.append(AlignedExpert(aligner, pool.stored[0]))
+    pool.places[0] = len(pool.stored) - 1
     saved.save(tmp_path / "small")
     loaded = Compressed.load(tmp_path / "small")
     assert torch.equal(logits(loaded.model), logits(saved.model))
-    assert sum(p.numel() for p in loaded.model.parameters()) == saved.report.parameters
 
 
-def test_a_fresh_process_loads_it_bit_for_bit(tmp_path):
-    saved = small(dtype=torch.bfloat16, across_layers=True)
+# an ordinary checkpoint holds no rounded frequencies: transformers computes those anew
+@pytest.mark.parametrize(("criterion", "dtype"), [("m-smoe", torch.bfloat16), ("reap", torch.float32)])
+def test_a_fresh_process_loads_it_bit_for_bit(tmp_path, criterion, dtype):
+    saved = small(dtype=dtype, criterion=criterion)
     saved.save(tmp_path / "small")
     subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path / "small")], check=True)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits(saved.model))
@@ -76,7 +90,7 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_file_holds_each_number_once(tmp_path, tied):
     model = FAMILIES["mixtral"](tie_word_embeddings=tied)
-    saved = compress(model, table(model), 0.5, across_layers=True)
+    saved = compress(model, captured(model), 0.5, criterion="m-smoe", scope="layer")
     saved.save(tmp_path / "small")
     tensors = load_file(tmp_path / "small" / "compressed.safetensors")
     parameters = dict(saved.model.named_parameters())
@@ -152,13 +166,13 @@ def test_a_class_that_transformers_lacks_is_refused(tmp_path):
     model = FAMILIES["mixtral"]()
     model.__class__ = type("MyMixtral", (type(model),), {})
     with pytest.raises(LamellaError, match="MyMixtral"):
-        compress(model, None, 0.5, method="random").save(tmp_path / "small")
+        compress(model, captured(model), 0.5, criterion="reap", scope="layer").save(tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
 def test_a_compressed_model_gives_its_experts_as_any_other():
     model = tiny_moe.build("qwen2_moe", dtype=torch.float64)
-    smaller = compress(model, None, 0.75, method="random").model
+    smaller = compress(model, captured(model), 0.75, criterion="m-smoe", scope="layer").model
     x = torch.randn(7, tiny_moe.HIDDEN, dtype=torch.float64)
     for layer in moe_layers(smaller):
         routing = layer.router(x)

@@ -1,30 +1,34 @@
-"""Compress and reroute: experts that share storage, and tokens that go to the most similar expert."""
+"""Compress and reroute: fewer experts, and tokens that go to the most similar expert."""
 
-from lamella.similarity.compression.grouping import METHODS
-from lamella.similarity.compression.merging import Compressed, Report, compress
+from lamella.similarity.compression.compressed import Compressed, Report, Settings, compress
+from lamella.similarity.compression.criteria import CRITERIA
 from lamella.similarity.compression.perplexity import (
+    CURVES,
     compression_curve,
     largest_compression,
     largest_in_words,
     rerouting_table,
+    verdict,
 )
-from lamella.similarity.compression.pool import fold, folded_parameters
+from lamella.similarity.compression.pool import fold
 from lamella.similarity.compression.rerouting import Route, drop, find_routes, next_choice, reroute
 
 __all__ = [
-    "METHODS",
+    "CRITERIA",
+    "CURVES",
     "Compressed",
     "Report",
     "Route",
+    "Settings",
     "compress",
     "compression_curve",
     "drop",
     "find_routes",
     "fold",
-    "folded_parameters",
     "largest_compression",
     "largest_in_words",
     "next_choice",
     "reroute",
     "rerouting_table",
+    "verdict",
 ]

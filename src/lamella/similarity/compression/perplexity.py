@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError, optional_module
-from lamella.similarity.compression.grouping import METHODS, Aligners, Method, Settings
-from lamella.similarity.compression.merging import compress_each
-from lamella.similarity.compression.rerouting import First, What, drop, find_routes, next_choice, reroute
+from lamella.similarity.compression.calibration import layer_gradients
+from lamella.similarity.compression.compressed import Settings, check_arguments, compress_each
+from lamella.similarity.compression.criteria import CRITERIA
+from lamella.similarity.compression.rerouting import Aligners, First, What, drop, find_routes, next_choice, reroute
 from lamella.similarity.pairs import Name
 from lamella.similarity.swapping.scores import Batch, TextScores, text_scores
 from lamella.statistics import ratio_interval
@@ -27,63 +30,85 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "method", "budget", "parameters", "domain", "perplexity", "baseline", "ratio", "low", "high", "experts_left",
-    "seed",
+    "seed", "experts", "parameters_before", "bytes", "gone", "chosen_on",
+)  # fmt: skip
+_NEEDED = ("method", "budget", "domain", "ratio", "low", "high")
+CURVES = (  # criteria that a curve shows where none is named
+    "reconstruction", "stand-in", "merge", "energy", "mean", "mone", "reap", "frequency", "man", "hc-smoe", "m-smoe",
+    "ream", "aimer", "random",
 )  # fmt: skip
 
 
 def compression_curve(
     model: PreTrainedModel,
-    similarity: pd.DataFrame | None,
+    capture: Capture,
     batches_by_domain: Domains,
     budgets: Sequence[float],
-    methods: Sequence[Method] = METHODS,
+    criteria: Sequence[str] = CURVES,
     *,
     seeds: Sequence[int] = (0,),
-    capture: Capture | None = None,
-    merge: bool = True,
-    aligner: Aligners | None = None,
-    across_layers: bool = False,
-    measure: str | None = None,
+    texts: Sequence[Batch] | None = None,
+    chosen_on: Collection[str] = (),
+    settings: Settings | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Compresses the model by each method to each budget and measures what that does to held-out text.
+    """Compresses the model by each criterion to each budget and measures what that does to held-out text.
 
     Args:
         model: left as it is.
-        similarity, capture, merge, aligner, across_layers, measure: as for ``compress``. The aligner is used by the
-            method "similarity" alone: the baselines know of none.
+        capture, texts: as for ``compress``.
         batches_by_domain: what the model is called with, one document a row, by name of the domain.
-        budgets: shares of the experts' parameters to keep.
-        methods: of ``compress``.
-        seeds: of the method "random", one model each; the others have none to draw and are compressed once.
+        budgets: shares of the experts to keep.
+        criteria: of ``compress``.
+        seeds: of the criterion "random", one model each; the others have none to draw and are compressed once.
+        chosen_on: the domains of the capture's text.
+        settings: scope, weights, refit and distillation, the same for all; those of ``compress`` if absent.
         progress: told how many compressed models are measured, of how many.
 
     Returns:
-        One row per method, budget, seed and domain: method, budget, parameters (that the whole compressed model
-        stores), domain, perplexity, baseline (perplexity of the model as it is), ratio of the two with the 95 %
-        interval low to high (bootstrap over documents, paired), experts_left, seed.
+        One row per criterion, budget, seed and domain: method (the criterion), budget, parameters (that the whole
+        compressed model stores), domain, perplexity, baseline (perplexity of the model as it is), ratio of the two with
+        the 95 % interval low to high (bootstrap over documents, paired), experts_left, seed, experts and
+        parameters_before (of the model as it is), bytes (that are saved), gone (the experts that are not stored any
+        more, JSON), chosen_on (whether the capture's text is of the domain).
 
     Raises:
-        LamellaError: no budget, method or seed, a domain without text, or what ``compress`` refuses.
+        LamellaError: no budget, criterion or seed, a domain without text, or what ``compress`` refuses.
     """
     pd = optional_module("pandas", "A compression curve")
 
-    if not (budgets and methods and seeds):
-        raise LamellaError("A compression curve needs at least one budget, one method and one seed.")
+    if not (budgets and criteria and seeds):
+        raise LamellaError("A compression curve needs at least one budget, one criterion and one seed.")
+    shared = settings or Settings()
+    wanted = [
+        replace(shared, criterion=name, seed=seed)
+        for name in criteria
+        for seed in (seeds if name == "random" else seeds[:1])
+    ]
+    for one in wanted:
+        check_arguments(budgets, one, texts)
     domains = read_domains(batches_by_domain)
     before = score(model, domains)
-    wanted = [(method, seed) for method in methods for seed in (seeds if method == "random" else seeds[:1])]
+    compared = any(one.compares_layers for one in wanted)
+    gradients = layer_gradients(model, moe_layers(model), texts or ()) if compared else None
     rows: list[dict[str, Any]] = []
     done = 0
-    for method, seed in wanted:
-        behind = aligner if method == "similarity" else None
-        settings = Settings(method, merge, behind, across_layers, measure, capture, seed)
-        for small in compress_each(model, similarity, budgets, settings):
-            report = small.report
-            told = {"method": method, "budget": report.budget, "seed": seed, "experts_left": report.experts_left}
-            after = score(small.model, domains)
+    for one in wanted:
+        for small in compress_each(model, capture, budgets, one, texts, gradients=gradients):
+            report, after = small.report, score(small.model, domains)
+            told = {
+                "method": report.criterion, "budget": report.budget, "seed": report.seed,
+                "experts_left": report.experts_left, "parameters": report.parameters, "experts": report.experts,
+                "parameters_before": report.parameters_before, "gone": json.dumps(report.gone),
+                "bytes": (report.parameters_before - report.parameters) * model.dtype.itemsize,
+            }  # fmt: skip
             rows += [
-                {**told, "parameters": report.parameters, "domain": name, **compare(before[name], after[name], seed)}
+                {
+                    **told,
+                    "domain": name,
+                    "chosen_on": name in chosen_on,
+                    **compare(before[name], after[name], report.seed),
+                }
                 for name in domains
             ]
             done += 1
@@ -111,7 +136,7 @@ def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFra
     """
     import pandas as pd
 
-    if missing := [name for name in COLUMNS if name not in frame.columns]:
+    if missing := [name for name in _NEEDED if name not in frame.columns]:
         raise LamellaError(f"The table lacks the column {missing[0]}; give the result of compression_curve.")
     if not within >= 0:
         raise LamellaError(f"within={within} is not a rise of perplexity; 0.01 is 1 %.")
@@ -139,6 +164,70 @@ def largest_in_words(largest: pd.DataFrame, within: float = 0.01) -> list[str]:
             f"by {100 * within:g} % (surely {row['low']:.0%}, {perhaps})"
         )
     return sentences
+
+
+def verdict(frame: pd.DataFrame, within: float = 0.05) -> list[str]:
+    """What can go by the best criterion, in sentences: how many experts at which cost, which, and beside chance.
+
+    Args:
+        frame: a compression curve.
+        within: rise of perplexity that is allowed on the text that the experts were chosen on.
+
+    Returns:
+        The sentences; the first names the smallest model whose perplexity rises by at most ``within``, by the criterion
+        that costs the least there, or the largest model that was tried if none is so good.
+    """
+    means = frame.groupby(["method", "budget", "domain", "chosen_on"], as_index=False)[["ratio", "low", "high"]].mean()
+    means = means[means["budget"] < 1]
+    if means.empty:
+        return ["Nothing was compressed."]
+    known = means[means["chosen_on"]] if means["chosen_on"].any() else means
+    worst = known.groupby(["budget", "method"])["ratio"].max()
+    best = worst.groupby("budget").min()
+    good = best.index[best <= 1 + within]
+    budget = float(good.min()) if len(good) else float(best.index.max())
+    method = str(worst.loc[budget].idxmin())
+    here = means[(means["budget"] == budget) & (means["method"] == method)]
+    row = frame[(frame["budget"] == budget) & (frame["method"] == method)].iloc[0]
+    before, left = row["parameters_before"], row["parameters"]
+    sentences = [
+        f"You can {CRITERIA[method].action} {row['experts'] - row['experts_left']} of {row['experts']} experts "
+        f"({1 - left / before:.1%} of the parameters, {row['bytes'] / 1e9:.3g} GB) at {_rise(here[here['chosen_on']])}"
+        f"{_elsewhere_in_words(here[~here['chosen_on']])} (by {method}, keeping {budget:.1%} of the experts)."
+    ]
+    if not len(good):
+        sentences[0] += f" That is more than the {within:.0%} allowed; keep more."
+    sentences.append(f"They are {_names(json.loads(row['gone']))}.")
+    others = worst.loc[budget].sort_values()
+    sentences.append(
+        "Perplexity over the whole model's at that budget: "
+        + ", ".join(f"{name} {ratio:.3f}" for name, ratio in others.items()) + "."
+    )  # fmt: skip
+    return sentences
+
+
+def _rise(rows: pd.DataFrame) -> str:
+    """The costliest of some domains."""
+    if rows.empty:
+        return "a perplexity that was not measured on the text they were chosen on"
+    row = rows.loc[rows["ratio"].idxmax()]
+    return f"{row['ratio'] - 1:+.1%} perplexity on {row['domain']} [{row['low'] - 1:+.1%}, {row['high'] - 1:+.1%}]" + (
+        f", the worst of {len(rows)} texts they were chosen on" if len(rows) > 1 else ""
+    )
+
+
+def _elsewhere_in_words(rows: pd.DataFrame) -> str:
+    if rows.empty:
+        return "; no text was measured that they were not chosen on"
+    worst = f", the worst of {len(rows)} texts" if len(rows) > 1 else ""
+    return f", and {_rise(rows).partition(', the worst')[0]}{worst} that they were not chosen on"
+
+
+def _names(gone: Sequence[Sequence[int]]) -> str:
+    by_layer: dict[int, list[int]] = {}
+    for layer, expert in gone:
+        by_layer.setdefault(layer, []).append(expert)
+    return "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in by_layer.items())
 
 
 _REROUTING = ("how", "what", "experts", "domain", "perplexity", "baseline", "ratio", "low", "high", "seed")
@@ -224,7 +313,7 @@ def read_domains(batches_by_domain: Domains) -> dict[str, list[Batch]]:
     return read
 
 
-def score(model: nn.Module, domains: Mapping[str, list[Batch]]) -> dict[str, TextScores]:
+def score(model: nn.Module, domains: Mapping[str, Sequence[Batch]]) -> dict[str, TextScores]:
     """Nats and predicted tokens of every document, by domain."""
     return {domain: text_scores(model, batches, "nll") for domain, batches in domains.items()}
 

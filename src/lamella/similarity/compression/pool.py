@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lamella.aligners import Aligner, LayerNormAligner
+from lamella.aligners import Aligner
 from lamella.backbones.moe import Expert, MoELayer
 from lamella.backbones.moe.expert import Activation
 from lamella.errors import LamellaError
@@ -119,35 +118,13 @@ class PooledExperts(nn.Module):
         return output.view_as(hidden)
 
 
-def replacement(target: StoredExpert, aligner: Aligner) -> nn.Module:
-    """What does another expert's work behind an aligner, stored in the fewest numbers.
-
-    The target itself where the aligner has no parameters; a copy with the aligner folded in, which stores gate and up
-    again and shares ``down``, where that is no more than the aligner; else the aligner in front of the target.
-    """
-    if _size(aligner) == 0:
-        return target
-    down = target.expert.down
-    if not _folds(target.expert, aligner):
-        return AlignedExpert(copy.deepcopy(aligner).to(down.device, down.dtype), target)
-    shared = {name: matrix for name, matrix in target.named_parameters() if name.startswith("down")}
-    folded = fold(target.expert, aligner.matrix.to(down.device), aligner.bias.to(down.device)).matrices
-    new = {name: _parameter(matrix) for name, matrix in folded.items() if name not in shared}
-    return StoredExpert({**new, **shared}, target.activation)
-
-
-def replacement_parameters(target: Expert, aligner: Aligner) -> int:
-    """How many numbers a replacement stores beside its target."""
-    size = _size(aligner)
-    return folded_parameters(target) if size and _folds(target, aligner) else size
-
-
-def _size(aligner: Aligner) -> int:
-    return sum(parameter.numel() for parameter in aligner.parameters())
-
-
-def _folds(target: Expert, aligner: Aligner) -> bool:
-    return not isinstance(aligner, LayerNormAligner) and folded_parameters(target) <= _size(aligner)
+def constant_expert(like: Expert, constant: Tensor) -> StoredExpert:
+    """An expert without hidden units that puts out ``constant (h,)`` for every token."""
+    hidden = like.down.shape[0]
+    matrices = {"down": like.down.new_empty(hidden, 0), "down_bias": constant.to(like.down, copy=True)}
+    for name in {"gate", "up"} & like.matrices.keys():
+        matrices[name] = like.up.new_empty(0, hidden)
+    return StoredExpert({name: nn.Parameter(matrix) for name, matrix in matrices.items()}, like.activation)
 
 
 def expert_parameters(layers: Iterable[MoELayer]) -> int:
@@ -186,15 +163,6 @@ def fold(expert: Expert, matrix: Tensor, bias: Tensor | None = None) -> Expert:
         return replace(expert, up=up, up_bias=up_bias)
     gate, gate_bias = _compose(expert.gate, expert.gate_bias, matrix, bias)
     return replace(expert, up=up, up_bias=up_bias, gate=gate, gate_bias=gate_bias)
-
-
-def folded_parameters(expert: Expert) -> int:
-    """How many numbers a folded copy stores beside the expert with whose ``down`` it shares storage.
-
-    Gate and up with one bias each: every trained aligner has a bias.
-    """
-    readers = [matrix for matrix in (expert.gate, expert.up) if matrix is not None]  # (ff, h) each
-    return sum(matrix.numel() + matrix.shape[0] for matrix in readers)
 
 
 def _compose(weight: Tensor, bias: Tensor | None, matrix: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -8,21 +8,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from lamella.aligners import Aligner, LayerNormAligner
 from lamella.backbones.moe import Dispatch, Expert, MoELayer, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
-from lamella.similarity.compression.grouping import Aligners, choose_measure, directed, train_aligners
 from lamella.similarity.compression.pool import fold
-from lamella.similarity.pairs import Name
+from lamella.similarity.pairs import NAMES, Name, Pair
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 Work = Callable[[Tensor], Tensor]
+Aligners = Callable[[Sequence[Pair]], Mapping[Pair, Aligner]]  # trains those of the pairs that are asked for
+Distances = npt.NDArray[np.float64]
 
 
 @contextmanager
@@ -363,3 +366,80 @@ def find_experts(layers: Mapping[int, MoELayer], names: Sequence[Name]) -> dict[
                 f"The model has no expert {expert} of layer {layer}; its layers, with their experts: {has}."
             )
     return {(layer, expert): layers[layer].experts[expert] for layer, expert in names}
+
+
+def train_aligners(aligner: Aligners, pairs: Sequence[Pair]) -> Mapping[Pair, Aligner]:
+    """The aligners of the pairs.
+
+    Raises:
+        LamellaError: a pair has none, as a source with too few samples has not.
+    """
+    trained = aligner(pairs) if pairs else {}
+    if missing := [pair for pair in pairs if pair not in trained]:
+        (layer, expert), (to_layer, to_expert) = missing[0]
+        raise LamellaError(
+            f"There is no aligner from expert {expert} of layer {layer} to expert {to_expert} of layer {to_layer}; "
+            "capture more text for experts with too few samples, or do without aligners."
+        )
+    return trained
+
+
+_SCREENED = "cka_distance"
+_SIDES = ("source", "target")
+
+
+def choose_measure(table: pd.DataFrame, measure: str | None, aligned: bool) -> str:
+    """The column to go by: of an alignment the error with aligner or with none, of a screen the CKA distance.
+
+    Raises:
+        LamellaError: the table is not a table of ordered pairs, or lacks the column.
+    """
+    if missing := [name for name in NAMES if name not in table.columns]:
+        raise LamellaError(
+            f"The table of similarities lacks the column {missing[0]}; give the result of align or screen."
+        )
+    wanted = measure or (("nmse" if aligned else "identity_nmse") if "nmse" in table.columns else _SCREENED)
+    if wanted not in table.columns:
+        raise LamellaError(f"The table of similarities has no column {wanted}; it has {', '.join(table.columns)}.")
+    return wanted
+
+
+def directed(table: pd.DataFrame, keys: Sequence[Name], measure: str) -> Distances:
+    """``(n, n)``, entry (source, target): the mean of ``measure`` over seeds; infinite where it was not measured.
+
+    Raises:
+        LamellaError: the table names experts that the model lacks, holds NaN, mixes aligners, or is about none of them.
+    """
+    pairs = table[table["kind"] == "pair"] if "kind" in table.columns else table
+    if measure == "nmse" and "aligner" in pairs.columns and pairs["aligner"].nunique() > 1:
+        kinds = ", ".join(sorted(pairs["aligner"].unique()))
+        raise LamellaError(f"The table holds errors of several aligners ({kinds}); keep the rows of one.")
+    _check_rows(pairs, keys, measure)
+    means = pairs.groupby(NAMES, as_index=False)[measure].mean()
+    at = {key: index for index, key in enumerate(keys)}
+    sources, targets = (
+        [at[key] for key in zip(means[f"{side}_layer"], means[f"{side}_expert"], strict=True)] for side in _SIDES
+    )
+    distances = np.full((len(keys), len(keys)), np.inf)
+    distances[sources, targets] = means[measure]
+    if not np.isfinite(distances).any():
+        raise LamellaError(f"The table of similarities has no finite {measure} of any pair of this model's experts.")
+    return distances
+
+
+def _check_rows(pairs: pd.DataFrame, keys: Sequence[Name], measure: str) -> None:
+    for side in _SIDES:
+        named = set(zip(pairs[f"{side}_layer"], pairs[f"{side}_expert"], strict=True))
+        if unknown := sorted(named - set(keys)):
+            layer, expert = unknown[0]
+            raise LamellaError(
+                f"The table compares expert {expert} of layer {layer}, which this model does not have; give the table "
+                "that was made of this model."
+            )
+    nan = pairs[pairs[measure].isna()]
+    if len(nan):
+        layer, expert, to_layer, to_expert = nan[NAMES].iloc[0]
+        raise LamellaError(
+            f"The {measure} of expert {expert} of layer {layer} by expert {to_expert} of layer {to_layer} is NaN, and "
+            f"{len(nan) - 1} more rows are; leave such rows out of the table, or measure them with more samples."
+        )

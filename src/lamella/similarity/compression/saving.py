@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from lamella.aligners import make_aligner
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
 from lamella.files import atomic
-from lamella.similarity.compression.merging import Report
+from lamella.similarity.compression.compressed import Report
 from lamella.similarity.compression.pool import AlignedExpert, PooledExperts, StoredExpert
+from lamella.similarity.compression.removal import cut
 
 # Not model.safetensors: transformers would open that, find no experts by the names it knows, and draw random ones.
 WEIGHTS, MANIFEST = "compressed.safetensors", "compression.json"
@@ -39,24 +42,34 @@ def save(
         raise LamellaError(
             f"transformers has no class {name} to load the compressed model by; save a plain model of it."
         )
-    tensors, aliases = _unique(model)
-    pools = {name: _kinds(pool) for name, pool in _pools(model).items()}
     manifest = {
         "model": name,
         "kernels": {kernel: getattr(model.config, kernel) for kernel in _KERNELS},
-        "pools": pools,
-        "aliases": aliases,
         "report": report.to_dict(),
     }
+    ordinary = is_ordinary(model)
     with atomic(folder) as unfinished:
         unfinished.mkdir()
-        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
-        model.config.save_pretrained(unfinished)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(unfinished)
+        if ordinary:
+            model.save_pretrained(unfinished)
+        else:
+            tensors, manifest["aliases"] = _unique(model)
+            manifest["pools"] = {name: _kinds(pool) for name, pool in _pools(model).items()}
+            save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+            model.config.save_pretrained(unfinished)
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def is_ordinary(model: PreTrainedModel) -> bool:
+    """Whether the model's config and class alone say which tensors it has, and of which shapes."""
+    with torch.device("meta"), no_init_weights():
+        plain = type(model)(copy.deepcopy(model.config))
+    named = ({name: tensor.shape for name, tensor in _all_tensors(one).items()} for one in (plain, model))
+    return next(named) == next(named)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -71,31 +84,55 @@ def refuse_existing(folder: Path) -> None:
 
 def load(folder: Path) -> tuple[PreTrainedModel, Report]:
     """Builds the model that ``save`` wrote, in evaluation mode."""
-    manifest, tensors = _read(folder)
+    manifest = _manifest(folder)
+    if "pools" not in manifest:
+        return _load_ordinary(folder, manifest)
+    tensors = _tensors(folder)
     config = AutoConfig.from_pretrained(folder)
     for kernel, chosen in manifest["kernels"].items():
         if chosen in _EVERYWHERE:
             setattr(config, kernel, chosen)
     with no_init_weights():  # the memory of experts that are not there is never touched
         model = getattr(transformers, manifest["model"])(config)
+    report = Report.from_dict(manifest["report"])
+    model = cut(model, report.kept)
     try:
         _fill(model, manifest, tensors)
     except (KeyError, RuntimeError) as error:
         raise LamellaError(f"{folder / WEIGHTS} and {folder / MANIFEST} do not belong together: {error}") from error
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval(), report
+
+
+def _load_ordinary(folder: Path, manifest: Mapping[str, Any]) -> tuple[PreTrainedModel, Report]:
+    kernels = {name.strip("_"): kernel for name, kernel in manifest["kernels"].items() if kernel in _EVERYWHERE}
+    model = getattr(transformers, manifest["model"]).from_pretrained(folder, dtype="auto", **kernels)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # as in _tensors
     return model.eval(), Report.from_dict(manifest["report"])
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise LamellaError(
             f"{folder} holds no compressed model ({MANIFEST} is missing); give the folder that save wrote."
         )
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    with _telling(folder):
+        written: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return written
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    with _telling(folder):
         # copies, since a mapped file is aligned otherwise than memory, which changes the last bits of products
-        return manifest, {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+        return {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (json.JSONDecodeError, SafetensorError, FileNotFoundError) as error:
         raise LamellaError(
             f"The compressed model in {folder} is broken ({error}); compress and save it anew."

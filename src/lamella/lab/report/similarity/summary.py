@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lamella.lab.report.similarity.matrices import pair_means
+from lamella.similarity.compression import verdict
 from lamella.similarity.reliability import NOT_REGAINED, REMEDY
 from lamella.similarity.swapping import regression_in_words
 
@@ -16,14 +17,14 @@ def summary(
     swap: pd.DataFrame | None,
     compression: pd.DataFrame | None,
 ) -> list[str]:
-    """A sentence or two for each step that was run."""
+    """A sentence or two for each step that was run, first what can go at which cost."""
     sentences = []
+    if compression is not None and len(compression):
+        sentences += verdict(compression) if "gone" in compression.columns else [_of_compression(compression)]
     if alignment is not None and len(alignment):
         sentences += _of_alignment(alignment)
     if swap is not None and len(swap):
         sentences.append(_of_swaps(swap, distance))
-    if compression is not None and len(compression):
-        sentences.append(_of_compression(compression))
     return sentences or ["Nothing was measured yet."]
 
 
@@ -88,6 +89,7 @@ def _of_swaps(swap: pd.DataFrame, distance: Mapping[str, Mapping[str, float]] | 
 
 
 def _of_compression(compression: pd.DataFrame) -> str:
+    """Of a table of the first edition, which does not say which experts went."""
     rows = compression[compression["budget"] < 1]
     if rows.empty:
         return "Nothing was compressed."

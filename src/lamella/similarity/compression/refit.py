@@ -1,0 +1,83 @@
+"""The down-projections that are left, fitted anew to what the whole layer put out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamella.backbones.moe import Expert, MoELayer
+from lamella.similarity.compression.calibration import LayerSample
+
+RIDGE = 0.03
+_SWEEPS = 4
+
+
+@torch.no_grad()
+def refit(sample: LayerSample, small: MoELayer, ridge: float = RIDGE, sweeps: int = _SWEEPS) -> None:
+    """Changes the down-projections D_e of a smaller layer in place, one after the other, to lessen
+
+    ``sum_x |y(x) - sum_e g_e(x) D_e h_e(x)|^2 + ridge * s_e |D_e - D_e before|^2``
+
+    with y what the whole layer's experts put out, g the smaller layer's gates, h the hidden units of its experts, and
+    s_e the mean over the units of ``sum_x (g_e h_e)^2``, so that ``ridge`` has no unit. Sums are over the text. Several
+    sweeps of exact solutions for one expert, given the others (block coordinate descent).
+
+    Args:
+        sample: of the whole layer.
+        small: the same layer with fewer experts.
+        ridge: how far the old weights are trusted; more where the text is small.
+        sweeps: over all experts.
+    """
+    wide = torch.float64
+    parts = _parts(small, small_gates(sample, small))
+    share = sample.share.to(wide)
+    left = whole_output(sample)  # (N, h), what no expert makes yet
+    before, features, rows = [], [], []
+    for expert, gates in parts:
+        here = torch.where(gates != 0)[0]
+        units = expert.hidden(sample.x[here]).to(wide) * gates[here, None]  # (n, ff)
+        bias = 0 if expert.down_bias is None else gates[here, None] * expert.down_bias.to(wide)
+        left[here] -= units @ expert.down.to(wide).T + bias
+        before.append(expert.down.to(wide).clone())
+        features.append(units)
+        rows.append(here)
+    now = [down.clone() for down in before]
+    for _ in range(sweeps):
+        for e, here in enumerate(rows):
+            if not len(here):
+                continue
+            weighted = features[e] * share[here, None]  # (n, ff)
+            gram = weighted.T @ features[e]  # (ff, ff)
+            trust = ridge * gram.diagonal().mean() + 1e-30
+            pull = weighted.T @ left[here] - trust * (now[e] - before[e]).T  # (ff, h)
+            step = torch.linalg.solve(gram + trust * torch.eye(len(gram), dtype=wide, device=gram.device), pull)
+            now[e] += step.T
+            left[here] -= features[e] @ step
+    for (expert, _), down in zip(parts, now, strict=True):
+        expert.down.copy_(down)
+
+
+def whole_output(sample: LayerSample) -> Tensor:
+    """What the layer's experts put out together for each token, ``(N, h)`` float64."""
+    total = torch.zeros_like(sample.x, dtype=torch.float64)
+    for expert in range(sample.num_experts):
+        here = torch.where(sample.gates[:, expert] != 0)[0]
+        total[here] += sample.gates[here, expert, None] * sample.layer.experts[expert](sample.x[here]).double()
+    return total
+
+
+def small_gates(sample: LayerSample, small: MoELayer) -> Tensor:
+    """The gates of a smaller layer for the same tokens, ``(N, E of the smaller one's router)``."""
+    return LayerSample(small, sample.x, sample.share).gates
+
+
+def _parts(small: MoELayer, gates: Tensor) -> list[tuple[Expert, Tensor]]:
+    """Each expert that is stored and has hidden units, with its gates ``(N,)``: the sum over those it stands for."""
+    parts: dict[int, tuple[Expert, Tensor]] = {}
+    for index in range(small.num_experts):
+        expert = small.experts[index]
+        if expert.down.numel():
+            key = expert.down.data_ptr()
+            already = parts[key][1] if key in parts else torch.zeros_like(gates[:, 0])
+            parts[key] = expert, already + gates[:, index]
+    return list(parts.values())
