@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lamella.backbones.blocks import Stack, find_place
-from lamella.backbones.samples import BATCH, as_it_was, few_inputs
+from lamella.backbones.samples import BATCH, few_inputs, try_out
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,15 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
     processor makes.
     """
     given = few_inputs(model)
-    if given is None or any(parameter.is_meta for parameter in model.parameters()):
+    if given is None:
         return Rehearsal()
     rows: dict[str, torch.Size] = {}  # of what a linear module or a block was given first, by its name, in that order
     blocks = [f"{stack.name}.{at}" for stack in stacks for at in range(stack.depth)]
     other: set[str] = set()
     read = _Reads({id(model.get_submodule(name).weight): name for name in linear})
-    with ExitStack() as hooks:
-        for name in (*blocks, *linear):
-            for hook in _watch(model.get_submodule(name), name, rows, other):
-                hooks.callback(hook.remove)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(), as_it_was(model), read:
-                model.eval()(**given)
-        except Exception:  # of whatever kind: it is another's forward
-            return Rehearsal()
+    hooks = [one for name in (*blocks, *linear) for one in _watch(model.get_submodule(name), name, rows, other)]
+    if not try_out(model, given, *hooks, read):
+        return Rehearsal()
     order = tuple(name for name in rows if name not in blocks)
     places = {name: place for name in order if (place := find_place(name, stacks)) and not place.reads_encoder}
     of_block = {name: rows.get(f"{place.stack}.{place.layer}", torch.Size()) for name, place in places.items()}

@@ -1,7 +1,7 @@
 """A few inputs that a model can be run on, for a look at what it does with them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ _SAMPLES = 4000  # of sound: a quarter of a second
 
 
 def few_inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """A few tokens, images or a short sound; None where it is not known what the model is given."""
+    """A few tokens, images or a short sound; None where nobody says what the model is given, or weights are away."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
     config, device = getattr(model, "config", None), next((p.device for p in model.parameters()), None)
     name = getattr(model, "main_input_name", None)
     if name == "input_ids":
@@ -30,8 +32,29 @@ def few_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     return None
 
 
+def try_out(model: nn.Module, given: dict[str, Tensor], *inside: AbstractContextManager[object]) -> bool:
+    """Runs a model in evaluation mode and without gradients, and leaves it as it was.
+
+    Args:
+        model: the model.
+        given: its inputs.
+        inside: what is entered for this forward, such as the handles of hooks.
+
+    Returns:
+        Whether it ran: it is another's forward, which may want more and raises whatever it likes.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), _as_it_was(model), ExitStack() as entered:
+            for one in inside:
+                entered.enter_context(one)
+            model.eval()(**given)
+    except Exception:
+        return False
+    return True
+
+
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
+def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Undoes what is done to a model's modules inside: their modes, what a forward keeps in them or exchanges.
 
     BigBird, for one, changes to another attention for good where it is given few tokens.

@@ -1,15 +1,13 @@
 """What flows between the blocks of a stack: how wide it is, how it is laid out, and a look at it."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lamella.backbones.block_calls import hidden_states_of, parameter_names, states_without_sequences
-from lamella.backbones.samples import as_it_was, few_inputs
+from lamella.backbones.samples import few_inputs, try_out
 from lamella.errors import LamellaError
 
 
@@ -84,7 +82,7 @@ def look(blocks: list[nn.Module], model: PreTrainedModel) -> Seen | None:
         None where that cannot be tried: weights that are not there, inputs of another kind, a model that wants more.
     """
     sample = few_inputs(model)
-    if sample is None or any(p.is_meta for p in model.parameters()):
+    if sample is None:
         return None
     known = parameter_names(type(model).forward)
     given = {name: value[:1].repeat(2, *[1] * (value.dim() - 1)) for name, value in sample.items() if name in known}
@@ -106,13 +104,9 @@ def _look_at(blocks: list[nn.Module], model: PreTrainedModel, given: dict[str, T
         begins.append(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, name: states})
 
-    try:
-        with torch.no_grad(), torch.random.fork_rng(), as_it_was(model), ExitStack() as hooked:
-            hooked.enter_context(blocks[0].register_forward_pre_hook(disturb, with_kwargs=True))
-            hooked.enter_context(
-                blocks[-1].register_forward_hook(lambda _, args, output: ends.append(hidden_states_of(output)))
-            )
-            model.eval()(**given)
-    except Exception:  # of whatever kind: it is another model's forward
-        return None
-    return Seen(begins[0], ends[0]) if len(begins) == len(ends) == 1 else None
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        ends.append(hidden_states_of(output))
+
+    hooks = blocks[0].register_forward_pre_hook(disturb, with_kwargs=True), blocks[-1].register_forward_hook(note)
+    ran = try_out(model, given, *hooks)
+    return Seen(begins[0], ends[0]) if ran and len(begins) == len(ends) == 1 else None
