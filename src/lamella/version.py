@@ -3,11 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 __version__ = "0.2.0.dev0"
 
 FIRST_VERSION = "0.1.0"  # it wrote the files that do not name their version
+
+
+def is_version(written: Any) -> bool:
+    """Whether a file names a version in what it says of its writer."""
+    try:
+        return isinstance(written, str) and bool(Version(written))
+    except InvalidVersion:
+        return False
 
 
 def defaults_of(writer: str, former: Mapping[str, Mapping[str, dict[str, Any]]], kind: str) -> dict[str, Any]:

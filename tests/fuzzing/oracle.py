@@ -51,7 +51,9 @@ def judge(use: Callable[[], Any], expected: Any, says_something_else: Callable[[
 
 
 def _names_the_file(error: Exception) -> bool:
-    """Whether PEFT says which file is missing: before lamella knows whose adapter a folder holds, PEFT looks for it."""
+    """Whether the system says which file cannot be written, or PEFT which is missing: it looks before lamella does."""
+    if isinstance(error, OSError):
+        return bool(error.filename)
     said = str(error)
     return isinstance(error, ValueError) and ("adapter_config.json" in said or "adapter_model" in said)
 

@@ -66,7 +66,7 @@ def cases(numbers, adapters, folder):
 
 
 def test_a_broken_adapter_is_named_or_makes_no_difference(adapters, tmp_path):
-    endings, others = cases(range(120), adapters, tmp_path)
+    endings, others = cases(range(124), adapters, tmp_path)
 
     assert not others, "\n".join(others)
     assert endings[Ending.NAMED] > 30

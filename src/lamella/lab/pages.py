@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from lamella.files import read_table
 from lamella.findings import Diagnosis
 from lamella.lab.report.report import Report
 from lamella.lab.report.tokens import token_texts
@@ -16,11 +15,13 @@ from lamella.lab.runs.callbacks import entropy_over_training
 from lamella.lab.runs.card import public_name, task_name
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.evaluating import Traced, trace
+from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import RunResult
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.trained import redundancy_of
 from lamella.lab.studies.choices import study_choices
 from lamella.lab.studies.study import Study
+from lamella.tracing import COLUMNS
 
 _MEASURED = (
     "Step time ratio, kept MB and latency were measured when the study was done, on the CPU with one thread and in "
@@ -38,7 +39,7 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         summary=study.summary,
         results=study.results,
         cost=_shown_cost(study.cost.merge(costs, how="left")),
-        routing=_over_methods({method: read_table(run / "trace.parquet") for method, run in routed.items()}),
+        routing=_over_methods({method: _routing(run) for method, run in routed.items()}),
         entropy=_entropy(routed),
         texts=()
         if traced is None or traced.tokens.empty
@@ -58,22 +59,26 @@ def _first(runs: Mapping[str, Path]) -> Path | None:
 
 
 def _redundancy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
-    frames = {method: redundancy_of(run) for method, run in runs.items()}
-    return _over_methods({method: frame for method, frame in frames.items() if frame is not None})
+    return _over_methods({method: redundancy_of(run) for method, run in runs.items()})
 
 
-def _over_methods(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
+def _routing(run: Path) -> pd.DataFrame | None:
+    return RunFolder(run).table("trace.parquet", *COLUMNS)
+
+
+def _over_methods(frames: Mapping[str, pd.DataFrame | None]) -> pd.DataFrame | None:
     """One frame of all methods', which the name of the stack tells."""
-    named = [frame.assign(stack=method + ", " + frame["stack"].astype(str)) for method, frame in frames.items()]
+    there = {method: frame for method, frame in frames.items() if frame is not None}
+    named = [frame.assign(stack=method + ", " + frame["stack"].astype(str)) for method, frame in there.items()]
     return pd.concat(named, ignore_index=True) if named else None
 
 
 def _entropy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
-    histories = {method: run / "routing.parquet" for method, run in runs.items()}
+    histories = {method: RunFolder(run).table("routing.parquet") for method, run in runs.items()}
     curves = [
-        entropy_over_training(read_table(history)).assign(run=method)
+        entropy_over_training(history).assign(run=method)
         for method, history in histories.items()
-        if history.is_file()  # a run shorter than its logging interval has none
+        if history is not None  # a run shorter than its logging interval has none
     ]
     return pd.concat(curves, ignore_index=True) if curves else None
 
@@ -84,7 +89,6 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
     scores = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     name, main = metrics["method"], metrics["metric"]
     score = ", ".join(f"{values[main]:.3f} on {split}" for split, values in scores.items())
-    routing, history = (result.folder.path / name for name in ("trace.parquet", "routing.parquet"))
     rows = [{"method": name, "task": metrics["task"], "split": split, **values} for split, values in scores.items()]
     before = [
         {"method": f"{name}, before training", "task": metrics["task"], "split": split, **values}
@@ -104,8 +108,8 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         summary=f"{model} with {name} reaches {main} {score} after {metrics['steps']} steps.",
         results=pd.DataFrame([*before, *rows]),
         cost=pd.DataFrame([cost]),
-        routing=read_table(routing) if routing.is_file() else None,
-        entropy=entropy_over_training(read_table(history)).assign(run=name) if history.is_file() else None,
+        routing=_routing(result.folder.path),
+        entropy=_entropy({name: result.folder.path}),
         settings=settings.model_dump(mode="json"),
         notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
         redundancy=redundancy_of(result.folder.path),

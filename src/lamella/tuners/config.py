@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 from peft import PeftConfig, TaskType
 
 from lamella.errors import LamellaError, UnreadableError
 from lamella.tuners.kinds import fits, in_words
-from lamella.version import FIRST_VERSION, __version__, defaults_of
+from lamella.version import FIRST_VERSION, __version__, defaults_of, is_version
 
 Self = TypeVar("Self", bound="LamellaConfig")
 
@@ -31,6 +31,7 @@ INSTEAD = {
     "rank_pattern": "all experts have one rank",
     "alpha_pattern": "all experts have one alpha",
     "bias": "biases stay as they are",
+    "lora_bias": "experts have none",
     "use_dora": "experts are added, and no norms are trained",
 }
 
@@ -114,7 +115,7 @@ class LamellaConfig(PeftConfig):
         """
         renamed = {_new_name(key, values): value for key, value in values.items()}
         writer = values.get("lamella_version") or FIRST_VERSION
-        if not _is_version(writer):
+        if not is_version(writer):
             raise LamellaError(f"lamella_version={writer!r} in {folder} must be a version, such as {__version__!r}.")
         settings = {f.name for f in fields(cls)} - {f.name for f in fields(PeftConfig)}
         if missing := sorted(settings - set(renamed)) if writer == __version__ else []:
@@ -143,13 +144,6 @@ def check_patterns(config: PeftConfig, name: str) -> None:
 def wrote_before(config: LamellaConfig, edition: str) -> bool:
     """Whether a version before this edition wrote a config."""
     return Version(config.lamella_version or __version__).release < Version(edition).release
-
-
-def _is_version(written: Any) -> bool:
-    try:
-        return isinstance(written, str) and bool(Version(written))
-    except InvalidVersion:
-        return False
 
 
 def _new_name(key: str, given: Mapping[str, Any]) -> str:

@@ -12,7 +12,9 @@ from lamella import LamellaError
 from lamella.diagnostics.doctor import doctor
 from lamella.lab.runs.evaluating import evaluate, trace
 from lamella.lab.runs.exporting import export_as_experts, export_collapsed
+from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.trained import load_trained
+from lamella.version import __version__
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 CONFIG = "adapter/adapter_config.json"
@@ -102,6 +104,13 @@ UNUSABLE = {
     "half of the settings": (MOLA, lambda run: halved(run / "run.yaml"), "run.yaml lacks"),
     "a value that no layer takes": ("lora", config_changed(lora_dropout="(("), "adapter"),
     "no settings at all": (MOLA, written("run.yaml", b""), "run.yaml"),
+    "settings of no version": (
+        MOLA,
+        lambda run: (run / "run.yaml").write_text(
+            (run / "run.yaml").read_text().replace(f"lamella_version: {__version__}", "lamella_version: .nan")
+        ),
+        "lamella_version=nan",
+    ),
     "a model without a tensor": (
         "full",
         tensors_changed(lambda t: dict(list(t.items())[:-3]), "model/model.safetensors"),
@@ -155,6 +164,24 @@ def test_a_changed_adapter_is_not_scored_as_the_run_s(broken, tmp_path):
     assert not (tmp_path / "experts").exists()
     shutil.move(run / "adapter", tmp_path / "lone")
     assert len(export_as_experts(tmp_path / "lone", tmp_path / "experts").adapters) == 4
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "predictions.parquet", "trace.parquet", "metrics.json"])
+@pytest.mark.parametrize("change", ["gone", "another run's"])
+def test_a_result_that_is_not_as_the_run_left_it_is_not_read(broken, finished_run, name, change):
+    def breaking(run):
+        (run / name).unlink()
+        if change != "gone":
+            shutil.copy(finished_run({**MOLA, "top_k": 1}).folder.path / name, run / name)
+
+    run = RunFolder(broken(MOLA, breaking))
+
+    read = run.metrics if name == "metrics.json" else lambda: run.table(name)
+    if change != "gone" and name == "rows.parquet":  # of the same rows
+        assert len(read()) == 80
+        return
+    with pytest.raises(LamellaError, match=f"{name} is (missing|not as it was written)"):
+        read()
 
 
 RECORDS = {

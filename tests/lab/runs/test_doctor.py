@@ -180,7 +180,7 @@ EDITED = {
     "no trace": (lambda run, _: (run / "trace.parquet").unlink(), "unreadable", "trace.parquet"),
     "no history": (lambda run, _: (run / "routing.parquet").unlink(), "changed-since", "routing.parquet"),
     "a LoRA's adapter": (another_method_s_adapter, "method-differs", "run.yaml"),
-    "no digests of rows": (lambda run, _: (run / "rows.parquet").unlink(), "changed-since", "rows.parquet"),
+    "no digests of rows": (lambda run, _: (run / "rows.parquet").unlink(), "unreadable", "rows.parquet"),
     "no metrics": (lambda run, _: (run / "metrics.json").unlink(), "changed-since", "metrics.json"),
     "no digests": (lambda run, _: (run / "digests.json").unlink(), "unreadable", "digests.json"),
     "other settings": (settings_with(lr=0.1), "record-differs", "run.yaml"),

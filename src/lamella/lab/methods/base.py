@@ -20,7 +20,7 @@ from lamella.diagnostics.adapter_folder import SavedAdapter
 from lamella.errors import LamellaError
 from lamella.lab.schema import Settings, unknown_key
 from lamella.tuners.config import FORMER_DEFAULTS, RENAMED
-from lamella.version import FIRST_VERSION, defaults_of
+from lamella.version import FIRST_VERSION, __version__, defaults_of, is_version
 
 if TYPE_CHECKING:
     from lamella.lab.data import Backbone, Task
@@ -193,6 +193,8 @@ def read_saved(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = dict(tree)
     writer = values.pop("lamella_version", FIRST_VERSION)
+    if not is_version(writer):
+        raise LamellaError(f"lamella_version={writer!r} must be a version, such as {__version__!r}.")
     return {key: _read(value, writer, key) for key, value in values.items()}
 
 

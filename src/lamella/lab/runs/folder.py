@@ -14,14 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lamella.errors import LamellaError, UnreadableError
-from lamella.files import UNFINISHED, read_json, sha256_of, write_atomic
+from lamella.files import UNFINISHED, read_json, read_table, sha256_of, write_atomic
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.version import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger("lamella")
 
@@ -74,17 +77,47 @@ class RunFolder:
         """Where the Trainer keeps what a resumed run needs; gone when the run is finished."""
         return self.path / "checkpoints"
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, *, as_left: bool = True) -> dict[str, Any]:
         """What a finished run measured.
+
+        Args:
+            as_left: refuse what is not as the run left it.
 
         Raises:
             UnreadableError: the file is damaged, or lacks what every run has.
         """
         path = self.path / "metrics.json"
+        if as_left:
+            self._check_as_left(path.name)
         measured = read_json(path)
         if missing := [key for key in _MEASURED if key not in measured]:
             raise UnreadableError(f"{path} lacks '{missing[0]}'. Restore it from a copy, or run it again with --force.")
         return measured
+
+    def table(self, name: str, *columns: str) -> pd.DataFrame | None:
+        """A Parquet file of the run's results; None where it has none of that name.
+
+        Args:
+            name: of the file.
+            columns: that it must have.
+
+        Raises:
+            UnreadableError: it is damaged, or is not as the run left it.
+        """
+        self._check_as_left(name)
+        path = self.path / name
+        return read_table(path, *columns) if path.exists() else None
+
+    def _check_as_left(self, name: str) -> None:
+        """Raises UnreadableError if a result is not as the run wrote it, so far as its digests tell."""
+        try:
+            digests = read_json(self.path / _DIGESTS)
+        except UnreadableError:  # nothing to compare with; the doctor says so
+            return
+        for changed, fate in _changed(self.path, {name: digests[name]} if name in digests else {}).items():
+            raise UnreadableError(
+                f"{self.path / changed} {fate}. Restore it from a copy, or run it again with --force."
+            )
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write down the digests of all results, then `metrics.json`."""

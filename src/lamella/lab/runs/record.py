@@ -64,7 +64,7 @@ def _examine_results(
 ) -> list[RouterUse] | None:
     folder, uses = run.path, None
     with _readable("metrics.json", examination):
-        metrics = run.metrics()
+        metrics = run.metrics(as_left=False)
         _examine_names(metrics, settings, examination)
         try:
             task = task_of(settings)

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lamella.errors import LamellaError, UnreadableError
-from lamella.files import atomic, read_table
+from lamella.files import atomic
 from lamella.lab.data.splitting import sample_rows, telling_columns
 from lamella.lab.data.task import Task
-from lamella.lab.runs.folder import ROWS
+from lamella.lab.runs.folder import ROWS, RunFolder
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import limited
 
@@ -54,14 +54,13 @@ class Rows:
         """What a run saved; None where an earlier edition saved nothing.
 
         Raises:
-            UnreadableError: the file is damaged.
+            UnreadableError: the file is damaged, or is not as the run left it.
         """
-        path = run / ROWS
-        if not path.exists():
+        table = RunFolder(run).table(ROWS, "split", "whole", "told")
+        if table is None:
             return None
-        table = read_table(path, "split", "whole", "told")
         if not table["whole"].dtype == table["told"].dtype == np.uint64:
-            raise UnreadableError(f"{path} holds no digests. Restore it from a copy, or run it again with --force.")
+            raise UnreadableError(f"{run / ROWS} holds no digests. Restore it from a copy, or run it again.")
         parts = {str(split): part for split, part in table.groupby("split", sort=False)}
         return cls(*({split: part[name].to_numpy() for split, part in parts.items()} for name in ("whole", "told")))
 

@@ -18,7 +18,6 @@ from lamella.diagnostics.adapter_folder import (
 )
 from lamella.diagnostics.weights import examine_numbers, tensors_of
 from lamella.errors import LamellaError, UnreadableError
-from lamella.files import read_table
 from lamella.findings import Examination
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.models import has_own_head, is_decoder
@@ -124,8 +123,8 @@ class Trained:
 
 def redundancy_of(run: Path) -> pd.DataFrame | None:
     """`lamella.redundancy` of a finished run's LoRA experts, as it was saved; None where it has none."""
-    if (saved := run / "redundancy.parquet").is_file():
-        return read_table(saved)
+    if (saved := RunFolder(run).table("redundancy.parquet")) is not None:
+        return saved
     # the first edition saved none
     return load_trained(run).redundancy() if (run / "trace.parquet").is_file() else None
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from lamella.errors import LamellaError
-from lamella.files import read_table
+from lamella.errors import LamellaError, UnreadableError
 from lamella.lab.methods import Method
 from lamella.lab.metrics import METRICS, metric_for
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
+from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import unknown_key
@@ -163,7 +163,9 @@ def example_scores(metric: str, run: Path) -> Floats | None:
     column = _COLUMNS.get(metric)
     if column is None:
         return None
-    frame = read_table(run / "predictions.parquet", "split", column)
+    frame = RunFolder(run).table("predictions.parquet", "split", column)
+    if frame is None:
+        raise UnreadableError(f"{run} has no predictions.parquet. Restore it from a copy, or run it again.")
     return frame.loc[frame["split"] == "test", column].to_numpy(np.float64)
 
 
