@@ -52,6 +52,7 @@ class LamellaConfig(PeftConfig):
         modules_to_save: modules outside the method that are trained and saved, such as a classifier.
         init_lora_weights: True starts with LoRAs that add nothing (B zero), so that MoLA starts at the base exactly
             and MoLEx at its blocks mixed by alpha; False draws B at random, for tests.
+        base_experts: of which smaller model of ``lamella.similarity.compress`` it is, None for any other; filled in.
         lamella_version: the version that wrote the config; filled in.
     """
 
@@ -61,6 +62,7 @@ class LamellaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_lora_weights: bool = True
+    base_experts: str | None = None
     lamella_version: str | None = field(default=None)
 
     def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:

@@ -1,5 +1,6 @@
 """What all of lamella's methods share as PEFT tuners: summaries, strict loading, and what a routed model refuses."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,27 @@ def _refuse_task(model: nn.Module, task: Any) -> None:
         )
 
 
+def _of_base(model: nn.Module, config: Any) -> Any:
+    """The config, by which an adapter of a model with fewer experts knows that model; the caller's stays as it is.
+
+    Raises:
+        LamellaError: the adapter was trained on another smaller model, or on one while this is the whole one.
+    """
+    here = getattr(getattr(model, "config", None), "lamella_compressed", None)
+    known = getattr(config, "base_experts", None)
+    if known is not None and known != here:
+        raise LamellaError(
+            f"The adapter was trained on a model with {known}, and this {type(model).__name__} "
+            + ("has all its experts" if here is None else f"has {here}")
+            + ". Tensors of the same shapes would load and answer otherwise; load it on the model it was trained on."
+        )
+    if known == here:
+        return config
+    own = copy.copy(config)
+    own.base_experts = here
+    return own
+
+
 class RoutedModel(BaseTuner):
     """A tuner whose layers decide by their input, so that none can be merged and every tensor must be there.
 
@@ -82,6 +104,7 @@ class RoutedModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _refuse_name(adapter_name)
         _refuse_task(model, self.peft_config[adapter_name].task_type)
+        self.peft_config[adapter_name] = _of_base(model, self.peft_config[adapter_name])
         try:
             with placed(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)

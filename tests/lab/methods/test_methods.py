@@ -90,7 +90,7 @@ def test_settings_and_their_defaults_are_those_of_the_config(name):
 
 @pytest.mark.parametrize("name", ["mola", "molex", "mole"])
 def test_every_setting_of_the_config_can_be_given(name):
-    of_the_run = {field.name for field in fields(PeftConfig)} | {"modules_to_save", "lamella_version"}
+    of_the_run = {field.name for field in fields(PeftConfig)} | {"modules_to_save", "base_experts", "lamella_version"}
     not_of_recipes = {"molex": {"lora"}, "mole": {"adapters", "embedded", "target_modules"}}.get(name, set())
     wanted = {field.name for field in fields(CONFIGS[name])} - of_the_run - not_of_recipes
     method = method_from({"name": name, **(LORAS if name == "mole" else {})})

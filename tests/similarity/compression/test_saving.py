@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny_moe
 from tests.pairwise import pairwise
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lamella import MolaConfig, MolexConfig
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
 from lamella.similarity.activations.manifest import model_fingerprint
@@ -99,6 +101,25 @@ def test_the_file_holds_each_number_once(tmp_path, tied):
     assert tensors.keys() == parameters.keys() | buffers.keys()
     loaded = Compressed.load(tmp_path / "small").model
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+
+
+ATTENTION = LoraConfig(target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("config", "criterion"), [(MolaConfig(target_modules=["q_proj"]), "reap"), (MolexConfig(lora=ATTENTION), "m-smoe")]
+)
+def test_an_adapter_of_a_smaller_model_is_refused_on_another(tmp_path, config, criterion):
+    """Its tensors would fit: the attention is the same."""
+    saved = small(criterion=criterion)
+    saved.save(tmp_path / "small")
+    get_peft_model(saved.model, config).save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(Compressed.load(tmp_path / "small").model, tmp_path / "adapter")
+    assert again.peft_config["default"].base_experts == saved.model.config.lamella_compressed
+    for other, said in ((model_of("qwen2_moe"), "has all its experts"), (small(budget=0.75).model, "has 9 of 12")):
+        with pytest.raises(LamellaError, match=f"trained on a model with 6 of 12 experts.*{said}"):
+            PeftModel.from_pretrained(other, tmp_path / "adapter")
+    get_peft_model(model_of("qwen2_moe"), config)  # the settings are not bound to a model
 
 
 def test_nothing_is_overwritten(tmp_path):

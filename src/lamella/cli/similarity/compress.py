@@ -21,7 +21,7 @@ def compress(
     criterion: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which experts go first, such as reconstruction, stand-in, merge, reap, random; may be "
+            help="Which experts go first, such as reap, reconstruction, stand-in, merge, random; may be "
             "repeated. A dozen, beside random, if absent."
         ),
     ] = None,

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 _HEADS = ("classifier", "score")
 
 # Fields of a config that follow from the run: its model, its task, and that it trains.
-_OF_THE_RUN = {field.name for field in dataclasses.fields(PeftConfig)} | {"modules_to_save", "lamella_version"}
+_OF_THE_RUN = {field.name for field in dataclasses.fields(PeftConfig)} | {
+    "modules_to_save",
+    "base_experts",
+    "lamella_version",
+}
 
 _DEFAULT = "mola"
 

@@ -16,6 +16,7 @@ from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.backbones.moe.expert import OFFLOADED, NormedExpert
 from lamella.backbones.offloading import is_offloaded
 from lamella.errors import LamellaError, optional_module
+from lamella.similarity.activations.manifest import model_fingerprint
 from lamella.similarity.compression.budget import Scope, check_budget, experts_to_go
 from lamella.similarity.compression.calibration import LayerSample, layer_gradients
 from lamella.similarity.compression.criteria import Criterion, Ranking, find_criterion
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from lamella.similarity.activations import Capture
 
-DEFAULT = "reconstruction"
+DEFAULT = "reap"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,11 @@ def compress_each(
         if settings.distil and changed:
             assert texts is not None
             distil_routers(small, model, texts, settings.distil)
-        yield Compressed(small, _report(model, small, layers, criterion, ranked, gone, budget, settings))
+        report = _report(model, small, layers, criterion, ranked, gone, budget, settings)
+        if changed:  # by which an adapter trained on it knows its base again
+            name = f"{report.experts_left} of {report.experts} experts, {model_fingerprint(small)}"
+            small.config.lamella_compressed = name
+        yield Compressed(small, report)
 
 
 def rank_experts(model: PreTrainedModel, capture: Capture, criterion: str, seed: int = 0) -> dict[int, Ranking]:

@@ -34,7 +34,7 @@ COLUMNS = (
 )  # fmt: skip
 _NEEDED = ("method", "budget", "domain", "ratio", "low", "high")
 CURVES = (  # criteria that a curve shows where none is named
-    "reconstruction", "stand-in", "merge", "energy", "mean", "mone", "reap", "frequency", "man", "hc-smoe", "m-smoe",
+    "reap", "reconstruction", "stand-in", "merge", "energy", "mean", "mone", "frequency", "man", "hc-smoe", "m-smoe",
     "ream", "aimer", "random",
 )  # fmt: skip
 
