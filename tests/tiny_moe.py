@@ -99,7 +99,7 @@ def build(
     model: PreTrainedModel = kind.from_config(
         settings, **({} if settings.is_encoder_decoder else {"experts_implementation": implementation})
     )
-    _move_off_zero(model)
+    move_off_zero(model)
     return model.to(dtype).eval()
 
 
@@ -110,7 +110,7 @@ PATHS = ("qwen2_moe", "gpt_oss", "deepseek_v3", "switch_transformers")
 
 
 @torch.no_grad()
-def _move_off_zero(model: nn.Module) -> None:
+def move_off_zero(model: nn.Module) -> None:
     """Weights of order one where a fresh model has tiny ones or none, so that experts, routers and biases matter."""
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         own = name.rpartition(".")[2]

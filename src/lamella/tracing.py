@@ -86,11 +86,12 @@ class _Router:
 
     def add(self, routing: Routing, mask: Tensor | None) -> None:
         indices, weights, probs = routing.indices, routing.weights.detach(), routing.probs.detach()
-        kept = _kept(routing)
+        kept, dropped = _kept(routing), _dropped(routing)
         if mask is not None:
-            indices, weights, probs, kept = indices[mask], weights[mask], probs[mask], kept[mask]
+            indices, weights, probs = indices[mask], weights[mask], probs[mask]
+            kept, dropped = kept[mask], dropped[mask]
         self.counts = self.counts + torch.bincount(indices[kept], minlength=len(self.counts))
-        self.dropped = self.dropped + torch.bincount(indices[~kept], minlength=len(self.counts))
+        self.dropped = self.dropped + torch.bincount(indices[dropped], minlength=len(self.counts))
         self.weights = self.weights.index_add(0, indices[kept], weights[kept].double())
         chosen = torch.zeros_like(probs).scatter_(1, indices, kept.to(probs.dtype))  # (N, E)
         self.together = self.together + (chosen.T @ chosen).double()
@@ -289,6 +290,12 @@ def _kept(routing: Routing) -> Tensor:
     """Which choices were carried out, ``(N, k)``."""
     kept: Tensor | None = getattr(routing, "kept", None)
     return torch.ones_like(routing.indices, dtype=torch.bool) if kept is None else kept
+
+
+def _dropped(routing: Routing) -> Tensor:
+    """Which choices an expert had no room for, ``(N, k)``; none where the router chose to skip the experts."""
+    skipped: Tensor | None = getattr(routing, "skipped", None)
+    return ~_kept(routing) if skipped is None else ~_kept(routing) & ~skipped
 
 
 @contextmanager

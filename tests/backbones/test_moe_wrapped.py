@@ -67,12 +67,13 @@ def test_quantised_experts_are_refused_where_their_numbers_would_be_used():
             use()
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_a_compiled_model_is_traced_and_changed():
     model = tiny_moe.build("mixtral", num_hidden_layers=1)
     layer = moe_layers(model)[0]
     given = tiny_moe.inputs()
-    layer.module.compile(backend="eager")
+    model.compile(backend="eager")
     plain = model(**given).logits
     with record_routing(model) as trace:
         model(**given)

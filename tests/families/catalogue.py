@@ -13,7 +13,7 @@ _LINEAR = {
 _SLIDING = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
 _MROPE = {"text_config__rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 _GROUPED = {"num_key_value_heads": 1}
-_FACTS: dict[str, dict[str, Any]] = {
+FACTS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA2, "attn_layer_indices": [1, 3]},
     "codegen": {"n_head": 4, "n_embd": 32, "rotary_dim": 4},
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 32},
@@ -96,7 +96,7 @@ _NOT_LORA["phimoe"] = ("router",)  # a linear module that puts out more than a t
 
 def _families(head: str, names: str, **more: Any) -> tuple[Family, ...]:
     return tuple(
-        Family(name, head, _FACTS.get(name, {}), not_lora=_NOT_LORA.get(name, ()), gain=_GAINS.get(name, 1.0), **more)
+        Family(name, head, FACTS.get(name, {}), not_lora=_NOT_LORA.get(name, ()), gain=_GAINS.get(name, 1.0), **more)
         for name in names.split()
     )
 

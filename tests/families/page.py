@@ -14,6 +14,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 KEPT = DOCS / "results" / "families.json"
 PAGE = DOCS / "what-runs-where.md"
 ROWS = Path("runs/families")
+EXPERTS = DOCS / "results" / "experts.json"
+EXPERTS_ROWS = Path("runs/experts")
 Answers = dict[str, dict[str, dict[str, Any]]]
 
 INTRODUCTION = """# What runs where
@@ -38,6 +40,21 @@ Equal means by less than 1e-4 of the largest value, in float32.
 """
 
 
+EXPERTS_INTRODUCTION = """## Mixtures of experts
+
+Which of transformers' mixtures lamella reads, and what is beside a layer's experts in it. `lamella.moe_layers` finds
+what follows transformers' contract for experts, by no name; {read} of {all} folders are read, the others refused.
+
+- **recombined**: the experts, weighted by the router, are what the model's own experts put out.
+- **routed**: the router asked by hand decides as it did in the model.
+- **traced**: k selections of each real token and no others, padded on either side too.
+- **cached**: with a cache, selections are those of one forward over the whole text.
+- **replaced**: experts in their own places change nothing, others do; afterwards all is as before, to the last bit.
+- **masked**: the expert most used gets no token any more; afterwards all is as before.
+- **swapped**: two experts in each other's places change the logits; afterwards all is as before.
+"""
+
+
 def keep_and_write() -> None:
     """Gathers the rows of `make families`, keeps them and writes the page.
 
@@ -53,10 +70,23 @@ def keep_and_write() -> None:
         "families": {family.name: rows[family.name]["answers"] for family in FAMILIES if family.name in rows},
     }
     KEPT.write_text(json.dumps(kept, indent=0) + "\n")
-    PAGE.write_text(page(kept))
+    keep_experts()
+    PAGE.write_text(page(kept, json.loads(EXPERTS.read_text())))
 
 
-def page(kept: dict[str, Any]) -> str:
+def keep_experts() -> None:
+    """Gathers the rows of mixtures of experts, as far as there are any, and keeps them."""
+    rows = {path.stem: json.loads(path.read_text()) for path in EXPERTS_ROWS.glob("*.json")}
+    if len({row.pop("code") for row in rows.values()}) > 1:
+        raise SystemExit(
+            f"The rows in {EXPERTS_ROWS} are not of one state of the code: run `make families` to its end."
+        )
+    if rows:
+        kept = {"transformers": transformers.__version__, "families": dict(sorted(rows.items()))}
+        EXPERTS.write_text(json.dumps(kept, indent=0) + "\n")
+
+
+def page(kept: dict[str, Any], experts: dict[str, Any]) -> str:
     """The whole page."""
     reasons: dict[str, int] = {}
     families: dict[str, Answers] = kept["families"]
@@ -71,6 +101,7 @@ def page(kept: dict[str, Any]) -> str:
         parts.append(
             "\n".join([f"## {title}", "", f"In each cell: {', '.join(CHECKS)}.", "", header, "|---" * 5 + "|", *lines])
         )
+    parts.append("\n".join(_experts(experts["families"], reasons)))
     parts.append("\n".join(["## Why not", "", *(f"{number}. {reason}" for reason, number in reasons.items())]))
     parts.append("\n".join(["## Faults", "", *_faults(families)]))
     parts.append("\n".join(["## Not asked", "", *_not_asked(families)]))
@@ -89,6 +120,32 @@ def _cell(answers: dict[str, dict[str, Any]], reasons: dict[str, int]) -> str:
         else:
             signs.append({"yes": "y", "not asked": "·"}[answer["said"]])
     return " ".join(signs)
+
+
+def _experts(rows: dict[str, dict[str, Any]], reasons: dict[str, int]) -> Iterator[str]:
+    """The table of mixtures of experts."""
+    refused = {row["folder"] for row in rows.values() if "refused" in row}
+    folders = {row["folder"] for row in rows.values()}
+    yield EXPERTS_INTRODUCTION.format(read=len(folders - refused), all=len(folders))
+    checks = next(list(row["answers"]) for row in rows.values() if len(row.get("answers", {})) == 7)
+    yield f"In each last cell: {', '.join(checks)}."
+    yield ""
+    yield "| folder | class | experts, k | beside them | answers |"
+    yield "|---|---|---|---|---|"
+    for row in rows.values():
+        if "refused" in row:
+            number = reasons.setdefault(row["refused"], len(reasons) + 1)
+            yield f"| {row['folder']} | | | | {number} |"
+            continue
+        signs = " ".join(
+            "·"
+            if (answer := row["answers"].get(check)) is None
+            else {"yes": "y", "fault": "**!**"}.get(answer["said"])
+            or str(reasons.setdefault(answer["reason"], len(reasons) + 1))
+            for check in checks
+        )
+        beside = ", ".join(row["beside"])
+        yield f"| {row['folder']} | {row['block']} | {row['experts']}, {row['top_k']} | {beside} | {signs} |"
 
 
 def _counts(families: dict[str, Answers]) -> Iterator[str]:

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.families.catalogue import FAMILIES, PATHS
 from tests.families.checks import CHECKS, METHODS, examine
-from tests.families.models import Family
 
 import lamella
 
@@ -47,20 +47,31 @@ def test_every_family(name: str) -> None:
     path, code = ROWS / f"{name}.json", _digest()
     row = json.loads(path.read_text()) if path.exists() else {}
     if row.get("code") != code:
-        row = {"code": code, "family": name, "head": BY_NAME[name].head, "answers": _in_time(BY_NAME[name])}
+        row = {
+            "code": code,
+            "family": name,
+            "head": BY_NAME[name].head,
+            "answers": in_time(name, lambda: examine(BY_NAME[name])),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(row, indent=1) + "\n")
     assert not _faults(row["answers"])
 
 
-def _in_time(family: Family) -> dict[str, Any]:
+def in_time(name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it answers.
+
+    Raises:
+        TimeoutError: it takes too long.
+    """
+
     def stop(*_: object) -> None:
-        raise TimeoutError(f"{family.name} took more than {SECONDS} s")
+        raise TimeoutError(f"{name} took more than {SECONDS} s")
 
     former = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        return examine(family)
+        return ask()
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, former)

@@ -3,7 +3,7 @@
 import json
 
 from tests.families.checks import CHECKS
-from tests.families.page import KEPT, PAGE, page
+from tests.families.page import EXPERTS, KEPT, PAGE, page
 
 ROWS = json.loads(KEPT.read_text())
 FAMILIES = ROWS["families"]
@@ -14,7 +14,7 @@ def said(family: str, method: str) -> list[str]:
 
 
 def test_the_page_is_what_the_rows_say() -> None:
-    assert PAGE.read_text() == page(ROWS)
+    assert PAGE.read_text() == page(ROWS, json.loads(EXPERTS.read_text()))
 
 
 def test_there_are_enough_families() -> None:

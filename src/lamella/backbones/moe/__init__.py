@@ -6,7 +6,9 @@ from lamella.backbones.moe import (  # noqa: F401  (they register: exceptions af
     deepseek_v4,
     gemma4,
     llama4,
+    longcat,
     switch,
+    zaya,
 )
 from lamella.backbones.moe.dispatch import Dispatch, watch_dispatch
 from lamella.backbones.moe.expert import Expert

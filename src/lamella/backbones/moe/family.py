@@ -29,10 +29,13 @@ class NativeRouting(Routing):
         scores: what the router calls an expert's probability, normalised over the experts, ``(N, E)``; None where
             that is a softmax over the logits.
         kept: False where an expert was chosen but had no room for the token, ``(N, k)``; None where that cannot be.
+        skipped: True where the router chose none of the experts, but to pass the token on, ``(N, k)``; ``kept`` is
+            False there, and the index means nothing. None where that cannot be.
     """
 
     scores: Tensor | None = None
     kept: Tensor | None = None
+    skipped: Tensor | None = None
 
     @property
     def probs(self) -> Tensor:

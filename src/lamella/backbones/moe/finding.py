@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from peft import PeftModel
 from torch import nn
 
-from lamella.backbones.blocks import find_place, locate_stacks
+from lamella.backbones.blocks import Stack, find_place, locate_stacks
+from lamella.backbones.causality import role_of
 from lamella.backbones.moe.family import FAMILIES, MoEFamily
 from lamella.backbones.moe.layer import MoELayer
 from lamella.backbones.moe.unknown import explain_unknown
@@ -42,7 +43,7 @@ def find_moe_layers(model: nn.Module, families: Iterable[MoEFamily] = FAMILIES) 
     ]
     if not matches:
         return []
-    stacks = locate_stacks(base)
+    stacks = _stacks_around([name for name, _, _ in matches], base)
     first = {stack.name: sum(before.depth for before in stacks[:at]) for at, stack in enumerate(stacks)}
     layers = []
     for name, module, family in matches:
@@ -52,6 +53,20 @@ def find_moe_layers(model: nn.Module, families: Iterable[MoEFamily] = FAMILIES) 
         block = base.get_submodule(f"{place.stack}.{place.layer}" if place.stack else str(place.layer))
         layers.append(MoELayer(first[place.stack] + place.layer, inside + name, family, module, block, place))
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def _stacks_around(names: Iterable[str], base: nn.Module) -> list[Stack]:
+    """The stacks of a model, and after them smaller ones in which these modules lie (an image tower's, say)."""
+    stacks = locate_stacks(base)
+    for name in names:
+        if find_place(f"{name}.experts", stacks) is None:
+            parts = name.split(".")
+            around = (".".join(parts[:at]) for at in range(1, len(parts)))
+            if found := next((one for one in around if isinstance(base.get_submodule(one), nn.ModuleList)), None):
+                depth = len(list(base.get_submodule(found).children()))
+                role, evidence = role_of(base, found)
+                stacks.append(Stack(found, role, depth, "experts", evidence))
+    return stacks
 
 
 def _without_peft(model: nn.Module) -> tuple[str, nn.Module]:

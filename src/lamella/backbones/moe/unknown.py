@@ -8,10 +8,20 @@ from torch.nn.modules.conv import _ConvNd
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NAMES = re.compile(r"experts?$|router|(^|_)gate$|moe|sparse", re.IGNORECASE)
 _MOST_LINES = 12
+_REFUSED = {
+    "DogeCDMoE": "its experts are single rows of embeddings, looked up by product keys, without matrices of their own",
+    "JetMoeMoE": "no module holds its experts, which lie beside each other in two, and in its attention too",
+    "Mxfp4GptOssExperts": "its experts are packed in 4 bits; load it with Mxfp4Config(dequantize=True)",
+    "NllbMoeExperts": "transformers takes its router's mask for indices, so that only experts 0 and 1 ever run",
+    "VitPoseBackboneMoeMLP": "its experts are chosen by the data set that a whole picture is from, not by a router",
+}
 
 
 def explain_unknown(model: nn.Module) -> str:
     """Why ``moe_layers`` finds nothing in a model, and what to do."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    if why := next((why for kind, why in _REFUSED.items() if kind in kinds), None):
+        return f"{type(model).__name__} is a mixture of experts that lamella does not read: {why}."
     report = structure(model)
     config = getattr(model, "config", None)
     if not report and not any((getattr(config, name, None) or 0) > 1 for name in _COUNTS):
