@@ -6,14 +6,11 @@ Two busy threads make each other many times slower on small machines, and a hub 
 import gc
 import os
 
-for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
-    os.environ.setdefault(name, value)  # before torch and huggingface_hub read them
+import pytest
+from tests.processes import fresh_processes
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from tests.processes import fresh_processes  # noqa: E402
-
-torch.set_num_threads(1)
+# before torch and huggingface_hub read them
+os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 
 @pytest.hookimpl(wrapper=True)

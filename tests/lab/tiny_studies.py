@@ -1,5 +1,6 @@
 """A study of a tiny model on a tiny task, of some seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -7,11 +8,11 @@ import yaml
 RUN = {"batch_size": 8, "max_steps": 6, "max_length": 32, "lr": 5e-3, "log_every": 2, "evaluate_every": 2}
 
 
-def write_study(path: Path, model: str, task: str, **run: object) -> str:
+def write_study(path: Path, model: str, task: str, seeds: Sequence[int] = (0, 1), **run: object) -> str:
     study = {
         "backbones": [model],
         "tasks": [task],
-        "seeds": [0, 1],
+        "seeds": list(seeds),
         "budget": "equal-parameters",
         "match": "MoLA",
         "reference": "LoRA",

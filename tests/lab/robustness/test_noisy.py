@@ -116,7 +116,7 @@ def test_no_noise_is_the_plain_score_exactly_and_noise_is_not(trained, case, kin
     assert all(not module._forward_hooks for module in one.model.modules() if isinstance(module, nn.Embedding))
 
 
-@pytest.mark.parametrize(("case", "kind"), zip(CASES, itertools.cycle(reversed(NOISES))))
+@pytest.mark.parametrize(("case", "kind"), zip([*FORMS, CASES[1]], itertools.cycle(reversed(NOISES))))
 def test_batches_change_nothing(trained, case, kind):
     one = trained(*case)
     together, alone = (scores(one, kind, 0.3, batch_size=size) for size in (16, 1))

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny_moe
 from tests.pairwise import pairwise
+from tests.processes import run_fresh
 from tests.similarity.compression.planted import aligners, captured, logits, same_state, state, texts_of
 from tests.similarity.compression.test_compression import model_of
 from tests.tiny_moe import FAMILIES, PATHS
@@ -21,16 +20,6 @@ from lamella.errors import LamellaError
 from lamella.similarity.activations.manifest import model_fingerprint
 from lamella.similarity.compression import Compressed, compress, saving
 from lamella.similarity.compression.pool import AlignedExpert
-
-AGAIN = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from tests.similarity.compression.planted import logits
-from lamella.similarity.compression import Compressed
-folder = Path(sys.argv[1])
-save_file({"logits": logits(Compressed.load(folder).model)}, folder.parent / "logits.safetensors")
-"""
 
 
 def small(family="qwen2_moe", criterion="m-smoe", budget=0.5, dtype=torch.float32, **settings):
@@ -80,12 +69,16 @@ def test_experts_behind_aligners_as_the_first_edition_stored_them_are_loaded(tmp
     assert torch.equal(logits(loaded.model), logits(saved.model))
 
 
+def load_again(folder):
+    save_file({"logits": logits(Compressed.load(folder).model)}, folder.parent / "logits.safetensors")
+
+
 # an ordinary checkpoint holds no rounded frequencies: transformers computes those anew
 @pytest.mark.parametrize(("criterion", "dtype"), [("m-smoe", torch.bfloat16), ("reap", torch.float32)])
-def test_a_fresh_process_loads_it_bit_for_bit(tmp_path, criterion, dtype):
+def test_a_fresh_process_loads_it_bit_for_bit(fresh, tmp_path, criterion, dtype):
     saved = small(dtype=dtype, criterion=criterion)
     saved.save(tmp_path / "small")
-    subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path / "small")], check=True)
+    run_fresh(fresh, load_again, tmp_path / "small")
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits(saved.model))
 
 
