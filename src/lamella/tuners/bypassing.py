@@ -18,8 +18,7 @@ def read_weight(layer: Any) -> Tensor:
 
     Not where it is known from the beginning that the layer is never called (``is_watched``).
     """
-    weight = BaseTunerLayer.weight.fget(layer)
-    assert isinstance(weight, Tensor)
+    weight: Tensor = BaseTunerLayer.weight.fget(layer)
     frame, is_on = current_frame(), layer.is_watched and not layer.disable_adapters
     if frame is not None and is_on and {*layer.active_adapters} & {*layer._all_available_adapter_names()}:
         frame.call.read.append(layer)
