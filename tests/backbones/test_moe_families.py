@@ -194,6 +194,13 @@ def test_switch_says_which_tokens_had_no_room():
     assert own_output(layer, x)[:, 2:].abs().max() == 0
 
 
+def test_tokens_of_one_modality_are_refused():
+    """Ernie 4.5 VL gives its text experts the states of the text tokens, flattened, where there are images too."""
+    layer = moe_layers(tiny_moe.FAMILIES["mixtral"]())[0]
+    with layer.family.watched(layer.module, lambda *_: None), pytest.raises(LamellaError, match="of one modality"):
+        layer.module(torch.zeros(3 * tiny_moe.HIDDEN))
+
+
 class Unknown(nn.Module):
     """Blocks with a router and stacked experts that nobody told lamella of."""
 

@@ -5,10 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from tests import tiny_moe
 from tests.families.experts import CHECKS, FAMILIES, examine, folder
+from tests.families.models import batch, tiny_model
 from tests.families.page import EXPERTS, EXPERTS_ROWS
 from tests.families.test_families import _digest, in_time
+
+from lamella import LamellaError, moe_layers, record_routing
+from lamella.backbones.moe import Dispatch, watch_dispatch
+from lamella.backbones.moe.expert import NormedExpert
+from lamella.similarity import capture, compress
+from lamella.similarity.alignment.frozen import FrozenExpert
 
 BY_NAME = {family.name: family for family in FAMILIES}
 # Each has a file of its own, or keeps router and experts in the block itself.
@@ -27,6 +36,34 @@ def test_one_family_of_each_kind(name: str) -> None:
     answers = examine(BY_NAME[name])["answers"]
     assert {check: answer for check, answer in answers.items() if answer["said"] == "fault"} == {}
     assert {check for check, answer in answers.items() if answer["said"] == "no"} == KINDS[name]
+
+
+def test_choices_of_no_expert_are_not_counted(tmp_path: Path) -> None:
+    model = tiny_model(BY_NAME["zaya"])
+    layers = moe_layers(model)
+    for layer in layers:
+        layer.router_module.balancing_biases[-1] = 0.1  # so that some tokens skip the layer
+    seen: list[Dispatch] = []
+    given = batch(BY_NAME["zaya"], (7, 5, 4))
+    with torch.no_grad(), watch_dispatch(model, layers, seen.append), record_routing(model) as trace:
+        model(**given)
+    taken = [int(one.routing.kept[one.real].sum()) for one in seen if one.routing.kept is not None]
+    assert 0 < sum(taken) < 3 * 16
+    assert [int(counts.sum()) for counts in trace.counts.values()] == taken
+    assert not any(dropped.any() for dropped in trace.dropped.values())
+    routing = capture(model, [given], tmp_path).routing
+    assert [int(layer) for layer in routing.groupby("layer").selected.sum()] == taken
+    assert not routing.dropped.any()
+
+
+def test_experts_that_are_more_than_their_matrices_are_not_stored_as_fewer_or_aligned_to() -> None:
+    with pytest.raises(LamellaError, match="cannot be stored as fewer"):
+        compress(tiny_model(BY_NAME["llama4_text"]), None, 0.5, scope="layer")
+    plain = moe_layers(tiny_moe.FAMILIES["mixtral"]())[0].experts[0]
+    normed = NormedExpert(**vars(plain), norm=torch.nn.functional.normalize)
+    assert torch.allclose(normed(torch.randn(3, tiny_moe.HIDDEN)).norm(dim=1), torch.ones(3))
+    with pytest.raises(LamellaError, match="is more than its matrices"):
+        FrozenExpert(normed, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["doge", "jetmoe", "nllb-moe"])

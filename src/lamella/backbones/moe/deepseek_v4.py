@@ -1,6 +1,6 @@
 """DeepSeek-V4."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -16,6 +16,10 @@ class DeepseekV4(Contract):
     """The first layers look a token's experts up by the token itself; their router weighs them, and chooses none."""
 
     sparse: ClassVar = ("DeepseekV4SparseMoeBlock",)
+
+    def shared(self, sparse: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        block: Any = sparse
+        return lambda x: block.shared_experts(x)  # (N, h)
 
     def route(self, sparse: nn.Module, x: Tensor) -> NativeRouting:
         _refuse_hashed(sparse, "hidden states alone do not say which")

@@ -89,7 +89,7 @@ class MoEFamily:
         raise NotImplementedError
 
     def shared(self, sparse: nn.Module) -> Callable[[Tensor], Tensor] | None:
-        """What the module puts out beside its experts, ``(N, h) -> (N, h)``; None where there is nothing."""
+        """What the module puts out where its experts give nothing, ``(N, h) -> (N, h)``; None where that is nothing."""
         own = {id(one) for part in (self.router(sparse), self.experts(sparse)) for one in part.parameters()}
         if own == {id(one) for one in sparse.parameters()}:
             return None
@@ -138,6 +138,11 @@ class MoEFamily:
         given: dict[str, Any] = {}
 
         def enter(_: nn.Module, args: Any) -> None:
+            if args and args[0].dim() == 1:
+                raise LamellaError(
+                    f"This {type(sparse).__name__} is given some of the tokens, those of one modality, and not which; "
+                    "give text without images."
+                )
             given["shape"] = args[0].shape[:2] if args and args[0].dim() == 3 else None
 
         def scoring(forward: Any) -> Any:

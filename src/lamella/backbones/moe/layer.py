@@ -96,7 +96,11 @@ class MoELayer:
 
     @property
     def shared(self) -> Callable[[Tensor], Tensor] | None:
-        """What every token gets beside its experts, ``(N, h) -> (N, h)``; None where there is nothing."""
+        """What every token gets where its experts give nothing, ``(N, h) -> (N, h)``; None where that is nothing.
+
+        Few families scale or normalise the sum of both, or project what the experts are given; the parts of a module
+        are listed in docs/what-runs-where.md.
+        """
         return self.family.shared(self.module)
 
     @property

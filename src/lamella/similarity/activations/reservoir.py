@@ -54,13 +54,20 @@ class Reservoir:
         """How many samples each expert has, ``(E,)``."""
         return (self.keys != _EMPTY).sum(dim=1)
 
-    def count(self, indices: Tensor, kept: Tensor | None) -> None:
-        """Counts the choices ``(N, k)`` of real tokens; ``kept`` is False where an expert had no room."""
+    def count(self, indices: Tensor, kept: Tensor | None, skipped: Tensor | None = None) -> None:
+        """Counts the choices ``(N, k)`` of real tokens.
+
+        Args:
+            indices: of the experts.
+            kept: False where an expert had no room.
+            skipped: True where none of the experts was chosen.
+        """
         experts = len(self.selected)
-        self.selected += torch.bincount(indices.flatten(), minlength=experts).cpu()
+        chose = torch.ones_like(indices, dtype=torch.bool) if skipped is None else ~skipped
+        self.selected += torch.bincount(indices[chose], minlength=experts).cpu()
         if kept is not None:
-            self.dropped += torch.bincount(indices[~kept], minlength=experts).cpu()
-        chosen = torch.zeros(len(indices), experts, device=indices.device).scatter_(1, indices, 1.0)  # (N, E)
+            self.dropped += torch.bincount(indices[chose & ~kept], minlength=experts).cpu()
+        chosen = torch.zeros(len(indices), experts, device=indices.device).scatter_(1, indices, chose.float())  # (N, E)
         self.together += (chosen.T @ chosen).long().cpu()
         self.tokens += len(indices)
 

@@ -159,7 +159,7 @@ class _Taking:
         kept = None if dispatch.routing.kept is None else dispatch.routing.kept[real]
         self._check_finite(layer, x, indices, rows, positions)
         reservoir = self._reservoirs[layer.index]
-        reservoir.count(indices, kept)
+        reservoir.count(indices, kept, None if dispatch.routing.skipped is None else dispatch.routing.skipped[real])
         taken = torch.ones_like(indices, dtype=torch.bool) if kept is None else kept
         reservoir.offer(self.manifest.seed, layer.index, indices, taken, rows, positions, x)
 
