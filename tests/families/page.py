@@ -21,9 +21,9 @@ Answers = dict[str, dict[str, dict[str, Any]]]
 INTRODUCTION = """# What runs where
 
 `make families` builds a tiny random model of each family of transformers {transformers}, puts PEFT's LoRA (peft
-{peft}), MoLA, MoLEx and MOLE on it, and asks eight questions. **y** is yes. A number is *no*: the error that says so is
-below. **·** is not asked, because the base model itself does not keep it, which is found by running the base. **!** is
-a fault that is still to be mended: a difference, or an error that does not say what to do.
+{peft}), MoLA, MoLEx and MOLE on it, and asks eight questions. **y** is yes. A number is *no*: the error or warning that
+says so is below. **·** is not asked, because the base model itself does not keep it, which is found by running the
+base. **!** is a fault that is still to be mended: a difference, or an error that does not say what to do.
 
 - **start**: a fresh adapter is the base: MoLA; MoLEx at alpha=1; MOLE at weights 0, and at one-hot it is that LoRA. An
   adapter that is not fresh changes the output.
@@ -103,7 +103,7 @@ def page(kept: dict[str, Any], experts: dict[str, Any]) -> str:
         )
     parts.append("\n".join(_experts(experts["families"], reasons)))
     parts.append("\n".join(["## Why not", "", *(f"{number}. {reason}" for reason, number in reasons.items())]))
-    parts.append("\n".join(["## Faults", "", *_faults(families)]))
+    parts.append("\n".join(["## Faults", "", *(list(_faults(families)) or ["None."])]))
     parts.append("\n".join(["## Not asked", "", *_not_asked(families)]))
     return "\n\n".join(parts) + "\n"
 

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.families.checks import CHECKS
+from tests.families.checks import CHECKS, METHODS
 from tests.families.page import EXPERTS, KEPT, PAGE, page
 
 ROWS = json.loads(KEPT.read_text())
@@ -26,6 +26,10 @@ def test_there_are_enough_families() -> None:
         for answer in of.values()
         if answer["said"] != "yes"
     )
+
+
+def test_no_answer_is_a_fault() -> None:
+    assert not [(name, method) for name in FAMILIES for method in METHODS if "fault" in said(name, method)]
 
 
 def test_mola_works_wherever_lora_does() -> None:

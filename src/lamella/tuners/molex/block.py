@@ -361,7 +361,7 @@ class MolexBlock(nn.Module, AdapterLayer):
             together = rows if call.can_cut(output) and not runs_on_all else None
             view = None if slots is None else slots.view(depth, guest, together, len(host), past)
             settings = mixture.config.guest_dtype, mixture.config.recompute_guest
-            kept = {} if slots is None else slots.states(depth, guest)
+            kept = None if slots is None else slots.states(depth, guest)
             states = run_guest(self.blocks[guest], call, together, view, kept, output, *settings)
             states = states if rows is None or together is not None else states[rows]
             share = share[..., None].to(host.dtype)  # (batch, tokens or 1, 1)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from lamella.errors import LamellaError
 
 # What a block has kept of the sequences in itself, by the module inside it and the attribute.
 States = dict[tuple[str, str], Tensor | None]
+# Where blocks keep something, as their first run with a cache has shown.
+_KEPT_AT: WeakKeyDictionary[nn.Module, tuple[tuple[str, str], ...]] = WeakKeyDictionary()
 
 
 def run_guest(
@@ -24,7 +27,7 @@ def run_guest(
     call: BlockCall,
     rows: Tensor | None,
     cache: Any,
-    kept: States,
+    kept: States | None,
     output: Any,
     dtype: str | None,
     recompute: bool,
@@ -36,7 +39,7 @@ def run_guest(
         call: the host's call.
         rows: the sequences that it runs on; None for all.
         cache: the guest's keys and values, of the sequences that it runs on; None without.
-        kept: what it has kept of them in itself, beside the cache; brought up to date.
+        kept: what it has kept of them in itself, beside the cache; brought up to date. None without a cache.
         output: what the host returned.
         dtype: "bfloat16" to run under autocast to it.
         recompute: whether to recompute it in the backward pass instead of keeping its activations.
@@ -65,22 +68,29 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 @contextmanager
-def _kept_apart(block: nn.Module, kept: States) -> Iterator[None]:
+def _kept_apart(block: nn.Module, kept: States | None) -> Iterator[None]:
     """Gives a block what it has kept as this guest, as RecurrentGemma's do, and afterwards its own back."""
-    own, modules = _attributes(block), dict(block.named_modules())
+    if kept is None:  # nothing goes on
+        yield
+        return
+    own = _attributes(block)
     for (module, name), value in kept.items():
-        setattr(modules[module], name, value)
+        setattr(block.get_submodule(module), name, value)
     try:
         yield
     finally:
-        for at, value in _attributes(block).items():
-            if value is not own.get(at):
-                kept[at] = value
-                setattr(modules[at[0]], at[1], own.get(at))
+        changed = {at: value for at, value in _attributes(block).items() if value is not own.get(at)}
+        if block not in _KEPT_AT:
+            _KEPT_AT[block] = tuple(changed)
+        kept.update(changed)
+        for module, name in changed:
+            setattr(block.get_submodule(module), name, own.get((module, name)))
 
 
 def _attributes(block: nn.Module) -> States:
-    """The tensors, and the places where there is none, that modules have beside parameters and buffers."""
+    """The tensors, or None, where a block keeps states; wherever it might, as long as that is not known."""
+    if block in _KEPT_AT:
+        return {(module, name): getattr(block.get_submodule(module), name, None) for module, name in _KEPT_AT[block]}
     return {
         (module, name): value
         for module, inside in block.named_modules()
