@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
+from studies.criteria import section
 from studies.keep import keep, load_study, study_names
 from studies.page import evidence_page
 from studies.similarity import is_similarity, keep_similarity, kept_similarity
@@ -28,7 +29,7 @@ def main(words: list[str] | None = None) -> int:
     except LamellaError as error:
         print(error, file=sys.stderr)
         return 2
-    page = evidence_page(studies, kept_similarity())
+    page = evidence_page(studies, kept_similarity(), section())
     same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
     if not given.check:
         write_atomic(PAGE, page)

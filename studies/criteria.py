@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ def run(model: str, work: Path) -> None:
         test[name] = list(text_batches(load_task(name), tokenizer, "test", 256, 16, _TEST[name]))
     whole = score(network, test)
     work.mkdir(parents=True, exist_ok=True)
+    for line in _kept(model):  # what was measured elsewhere is not measured again
+        row = json.loads(line)
+        (work / Cell(**{field.name: row[field.name] for field in fields(Cell)}).file).write_text(line, encoding="utf-8")
     for seed in SEEDS:
         left = [cell for cell in cells() if cell.seed == seed and not (work / cell.file).exists()]
         if not left:
@@ -121,14 +124,34 @@ def _ratio(nats: Mapping[str, Sequence[float]], tokens: Mapping[str, Sequence[fl
 
 def keep(model: str, work: Path) -> None:
     """Copies what was measured into the folder of kept rows, one line a cell."""
+    ROWS.mkdir(exist_ok=True)
     done = [(work / cell.file).read_text(encoding="utf-8") for cell in cells() if (work / cell.file).exists()]
     with gzip.GzipFile(ROWS / f"{model}.jsonl.gz", "wb", mtime=0) as file:
         file.write("\n".join(done).encode())
 
 
+def _kept(model: str) -> list[str]:
+    """The kept rows, a line of JSON for each cell."""
+    path = ROWS / f"{model}.jsonl.gz"
+    return gzip.decompress(path.read_bytes()).decode().splitlines() if path.exists() else []
+
+
+def section() -> str:
+    """The section of the page of evidence, as Markdown; empty where nothing is kept."""
+    tables = [f"**{model}**\n\n{table(model)}" for model in DOMAINS if _kept(model)]
+    return "\n\n".join(["### Which criterion leaves the best smaller model?", _INTRODUCTION, *tables]) if tables else ""
+
+
+_INTRODUCTION = """\
+Perplexity of the smaller model over the whole one's, geometric mean of two domains that the experts were chosen on (in)
+and of two they were not (out), held-out documents; 95 % intervals over samples of the calibration text and documents. A
+model of whose budget each layer gives up its share beside one of which the cheapest experts of all layers go, costs
+weighted by the layers' gradients. `python -m studies.criteria tiny-moe` measures what is missing."""
+
+
 def table(model: str) -> str:
     """The kept rows of a model as a Markdown table, with intervals over samples of text and documents."""
-    lines = gzip.decompress((ROWS / f"{model}.jsonl.gz").read_bytes()).decode().splitlines()
+    lines = _kept(model)
     inside, outside = DOMAINS[model]
     cells_of: dict[tuple[str, str, bool, bool], list[Any]] = {}
     for cell in map(json.loads, lines):

@@ -45,8 +45,8 @@ How to read it:
 Asked = tuple[KeptStudy, Results]
 
 
-def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilarity] = ()) -> str:
-    """The page of these studies, and of these of expert similarity, as Markdown."""
+def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilarity] = (), criteria: str = "") -> str:
+    """The page of these studies, of these of expert similarity, and of criteria of compression, as Markdown."""
     tables = [(study, table) for study in studies for table in study.results if table.run and not table.part]
     against_lora = [one for one in tables if _reference_kind(one) == "lora"]
     routed = [one for one in against_lora if _learned(one[0])]
@@ -74,6 +74,7 @@ def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilar
         _answers("How much of each LoRA is kept?", [one for one in composed if _kept(one[1])], _all),
         _answers("Which of its settings matter?", tuned, _mole_settings),
         similarity_section(similarity),
+        criteria,
         "## The studies",
         *(_study(study) for study in studies if study.run),
     ]

@@ -34,6 +34,12 @@ def test_rows_without_a_value_are_left_out_and_points_are_put_in_order():
     assert line_chart(rows.assign(entropy=np.nan), "run", "step", "entropy", "Entropy") is None
 
 
+def test_a_distribution_is_labelled_by_where_it_is_highest():
+    rows = pd.DataFrame({"layer": ["layer 0"] * 3, "norm": [1.5, 2.5, 3.5], "share": [0.2, 0.7, 0.1]})
+    (line,) = line_chart(rows, "layer", "norm", "share", "Norms", distribution=True).lines
+    assert (line.last, line.words) == ("2.500", "layer 0: most at 2.500")
+
+
 def test_a_single_point_is_drawn():
     (line,) = line_chart(frame(a=[0.5]), "run", "step", "entropy", "Entropy").lines
     assert line.path == "M50.0 50.0h0.01"

@@ -60,6 +60,7 @@ def line_chart(
     title: str,
     reach: Iterable[float] = (),
     whiskers: tuple[str, str] | None = None,
+    distribution: bool = False,
 ) -> Chart | None:
     """A line per series; None where no row has a value.
 
@@ -68,6 +69,7 @@ def line_chart(
             are left out).
         reach: values the vertical axis must hold, whatever the data.
         whiskers: columns of the lower and the upper end of a whisker at each point, finite where `y` is.
+        distribution: whether a line's label says where it is highest, instead of its last value.
     """
     rows = frame[np.isfinite(frame[y].astype(float))]
     if rows.empty:
@@ -89,6 +91,7 @@ def line_chart(
             up,
             label,
             group[list(whiskers or ())].to_numpy(float),
+            distribution,
         )
         for style, ((name, group), label) in enumerate(zip(groups, labels, strict=True))
     )
@@ -105,12 +108,16 @@ def _line(
     up: Axis,
     label: float,
     reaches: "np.ndarray[tuple[int, int], np.dtype[np.float64]]",  # (points, 2), or (points, 0) without whiskers
+    distribution: bool,
 ) -> Line:
     shown = thinned(y)
     places = [(across.at(float(x[at])), round(100 - up.at(float(y[at])), 2)) for at in shown]
     path = "M" + "L".join(f"{left} {top}" for left, top in places)
     first, last = number_text(float(y[0])), number_text(float(y[-1]))
     words = f"{name}: {first} at {x[0]:,.10g}, {last} at {x[-1]:,.10g}"
+    if distribution:
+        last = number_text(float(x[y.argmax()]))
+        words = f"{name}: most at {last}"
     whiskers = tuple(
         (across.at(float(place)), round(100 - up.at(float(high)), 2), round(100 - up.at(float(low)), 2))
         for place, (low, high) in zip(x, reaches if reaches.shape[1] else (), strict=False)

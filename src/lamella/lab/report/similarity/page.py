@@ -159,7 +159,8 @@ def _norms(histogram: pd.DataFrame | None) -> tuple[Chart, ...]:
     charts = []
     for side, rows in histogram.groupby("side"):
         named = rows.assign(layer=[f"layer {layer}" for layer in rows["layer"]])
-        charts.append(line_chart(named, "layer", "norm", "share", f"Norm of an expert's {side}", reach=[0.0]))
+        title = f"Norm of an expert's {side}, with where it is most often"
+        charts.append(line_chart(named, "layer", "norm", "share", title, reach=[0.0], distribution=True))
     return tuple(chart for chart in charts if chart)
 
 
