@@ -116,7 +116,8 @@ class StudyFolder:
     def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
         """Run a cell, from its last checkpoint where there is one, and let the doctor examine it."""
         run, settings = RunFolder(self.run(cell.key)), self.placed(cell.settings)
-        # killed between the end of the run and its row, there is nothing left to train
+        if run.finished:  # killed between the end of the run and its row, there is nothing left to train
+            run.remove_checkpoints()
         trained = RunResult(run, run.metrics()) if run.finished else train(settings, run.path, callbacks=callbacks)
         metrics = trained.metrics
         if cell.makes_base:
