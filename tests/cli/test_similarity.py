@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -166,6 +167,7 @@ def test_a_dense_model_begins_no_study(text, tmp_path, monkeypatch, capsys):
 
 def test_a_study_of_paths_goes_on_from_another_folder(text, tmp_path, monkeypatch, capsys):
     save_model("qwen2_moe", tmp_path / "model")
+    text = Path(shutil.copy(text, tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "news").mkdir()  # named like a task
     begin = ("capture", "model", "--text", text.name, "-o", "study", "--per-expert", 48)
