@@ -74,6 +74,8 @@ def test_finished_cells_are_taken_as_they_are(study, monkeypatch):
     _, cells, folder = study
     run_cells(cells[:2], folder)
     (folder.path / "rows" / f"{cells[0].key}.json").unlink()  # killed between the end of a run and its row
+    left = folder.run(cells[0].key) / "checkpoints"
+    left.mkdir()
 
     def untouched(*args, **kwargs):
         raise AssertionError("a finished cell was trained again")
@@ -81,6 +83,7 @@ def test_finished_cells_are_taken_as_they_are(study, monkeypatch):
     monkeypatch.setattr("lamella.lab.studies.folder.train", untouched)
     run_cells(cells[:2], folder)
     assert folder.finished(cells[0].key)
+    assert not left.exists()
     folder.begin(cells[:2], force=True)
     run_cells(cells[:2], folder)
     assert "trained again" in folder.failure(cells[0].key)

@@ -232,8 +232,13 @@ def _check_as_left(place: Place) -> None:
     """Whether a run's adapter or model is the one that the run wrote, so far as its digests tell."""
     if place.settings is None:
         return
+    run = RunFolder(place.folder.parent)
+    if run.finished and run.metrics(as_left=False).get("settings", place.settings.digest) != place.settings.digest:
+        raise LamellaError(  # an earlier edition kept no digest of the settings
+            f"{run.path / 'run.yaml'} is not as the run had it, and says how its rows are read. Restore it from a copy."
+        )
     try:
-        changed = RunFolder(place.folder.parent).changed() or {}
+        changed = run.changed() or {}
     except UnreadableError:  # nothing to compare with; the doctor says so
         return
     for name, fate in changed.items():

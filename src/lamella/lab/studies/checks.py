@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_table, sha256_of
-from lamella.findings import Examination
+from lamella.findings import Examination, Finding
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.rows import Rows
 from lamella.lab.runs.tasks import task_of
@@ -93,6 +94,8 @@ def _faults(cells: Sequence[Cell], folder: StudyFolder) -> Iterator[tuple[Path, 
 def _fault_of_row(cell: Cell, row: Mapping[str, Any], folder: StudyFolder, labels: Mapping[str, str]) -> str | None:
     if not isinstance(row.get("metrics"), dict) or not isinstance(row.get("seconds"), int | float):
         return "does not say what was measured"
+    if not _is_diagnosis(row.get("diagnosis", {"findings": []})):
+        return "does not say what the doctor found"
     key = key_of(folder.saved_settings(row), cell.questions)
     if key != cell.key:
         return f"is the row of another cell{f', {labels[key]}' if key in labels else ''}"
@@ -100,6 +103,15 @@ def _fault_of_row(cell: Cell, row: Mapping[str, Any], folder: StudyFolder, label
     if run.finished and json.dumps(run.metrics()) != json.dumps(row["metrics"]):
         return f"does not say what the run in {run.path} measured"
     return None
+
+
+def _is_diagnosis(said: Any) -> bool:
+    findings = said.get("findings") if isinstance(said, dict) else None
+    known = {field.name for field in fields(Finding)}
+    return isinstance(findings, list) and all(
+        isinstance(one, dict) and one.keys() == known and all(isinstance(value, str) for value in one.values())
+        for one in findings
+    )
 
 
 def _fault_of_answers(job: Job, row: Mapping[str, Any], folder: StudyFolder) -> tuple[Path, str | None]:
