@@ -11,7 +11,7 @@ from tests.similarity.alignment.sweeping.conftest import documents
 from tests.tiny_moe import CONFIGS, PATHS, build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import Qwen2MoeConfig
+from transformers import DeepseekV3Config, Qwen2MoeConfig, Qwen3MoeConfig
 
 from lamella.aligners import KINDS
 from lamella.backbones.moe import moe_layers
@@ -51,6 +51,25 @@ def test_qwen_by_its_config_alone(qwen):
     assert 512 * 60 / 4 == 7680 < planned.tokens == planned.tokens_needed == 9303
     assert planned.capture_hours == 2 * 9303 * 2_378_008_576 / 4e14 / 3600
     assert planned.screen_hours < 0.5 * planned.align_hours
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "active", "experts"),
+    [
+        (
+            Qwen3MoeConfig(
+                vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+                num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+                moe_intermediate_size=768,
+            ),
+            30_532_122_624, 3_041_867_776, 48 * 128,
+        ),
+        (DeepseekV3Config(), 671_026_404_352, 36_625_603_584, 58 * 256),
+    ],
+)  # fmt: skip
+def test_models_of_hundreds_of_gigabytes_are_planned_without_weights(config, parameters, active, experts):
+    shape = model_shape(config)
+    assert (shape.parameters, shape.active, shape.experts) == (parameters, active, experts)
 
 
 def test_qwen_by_the_published_protocol(qwen):
