@@ -1,3 +1,4 @@
+import pytest
 from studies.__main__ import PAGE
 from studies.criteria import section
 from studies.keep import ROWS, load_study, study_names
@@ -5,6 +6,7 @@ from studies.page import evidence_page
 from studies.similarity import kept_similarity
 
 
+@pytest.mark.heavy  # all intervals of all studies; `.ci/run` asks it
 def test_the_page_is_what_the_kept_rows_say():
     page = evidence_page([load_study(name) for name in study_names()], kept_similarity(), section())
     assert PAGE.read_text(encoding="utf-8") == page, "run `make evidence`"
