@@ -61,7 +61,7 @@ def compress(
     Example: lamella similarity compress runs/tiny --budget 0.75 --text news --text dialogue --save runs/smaller
     """
     from lamella.cli.similarity.subject import open_study, read_texts, telling
-    from lamella.similarity.compression import CURVES, Settings, verdict
+    from lamella.similarity.compression import CURVES, Settings, advised, verdict
     from lamella.similarity.steps import compress_to_budgets
 
     opened = open_study(study)
@@ -80,8 +80,8 @@ def compress(
         print_json({"table": path, "verdict": sentences, "notes": notes})
         return
     typer.echo("\n".join([*sentences, *(f"Note: {note}" for note in notes), f"Table: {path}"]))
-    if save is None:
+    if save is None and (chosen := advised(curve, within)) is not None:
         typer.echo(
-            f"Write a smaller model: lamella similarity compress {study} --budget {budgets[0]:g} "
-            f"--criterion {criteria[0]} --scope {scope} --save FOLDER"
+            f"Write that model: lamella similarity compress {study} --budget {chosen[1]:g} --criterion {chosen[0]} "
+            f"--scope {scope}{'' if refit else ' --no-refit'}{f' --distil {distil}' if distil else ''} --save FOLDER"
         )

@@ -4,6 +4,7 @@ from lamella.similarity.compression.compressed import Compressed, Report, Settin
 from lamella.similarity.compression.criteria import CRITERIA
 from lamella.similarity.compression.perplexity import (
     CURVES,
+    advised,
     compression_curve,
     largest_compression,
     largest_in_words,
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "Route",
     "Settings",
+    "advised",
     "compress",
     "compression_curve",
     "drop",

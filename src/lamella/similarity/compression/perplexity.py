@@ -167,26 +167,21 @@ def largest_in_words(largest: pd.DataFrame, within: float = 0.01) -> list[str]:
 
 
 def verdict(frame: pd.DataFrame, within: float = 0.05) -> list[str]:
-    """What can go by the best criterion, in sentences: how many experts at which cost, which, and beside chance.
+    """What can go, in sentences: how many experts at which cost, which, and what other criteria cost.
 
     Args:
-        frame: a compression curve.
+        frame: a compression curve, the criterion to speak of first: which of them measured best is not to be chosen by
+            the text that they are measured on.
         within: rise of perplexity that is allowed on the text that the experts were chosen on.
 
     Returns:
-        The sentences; the first names the smallest model whose perplexity rises by at most ``within``, by the criterion
-        that costs the least there, or the largest model that was tried if none is so good.
+        The sentences; the first is about the model of ``advised``.
     """
-    means = frame.groupby(["method", "budget", "domain", "chosen_on"], as_index=False)[["ratio", "low", "high"]].mean()
-    means = means[means["budget"] < 1]
-    if means.empty:
+    if (chosen := advised(frame, within)) is None:
         return ["Nothing was compressed."]
-    known = means[means["chosen_on"]] if means["chosen_on"].any() else means
-    worst = known.groupby(["budget", "method"])["ratio"].max()
-    best = worst.groupby("budget").min()
-    good = best.index[best <= 1 + within]
-    budget = float(good.min()) if len(good) else float(best.index.max())
-    method = str(worst.loc[budget].idxmin())
+    method, budget, good = chosen
+    means = _by_domain(frame)
+    worst = _worst(means).loc[budget]
     here = means[(means["budget"] == budget) & (means["method"] == method)]
     row = frame[(frame["budget"] == budget) & (frame["method"] == method)].iloc[0]
     before, left = row["parameters_before"], row["parameters"]
@@ -195,15 +190,41 @@ def verdict(frame: pd.DataFrame, within: float = 0.05) -> list[str]:
         f"({1 - left / before:.1%} of the parameters, {row['bytes'] / 1e9:.3g} GB) at {_rise(here[here['chosen_on']])}"
         f"{_elsewhere_in_words(here[~here['chosen_on']])} (by {method}, keeping {budget:.1%} of the experts)."
     ]
-    if not len(good):
+    if not good:
         sentences[0] += f" That is more than the {within:.0%} allowed; keep more."
     sentences.append(f"They are {_names(json.loads(row['gone']))}.")
-    others = worst.loc[budget].sort_values()
     sentences.append(
         "Perplexity over the whole model's at that budget: "
-        + ", ".join(f"{name} {ratio:.3f}" for name, ratio in others.items()) + "."
+        + ", ".join(f"{name} {ratio:.3f}" for name, ratio in worst.sort_values().items()) + "."
     )  # fmt: skip
     return sentences
+
+
+def advised(frame: pd.DataFrame, within: float = 0.05) -> tuple[str, float, bool] | None:
+    """The first criterion of a curve, the smallest budget at which perplexity surely rises by at most ``within``; True.
+
+    By the upper end of the interval, in the worst domain that the experts were chosen on. Where no budget is so good
+    the largest one, and False; None where nothing was compressed.
+    """
+    means = _by_domain(frame)
+    if means.empty:
+        return None
+    method = str(frame.loc[frame["budget"] < 1, "method"].iloc[0])
+    highest = _worst(means, "high").xs(method, level="method")
+    good = highest.index[highest <= 1 + within]
+    return method, float(good.min() if len(good) else highest.index.max()), len(good) > 0
+
+
+def _by_domain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Ratios and ends, the mean over seeds, of what was compressed."""
+    means = frame.groupby(["method", "budget", "domain", "chosen_on"], as_index=False)[["ratio", "low", "high"]].mean()
+    return means[means["budget"] < 1]
+
+
+def _worst(means: pd.DataFrame, end: str = "ratio") -> pd.Series:
+    """Of the domains that the experts were chosen on, if one was measured, by budget and method."""
+    known = means[means["chosen_on"]] if means["chosen_on"].any() else means
+    return known.groupby(["budget", "method"])[end].max()
 
 
 def _rise(rows: pd.DataFrame) -> str:
