@@ -27,8 +27,10 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from lamella.backbones import BlockCall
 from lamella.errors import LamellaError
 from lamella.tuners.molex.cache import GuestSlots, guest_slots
+from lamella.tuners.molex.guests import run_guest
 
 BLOCKS, HEADS, DIM, WINDOW, LONGEST = 3, 2, 4, 5, 24
 
@@ -466,3 +468,32 @@ def test_guests_of_a_recurrent_block_keep_states_of_their_own() -> None:
             cache.reorder_cache(torch.tensor([1, 1, 0]))
             groups = {0: [2], 2: [0, 1]}
             alone = {0: copy.deepcopy(alone[1]), 1: copy.deepcopy(alone[1]), 2: alone[0]}
+
+
+class KeepsWhatItSaidLast(torch.nn.Module):
+    """A block that keeps something of a prompt, and something else of single tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.last = None, None
+
+    def forward(self, x):
+        if x.shape[1] == 1:
+            self.last = x + (0 if self.last is None else self.last)
+            return self.last
+        self.prompt = x
+        return x
+
+
+def test_what_a_block_keeps_in_itself_of_single_tokens_alone_is_kept_apart_too():
+    block, kept = KeepsWhatItSaidLast(), {}
+    prompt, token = torch.ones(1, 3, 2), torch.ones(1, 1, 2)
+
+    def as_guest(x):
+        call = BlockCall(block, (x,), {})
+        return run_guest(block, call, None, None, kept, x, None, False)
+
+    as_guest(prompt)
+    assert [as_guest(token).mean().item() for _ in range(3)] == [1.0, 2.0, 3.0]
+    assert block.prompt is None
+    assert block(token).mean() == 1.0  # as a host it has said nothing yet

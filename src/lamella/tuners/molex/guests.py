@@ -18,8 +18,8 @@ from lamella.errors import LamellaError
 
 # What a block has kept of the sequences in itself, by the module inside it and the attribute.
 States = dict[tuple[str, str], Tensor | None]
-# Where blocks keep something, as their first run with a cache has shown.
-_KEPT_AT: WeakKeyDictionary[nn.Module, tuple[tuple[str, str], ...]] = WeakKeyDictionary()
+# Where blocks keep something, as their first runs with a cache have shown: on a prompt, and on a single token.
+_KEPT_AT: WeakKeyDictionary[nn.Module, dict[bool, set[tuple[str, str]]]] = WeakKeyDictionary()
 
 
 def run_guest(
@@ -50,10 +50,10 @@ def run_guest(
     recompute = recompute and block.training and torch.is_grad_enabled() and not is_checkpointed(block)
     # A recomputed block would write its keys a second time.
     args, kwargs = call.on(rows, None if recompute else cache, output)
-    device = call.hidden_states.device.type
+    device, is_single = call.hidden_states.device.type, call.hidden_states.shape[1] == 1
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        with _bfloat16(device) if dtype == "bfloat16" else nullcontext(), _kept_apart(block, kept):
+        with _bfloat16(device) if dtype == "bfloat16" else nullcontext(), _kept_apart(block, kept, is_single):
             return hidden_states_of(block(*args, **kwargs))
 
     with _unseen():
@@ -68,29 +68,30 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 @contextmanager
-def _kept_apart(block: nn.Module, kept: States | None) -> Iterator[None]:
+def _kept_apart(block: nn.Module, kept: States | None, is_single: bool) -> Iterator[None]:
     """Gives a block what it has kept as this guest, as RecurrentGemma's do, and afterwards its own back."""
     if kept is None:  # nothing goes on
         yield
         return
-    own = _attributes(block)
+    own = _attributes(block, is_single)
     for (module, name), value in kept.items():
         setattr(block.get_submodule(module), name, value)
     try:
         yield
     finally:
-        changed = {at: value for at, value in _attributes(block).items() if value is not own.get(at)}
-        if block not in _KEPT_AT:
-            _KEPT_AT[block] = tuple(changed)
+        changed = {at: value for at, value in _attributes(block, is_single).items() if value is not own.get(at)}
+        _KEPT_AT.setdefault(block, {}).setdefault(is_single, set()).update(changed)
         kept.update(changed)
         for module, name in changed:
             setattr(block.get_submodule(module), name, own.get((module, name)))
 
 
-def _attributes(block: nn.Module) -> States:
-    """The tensors, or None, where a block keeps states; wherever it might, as long as that is not known."""
-    if block in _KEPT_AT:
-        return {(module, name): getattr(block.get_submodule(module), name, None) for module, name in _KEPT_AT[block]}
+def _attributes(block: nn.Module, is_single: bool) -> States:
+    """The tensors, or None, where a block keeps states; wherever it might, as long as such a run has not shown it."""
+    known = _KEPT_AT.get(block, {})
+    if is_single in known:
+        places = set().union(*known.values())
+        return {(module, name): getattr(block.get_submodule(module), name, None) for module, name in places}
     return {
         (module, name): value
         for module, inside in block.named_modules()
