@@ -11,7 +11,7 @@ from tests import tiny_moe
 from tests.families.experts import CHECKS, FAMILIES, examine, folder
 from tests.families.models import batch, tiny_model
 from tests.families.page import EXPERTS, EXPERTS_ROWS
-from tests.families.test_families import _digest, in_time
+from tests.families.rows import kept_row
 
 from lamella import LamellaError, moe_layers, record_routing
 from lamella.backbones.moe import Dispatch, watch_dispatch
@@ -74,12 +74,7 @@ def test_what_is_not_read_is_refused_by_name(name: str) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_family(name: str) -> None:
-    path, code = EXPERTS_ROWS / f"{name}.json", _digest()
-    row = json.loads(path.read_text()) if path.exists() else {}
-    if row.get("code") != code:
-        row = {"code": code, "family": name, **in_time(name, lambda: examine(BY_NAME[name]))}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row, indent=1) + "\n")
+    row = kept_row(EXPERTS_ROWS, name, lambda: examine(BY_NAME[name]))
     assert not [check for check, answer in row.get("answers", {}).items() if answer["said"] == "fault"]
 
 

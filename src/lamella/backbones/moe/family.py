@@ -241,15 +241,9 @@ def _deciding_again(family: MoEFamily, sparse: nn.Module, closed: Callable[[], T
             output = router.forward(*given["args"], **given["kwargs"])
         return args[0], *family.handed(sparse, output)
 
-    handles = [
-        router.register_forward_pre_hook(keep, with_kwargs=True),
-        family.experts(sparse).register_forward_pre_hook(decide),
-    ]
-    try:
+    experts = family.experts(sparse)
+    with router.register_forward_pre_hook(keep, with_kwargs=True), experts.register_forward_pre_hook(decide):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _nothing(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -57,15 +57,9 @@ class Llama4(MoEFamily):
                 x = of_experts[indices[:, 0], torch.arange(len(logits), device=logits.device)]  # (N, h)
                 tell(x, NativeRouting(logits, torch.ones_like(indices, dtype=logits.dtype), indices))
 
-        handles = [
-            self.router(sparse).register_forward_hook(score),
-            self.experts(sparse).register_forward_pre_hook(see),
-        ]
-        try:
+        router, experts = self.router(sparse), self.experts(sparse)
+        with router.register_forward_hook(score), experts.register_forward_pre_hook(see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def replaced(self, sparse: nn.Module, experts: Callables) -> AbstractContextManager[None]:
         def make(original: Any) -> Any:

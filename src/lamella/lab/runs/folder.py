@@ -110,10 +110,9 @@ class RunFolder:
 
     def _check_as_left(self, name: str) -> None:
         """Raises UnreadableError if a result is not as the run wrote it, so far as its digests tell."""
-        try:
-            digests = read_json(self.path / _DIGESTS)
-        except UnreadableError:  # nothing to compare with; the doctor says so
+        if not (self.path / _DIGESTS).exists():  # the first edition kept none; the doctor says so
             return
+        digests = read_json(self.path / _DIGESTS)
         for changed, fate in _changed(self.path, {name: digests[name]} if name in digests else {}).items():
             raise UnreadableError(
                 f"{self.path / changed} {fate}. Restore it from a copy, or run it again with --force."

@@ -1,0 +1,49 @@
+"""Rows of the pages of families: kept with the code that was asked, and asked again where that has changed."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lamella
+
+SECONDS = 240  # for one family; several times what the slowest one needs
+
+
+def kept_row(folder: Path, name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row of a family: the one in the folder, or what it answers now."""
+    path, code = folder / f"{name}.json", _digest()
+    row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if row.get("code") != code:
+        row = {"code": code, "family": name, **_in_time(name, ask)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def _in_time(name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it answers.
+
+    Raises:
+        TimeoutError: it takes too long.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{name} took more than {SECONDS} s")
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        return ask()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def _digest() -> str:
+    """Of the code whose answers the rows are: lamella's and the checks'."""
+    folders = (Path(lamella.__file__).parent, Path(__file__).parent)
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
