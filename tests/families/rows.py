@@ -3,7 +3,7 @@
 import hashlib
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import lamella
 SECONDS = 240  # for one family; several times what the slowest one needs
 
 
-def kept_row(folder: Path, name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row of a family: the one in the folder, or what it answers now."""
-    path, code = folder / f"{name}.json", _digest()
+def kept_row(folder: Path, name: str, ask: Callable[[], dict[str, Any]], unused: Collection[str]) -> dict[str, Any]:
+    """The row of a family: the one in the folder, or what it answers now; without the rooms that no answer uses."""
+    path, code = folder / f"{name}.json", _digest(unused)
     row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if row.get("code") != code:
         row = {"code": code, "family": name, **_in_time(name, ask)}
@@ -42,8 +42,10 @@ def _in_time(name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         signal.signal(signal.SIGALRM, former)
 
 
-def _digest() -> str:
+def _digest(unused: Collection[str]) -> str:
     """Of the code whose answers the rows are: lamella's and the checks'."""
-    folders = (Path(lamella.__file__).parent, Path(__file__).parent)
-    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    library = Path(lamella.__file__).parent
+    rooms = {library / room for room in unused}
+    files = [path for path in sorted(library.rglob("*.py")) if rooms.isdisjoint(path.parents)]
+    files += sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
