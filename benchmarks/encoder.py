@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from typing_extensions import Self
 from benchmarks.record import BenchSettings
 from lamella.errors import LamellaError
 from lamella.lab.studies.measuring import kept_megabytes
+from lamella.routing import find_tracker, loss_scale
 
 SEQUENCE = 128
 VOCABULARY = 1000
@@ -55,6 +57,10 @@ class Batch:
     def to(self, device: str, dtype: torch.dtype) -> Batch:
         """The batch on a device, its target in the given precision."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.target.to(device, dtype))
+
+    def corner(self, rows: int, tokens: int) -> Batch:
+        """The first tokens of the first rows."""
+        return Batch(self.input_ids[:rows, :tokens], self.attention_mask[:rows, :tokens], self.target[:rows, :tokens])
 
 
 def build_encoder(hidden: int, layers: int) -> BertModel:
@@ -102,12 +108,19 @@ def train_step(model: nn.Module, batch: Batch, learning_rate: float = 1e-4) -> C
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True) if trained else None
 
     def step() -> None:
-        loss(forward(model, batch), batch).backward()
+        output = forward(model, batch)
+        with _unscaled(model):
+            loss(output, batch).backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def _unscaled(model: nn.Module) -> AbstractContextManager[None]:
+    """Says to routers that the loss, which is built outside the model, goes into the backward pass as it is."""
+    return nullcontext() if find_tracker(model) is None else loss_scale(model, 1.0)
 
 
 def kept_by_step(model: nn.Module, batch: Batch) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -29,6 +30,7 @@ _BIAS = 2.0
 
 # A batch whose sequences disagree is timed with up to this many different guests in every block.
 MOST_GUESTS = 4
+_GUESTS = (2, MOST_GUESTS)
 
 
 class MolexSettings(EncoderSettings):
@@ -90,11 +92,10 @@ def build_models(settings: MolexSettings, base: BertModel, batch: Batch) -> dict
     models[BF16] = MolexModel(cast, "guest_dtype='bfloat16', inexact", two, two)
     recomputed = agreeing(settings, base, lora, 0, recompute_guest=True)
     models[RECOMPUTED] = MolexModel(recomputed, "recompute_guest=True", two, two)
-    for guests in (2, MOST_GUESTS):
-        model = molex(settings, base, lora)
-        disagree(model, batch, guests)
+    for guests in _GUESTS:
         what = f"no block chooses itself, the sequences of a batch choose {guests} different guests"
-        models[f"{EXACT}, {guests} guests"] = MolexModel(model, what, two, Fraction(1 + guests))
+        models[_of_guests(guests)] = MolexModel(molex(settings, base, lora), what, two, Fraction(1 + guests))
+    disagree_on(batch, models)
     half = Fraction(settings.layers // 2, settings.layers)
     published = naive_molex_copy(base, agreeing(settings, base, lora, settings.layers // 2))
     what = f"the published form, decisions of p={half}: both blocks always run"
@@ -118,6 +119,12 @@ def agreeing(settings: MolexSettings, base: BertModel, lora: PeftModel, alone: i
             router.weight.zero_()
             _bias_of(router).zero_()[at if chooses_itself else (at + 1) % layers] = _BIAS
     return model
+
+
+def disagree_on(batch: Batch, models: Mapping[str, MolexModel]) -> None:
+    """Lets the sequences of a batch disagree in those models in which they are to."""
+    for guests in _GUESTS:
+        disagree(models[_of_guests(guests)].model, batch, guests)
 
 
 def disagree(model: PeftModel, batch: Batch, guests: int) -> None:
@@ -170,6 +177,10 @@ def _choose(block: nn.Module, h: Tensor, group: Tensor) -> None:
     guests = [(block.place.layer + 1 + at) % len(block.blocks) for at in range(chosen.shape[1])]
     router.weight.zero_()[guests] = (torch.linalg.pinv(h.mean(dim=1)) @ chosen).t()
     _bias_of(router).zero_()[guests] = _BIAS
+
+
+def _of_guests(guests: int) -> str:
+    return f"{EXACT}, {guests} guests"
 
 
 def _bias_of(router: Router) -> Tensor:

@@ -57,7 +57,7 @@ class SimilaritySettings(BenchSettings):
     steps: PositiveInt = 10
     flow_rounds: int = Field(2, ge=2)
     width: PositiveInt = 128
-    layers: int = Field(24, ge=2)
+    layers: int = Field(8, ge=2)
     experts: int = Field(60, ge=15)
     side: PositiveInt = 8
     batches: PositiveInt = 6

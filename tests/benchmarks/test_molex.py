@@ -1,3 +1,6 @@
+import copy
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from benchmarks.molex import check_decisions, check_equality, inference_threads
 from benchmarks.molex_models import (
     BF16,
     RECOMPUTED,
+    MolexModel,
     MolexSettings,
     agreeing,
     build_models,
@@ -22,8 +26,9 @@ NAMES = ["lora", "molex p=0", "molex p=1/5", "molex p=2/5", "molex p=1", BF16, R
 NAMES += ["molex p=0, 2 guests", "molex p=0, 4 guests", "naive p=2/5"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def built():
+    """Settings, encoder, models and batch; what a test changes it puts back."""
     torch.manual_seed(0)
     settings = MolexSettings(**TINY)
     base = build_encoder(settings.hidden, settings.layers)
@@ -99,10 +104,13 @@ def test_sequences_disagree_as_asked(built, guests):
 def test_a_decision_other_than_the_intended_one_is_not_timed(built):
     _, _, models, batch = built
     _, router = routers(models["molex p=0"].model)[2]
+    before = router.bias.detach().clone()
     with torch.no_grad():
         router.bias[2] = 9.0  # one block now chooses itself
     with pytest.raises(LamellaError, match=r"'molex p=0' was to run 2 .* ran 1\.8"):
         check_decisions(models, batch)
+    with torch.no_grad():
+        router.bias.copy_(before)
 
 
 def test_nothing_is_timed_when_the_forms_differ(monkeypatch, capsys):
@@ -114,8 +122,9 @@ def test_nothing_is_timed_when_the_forms_differ(monkeypatch, capsys):
 
 
 def test_alpha_of_one_is_compared_with_lora(built):
-    settings, base, models, batch = built
-    only_lora = {"lora": models["lora"]}
+    settings, encoder, models, batch = built
+    base, lora = copy.deepcopy(encoder), copy.deepcopy(models["lora"].model)  # they become float64
+    only_lora = {"lora": MolexModel(lora, "plain LoRA", Fraction(1), Fraction(1))}
     assert check_equality(settings, base, only_lora, batch).tensors == 2 * 2 * 5
     other = clone(base)
     other.encoder.layer[0].output.dense.bias = torch.nn.Parameter(torch.arange(32.0).double(), False)
