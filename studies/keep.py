@@ -125,7 +125,7 @@ def _check_planned(name: str, ran: StudyRecipe) -> None:
         was, now = getattr(ran, key), getattr(plan, key)
         if key == "seeds":
             changed += [key] if not set(ran.seed_list) <= set(plan.seed_list) else []
-        elif key in ("methods", "arms"):
+        elif key == "methods":
             changed += [f"{key}.{method}" for method, given in was.items() if now.get(method) != given]
         elif key in ("backbones", "tasks"):
             changed += [key] if not set(was) <= set(now) else []

@@ -61,7 +61,7 @@ class RouterUse:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return len(self.shares)
 
 

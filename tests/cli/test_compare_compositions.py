@@ -45,9 +45,9 @@ def test_compare_runs_a_study_of_composition_and_says_what_it_could_not_run(lame
     assert (status, out) == (0, "")
     assert "9 done, 0 to run" in err
 
-    status, _, err = lamella(*words, "arms.uniform.router_lr=1")
+    status, _, err = lamella(*words, "methods.uniform.router_lr=1")
     assert status == 0, "a method that does not train has no optimizer that could refuse it"
-    status, _, err = lamella(*words, "arms.X-LoRA.router_lr=1")
+    status, _, err = lamella(*words, "methods.X-LoRA.router_lr=1")
     assert status == 1
     assert "8 done, 1 to run" in err
     assert "Not run: 1 cell(s), the first: X-LoRA" in err
@@ -57,7 +57,7 @@ def test_compare_runs_a_study_of_composition_and_says_what_it_could_not_run(lame
 @pytest.mark.real
 def test_all_ways_to_compose_three_kinds_of_texts_in_miniature(lamella, tmp_path):
     small = ["seeds=1", "rows=24", "test_rows=8", "run.max_length=24", "lora.limit={train: 32, validation: 8, test: 8}"]
-    small += ["head.limit={train: 64, validation: 8, test: 8}", "arms.LoRAHub.method.evaluations=4"]
+    small += ["head.limit={train: 64, validation: 8, test: 8}", "methods.LoRAHub.method.evaluations=4"]
     texts = ["sources={amazon: amazon, tweets: tweets, editorials: editorials}", "held_out={movies: movies-neutral}"]
 
     status, out, err = lamella(

@@ -28,7 +28,7 @@ class Sequences(Protocol):
 
     @property
     def count(self) -> int:
-        """S."""
+        """Number of sequences, S."""
 
     @property
     def packed(self) -> bool:
@@ -52,15 +52,15 @@ class Rows:
     packed = False
 
     def total(self, values: Tensor) -> Tensor:
-        """As promised."""
+        """Sums over each row."""
         return values.sum(dim=1)
 
     def running(self, values: Tensor) -> Tensor:
-        """As promised."""
+        """Sums along each row."""
         return values.cumsum(dim=1)
 
     def spread(self, values: Tensor) -> Tensor:
-        """As promised."""
+        """The same for a whole row: ``(batch, 1, ...)``."""
         return values[:, None]
 
 
@@ -78,13 +78,13 @@ class Documents:
     packed = True
 
     def total(self, values: Tensor) -> Tensor:
-        """As promised."""
+        """Sums over each document."""
         summed = torch.promote_types(values.dtype, torch.int64) if not values.is_floating_point() else values.dtype
         empty = values.new_zeros(self.count, *values.shape[2:], dtype=summed)  # (S, ...)
         return empty.index_add(0, self.of.flatten(), values.flatten(0, 1).to(summed))
 
     def running(self, values: Tensor) -> Tensor:
-        """As promised."""
+        """Sums along each document, wherever its tokens lie in the rows."""
         order = self.of.flatten().argsort(stable=True)  # (N,): the documents' tokens behind each other
         so_far = values.flatten()[order].cumsum(dim=0)  # (N,)
         sizes = self.of.flatten().bincount(minlength=self.count)  # (S,)
@@ -95,7 +95,7 @@ class Documents:
         return placed.view(values.shape)
 
     def spread(self, values: Tensor) -> Tensor:
-        """As promised."""
+        """Each token's own: ``(batch, tokens, ...)``."""
         return values[self.of.to(values.device)]
 
 

@@ -35,7 +35,7 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return self.logits.shape[-1]
 
     @property

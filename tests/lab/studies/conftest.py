@@ -56,7 +56,7 @@ def _write_recipe(path, bert):
         "reference": "MOLE",
         "run": RUN,
         "lora": {"method": {"r": 2, "target_modules": ["query", "value"]}, "lr": 5e-2},
-        "arms": {
+        "methods": {
             "MOLE": {"method": {"name": "mole", "train_head": False}},
             "uniform": {"method": "uniform"},
             "only a": {"method": {"name": "single", "adapter": "a"}},

@@ -53,7 +53,7 @@ def write_recipe(path, llama):
         "test_rows": 6,
         "run": RUN,
         "lora": {"method": {"r": 2, "target_modules": ["q_proj", "v_proj"]}, "lr": 5e-2},
-        "arms": {
+        "methods": {
             "MOLE": {"method": "mole", "limit": limit},
             "uniform": {"method": "uniform", "limit": limit},
             "only talk": {"method": {"name": "single", "adapter": "talk"}, "limit": limit},

@@ -61,7 +61,7 @@ def test_loras_learn_their_own_rows_and_the_joint_one_all_of_them(ran):
     assert [cell.method for cell in cells][:4] == [HEAD, "a LoRA", "b LoRA", JOINT]
     assert {name: tasks[f"{name} LoRA"] for name in study.sources} == study.sources
     assert tasks[JOINT] == tasks[HEAD] == study.union
-    composed = [cell for cell in cells if cell.method in study.arms]
+    composed = [cell for cell in cells if cell.method in study.methods]
     assert {cell.settings.task for cell in composed} == {f"held:{study.union}"}
     assert all(cell.settings.limit == {"train": 12} for cell in composed)
 
@@ -174,13 +174,14 @@ def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
     ("change", "message"),
     [
         ("reference=nobody", "nobody"),
-        ("arms.uniform.method=null", "does not say which method"),
+        ("arms.c.method=uniform", "called 'methods' now"),
+        ("methods.uniform.method=null", "does not say which method"),
         ("lora.task=trec", "lora.task follows"),
         ("seeds=[0,0]", "each of them once"),
         ("held_out={MOLE: x}", "different names"),
         ("sauces={}", "sources"),
-        ("arms.uniform.sources=[d]", "There is no source 'd'"),
-        ("arms.uniform.sources=[]", "must be a list of the study's sources"),
+        ("methods.uniform.sources=[d]", "There is no source 'd'"),
+        ("methods.uniform.sources=[]", "must be a list of the study's sources"),
         ("masked=[nobody]", "method for 'masked' 'nobody'"),
         ("masked=[X-LoRA]", "masked names the method X-LoRA"),
         ("masked=[only b]", "masked names the method only b"),

@@ -51,7 +51,7 @@ def write_recipe(path, llama):
         "test_rows": {"a": 4, "b": 6, "c": 8},
         "run": RUN,
         "lora": {"method": {"r": 2, "target_modules": ["q_proj", "v_proj"]}, "lr": 5e-2},
-        "arms": {
+        "methods": {
             "MOLE": {"method": "mole"},
             "LoRAHub": {"method": {"name": "lorahub", "examples": 5, "evaluations": 6, "max_length": 32}},
             "best LoRA": {"method": {"name": "best", "max_length": 32}},
@@ -83,7 +83,7 @@ def test_methods_are_fitted_on_the_held_out_examples(ran):
     assert len(cells) == 8
     for cell in cells:
         assert folder.failure(cell.key) is None
-    tasks = {cell.settings.task for cell in cells if cell.method in grid.arms}
+    tasks = {cell.settings.task for cell in cells if cell.method in grid.methods}
     assert tasks == {grid.held_out["c"]}
     assert {cell.settings.task for cell in cells} - tasks == {*grid.sources.values(), grid.union}
     hub = cell_of(cells, "LoRAHub")

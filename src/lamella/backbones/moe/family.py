@@ -73,7 +73,7 @@ class MoEFamily:
         return sparse.get_submodule("experts")
 
     def num_experts(self, sparse: nn.Module) -> int:
-        """E."""
+        """Number of experts, E."""
         return int(bare(self.experts(sparse)).num_experts)
 
     def top_k(self, sparse: nn.Module) -> int:

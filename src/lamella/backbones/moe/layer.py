@@ -86,7 +86,7 @@ class MoELayer:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return self.family.num_experts(self.module)
 
     @property

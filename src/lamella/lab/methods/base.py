@@ -195,7 +195,7 @@ def read_saved(tree: Mapping[str, Any]) -> dict[str, Any]:
         tree: its settings or recipe, as plain values; with its ``lamella_version``, which is not among what is
             returned, unless the first version wrote it.
     """
-    values = dict(tree)
+    values = {"methods" if key == "arms" and "methods" not in tree else key: value for key, value in tree.items()}
     writer = values.pop("lamella_version", FIRST_VERSION)
     if not is_version(writer):
         raise LamellaError(f"lamella_version={writer!r} must be a version, such as {__version__!r}.")

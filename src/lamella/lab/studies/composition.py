@@ -43,7 +43,7 @@ class CompositionStudy(StudyRecipe):
         description="settings of LoRA, and of the runs that train the sources' and the joint one"
     )
     head: dict[str, Any] = Field(default_factory=dict, description="settings of the run that trains the head")
-    arms: dict[str, dict[str, Any]] = Field(
+    methods: dict[str, dict[str, Any]] = Field(
         min_length=1,
         description="by the name that tables show: 'method', 'sources' if it composes not all, and settings of its run",
     )
@@ -74,7 +74,7 @@ class CompositionStudy(StudyRecipe):
 
     @property
     def names(self) -> list[str]:
-        return [*self.arms, *map(alone, self.sources), JOINT, HEAD]
+        return [*self.methods, *map(alone, self.sources), JOINT, HEAD]
 
     @property
     def shown(self) -> list[str]:
@@ -100,14 +100,14 @@ class CompositionStudy(StudyRecipe):
         ]
 
     def check(self) -> None:
-        check_name(self.reference_name, self.arms, "method for 'reference'")
+        check_name(self.reference_name, self.methods, "method for 'reference'")
         if self.fitted_on is not None:
             check_name(self.fitted_on, self.held_out, "held-out task for 'fitted_on'")
         if isinstance(self.test_rows, dict) and self.test_rows.keys() != self.tests.keys():
             raise LamellaError(f"test_rows by name must name every source and held-out task: {', '.join(self.tests)}.")
-        if lacking := [name for name, given in self.arms.items() if not isinstance(given.get("method"), str | dict)]:
+        if lacking := [name for name, given in self.methods.items() if not isinstance(given.get("method"), str | dict)]:
             raise LamellaError(
-                f"arms.{lacking[0]} does not say which method it is. Add a line 'method: uniform', for example."
+                f"methods.{lacking[0]} does not say which method it is. Add a line 'method: uniform', for example."
             )
         self._check_settings()
         if len({*self.names, *self.tests}) < len(self.names) + len(self.sources) + len(self.held_out):
@@ -118,24 +118,24 @@ class CompositionStudy(StudyRecipe):
 
     def _check_settings(self) -> None:
         places = {"run.": self.run, "lora.": self.lora, "head.": self.head}
-        places |= {f"arms.{name}.": given for name, given in self.arms.items()}
+        places |= {f"methods.{name}.": given for name, given in self.methods.items()}
         for place, given in places.items():
             if fixed := [key for key in ("model", "task", "seed") if key in given]:
                 raise LamellaError(
                     f"{place}{fixed[0]} follows from the study's backbone, sources and seeds. Leave it out."
                 )
-        for name, given in self.arms.items():
+        for name, given in self.methods.items():
             chosen = given.get("sources", list(self.sources))
             if not isinstance(chosen, list) or not chosen:
                 raise LamellaError(
-                    f"arms.{name}.sources={chosen} must be a list of the study's sources, for example [a]."
+                    f"methods.{name}.sources={chosen} must be a list of the study's sources, for example [a]."
                 )
             for source in chosen:
                 check_name(str(source), self.sources, "source")
 
     def _check_masked(self) -> None:
         for name in self.masked:
-            check_name(name, self.arms, "method for 'masked'")
+            check_name(name, self.methods, "method for 'masked'")
         for cell in self.cells() if self.masked else ():
             method = cell.settings.method
             if cell.masked and not (isinstance(method, Composition) and method.masked_by and len(method.adapters) > 1):
@@ -156,7 +156,7 @@ class CompositionStudy(StudyRecipe):
         loras = {name: self._cell(alone(name), task, seed, model, lora) for name, task in self.sources.items()}
         joint = self._cell(JOINT, self.union, seed, model, lora)
         adapters = {name: f"{LORA}{cell.key}" for name, cell in loras.items()}
-        composed = [self._composed(name, seed, model, adapters) for name in self.arms]
+        composed = [self._composed(name, seed, model, adapters) for name in self.methods]
         cells = [head, *loras.values(), joint, *composed]
         if not self.questions.compares:
             return cells
@@ -164,7 +164,7 @@ class CompositionStudy(StudyRecipe):
         return [replace(cell, compared_with=keys) for cell in cells]
 
     def _composed(self, name: str, seed: int, model: str, adapters: Mapping[str, str]) -> Cell:
-        given = dict(self.arms[name])
+        given = dict(self.methods[name])
         chosen, method = given.pop("sources", self.sources), given.pop("method")
         method = {"name": method} if isinstance(method, str) else method
         composed = {**method, "adapters": {source: adapters[source] for source in chosen}}

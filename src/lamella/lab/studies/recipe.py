@@ -127,6 +127,8 @@ def study_of(tree: Mapping[str, Any], recipe: str = "study.yaml") -> StudyRecipe
     from lamella.lab.studies.composition import CompositionStudy
     from lamella.lab.studies.grid import Grid
 
+    if "arms" in tree:
+        raise LamellaError(f"The recipe '{recipe}' has 'arms', which is called 'methods' now. Rename it.")
     if not {"methods", "sources"} & set(tree) and "model" in tree:
         raise LamellaError(f"The recipe '{recipe}' is one run. Give it to `lamella train`; a study has 'methods'.")
     study: StudyRecipe = (CompositionStudy if "sources" in tree else Grid).parse(tree)

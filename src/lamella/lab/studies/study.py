@@ -95,7 +95,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
         cost=cost_table(recipe, measured.tables["results"]),
         findings=_findings(cells, folder),
         settings={
-            "study": {key: value for key, value in said.items() if key not in ("methods", "arms")},
+            "study": {key: value for key, value in said.items() if key != "methods"},
             **settings_by_method(cells),
             "runs": {cell.label: f"runs/{folder.run(cell.key).name}" for cell in cells if folder.finished(cell.key)},
         },

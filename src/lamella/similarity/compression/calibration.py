@@ -62,7 +62,7 @@ class LayerSample:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return self.layer.num_experts
 
     @property
