@@ -3,14 +3,20 @@
 Two busy threads make each other many times slower on small machines, and a hub that does not answer is waited for.
 """
 
+import functools
 import gc
 import os
 
+import jinja2
 import pytest
 from tests.processes import fresh_processes
 
 # before torch and huggingface_hub read them
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+
+
+# PEFT compiles the template of its model card anew at each save.
+jinja2.Template = functools.cache(jinja2.Template)
 
 
 @pytest.hookimpl(wrapper=True)

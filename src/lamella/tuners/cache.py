@@ -6,8 +6,8 @@ layer of their own behind the model's, of the kind that holds no keys. A call ta
 given, and leaves there those that it has taken.
 """
 
-from collections.abc import Callable, Mapping, MutableSet
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, MutableSet
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -223,7 +223,6 @@ class DecisionsInCache:
         layer.decisions, layer.overrides, layer.tokens = call.cached, call.overrides, call.past + call.tokens
 
 
-@runtime_checkable
 class SequenceModule(Protocol):
     """A layer with something that has to go with each sequence: a decision for all of it, or keys of its own."""
 
@@ -236,7 +235,7 @@ class SequenceModule(Protocol):
 
 def _with_sequences(model: nn.Module) -> SequenceModule | None:
     """The first layer that has something to go with each sequence."""
-    layers = (module for module in model.modules() if isinstance(module, SequenceModule))
+    layers: Iterator[Any] = (module for module in model.modules() if hasattr(type(module), "goes_with_sequences"))
     return next((layer for layer in layers if layer.goes_with_sequences), None)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import LamellaError, optional_module
-from lamella.tuners.routed import RoutedLayer, RoutedModule, routed_layers
+from lamella.tuners.routed import RoutedLayer, routed_layers, routed_modules
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +48,8 @@ def lora_experts(model: nn.Module, adapter: str | None = None) -> list[RoutedLay
     if adapter is None:
         layers = routed_layers(model)
     else:
-        modules = [module for module in model.modules() if isinstance(module, RoutedModule)]
-        layers = [layer for module in modules if (layer := module.routed_layer(adapter)) is not None]
+        asked = (module.routed_layer(adapter) for module in routed_modules(model))
+        layers = [layer for layer in asked if layer is not None]
     return [layer for layer in layers if layer.factors]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -71,15 +71,13 @@ class RoutedLayer:
 
     def numbers(self) -> tuple[Tensor, ...]:
         """The factors' values, also where accelerate keeps them elsewhere."""
-        module = self.module
-        assert isinstance(module, RoutedModule)
+        module: Any = self.module
         with onloaded(*module.modules()):
             read = module.routed_layer(self.adapter)
             assert read is not None
             return tuple(factor.detach() for factor in read.factors)
 
 
-@runtime_checkable
 class RoutedModule(Protocol):
     """A layer of a PEFT method that mixes experts by a router.
 
@@ -93,17 +91,21 @@ class RoutedModule(Protocol):
         """The router that this module holds or asks for an adapter; None where it has none, or another answers."""
 
 
+def routed_modules(model: nn.Module) -> Iterator[RoutedModule]:
+    """The layers of a model that answer the protocol.
+
+    Their classes are asked: to ask each module of a large model by ``isinstance`` takes longer than a small forward.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(type(module), "routed_layer"):
+            yield module
+
+
 def routed_layers(model: nn.Module) -> list[RoutedLayer]:
     """Every router of the active adapters, in the order of the modules."""
-    return list(_routed_layers(model))
-
-
-def _routed_layers(model: nn.Module) -> Iterator[RoutedLayer]:
-    for module in model.modules():
-        if isinstance(module, RoutedModule):
-            for adapter in module.active_adapters:
-                if (layer := module.routed_layer(adapter)) is not None:
-                    yield layer
+    asked = ((module, adapter) for module in routed_modules(model) for adapter in module.active_adapters)
+    return [layer for module, adapter in asked if (layer := module.routed_layer(adapter)) is not None]
 
 
 # A module's name, its rank space h = A x at real tokens (N, R), and u, the same times the weights.

@@ -27,8 +27,10 @@ def floor_predictions(task: Task) -> dict[str, dict[str, npt.NDArray[Any]]]:
     regression = task.kind == "regression"
     labels = task.splits["train"]["label"]
     splits = [split for split in ("validation", "test") if split in task.splits]
-    texts = {split: texts_of(task, split) or [] for split in splits}
-    floors = {FLOOR: {split: linear_floor(train, labels, texts[split], regression=regression) for split in splits}}
+    texts = [texts_of(task, split) or [] for split in splits]
+    predictions = linear_floor(train, labels, [text for part in texts for text in part], regression=regression)
+    ends = np.cumsum([len(part) for part in texts])
+    floors = {FLOOR: dict(zip(splits, np.split(predictions, ends[:-1]), strict=True))}
     if not regression:
         floors[MAJORITY] = {split: majority_floor(labels, len(task.splits[split])) for split in splits}
     return floors
