@@ -161,6 +161,16 @@ def test_perplexity_of_nothing_is_refused():
         perplexity(0.0, 0)
 
 
+def test_intervals_of_nothing_are_refused():
+    nothing = {0: np.zeros(0)}
+    with pytest.raises(LamellaError, match="scores of examples, and here are none"):
+        contrast({"a": nothing, "b": nothing}, [("a", "b")])
+    with pytest.raises(LamellaError, match="scores of examples, and here are none"):
+        mean_intervals({"a": nothing})
+    with pytest.raises(LamellaError, match="at least one text with tokens"):
+        ratio_interval(np.zeros(2), np.zeros(2))
+
+
 def test_a_ratio_is_that_of_drawing_texts_and_dividing():
     generator = np.random.default_rng(0)
     weights = generator.integers(1, 40, 30).astype(float)

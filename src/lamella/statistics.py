@@ -68,7 +68,7 @@ def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
             number on each side, of which nothing can be resampled.
 
     Raises:
-        LamellaError: methods have different numbers of examples.
+        LamellaError: methods have different numbers of examples, or none.
 
     Source: as `paired_interval`; Holm's correction as `holm`.
     """
@@ -96,7 +96,7 @@ def mean_intervals(scores: Mapping[str, BySeed]) -> dict[str, tuple[float, float
     """The 95 % bootstrap interval of each method's mean, over its seeds and examples; none of a single number.
 
     Raises:
-        LamellaError: the seeds of a method have different numbers of examples.
+        LamellaError: the seeds of a method have different numbers of examples, or none.
     """
     by_seeds: dict[tuple[int, tuple[int, ...]], list[str]] = {}
     for name, by_seed in scores.items():
@@ -154,8 +154,13 @@ def ratio_interval(
         resamples: bootstrap draws; those that drew no token at all do not count.
         seed: of the draws.
 
+    Raises:
+        LamellaError: there are no texts, or none has a token.
+
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, §13.3; ratio estimator as in §10.3 there.
     """
+    if not np.any(weights > 0):
+        raise LamellaError("An interval of a mean per token needs at least one text with tokens, and here is none.")
     sums, tokens = _resampled_means(np.stack([difference, weights])[:, None], resamples, seed)  # (draws,), (draws,)
     counted = tokens > 0
     return _interval(float(difference.sum() / weights.sum()), sums[counted] / tokens[counted], level)
@@ -182,6 +187,8 @@ def _stacked(scores: Sequence[Sequence[npt.ArrayLike]]) -> Floats:
             f"Methods are compared on the same examples, but some have {sizes[0]} scores and some {sizes[-1]}. Score "
             "all of them on the same split."
         )
+    if sizes == [0]:
+        raise LamellaError("Methods are compared by their scores of examples, and here are none. Score rows first.")
     return np.asarray(scores, np.float64).reshape(len(scores), -1, sizes[0])
 
 

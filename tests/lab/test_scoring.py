@@ -7,7 +7,7 @@ import torch
 from lamella.errors import LamellaError
 from lamella.lab.data import encode, load_backbone, load_task
 from lamella.lab.runs.tasks import limited
-from lamella.lab.scoring import score
+from lamella.lab.scoring import metrics_of, score
 
 
 def write(folder, rows):
@@ -99,6 +99,16 @@ def test_outputs_that_are_no_numbers_are_an_error(bert, questions):
 
     with pytest.raises(LamellaError, match="not finite"):
         score(backbone.model, task, encoded.test, encoded.collator, 8)
+
+
+def test_a_score_of_no_rows_is_refused(bert, questions):
+    task, backbone, scores = scored(bert, questions)
+    encoded = encode(task, backbone.tokenizer)
+
+    with pytest.raises(LamellaError, match="has no row to score"):
+        score(backbone.model, task, encoded.test.select([]), encoded.collator, 8)
+    with pytest.raises(LamellaError, match="a metric of none says nothing"):
+        metrics_of(task, {name: column[:0] for name, column in scores.columns.items()})
 
 
 def test_limits_take_the_same_rows_every_time(questions):

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lamella.adapters.modules import adds_bias, fan
+from lamella.adapters.peft_folder import saved_whole
 from lamella.adapters.source import EmbeddingFactors, Factors, LoraSource, Tokens
 from lamella.errors import LamellaError
 
@@ -200,7 +201,7 @@ def _beside_factors(
     names, _ = _names(model, list(dict.fromkeys(key.rpartition(".")[0] for key in source.whole)), modules)
     for key, tensor in source.whole.items():
         place, _, parameter = key.rpartition(".")
-        module, head = modules.get(names[place]), _head_of(names[place], source.config)
+        module, head = modules.get(names[place]), saved_whole(names[place], source.config)
         own: Any = getattr(module, parameter, None)
         fits = isinstance(own, Tensor) and own.shape == tensor.shape
         if fits and head is None and parameter == "bias" and own.dim() == 1 and adds_bias(module):
@@ -217,15 +218,6 @@ def _beside_factors(
 def _values(tensor: Tensor) -> Tensor:
     """A tensor's numbers; zeros for one on the meta device, which has a shape alone."""
     return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
-
-
-def _head_of(name: str, config: LoraConfig | None) -> str | None:
-    """The module that was saved whole and has this one inside; None where none was."""
-    for kept in () if config is None else config.modules_to_save or ():
-        before, found, _ = f".{name}.".partition(f".{kept}.")
-        if found:
-            return f"{before}.{kept}".strip(".")
-    return None
 
 
 def _missing(config: LoraConfig | None, mapped: Mapping[str, Factors], modules: Modules) -> list[str]:

@@ -143,10 +143,21 @@ def _is_whole(key: str, config: LoraConfig) -> bool:
     parts = key.split(".")
     return (
         "modules_to_save" in parts
-        or any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
+        or saved_whole(key.rpartition(".")[0], config) is not None
         or (parts[-1] == "bias" and config.bias != "none")
         or (parts[-1] == "weight" and bool(set(parts) & set(EMBEDDING_LAYER_NAMES)))
     )
+
+
+def saved_whole(name: str, config: LoraConfig | None) -> str | None:
+    """The module that PEFT saved whole and is this one or holds it: its name ends as the config has it; None if none.
+
+    ``modules_to_save=["norm"]`` are ``model.norm`` and each ``input_layernorm``.
+    """
+    kept = tuple(() if config is None else config.modules_to_save or ())
+    parts = name.split(".")
+    holders = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((holder for holder in holders if holder.endswith(kept)), None)
 
 
 def _indices(module: str, config: LoraConfig, who: str) -> list[int]:

@@ -68,8 +68,10 @@ def score(model: nn.Module, task: Task, rows: Dataset, collator: Collator, batch
     """Score ``rows`` in evaluation mode without gradients; in a process group each process does its share of them.
 
     Raises:
-        LamellaError: the model's outputs are not finite.
+        LamellaError: there are no rows, or the model's outputs are not finite.
     """
+    if len(rows) == 0:
+        raise LamellaError(f"'{task.name}' has no row to score here. Give a split, or a number of rows, that has some.")
     form = _form(task, model)
     read = _row_columns if form in ("classes", "value") else _token_columns
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -167,7 +169,13 @@ def _answers(columns: Columns, rows: Dataset) -> Columns:
 
 
 def metrics_of(task: Task, columns: Columns) -> dict[str, float]:
-    """The metrics that follow from the columns of `Scores`."""
+    """The metrics that follow from the columns of `Scores`.
+
+    Raises:
+        LamellaError: there are no rows, or none of their tokens is scored.
+    """
+    if not len(next(iter(columns.values()))):
+        raise LamellaError(f"'{task.name}' has no scored row here, and a metric of none says nothing.")
     if "tokens" in columns:
         nll, tokens = float(columns["nll"].sum()), int(columns["tokens"].sum())
         return {"perplexity": perplexity(nll, tokens), "loss": nll / tokens}

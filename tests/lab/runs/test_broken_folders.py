@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,8 @@ from lamella.diagnostics.doctor import doctor
 from lamella.lab.runs.evaluating import evaluate, trace
 from lamella.lab.runs.exporting import export_as_experts, export_collapsed
 from lamella.lab.runs.folder import RunFolder
+from lamella.lab.runs.run import train
+from lamella.lab.runs.settings import settings_of
 from lamella.lab.runs.trained import load_trained
 from lamella.version import __version__
 
@@ -184,13 +187,19 @@ def test_a_result_that_is_not_as_the_run_left_it_is_not_read(broken, finished_ru
         read()
 
 
+def no_rows_left(name):
+    return lambda run: pd.read_parquet(run / name).iloc[:0].to_parquet(run / name)
+
+
 RECORDS = {
+    "no predictions": ("predictions.parquet", no_rows_left("predictions.parquet")),
     "predictions cut short": ("predictions.parquet", cut("predictions.parquet")),
     "a folder in place of predictions": ("predictions.parquet", a_folder_instead("predictions.parquet")),
     "predictions of something else": (
         "predictions.parquet",
         lambda run: shutil.copy(run / "routing.parquet", run / "predictions.parquet"),
     ),
+    "an empty trace": ("trace.parquet", no_rows_left("trace.parquet")),
     "a trace cut short": ("trace.parquet", cut("trace.parquet")),
     "a trace of something else": (
         "trace.parquet",
@@ -205,4 +214,13 @@ def test_a_broken_record_is_a_finding(broken, case):
 
     findings = doctor(broken(MOLA, breaking)).findings
 
-    assert any(name in finding.where for finding in findings), findings
+    assert any(name in finding.where and finding.code == "unreadable" for finding in findings), findings
+
+
+def test_what_a_kill_after_the_end_left_is_removed(broken):
+    run = RunFolder(broken("lora", lambda run: (run / "checkpoints" / "checkpoint-6").mkdir(parents=True)))
+
+    with pytest.raises(LamellaError, match="holds a finished run"):
+        train(settings_of(run.path), run.path)
+
+    assert not run.checkpoints.exists()

@@ -205,6 +205,18 @@ def test_a_head_that_all_loras_share_is_taken_over(tmp_path: Path) -> None:
     assert "base-mismatch" not in {finding.code for finding in doctor(tmp_path / "saved", base=tiny.bert()).findings}
 
 
+def test_modules_are_whole_whose_names_end_as_peft_has_it(tmp_path: Path) -> None:
+    """``norm`` of LongLoRA is the last norm, and each ``layernorm``."""
+    lora = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"]))
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    lora.save_pretrained(tmp_path / "a")
+    model = compose(tiny.llama(), {"a": tmp_path / "a", "b": tmp_path / "a"})
+    with fixed_weights(model, {"a": 1}):
+        torch.testing.assert_close(output(model, TEXT), output(lora.eval(), TEXT))
+
+
 def test_heads_that_differ_are_loudly_missed(tmp_path: Path) -> None:
     loras = {name: trained(tiny.bert, tmp_path / name, seed, **HEAD) for seed, name in enumerate("ab")}
     loras["plain"] = trained(tiny.bert, tmp_path / "plain", 3, target_modules=["query"])

@@ -154,6 +154,7 @@ class RunFolder:
         if force:
             return
         if self.finished:
+            self.remove_checkpoints()  # of a run that was killed between its last file and their removal
             raise LamellaError(
                 f"{self.path} holds a finished run, which is never overwritten. Choose another folder with -o, "
                 "or give --force to delete that run first."

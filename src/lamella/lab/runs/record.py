@@ -201,9 +201,10 @@ def _compare_metrics(task: Task, split: str, saved: pd.DataFrame, said: Any, exa
     columns: Columns = {name: saved[name].to_numpy() for name in saved.columns if name != "split"}
     try:
         again = metrics_of(task, columns)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (LamellaError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        why = str(error) if isinstance(error, LamellaError) else f"{type(error).__name__}: {error}"
         raise UnreadableError(
-            f"predictions.parquet holds no {split} predictions that can be scored ({type(error).__name__}: {error})."
+            f"predictions.parquet holds no {split} predictions that can be scored ({why.rstrip('.')})."
         ) from error
     said = said if isinstance(said, Mapping) else {}
     unlike = [
@@ -232,6 +233,8 @@ def _traced(folder: Path, metrics: Mapping[str, Any], examination: Examination) 
     if said is None and not path.exists():
         return None
     frame = read_table(path, *COLUMNS)
+    if frame.empty:
+        raise UnreadableError(f"{path} holds no trace: not one router. Restore it from a copy, or make it again.")
     try:
         uses, again = routers_of(frame), routing_summary(frame)
     except (KeyError, TypeError, ValueError) as error:

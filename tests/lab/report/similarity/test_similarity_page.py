@@ -136,6 +136,8 @@ def test_the_summary_names_the_closest_pair_and_what_raw_error_follows():
     assert "expert 0 of layer 0 by expert 1 of layer 2 (10%)" in sentences[0]
     assert "rank correlation 0.9" in sentences[1] or "rank correlation 1.00" in sentences[1]
     assert summary(None, None, None, None) == ["Nothing was measured yet."]
+    one = found[(found["source_layer"] == 0) & (found["source_expert"] == 0)]
+    assert summary(one[one["target_layer"] == 2][:1], None, None, None)[1] == "Matrices show the normalised error."
 
 
 def test_the_summary_tells_what_compression_does_to_every_text():

@@ -67,6 +67,8 @@ def _of_variance(alignment: pd.DataFrame) -> str:
     rows = alignment[alignment["kind"] == "pair"]
     raw = rows["mse"].rank().corr(rows["source_variance"].rank())
     normalised = rows["nmse"].rank().corr(rows["source_variance"].rank())
+    if np.isnan(raw):  # of one pair, or of experts that vary alike
+        return "Matrices show the normalised error."
     known = "" if np.isnan(normalised) else f"; the normalised error by {normalised:.2f}"
     return (
         f"Raw error follows the variance of the expert that is replaced (rank correlation {raw:.2f}{known}), so "
