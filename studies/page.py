@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from lamella.lab.studies.composed import masking_table, remarks
+from lamella.lab.studies.composition_results import masking_table, remarks
 from lamella.lab.studies.results import Results
 from lamella.statistics import RESAMPLES, Contrast
 from studies.keep import KeptStudy

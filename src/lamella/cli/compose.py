@@ -34,7 +34,7 @@ def compose(
 
     Example: lamella compose --adapters books=runs/books dvd=runs/dvd --task blitzer -o runs/both
     """
-    from lamella.lab.runs.composing import composed_settings, split_words
+    from lamella.lab.runs.composition_settings import composed_settings, split_words
 
     loras, overrides = split_words([*adapters, *(words or [])])
     settings = composed_settings(loras, task, overrides, model)

@@ -15,8 +15,8 @@ from lamella.errors import LamellaError
 from lamella.lab.data import encode, load_backbone, load_task
 from lamella.lab.methods import method_from
 from lamella.lab.studies.answers import Questions
-from lamella.lab.studies.composed import KL, MIXTURE, PERPLEXITY
 from lamella.lab.studies.composition import HEAD, JOINT
+from lamella.lab.studies.composition_results import KL, MIXTURE, PERPLEXITY
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.planning import plan
 from lamella.lab.studies.runner import run_cells

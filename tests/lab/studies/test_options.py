@@ -12,8 +12,8 @@ from tests.lab.studies.conftest import RUN, cell_of, run, shared
 from lamella.errors import LamellaError
 from lamella.lab.data import load_backbone, load_task
 from lamella.lab.studies.answers import Questions
-from lamella.lab.studies.composed import KL, MIXTURE
 from lamella.lab.studies.composition import HEAD
+from lamella.lab.studies.composition_results import KL, MIXTURE
 from lamella.lab.studies.options import option_answers, with_options
 from lamella.lab.studies.planning import plan
 from lamella.lab.studies.recipe import read_study

@@ -44,7 +44,7 @@ class Target:
         return as_loras(self.backbone, self.task, loras)
 
 
-class Composition(Method):
+class ComposingMethod(Method):
     """Settings of a method over trained LoRAs. The LoRAs stay as they are, and so does the backbone's task head."""
 
     # how one of the LoRAs is left out afterwards: its routers share its weight out, or the rest is put together anew
@@ -64,7 +64,7 @@ class Composition(Method):
         return read_loras(backbone, self.adapters)
 
 
-class _Composed(Composition):
+class _Composed(ComposingMethod):
     """A composition that is a function."""
 
     function: ClassVar[Callable[..., Modules | Built]]
@@ -86,7 +86,7 @@ class _Composed(Composition):
 
 def composition(
     name: str, *, trains: bool = False, loads: bool = True
-) -> Callable[[Callable[..., Modules | Built]], type[Composition]]:
+) -> Callable[[Callable[..., Modules | Built]], type[ComposingMethod]]:
     """Register a function of `Loras` as a method: ``@composition("mean") def mean(loras): return weighted_sum(...)``.
 
     The function returns one LoRA, which is put on the backbone, frozen; or what it `Built`. Its parameter ``target``,
@@ -99,7 +99,7 @@ def composition(
         loads: whether PEFT can load what it saves; if not, it is built anew, and nothing in it may train.
     """
 
-    def register(function: Callable[..., Modules | Built]) -> type[Composition]:
+    def register(function: Callable[..., Modules | Built]) -> type[ComposingMethod]:
         hints = get_type_hints(function, include_extras=True)
         parameters = signature(function).parameters
         settings = {

@@ -17,7 +17,7 @@ from lamella.errors import LamellaError
 from lamella.files import read_tensors
 from lamella.lab.methods.base import Built, Configured, method, require_own_head, settings_of, shared
 from lamella.lab.methods.compositions import (
-    Composition,
+    ComposingMethod,
     Loras,
     Modules,
     Target,
@@ -38,7 +38,7 @@ Temperature = Annotated[float, Field(gt=0.0)]
 
 
 @method("mole", **settings_of(MoleConfig, without={"adapters", "embedded", "target_modules"}))
-class Mole(Configured, Composition):
+class Mole(Configured, ComposingMethod):
     """Trained LoRAs mixed by routers that read their outputs; the keys are those of `lamella.MoleConfig`."""
 
     masked_by: ClassVar[Literal["routers"]] = "routers"
@@ -136,7 +136,7 @@ def arrow(
 
 
 @method("xlora")
-class XLora(Composition):
+class XLora(ComposingMethod):
     """X-LoRA as PEFT has it: one linear layer gives every token its mixing weights, the same ones in all modules.
 
     A classifier on the last hidden state of a first pass gives the mixing weights of a second. It needs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lamella.errors import LamellaError
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone, load_task
 from lamella.lab.data.splitting import sample_rows
-from lamella.lab.methods import Composition
+from lamella.lab.methods import ComposingMethod
 from lamella.lab.methods.compositions import as_loras, read_loras
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.scoring import length_batches
@@ -114,7 +114,7 @@ def masked_answers(settings: RunSettings, run: Path, tests: Questions) -> pd.Dat
         LamellaError: as `answers`.
     """
     asked, method = tests.loaded(), settings.method
-    assert isinstance(method, Composition)  # the recipe was checked
+    assert isinstance(method, ComposingMethod)  # the recipe was checked
     frames = []
     if method.masked_by == "routers":
         model, backbone = _trained(settings, run, asked)

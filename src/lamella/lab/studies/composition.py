@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from lamella.errors import LamellaError
-from lamella.lab.methods import Composition
+from lamella.lab.methods import ComposingMethod
 from lamella.lab.studies.answers import Answers, Questions, TestRows
 from lamella.lab.studies.cells import BASE, LORA, Cell
-from lamella.lab.studies.composed import KL, MIXTURE, measured
+from lamella.lab.studies.composition_results import KL, MIXTURE, measured
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ class CompositionStudy(StudyRecipe):
             check_name(name, self.methods, "method for 'masked'")
         for cell in self.cells() if self.masked else ():
             method = cell.settings.method
-            if cell.masked and not (isinstance(method, Composition) and method.masked_by and len(method.adapters) > 1):
+            if cell.masked and not (
+                isinstance(method, ComposingMethod) and method.masked_by and len(method.adapters) > 1
+            ):
                 raise LamellaError(
                     f"masked names the method {cell.method}, but LoRAs can be left out only of one that composes at "
                     "least two, by mole or without training, such as uniform."

@@ -9,7 +9,7 @@ from tests.lab.studies.conftest import cell_of
 from lamella.adapters import Factors
 from lamella.lab.data import encode, load_backbone, load_task
 from lamella.lab.studies.answers import divergence
-from lamella.lab.studies.composed import KL, MIXTURE, interference, masking_table
+from lamella.lab.studies.composition_results import KL, MIXTURE, interference, masking_table
 from lamella.lab.studies.study import summarise
 
 
