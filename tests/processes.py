@@ -4,22 +4,53 @@ An interpreter that imports torch and transformers takes seconds of its own. A t
 imports takes one of these.
 """
 
-import multiprocessing
+import atexit
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import forkserver, util
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 SECONDS = 240
 
 
-def fresh_processes(*modules: str) -> ForkServerContext:
-    """Processes that have imported these modules and done nothing: a kill then falls into work, not into imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(modules))
-    return context
+def serve_forks() -> None:
+    """Forks the server of fresh processes from this one, which has imported everything and done nothing yet.
+
+    A server that is an interpreter of its own would import it all again.
+    """
+    spawned, util.spawnv_passfds = util.spawnv_passfds, _forked
+    try:
+        forkserver._forkserver.ensure_running()
+    finally:
+        util.spawnv_passfds = spawned
+
+
+def _forked(_: bytes, words: Sequence[str], descriptors: Sequence[int]) -> int:
+    """In place of an interpreter that is given these words, the last of which is its program."""
+    if pid := os.fork():
+        return pid
+    try:
+        atexit._clear()
+        forkserver._forkserver._lock = threading.Lock()
+        for opened in Path("/proc/self/fd").iterdir():
+            if int(opened.name) > 2 and int(opened.name) not in descriptors:
+                _close_if_pipe(opened)
+        exec(words[-1])
+    finally:
+        os._exit(0)
+
+
+def _close_if_pipe(opened: Path) -> None:
+    """Those who read the other end would wait for this process too."""
+    with suppress(OSError):  # that of the listing is closed
+        if str(opened.readlink()).startswith(("pipe:", "socket:")):
+            os.close(int(opened.name))
 
 
 def run_fresh(processes: ForkServerContext, work: Callable[..., None], *given: Any) -> None:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from tests.killing import kill_at_random
 from tests.lab.tiny_runs import question_task, tiny_bert, tiny_settings
 from tests.lab.tiny_studies import write_study
-from tests.processes import fresh_processes
 from tests.tiny_moe import VOCAB, build
 from transformers import AutoModelForCausalLM
 
@@ -32,11 +31,6 @@ pytestmark = pytest.mark.heavy
 
 KILLS = 50
 TIMES = {"build_seconds", "train_seconds", "seconds_per_step", "peak_memory_bytes"}
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    return fresh_processes("tests.test_killed")
 
 
 def trained(settings, folder):

@@ -149,7 +149,8 @@ def test_what_needs_a_failed_cell_fails_and_says_so(recipe, tmp_path):
     assert folder.finished(cell_of(cells, HEAD).last)
 
 
-def test_two_processes_give_the_answers_of_one(ran, tmp_path):
+def test_two_processes_give_the_answers_of_one(ran, fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr("multiprocessing.get_context", {"spawn": fresh}.__getitem__)
     _, cells, folder = ran
     first = [cell_of(cells, method) for method in (HEAD, "a LoRA", "b LoRA", "uniform")]
     other, seen = StudyFolder(tmp_path), []

@@ -12,6 +12,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -291,11 +292,10 @@ def environment() -> dict[str, Any]:
     """Versions and machine of this run, without names of users, hosts or folders."""
     import torch
 
-    packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {"lamella": __version__} | {name: version(name) for name in packages},
+        "packages": {"lamella": __version__, **_versions()},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -303,6 +303,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
+    return {name: version(name) for name in packages}
+
+
+@cache
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
