@@ -87,6 +87,17 @@ def test_equal_parameters_matches_ranks_and_means(read):
             {},
             "expert_budget=3",
         ),
+        (["search.space.lr=[1]"], {}, "methods.LoRA gives lr"),
+        (["search.space.epochs=[1]"], {}, "run gives epochs"),
+        (["search.space.method.ranks=[1]"], {}, "none of the methods"),
+        (["search.space.batch_size=[0]"], {}, "'batch_size' cannot be 0"),
+        (["search.space.batch_size=[8]", "search.seed=1"], {}, "one of the study's seeds"),
+        (
+            ["search.space.method.num_experts=[2]"],
+            {"budget": "equal-parameters", "match": "tent"},
+            "methods.tent gives",
+        ),
+        (["search.space.method.r=[2]"], {"budget": "equal-parameters", "match": "tent"}, "keeps them equal"),
     ],
 )
 def test_what_does_not_fit_is_named(read, words, changes, message):

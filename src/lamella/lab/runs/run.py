@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ def train(
     *,
     force: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    score_test: bool = True,
 ) -> RunResult:
     """Train, score, save and check one run; go on from its last checkpoint where it was interrupted.
 
@@ -71,6 +72,7 @@ def train(
         folder: where its files go; made if it does not exist.
         force: delete an earlier run in ``folder`` first.
         callbacks: further callbacks of transformers' Trainer.
+        score_test: whether test rows are scored; not where settings are still to be chosen.
 
     Raises:
         LamellaError: the folder may not be written or another process writes it, settings do not fit the model or
@@ -85,7 +87,8 @@ def train(
         with place.claimed():
             place.check(settings, force=force)
     reset_peak_memory()
-    run = _Run(settings, place, process, callbacks)  # settings that do not fit end here, before anything is written
+    # settings that do not fit end here, before anything is written
+    run = _Run(settings, place, process, callbacks, score_test=score_test)
     with place.claimed() if writes else nullcontext():
         if writes:
             place.check(settings, force=force)  # another process may have been here in the meantime
@@ -104,12 +107,18 @@ class _Run:
     """A run under way: what it was made from, its Trainer and its watch."""
 
     def __init__(
-        self, settings: RunSettings, place: RunFolder, process: PartialState, callbacks: Sequence[TrainerCallback]
+        self,
+        settings: RunSettings,
+        place: RunFolder,
+        process: PartialState,
+        callbacks: Sequence[TrainerCallback],
+        *,
+        score_test: bool,
     ) -> None:
         self.settings, self.place, self.process = settings, place, process
         set_seed(settings.seed)
         with process.main_process_first():  # one process fills the cache, the others find it full
-            self.task: Task = task_of(settings)
+            self.task: Task = task_of(settings) if score_test else _without_test(task_of(settings))
             self.backbone: Backbone = load_backbone(settings.model, self.task)
         self.encoded = encode(
             self.task,
@@ -280,6 +289,10 @@ class _Run:
         )
         for note in (*self.task.notes, *self.encoded.notes):
             logger.info("%s", note)
+
+
+def _without_test(task: Task) -> Task:
+    return replace(task, splits={name: split for name, split in task.splits.items() if name != "test"})
 
 
 def _training_rows(encoded: Encoded, task: Task) -> Dataset:

@@ -148,6 +148,18 @@ def override(tree: dict[str, Any], words: Iterable[str]) -> None:
         _place(tree, key.strip(), _scalar(text))
 
 
+def changed(settings: RunSettings, values: Mapping[str, Any]) -> RunSettings:
+    """Settings with other values of some keys, which may be dotted.
+
+    Raises:
+        LamellaError: an unknown key, or a value that does not fit.
+    """
+    tree = settings.model_dump(mode="json")
+    for key, value in values.items():
+        _place(tree, key, value)
+    return RunSettings.parse(tree)
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """The mapping in a YAML file, named by its path or, of a packaged recipe, by its name.
 

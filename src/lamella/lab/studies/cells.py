@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lamella.lab.runs.settings import RunSettings
     from lamella.lab.studies.folder import StudyFolder
+    from lamella.lab.studies.search import Search
 
 # what a cell's settings hold in place of a path, before the key of the cell that makes what lies there
 LORA, BASE = "lora:", "head:"
@@ -54,6 +55,7 @@ class Cell:
         masked: whether its model answers without each of its LoRAs too.
         makes_base: whether its model becomes a backbone that other cells train on.
         compared_with: keys of the cells whose LoRAs its answers are compared with at once, by source.
+        search: the job that chooses the settings which these ones leave open.
     """
 
     backbone: str
@@ -64,6 +66,7 @@ class Cell:
     masked: bool = False
     makes_base: bool = False
     compared_with: Mapping[str, str] = field(default_factory=dict)
+    search: Search | None = None
 
     @property
     def seed(self) -> int:
@@ -73,7 +76,8 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Names the settings, whatever the method is called: 16 hexadecimal digits of their SHA-256."""
-        return key_of(self.settings, self.questions)
+        key = key_of(self.settings, self.questions)
+        return key if self.search is None else hashlib.sha256(f"{key} {self.search.key}".encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
@@ -82,8 +86,9 @@ class Cell:
 
     @cached_property
     def needs(self) -> Sequence[str]:
-        """Keys of the cells whose LoRAs and backbones it is made from."""
-        return [text.partition(":")[2] for text in _texts(_needing(self.settings)) if text.startswith((LORA, BASE))]
+        """Keys of the cells whose LoRAs and backbones it is made from, and of its search."""
+        made_from = [text for text in _texts(_needing(self.settings)) if text.startswith((LORA, BASE))]
+        return [text.partition(":")[2] for text in made_from] + ([self.search.key] if self.search else [])
 
     @property
     def last(self) -> str:
@@ -119,7 +124,7 @@ class Asked:
 
     def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
         """Let the trained model answer every test."""
-        settings, run = folder.placed(self.cell.settings), folder.run(self.cell.key)
+        settings, run = folder.placed(folder.chosen(self.cell)), folder.run(self.cell.key)
         assert self.cell.questions is not None  # else there is nothing to ask
         if self.masked:
             path, table = folder.masked(self.cell.key), masked_answers(settings, run, self.cell.questions)
@@ -134,6 +139,8 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
     """All the work of these cells, each once, in an order in which it can be done."""
     jobs: dict[str, Job] = {}
     for cell in cells:
+        if cell.search is not None:
+            jobs.setdefault(cell.search.key, cell.search)
         jobs.setdefault(cell.key, cell)
         if cell.questions is not None:
             jobs.setdefault(Asked(cell).key, Asked(cell))

@@ -20,6 +20,7 @@ from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.cells import Asked, Cell, Job, jobs_of, key_of
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import read_study
+from lamella.lab.studies.search import Search
 
 _PLACE = ["backbone", "task", "method", "seed", "split", "metric"]
 _AGAIN = "delete it, and `lamella compare` makes it again from the cell's run"
@@ -83,6 +84,8 @@ def _faults(cells: Sequence[Cell], folder: StudyFolder) -> Iterator[tuple[Path, 
                 if fault is None and (split := _moved(job, row, current)):
                     fix = "restore them, or run the study again with --force"
                     yield path, f"is of other {split} rows than {job.task} has now", fix
+            elif isinstance(job, Search):
+                fault = None if isinstance(row.get("chosen"), dict) else "does not say what was chosen"
             else:
                 path, fault = _fault_of_answers(job, row, folder)
         except LamellaError as error:
@@ -97,7 +100,7 @@ def _fault_of_row(cell: Cell, row: Mapping[str, Any], folder: StudyFolder, label
     if not _is_diagnosis(row.get("diagnosis", {"findings": []})):
         return "does not say what the doctor found"
     key = key_of(folder.saved_settings(row), cell.questions)
-    if key != cell.key:
+    if key != (cell.key if cell.search is None else key_of(folder.chosen(cell), cell.questions)):
         return f"is the row of another cell{f', {labels[key]}' if key in labels else ''}"
     run = RunFolder(folder.run(cell.key))
     if run.finished and json.dumps(run.metrics()) != json.dumps(row["metrics"]):

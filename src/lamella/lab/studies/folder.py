@@ -24,7 +24,7 @@ from lamella.lab.methods import read_saved
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import RunResult, train
-from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.settings import RunSettings, changed
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.cells import BASE, LORA, Asked, Cell, Job, jobs_of, key_of
 
@@ -36,8 +36,9 @@ _PLACE = re.compile(r"(?:.*/)?(runs|bases)/([0-9a-f]{16})")
 class StudyFolder:
     """``rows/KEY.json`` of every finished job and why others failed; ``runs/KEY`` of every begun cell.
 
-    Beside them ``bases/KEY``, a backbone with the head that a cell trained, ``answers/KEY.parquet`` and
-    ``masked/KEY.parquet``. ``keys.json`` says under which key lies what an earlier edition called otherwise.
+    Beside them ``bases/KEY``, a backbone with the head that a cell trained, ``answers/KEY.parquet``,
+    ``masked/KEY.parquet`` and, of a search, ``tries/KEY``. ``keys.json`` says under which key lies what an earlier
+    edition called otherwise.
     """
 
     path: Path
@@ -57,6 +58,15 @@ class StudyFolder:
     def masked(self, key: str) -> Path:
         """What it answered without each of its LoRAs: dropped, and the same."""
         return self.path / "masked" / f"{self._lying(key)}.parquet"
+
+    def tries(self, key: str) -> Path:
+        """What a search has tried."""
+        return self.path / "tries" / key
+
+    def chosen(self, cell: Cell) -> RunSettings:
+        """A cell's settings, with what its search has chosen."""
+        row = None if cell.search is None else self.row(cell.search.key)
+        return cell.settings if row is None else changed(cell.settings, row["chosen"])
 
     def row(self, key: str) -> dict[str, Any] | None:
         """What a finished job measured; None if it is not finished."""
@@ -82,6 +92,7 @@ class StudyFolder:
                     self.answers(job.key).unlink(missing_ok=True)
                     self.masked(job.key).unlink(missing_ok=True)
                     shutil.rmtree(self.run(job.key), ignore_errors=True)
+                    shutil.rmtree(self.tries(job.key), ignore_errors=True)
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -115,7 +126,7 @@ class StudyFolder:
 
     def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
         """Run a cell, from its last checkpoint where there is one, and let the doctor examine it."""
-        run, settings = RunFolder(self.run(cell.key)), self.placed(cell.settings)
+        run, settings = RunFolder(self.run(cell.key)), self.placed(self.chosen(cell))
         if run.finished:  # killed between the end of the run and its row, there is nothing left to train
             run.remove_checkpoints()
         trained = RunResult(run, run.metrics()) if run.finished else train(settings, run.path, callbacks=callbacks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,13 +16,14 @@ from lamella.lab.methods import Method
 from lamella.lab.metrics import METRICS, metric_for
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
 from lamella.lab.runs.folder import RunFolder
-from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.settings import RunSettings, changed
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import unknown_key
 from lamella.lab.scoring import selection
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 from lamella.lab.studies.results import COSTS, Floats, examples_frame, place_of, results_frame
+from lamella.lab.studies.search import Range, Searched, has, search_of
 
 if TYPE_CHECKING:
     from lamella.lab.data import Task
@@ -51,6 +52,7 @@ class Grid(StudyRecipe):
     )
     budget: Literal["equal-parameters", "equal-compute", "none"] = "none"
     match: str | None = Field(None, description="equal-parameters: the method whose size the others get")
+    search: Searched | None = Field(None, description="settings that are chosen for each method, on validation rows")
 
     @property
     def names(self) -> list[str]:
@@ -87,13 +89,18 @@ class Grid(StudyRecipe):
             raise LamellaError("'budget: equal-parameters' and 'match' belong together: match names whose size counts.")
         if self.budget != "none":
             _check_compute(self)
+        if self.search is not None:
+            _check_search(self, self.search)
 
     def cells(self) -> list[Cell]:
         methods = _budgeted(self)
-        return [
+        cells = [
             Cell(backbone, task, name, _settings(self, name, backbone, task, seed, methods[name]))
             for seed, backbone, task, name in product(self.seed_list, self.backbones, self.tasks, methods)
         ]
+        if self.search is None:
+            return cells
+        return [replace(cell, search=search_of(cell, self.search)) for cell in cells]
 
     def measured(self, cells: Sequence[Cell], folder: StudyFolder) -> Measured:
         rows, examples, notes = [], [], []
@@ -106,7 +113,8 @@ class Grid(StudyRecipe):
                 examples += floors.examples(backbone, name)
             for cell in here:
                 row = folder.row(cell.key)
-                rows += _rows(cell, task, floors, row)
+                search = None if cell.search is None else folder.row(cell.search.key)
+                rows += _rows(cell, task, floors, row, search)
                 if row is not None and "test" in row["metrics"]:
                     metric = row["metrics"]["metric"]
                     scores = example_scores(metric, folder.run(cell.key))
@@ -124,7 +132,11 @@ class Grid(StudyRecipe):
         )
 
     def notes(self, cells: Sequence[Cell], folder: StudyFolder, results: Sequence[Results]) -> list[str]:
-        return [line for table in results for line in _budget_notes(self, table, cells, folder)]
+        return [
+            line
+            for table in results
+            for line in (*_budget_notes(self, table, cells, folder), *_search_notes(self, table, cells, folder))
+        ]
 
 
 def _settings(grid: Grid, name: str, backbone: str, task: str, seed: int, method: Method) -> RunSettings:
@@ -141,6 +153,32 @@ def _check_compute(grid: Grid) -> None:
             )
 
 
+def _check_search(grid: Grid, search: Searched) -> None:
+    if search.seed in grid.seed_list:
+        raise LamellaError(
+            f"search.seed={search.seed} is one of the study's seeds, whose runs are to be new to what was chosen. Give "
+            "another one."
+        )
+    cells = [replace(cell, search=None) for cell in grid.cells() if cell.seed == grid.seed_list[0]]
+    for key, values in search.space.items():
+        having = [cell.settings for cell in cells if has(cell.settings, key)]
+        if not having:
+            raise LamellaError(f"search.space.{key} is a setting of none of the methods: {', '.join(grid.names)}.")
+        given = [("run", grid.run), *((f"methods.{name}", one) for name, one in grid.methods.items())]
+        for place, one in given:
+            method = one.get("method")
+            if key in one or (isinstance(method, dict) and key.startswith("method.") and key[7:] in method):
+                raise LamellaError(f"{place} gives {key}, which search.space chooses too. Leave one of them out.")
+        if grid.budget == "equal-parameters" and key in _SIZES:
+            raise LamellaError(
+                f"search.space.{key} would change how many parameters a method trains, and 'budget: equal-parameters' "
+                "keeps them equal. Leave one of them out."
+            )
+        for value in [values.low, values.high] if isinstance(values, Range) else values:
+            for settings in having:
+                changed(settings, {key: value})
+
+
 def _budgeted(grid: Grid) -> dict[str, Method]:
     """The methods; with equal parameters, MoLA's shapes get one mean of experts, and LoRA's rank is matched."""
     methods = {name: RunSettings.parse({"method": given["method"]}).method for name, given in grid.methods.items()}
@@ -153,6 +191,8 @@ def _budgeted(grid: Grid) -> dict[str, Method]:
         name: method if name == grid.match else method.with_parameters_of(matched) for name, method in methods.items()
     }
 
+
+_SIZES = ("method.r", "method.num_experts", "method.target_modules", "method.expert_budget")
 
 # metrics that are the mean of a column of predictions.parquet: what a bootstrap over examples can resample
 _COLUMNS = {"accuracy": "correct", "mean_squared_error": "squared_error"}
@@ -200,7 +240,9 @@ class Floors:
         return [place | {"method": floor, "scores": correct} for floor, correct in self.correct.items()]
 
 
-def _rows(cell: Cell, task: Task, floors: Floors, row: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _rows(
+    cell: Cell, task: Task, floors: Floors, row: Mapping[str, Any] | None, search: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
     """A row per split and metric of a cell; one without a value where it was not run."""
     place = place_of(cell) | {"key": cell.key}
     main = selection(task)
@@ -213,6 +255,7 @@ def _rows(cell: Cell, task: Task, floors: Floors, row: Mapping[str, Any] | None)
         f"alpha_{when}": float(np.mean(list(alphas.values()))) for when, alphas in metrics.get("alpha", {}).items()
     }
     costs["entropy"] = (metrics.get("routing") or {}).get("entropy")
+    costs["search_seconds"] = None if search is None else search["seconds"]
     return [
         {
             **place,
@@ -254,3 +297,24 @@ def _budget_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: S
                 f"parameters come nearest to the {one['matched_parameters']:,} of {whose}."
             )
     return lines
+
+
+def _search_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: StudyFolder) -> list[str]:
+    """What was chosen for each method, out of how many tries, and how long that took."""
+    chosen: dict[str, str] = {}
+    for cell in cells:
+        here = (cell.backbone, cell.task) == (results.backbone, results.task)
+        if here and cell.search is not None and (row := folder.row(cell.search.key)) is not None:
+            values = ", ".join(f"{key} {_shown(value)}" for key, value in row["chosen"].items())
+            chosen[cell.method] = f"{cell.method} {values} ({row['seconds']:.0f} s)"
+    if grid.search is None or not chosen:
+        return []
+    return [
+        f"Settings on {results.task} with {results.backbone} were searched alike: {grid.search.tries} tries for each "
+        f"method, seed {grid.search.seed}, the better half of them trained twice as long, twice; the best on "
+        f"validation rows: {'; '.join(chosen.values())}."
+    ]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ from lamella.lab.data import load_backbone
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.cells import Asked, Cell, Job, jobs_of
 from lamella.lab.studies.folder import StudyFolder
+from lamella.lab.studies.search import Search
 
 # a guess only until a cell has finished: what one CPU core does with matrices of a small transformer
 _FLOPS = 3e10
@@ -48,11 +49,11 @@ def plan(cells: Sequence[Cell], folder: StudyFolder, jobs: int = 1) -> Plan:
             continue
         known = _known(job, timed)
         if known is None:
-            guessed += isinstance(job, Cell)
+            guessed += not isinstance(job, Asked)
             kind = _kind(job)
             if kind not in guesses:
-                guesses[kind] = _guess(job) if isinstance(job, Cell) else _guess_answers(job)
-            known = guesses[kind]
+                guesses[kind] = _guess_answers(job) if isinstance(job, Asked) else _guess(_cell(job))
+            known = guesses[kind] * (job.runs if isinstance(job, Search) else 1)
         seconds += known
     basis = f"with {jobs} process(es), "
     basis += f"{guessed} of them guessed from their tokens" if guessed else "by the time that finished cells took"
@@ -72,12 +73,12 @@ def _kind(job: Job) -> tuple[Any, ...]:
     cell = _cell(job)
     if isinstance(job, Asked):
         return (cell.backbone, "masked" if job.masked else "answers")
-    return (cell.backbone, cell.task)
+    return (cell.backbone, cell.task, *(["search"] if isinstance(job, Search) else []))
 
 
 def _cell(job: Job) -> Cell:
-    assert isinstance(job, Cell | Asked)
-    return job.cell if isinstance(job, Asked) else job
+    assert isinstance(job, Cell | Asked | Search)
+    return job if isinstance(job, Cell) else job.cell
 
 
 def _guess(cell: Cell) -> float:

@@ -27,7 +27,7 @@ COSTS = (
 )  # fmt: skip
 _RESULTS = [
     *PLACE, "value", "greater_is_better", *(f"floor_{word}" for word in FLOORS), "status", "key", *COSTS, "entropy",
-    "alpha_start", "alpha_end",
+    "alpha_start", "alpha_end", "search_seconds",
 ]  # fmt: skip
 
 
@@ -40,8 +40,9 @@ def results_frame(rows: Sequence[Mapping[str, Any]], study: str) -> pd.DataFrame
     """A row per cell, split and metric.
 
     Columns: study, backbone, task, method, seed, split, metric, value, greater_is_better, floor_linear,
-    floor_majority, floor_chance, status ("done" or "not run"), key, what the run cost, the routers' entropy (nats) and
-    MoLEx's learned alpha before and after. A cell that was not run has one row without values.
+    floor_majority, floor_chance, status ("done" or "not run"), key, what the run cost, the routers' entropy (nats),
+    MoLEx's learned alpha before and after, and seconds of the search for its settings. A cell that was not run has one
+    row without values.
     """
     return pd.DataFrame(rows).assign(study=study).reindex(columns=_RESULTS)
 
@@ -238,8 +239,13 @@ def cost_table(recipe: StudyRecipe, results: pd.DataFrame) -> pd.DataFrame:
                     "trainable parameters": runs["trainable_parameters"].iloc[0],
                     "building seconds": runs["build_seconds"].median(),
                     "training seconds": runs["train_seconds"].median(),
+                    **({"searching seconds": runs["search_seconds"].iloc[0]} if _searched(runs) else {}),
                     "peak memory MB": runs["peak_memory_bytes"].max() / 1e6,
                     "tokens": runs["tokens"].iloc[0],
                 }
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _searched(runs: pd.DataFrame) -> bool:
+    return "search_seconds" in runs and bool(runs["search_seconds"].notna().any())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
         findings=_findings(cells, folder),
         settings={
             "study": {key: value for key, value in said.items() if key != "methods"},
-            **settings_by_method(cells),
+            **settings_by_method([replace(cell, settings=folder.chosen(cell)) for cell in cells]),
             "runs": {cell.label: f"runs/{folder.run(cell.key).name}" for cell in cells if folder.finished(cell.key)},
         },
         notes=[
