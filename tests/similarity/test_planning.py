@@ -47,6 +47,9 @@ def test_qwen_by_its_config_alone(qwen):
     assert planned.capture_bytes == 3_019_898_880 + 1440 * 512 * 24
     assert plan(qwen, per_expert=512, flops_per_second=1).capture_bytes == 6_039_797_760 + 1440 * 512 * 24
     assert planned.model_bytes == 4 * 14_315_784_192
+    of_block = 60 * 3 * 2048 * 1408 + 3 * 2048 * 5632 + 2048 + 60 * 2048 + 4 * 2048**2 + 3 * 2048 + 2 * 2048
+    assert "once for every 64 documents" in str(planned)
+    assert planned.block_bytes == 4 * (of_block + 2 * 151936 * 2048 + 2048)
     assert planned.tiles == 1440
     assert 512 * 60 / 4 == 7680 < planned.tokens == planned.tokens_needed == 9303
     assert planned.capture_hours == 2 * 9303 * 2_378_008_576 / 4e14 / 3600

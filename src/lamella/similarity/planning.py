@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from lamella.aligners import aligner_parameters, aligner_rank
+from lamella.backbones import find_blocks
 from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
 from lamella.similarity.activations import Capture
+from lamella.similarity.activations.streaming import LOOK
 from lamella.similarity.alignment.fitting import BUDGET, pair_bytes
 from lamella.similarity.alignment.run import STEPS
 from lamella.similarity.alignment.sources import STOP_SHARE
@@ -50,6 +52,8 @@ class Plan:
         rarest: chance that a token chooses the rarest expert.
         silent: experts that measured routing never chose; no text fills them, and ``tokens_needed`` leaves them out.
         model_bytes: of the model in float32.
+        block_bytes: of the largest block, with what lies outside the blocks, in float32: what is in memory at once of a
+            model whose weights accelerate keeps on disk, while it is captured.
         capture_bytes: of the capture, on disk and again in memory while it is taken.
         align_bytes: of the aligners that are trained at once, with tokens, gradients and optimiser.
         flops_per_second: at which hours are told.
@@ -73,6 +77,7 @@ class Plan:
     rarest: float
     silent: int
     model_bytes: int
+    block_bytes: int
     capture_bytes: int
     align_bytes: int
     flops_per_second: float
@@ -98,6 +103,8 @@ class Plan:
         lines = {
             "model": f"{self.model}: {self.parameters:,} parameters, {self.active:,} for one token; "
             f"{_gigabytes(self.model_bytes)} in float32",
+            "offload": f"where that does not fit, {_gigabytes(self.block_bytes)} at once: loaded with device_map and "
+            f"offload_folder, it is captured block by block, and read from disk once for every {LOOK} documents",
             "experts": f"{self.experts:,} in {self.layers} layers",
             "pairs": f"{self.pairs_all:,} ordered; {self.pairs:,} to align, in {self.tiles:,} tiles",
             "text": f"{needed}; a capture ends there",
@@ -183,6 +190,7 @@ def plan(
         rarest=min(chosen),
         silent=len(chances) - len(chosen),
         model_bytes=4 * shape.parameters,
+        block_bytes=4 * shape.at_once,
         capture_bytes=sum(
             layer.experts * per_expert * (layer.inputs * _BYTES[dtype] + _INDEX_BYTES) for layer in shape.layers
         ),
@@ -245,12 +253,14 @@ class ModelShape:
         parameters: of the model.
         active: of them, those that a token is multiplied with: without embeddings that are only looked up, and of the
             experts only top-k.
+        at_once: those of the largest block and outside all blocks.
     """
 
     name: str
     layers: tuple[LayerShape, ...]
     parameters: int
     active: int
+    at_once: int
 
     @property
     def experts(self) -> int:
@@ -274,7 +284,9 @@ def model_shape(model: nn.Module | PretrainedConfig | str | Path) -> ModelShape:
         looked_up -= head.weight.numel()  # looked up and multiplied with
     idle = sum((layer.num_experts - layer.top_k) * layer.experts[0].parameters for layer in layers)
     shapes = tuple(map(LayerShape.of, layers))
-    return ModelShape(type(built).__name__, shapes, parameters, parameters - looked_up - idle)
+    of_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(built)]
+    at_once = parameters - sum(of_blocks) + max(of_blocks)
+    return ModelShape(type(built).__name__, shapes, parameters, parameters - looked_up - idle, at_once)
 
 
 def _build(config: PretrainedConfig | str | Path) -> nn.Module:

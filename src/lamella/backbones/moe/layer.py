@@ -44,17 +44,22 @@ class Experts(Sequence[Expert]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"expert {index} of {len(self)}")
-        if self._family.native and any(isinstance(one, BaseTunerLayer) for one in self._modules):
-            raise LamellaError(
-                f"The experts of this {type(self._sparse).__name__} are wrapped by a PEFT adapter, so their parameters "
-                "are not all they compute with. Merge the adapter first (merge_and_unload), or keep it off the experts."
-            )
         offloaded = [module for module in self._modules if is_offloaded(module)]
         with onloaded(*offloaded):
             expert = self._made(index % len(self))
             return expert.copied() if offloaded else expert
 
+    @property
+    def width(self) -> int:
+        """Features of what an expert is given; offloaded weights are not read for it."""
+        return self._made(0).up.shape[1]
+
     def _made(self, index: int) -> Expert:
+        if self._family.native and any(isinstance(one, BaseTunerLayer) for one in self._modules):
+            raise LamellaError(
+                f"The experts of this {type(self._sparse).__name__} are wrapped by a PEFT adapter, so their parameters "
+                "are not all they compute with. Merge the adapter first (merge_and_unload), or keep it off the experts."
+            )
         held = self._family.experts(self._sparse)
         return held.expert(index) if isinstance(held, HoldsExperts) else self._family.expert(self._sparse, index)
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,12 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     digest = hashlib.sha256(_json({k: v for k, v in config.items() if k not in _ASIDE}))
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        module, _, leaf = name.rpartition(".")
-        with onloaded(owner := model.get_submodule(module)):
-            digest.update(_sampled(getattr(owner, leaf).detach() if tensor.is_meta else tensor).numpy().tobytes())
+    for module, named in groupby(model.state_dict().items(), lambda item: item[0].rpartition(".")[0]):
+        with onloaded(owner := model.get_submodule(module)):  # once for all of its tensors
+            for name, tensor in named:
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                held = getattr(owner, name.rpartition(".")[2]).detach() if tensor.is_meta else tensor
+                digest.update(_sampled(held).numpy().tobytes())
     return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.backbones.moe import moe_layers
+from lamella.backbones.offloading import onloaded
 from lamella.errors import optional_module
 
 if TYPE_CHECKING:
@@ -34,16 +35,17 @@ def distributions(capture: Capture, model: nn.Module) -> tuple[pd.DataFrame, pd.
 
     norms: dict[str, dict[int, list[Tensor]]] = {side: {} for side in SIDES}
     tokens: dict[str, dict[tuple[int, int], Tensor]] = {side: {} for side in SIDES}
-    experts = {layer.index: layer.experts for layer in moe_layers(model)}
     each = max(1, min(_TOKENS_IN_PLANE, _POINTS // max(1, len(capture.experts))))
-    for layer, expert in capture.experts:  # one at a time: all tokens of all experts need not fit in memory
-        function = experts[layer][expert]
-        given = capture.inputs(layer, expert)  # (n, h)
-        with torch.no_grad():
-            put_out = function(given.to(function.up))
-        for side, x in zip(SIDES, (given, put_out), strict=True):
-            norms[side].setdefault(layer, []).append(x.float().norm(dim=1).cpu())
-            tokens[side][layer, expert] = x[:each].float().cpu()
+    for layer in moe_layers(model):
+        with onloaded(*layer.experts_module.modules()):
+            for expert in range(layer.num_experts):  # one at a time: all tokens of all experts need not fit in memory
+                function = layer.experts[expert]
+                given = capture.inputs(layer.index, expert)  # (n, h)
+                with torch.no_grad():
+                    put_out = function(given.to(function.up))
+                for side, x in zip(SIDES, (given, put_out), strict=True):
+                    norms[side].setdefault(layer.index, []).append(x.float().norm(dim=1).cpu())
+                    tokens[side][layer.index, expert] = x[:each].float().cpu()
     shares = [row for side in SIDES for row in _shares(side, norms[side])]
     places = [row for side in SIDES for row in _plane(side, tokens[side])]
     return (

@@ -1,10 +1,12 @@
 """The streaming pass: the model reads the text once, and every expert keeps a uniform sample of what it is given."""
 
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from lamella.backbones.moe import Dispatch, MoELayer, moe_layers, watch_dispatch
 from lamella.backbones.offloading import input_device
+from lamella.backbones.side_by_side import has_offloaded_blocks, run_side_by_side
 from lamella.errors import LamellaError
 from lamella.similarity.activations.checkpoints import Reservoirs, Saver
 from lamella.similarity.activations.documents import Batch, Documents, added, unread
@@ -32,6 +35,7 @@ class Progress:
         tokens_per_second: of this run.
         short: experts with fewer samples than asked for.
         experts: experts of all layers.
+        blocks: of an offloaded model, how many blocks the next documents have passed.
     """
 
     rows: int
@@ -39,11 +43,13 @@ class Progress:
     tokens_per_second: float
     short: int
     experts: int
+    blocks: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.rows:,} documents, {self.tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s; {self.short} of "
             f"{self.experts} experts still short of their samples"
+            f"{f'; the next documents have passed {self.blocks} blocks' if self.blocks else ''}"
         )
 
 
@@ -70,6 +76,9 @@ def capture(
     It ends with the text, or, looked at after every 64 documents, when every expert has its samples: give it documents
     in random order (`TextBatches.shuffled`), so that the first ones stand for all.
 
+    Where weights of the model's blocks are kept elsewhere (accelerate's offloading), the batches of 64 documents go
+    through the model side by side, block by block, so that each weight is read once for them. The samples are the same.
+
     The folder holds a checkpoint from time to time: the same call goes on where a killed one stopped, reading over the
     documents it has, and gives the same capture. On a finished one it only compares the text.
 
@@ -85,7 +94,7 @@ def capture(
         tokenizer: of the text, so that later steps can tell another one.
         origin: what the text is, a sentence.
         whole_text: read on to the end of the text, where a few documents would do: counts of choices are of all then.
-        progress: told after every batch.
+        progress: told after every batch; of an offloaded model after every block, and when its batches are through.
 
     Raises:
         LamellaError: not a mixture of experts; the folder holds a capture of something else; a batch that cannot be
@@ -105,11 +114,11 @@ def capture(
                 "on. Capture into another folder."
             )
         return taken
-    taking = _Taking(model, layers, replace(done, whole_text=whole_text), reservoirs)
-    stream = _cut(unread(batches, done, folder), done.rows_done)
+    taking = _Taking(model, layers, replace(done, whole_text=whole_text), reservoirs, progress)
+    stream = _together(_cut(unread(batches, done, folder), done.rows_done), done.rows_done, has_offloaded_blocks(model))
     with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch), taking.checked(layers):
-        while not taking.ended and (documents := next(stream, None)) is not None:
-            taking.take(documents)
+        while not taking.ended and (several := next(stream, None)) is not None:
+            taking.take(several)
             saver.checkpoint(taking.manifest, reservoirs)
             if progress is not None:
                 progress(taking.progress())
@@ -118,43 +127,77 @@ def capture(
     return saver.finish(taking.manifest, reservoirs)
 
 
+class _Forward(threading.local):
+    """What one forward of the model reads; forwards side by side are in threads of their own.
+
+    Attributes:
+        documents: the batch.
+        told: the layers that have run.
+        last: what was given to the experts that run now.
+    """
+
+    documents: Documents
+    told: set[int]
+    last: Dispatch
+
+    def begin(self, documents: Documents) -> None:
+        """Another batch is read."""
+        self.documents, self.told = documents, set()
+
+
 class _Taking:
     """What one run of a capture has taken in."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[MoELayer], done: Manifest, reservoirs: Reservoirs) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[MoELayer],
+        done: Manifest,
+        reservoirs: Reservoirs,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
         self.manifest = done
         self._model = model
         self._reservoirs = reservoirs
+        self._progress = progress
         self._device = input_device(model)
         self._begun, self._tokens_before = time.monotonic(), done.tokens
-        self._documents: Documents
-        self._last: Dispatch  # of the layer whose experts run now
-        self._told: set[int] = set()
+        self._now = _Forward()
 
-    def take(self, documents: Documents) -> None:
-        """Lets the model read documents, and counts them."""
-        self._documents = documents
-        self._told.clear()
+    def take(self, several: Sequence[Documents]) -> None:
+        """Lets the model read batches, and counts them."""
+        if len(several) == 1:
+            self._read(several[0])
+        else:
+            run_side_by_side(self._model, [partial(self._read, documents) for documents in several], self._tell)
+        for documents in several:
+            self.manifest = replace(
+                self.manifest,
+                rows_done=self.manifest.rows_done + len(documents),
+                tokens=self.manifest.tokens + documents.tokens,
+                text=added(self.manifest.text, documents.text),
+            )
+
+    def _read(self, documents: Documents) -> None:
+        self._now.begin(documents)
         inputs = {n: v.to(self._device) if isinstance(v, Tensor) else v for n, v in documents.inputs.items()}
         self._model(**inputs, **_sparing(self._model, inputs))
-        self.manifest = replace(
-            self.manifest,
-            rows_done=self.manifest.rows_done + len(documents),
-            tokens=self.manifest.tokens + documents.tokens,
-            text=added(self.manifest.text, documents.text),
-        )
+
+    def _tell(self, blocks: int) -> None:
+        if self._progress is not None:
+            self._progress(replace(self.progress(), blocks=blocks))
 
     def watch(self, dispatch: Dispatch) -> None:
         """Takes in what one layer gave to its experts."""
         layer, real = dispatch.layer, dispatch.real
-        self._last = dispatch
-        if layer.index in self._told:
+        self._now.last = dispatch
+        if layer.index in self._now.told:
             raise LamellaError(
                 f"Layer {layer.index} ({layer.name}) runs twice in one forward, so its tokens would count twice."
             )
-        self._told.add(layer.index)
+        self._now.told.add(layer.index)
         positions = (real.view(dispatch.shape).cumsum(dim=1) - 1).flatten()[real]  # (n,), n real tokens
-        rows = self._documents.rows.to(real.device).repeat_interleave(dispatch.shape[1])[real]
+        rows = self._now.documents.rows.to(real.device).repeat_interleave(dispatch.shape[1])[real]
         x, indices = dispatch.x[real], dispatch.routing.indices[real]  # (n, h), (n, k)
         kept = None if dispatch.routing.kept is None else dispatch.routing.kept[real]
         self._check_finite(layer, x, indices, rows, positions)
@@ -174,7 +217,7 @@ class _Taking:
                 handle.remove()
 
     def _check_output(self, _: nn.Module, args: Any, output: Tensor) -> None:
-        dispatch = self._last
+        dispatch = self._now.last
         if output.numel() // output.shape[-1] != len(dispatch.x):
             return  # not one row for each token: the next layer's inputs tell
         broken = ~output.reshape(len(dispatch.x), -1).isfinite().all(dim=1) & dispatch.real
@@ -184,7 +227,7 @@ class _Taking:
         x = dispatch.x[at : at + 1]
         chosen = [e for e in dispatch.routing.indices[at].tolist() if not layer.experts[e](x).isfinite().all()]
         place = at % dispatch.shape[1]
-        rows, real = self._documents.rows, dispatch.real.view(dispatch.shape)
+        rows, real = self._now.documents.rows, dispatch.real.view(dispatch.shape)
         self._refuse(
             f"{f'Expert {chosen[0]}' if chosen else 'The experts'} of layer {layer.index} ({layer.name}) put out",
             int(rows[at // dispatch.shape[1]]),
@@ -200,9 +243,9 @@ class _Taking:
 
     def _refuse(self, what: str, row: int, position: int) -> NoReturn:
         raise LamellaError(
-            f"{what} NaN or infinite activations in batch {self._documents.number}, document {row}, token {position}. "
-            "A model that was trained in bfloat16 overflows in float16: load it in bfloat16 or float32; or mend its "
-            "weights."
+            f"{what} NaN or infinite activations in batch {self._now.documents.number}, document {row}, token "
+            f"{position}. A model that was trained in bfloat16 overflows in float16: load it in bfloat16 or float32; "
+            "or mend its weights."
         )
 
     @property
@@ -234,7 +277,7 @@ def _asked(
         raise LamellaError(f"Samples are kept in {' or '.join(DTYPES)}, not in {dtype}.")
     if per_expert < 1:
         raise LamellaError(f"per_expert={per_expert}: an expert keeps at least one sample.")
-    widths = {layer.experts[0].up.shape[1] for layer in layers}
+    widths = {layer.experts.width for layer in layers}
     twice = len(layers) - len({layer.index for layer in layers})
     if twice or len(widths) > 1:
         raise LamellaError(
@@ -269,6 +312,19 @@ def _cut(stream: Iterable[Documents], taken: int) -> Iterator[Documents]:
             documents, taken = documents.part(room), taken + room
         yield documents
         taken += len(documents)
+
+
+def _together(stream: Iterable[Documents], taken: int, side_by_side: bool) -> Iterator[list[Documents]]:
+    """The batches that the model reads at once: one, or those up to the next look."""
+    several: list[Documents] = []
+    for documents in stream:
+        several.append(documents)
+        taken += len(documents)
+        if not side_by_side or taken % LOOK == 0:
+            yield several
+            several = []
+    if several:
+        yield several
 
 
 def _sparing(model: nn.Module, inputs: Batch) -> dict[str, Any]:
