@@ -64,3 +64,45 @@ def identity_table(layers, x):
                 rows.append((*source, *target, "pair", "linear", 0, error, error))
     columns = ["source_layer", "source_expert", "target_layer", "target_expert", "kind", "aligner", "seed"]
     return pd.DataFrame(rows, columns=[*columns, "nmse", "identity_nmse"])
+
+
+def damage_between(layer, x, share, source, target):
+    """Sum over the source's tokens of g^2 |f(x) - f'(x)|^2, over the sum of g^2; without its tokens over all of them.
+
+    Each token of ``x`` stands for a share of the text's.
+    """
+    routing = layer.router(x)
+    errors = squares = all_errors = 0.0
+    for token, stands_for in enumerate(share.tolist()):
+        error = float((layer.experts[source](x[token][None]) - layer.experts[target](x[token][None])).square().sum())
+        all_errors += stands_for * error
+        for slot, expert in enumerate(routing.indices[token].tolist()):
+            if expert == source:
+                errors += stands_for * float(routing.weights[token, slot]) ** 2 * error
+                squares += stands_for * float(routing.weights[token, slot]) ** 2
+    return errors / squares if squares else all_errors
+
+
+def limited(dispatch, damage, closable, limit):
+    """Who works for each token and choice, by (token, choice), where a batch uses at most ``limit`` experts at a place.
+
+    ``damage[j][i]`` is what it costs to give a token of j to i, per squared weight.
+    """
+    batch, tokens = dispatch.shape
+    works = {}
+    for place in range(tokens):
+        here = [sequence * tokens + place for sequence in range(batch)]
+        costs = {}
+        for expert in range(len(damage)):
+            need = 0.0
+            for token in here:
+                for slot, chosen in enumerate(dispatch.routing.indices[token].tolist()):
+                    if chosen == expert and dispatch.real[token]:
+                        need += float(dispatch.routing.weights[token, slot]) ** 2
+            best = min(damage[expert][other] for other in range(len(damage)) if other != expert)
+            costs[expert] = need * best if expert in closable else float("inf")
+        opened = sorted(costs, key=lambda expert: -costs[expert])[:limit]
+        for token in here:
+            for slot, chosen in enumerate(dispatch.routing.indices[token].tolist()):
+                works[token, slot] = chosen if chosen in opened else min(opened, key=lambda to: damage[chosen][to])
+    return works

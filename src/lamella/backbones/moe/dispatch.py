@@ -40,17 +40,39 @@ def watch_dispatch(model: nn.Module, layers: Sequence[MoELayer], watcher: Callab
     It is told once also under gradient checkpointing. Padding is known by the attention mask that the model is called
     with. A router that is called by hand, outside a forward of the model, is not watched.
     """
-    tracked = find_tracker(model) is not None
-    if not tracked:
+    with tracked(model), eagerly(), ExitStack() as watched:
+        for layer in layers:
+            watched.enter_context(layer.family.watched(layer.module, _telling(layer, watcher)))
+        yield
+
+
+@contextmanager
+def tracked(model: nn.Module) -> Iterator[None]:
+    """Inside the context, a layer's experts can know which of their tokens are real; see ``real_tokens``."""
+    already = find_tracker(model) is not None
+    if not already:
         track_calls(model, _models_of_stacks(model))
     try:
-        with eagerly(), ExitStack() as watched:
-            for layer in layers:
-                watched.enter_context(layer.family.watched(layer.module, _telling(layer, watcher)))
-            yield
+        yield
     finally:
-        if not tracked:
+        if not already:
             untrack_calls(model)
+
+
+def real_tokens(layer: MoELayer, x: Tensor) -> tuple[Tensor, tuple[int, int]] | None:
+    """Which of the tokens ``x (N, h)`` or ``(batch, tokens, h)`` that a layer's experts are given are real.
+
+    Returns:
+        ``(N,)``, and batch and tokens; None outside a forward of a tracked model.
+    """
+    frame = current_frame()
+    if frame is None:
+        return None
+    batch = x.shape[0] if x.dim() == 3 else _batch_of(frame)
+    rows = x.reshape(batch, -1, x.shape[-1])
+    mask = frame.token_mask(rows, of_encoder=layer.place.reads_encoder)
+    real = torch.ones(len(rows) * rows.shape[1], dtype=torch.bool, device=x.device) if mask is None else mask
+    return real.to(x.device), (batch, rows.shape[1])
 
 
 def _models_of_stacks(model: nn.Module) -> list[nn.Module]:
@@ -62,14 +84,9 @@ def _models_of_stacks(model: nn.Module) -> list[nn.Module]:
 def _telling(layer: MoELayer, watcher: Callable[[Dispatch], None]) -> Callable[[Tensor, NativeRouting], None]:
     def tell(x: Tensor, routing: NativeRouting) -> None:
         frame = current_frame()
-        if frame is None or frame.recomputing:
-            return
-        flat = x.reshape(-1, x.shape[-1])  # (N, h)
-        batch = x.shape[0] if x.dim() == 3 else _batch_of(frame)
-        rows = flat.view(batch, -1, x.shape[-1])
-        mask = frame.token_mask(rows, of_encoder=layer.place.reads_encoder)
-        real = torch.ones(len(flat), dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
-        watcher(Dispatch(layer, flat, routing, real, (batch, rows.shape[1])))
+        known = real_tokens(layer, x)
+        if frame is not None and known is not None and not frame.recomputing:
+            watcher(Dispatch(layer, x.reshape(-1, x.shape[-1]), routing, *known))
 
     return tell
 

@@ -13,6 +13,7 @@ from lamella.similarity.compression.perplexity import (
 )
 from lamella.similarity.compression.pool import fold
 from lamella.similarity.compression.rerouting import Route, drop, find_routes, next_choice, reroute
+from lamella.similarity.compression.serving import damages
 
 __all__ = [
     "CRITERIA",
@@ -24,6 +25,7 @@ __all__ = [
     "advised",
     "compress",
     "compression_curve",
+    "damages",
     "drop",
     "find_routes",
     "fold",

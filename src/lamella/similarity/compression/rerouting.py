@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -17,6 +17,7 @@ from lamella.aligners import Aligner, LayerNormAligner
 from lamella.backbones.moe import Dispatch, Expert, MoELayer, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.similarity.compression.pool import fold
+from lamella.similarity.compression.serving import Limit, serving
 from lamella.similarity.pairs import NAMES, Name, Pair
 
 if TYPE_CHECKING:
@@ -32,31 +33,50 @@ Distances = npt.NDArray[np.float64]
 def reroute(
     model: nn.Module,
     experts: Sequence[Name],
-    routes: Mapping[Name, Route],
+    routes: Mapping[Name, Route] | None = None,
     what: What = "dropped",
     *,
     capacity: int | None = None,
     first: First = "arrival",
+    limit: int | None = None,
+    damage: pd.DataFrame | None = None,
 ) -> Iterator[None]:
     """Inside the context, a token that finds its expert closed goes to that expert's route, with the router's weight.
 
     The route's expert works for it even if the token chose that one too (it then counts with both weights) and even if
     it is full itself. Leaving restores the model bit for bit.
 
+    "limited" is for serving: a batch uses at most ``limit`` experts of a layer, so that fewer weights are read for it.
+    Closed are those whose tokens lose least by it: the sum over the batch of their squared weight times ``damage`` by
+    the best other expert; each goes to the open one that does it the least damage. One forward decides for each place
+    of the sequences by the tokens that stand there, padding aside, as decoding the batch token by token does. So a
+    token's output depends on its batch, not on what comes later; sequences packed into one row are no batch, and
+    nothing is closed for them. Gradients reach what the tokens went to; choosing where has none. A compiled model runs
+    its own code meanwhile.
+
     Args:
         model: one that came with its experts.
-        experts: as (layer, expert).
-        routes: for each of them, taken as they are; see ``find_routes``.
-        what: "dropped" and "masked" send away every token, "full" those beyond ``capacity``.
+        experts: as (layer, expert), those that may be closed: ``capture.experts`` are all.
+        routes: for each of them, taken as they are; see ``find_routes``. None where they are "limited".
+        what: "dropped" and "masked" send away every token, "full" those beyond ``capacity``, "limited" those of what a
+            batch can do without.
         capacity: real tokens of one sequence that each of the experts takes in one forward.
         first: which tokens a full expert takes: the first to "arrive", or those of largest "weight".
+        limit: experts of a layer for one batch; as many as the layer has change nothing.
+        damage: what ``lamella.similarity.damages`` gave for the model.
 
     Raises:
-        LamellaError: an expert without route, an expert that the model does not have, or a capacity that does not
-            belong to ``what``.
+        LamellaError: an expert without route, an expert that the model does not have, a capacity or limit that does
+            not belong to ``what``, or experts that transformers does not run by its interface for them.
     """
-    overflow = Overflow(experts, what, capacity, first)
-    layers = _layers_of(model, overflow)
+    overflow, layers = _closing(model, Overflow(experts, what, capacity, first), limit, damage)
+    if overflow.limit is not None:
+        if routes is not None:
+            raise LamellaError('what="limited" finds its routes in damage=; leave routes out.')
+        with serving(model, list(layers.values()), overflow.limit):
+            yield
+        return
+    routes = routes or {}
     if missing := [name for name in experts if name not in routes]:
         raise LamellaError(
             f"Expert {missing[0][1]} of layer {missing[0][0]} has no route; find_routes finds one for each."
@@ -74,14 +94,16 @@ def drop(
     *,
     capacity: int | None = None,
     first: First = "arrival",
+    limit: int | None = None,
+    damage: pd.DataFrame | None = None,
 ) -> Iterator[None]:
     """Inside the context, a token gets nothing from an expert that is closed to it.
 
-    "dropped" and "full": the weights of the token's other experts stay. "masked": they grow in proportion to what all
-    of its weights summed to; a token whose experts are all masked gets nothing. Arguments and errors as ``reroute``.
+    "dropped", "full" and "limited": the weights of the token's other experts stay. "masked": they grow in proportion to
+    what all of its weights summed to; a token whose experts are all masked gets nothing. Arguments and errors as
+    ``reroute``.
     """
-    overflow = Overflow(experts, what, capacity, first)
-    layers = _layers_of(model, overflow)
+    overflow, layers = _closing(model, Overflow(experts, what, capacity, first), limit, damage)
     if what == "masked":
         with _without(model, layers, overflow):
             yield
@@ -98,6 +120,8 @@ def next_choice(
     *,
     capacity: int | None = None,
     first: First = "arrival",
+    limit: int | None = None,
+    damage: pd.DataFrame | None = None,
 ) -> Iterator[None]:
     """Inside the context, the router decides again for a token that finds experts closed, without those.
 
@@ -105,25 +129,30 @@ def next_choice(
     takes it all the same. Arguments and errors as ``reroute``, and an error where fewer experts are left than each
     token gets.
     """
-    overflow = Overflow(experts, what, capacity, first)
-    layers = _layers_of(model, overflow)
+    overflow, layers = _closing(model, Overflow(experts, what, capacity, first), limit, damage)
     with ExitStack() as stack:
         for layer in layers.values():
             if closed := overflow.of(layer.index):
-                if layer.num_experts - len(closed) < layer.top_k:
+                if overflow.limit is None and layer.num_experts - len(closed) < layer.top_k:
                     raise LamellaError(
                         f"{len(closed)} closed experts of the {layer.num_experts} of layer {layer.index} leave fewer "
                         f"than the {layer.top_k} that each token gets; close fewer."
                     )
-                stack.enter_context(layer.mask(closed) if what != "full" else _deciding_again(model, layer, overflow))
+                stack.enter_context(_deciding_again(model, layer, overflow) if overflow.waits else layer.mask(closed))
         yield
 
 
-def _layers_of(model: nn.Module, overflow: Overflow) -> dict[int, MoELayer]:
-    """The layers by index, if they have the experts."""
+def _closing(
+    model: nn.Module, overflow: Overflow, limit: int | None, damage: pd.DataFrame | None
+) -> tuple[Overflow, dict[int, MoELayer]]:
+    """What is closed, with its limit, and the layers by index, if they have the experts."""
+    if not (overflow.what == "limited") == (limit is not None) == (damage is not None):
+        raise LamellaError('limit= and damage= belong to what="limited": give both with it, and neither otherwise.')
     layers = native_layers(model)
     find_experts(layers, overflow.experts)
-    return layers
+    if limit is not None and damage is not None:
+        overflow = replace(overflow, limit=Limit.of(layers, overflow.experts, limit, damage))
+    return overflow, layers
 
 
 @contextmanager
@@ -152,11 +181,11 @@ def _elsewhere(
         return work
 
     with ExitStack() as stack:
-        if overflow.capacity is not None:
+        if overflow.waits:
             stack.enter_context(watch_dispatch(model, touched, note))
         for layer in touched:
             closed = overflow.of(layer.index)
-            replaced = {e: works[layer.index, e] if overflow.capacity is None else shared(layer, e) for e in closed}
+            replaced = {e: shared(layer, e) if overflow.waits else works[layer.index, e] for e in closed}
             stack.enter_context(layer.replace(replaced))
         yield
 
@@ -187,19 +216,17 @@ def _without(model: nn.Module, layers: Mapping[int, MoELayer], overflow: Overflo
 
 @contextmanager
 def _deciding_again(model: nn.Module, layer: MoELayer, overflow: Overflow) -> Iterator[None]:
-    """Inside the context, the layer's router decides again for tokens that find an expert full."""
+    """Inside the context, the layer's router decides again for tokens that find an expert closed."""
     closed: dict[str, Tensor] = {}
 
     def note(dispatch: Dispatch) -> None:
-        away = overflow.dropped(dispatch)
-        full = torch.zeros_like(dispatch.routing.logits, dtype=torch.bool)  # (N, E)
-        closed["full"] = full.scatter_(1, dispatch.routing.indices, away)
+        closed["now"] = overflow.closed(dispatch)
 
-    with watch_dispatch(model, [layer], note), layer.family.deciding_again(layer.module, lambda: closed["full"]):
+    with watch_dispatch(model, [layer], note), layer.family.deciding_again(layer.module, lambda: closed["now"]):
         yield
 
 
-What = Literal["dropped", "masked", "full"]
+What = Literal["dropped", "masked", "full", "limited"]
 First = Literal["arrival", "weight"]
 
 
@@ -210,16 +237,19 @@ class Overflow:
     Attributes:
         experts: as (layer, expert).
         what: "dropped", they are not in the model any more, and the router does not know; "masked", they may not be
-            used, and the router knows; "full", each takes at most ``capacity`` tokens of a sequence.
+            used, and the router knows; "full", each takes at most ``capacity`` tokens of a sequence; "limited", a
+            batch uses at most so many.
         capacity: real tokens of one sequence that an expert takes in one forward; only where experts are full.
         first: which tokens those are: the first to arrive, or those that it has the largest weights for, which a
             token later in the text can then push out.
+        limit: which a batch closes; only where they are limited.
     """
 
     experts: Sequence[Name]
     what: What = "dropped"
     capacity: int | None = None
     first: First = "arrival"
+    limit: Limit | None = None
 
     def __post_init__(self) -> None:
         if self.what not in get_args(What) or self.first not in get_args(First):
@@ -238,8 +268,26 @@ class Overflow:
         """The closed experts of a layer."""
         return [expert for index, expert in self.experts if index == layer]
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is what the router decides that says what is closed to a token."""
+        return self.what in ("full", "limited")
+
+    def closed(self, dispatch: Dispatch) -> Tensor:
+        """Which experts are closed to each token, ``(N, E)``; of those that are full only what it chose."""
+        indices, routing = dispatch.routing.indices, dispatch.routing
+        if self.limit is not None:
+            decided = self.limit.closed(
+                dispatch.layer.index, indices, routing.weights, dispatch.real, dispatch.shape
+            )  # (tokens, E)
+            return decided.repeat(dispatch.shape[0], 1)
+        return torch.zeros_like(routing.logits, dtype=torch.bool).scatter_(1, indices, self.dropped(dispatch))
+
     def dropped(self, dispatch: Dispatch) -> Tensor:
         """Where a token finds an expert that it chose closed, ``(N, k)``; padding never does where experts are full."""
+        if self.limit is not None:
+            away = self.closed(dispatch).gather(1, dispatch.routing.indices)
+            return away if dispatch.routing.kept is None else away & dispatch.routing.kept
         away = torch.zeros_like(dispatch.routing.indices, dtype=torch.bool)
         for expert in self.of(dispatch.layer.index):
             chose = chosen(dispatch, expert)
