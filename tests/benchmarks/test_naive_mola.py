@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
@@ -12,6 +12,7 @@ from lamella import MolaConfig
 from lamella.kernels import mix_reference
 
 
+@settings(max_examples=20, deadline=None)
 @given(num_experts=st.integers(2, 6), tokens=st.integers(1, 9), seed=st.integers(0, 1000))
 def test_the_naive_layer_computes_the_reference_form(num_experts, tokens, seed):
     torch.manual_seed(seed)

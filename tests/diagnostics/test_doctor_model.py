@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests import tiny
+from tests.pairwise import pairwise
 
 from lamella import LamellaError, MolaConfig
 from lamella.diagnostics.doctor import doctor
@@ -45,9 +46,9 @@ def real_batches(model, count=4):
     return [tiny.batch(model.get_base_model(), rows=6, tokens=29, seed=seed) for seed in range(count)]
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
-@pytest.mark.parametrize("make", [mixture, trained])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("name", "make", "given"), pairwise(("bert", "gpt2", "llama", "t5"), (mixture, trained), (False, True))
+)
 def test_a_healthy_model_has_no_finding(name, make, given):
     model = make(tiny.MODELS[name]())
 

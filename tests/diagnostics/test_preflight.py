@@ -30,8 +30,9 @@ def codes(diagnosis):
     return [finding.code for finding in diagnosis.findings]
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
-@pytest.mark.parametrize("init_lora_weights", [True, False])
+@pytest.mark.parametrize(
+    ("name", "init_lora_weights"), [("bert", True), ("bert", False), ("gpt2", True), ("llama", False), ("t5", True)]
+)
 def test_a_healthy_model_passes(name, init_lora_weights):
     base = tiny.MODELS[name]()
     batch = tiny.batch(base)
@@ -91,8 +92,7 @@ def test_an_adapter_of_another_name_passes():
     assert actual.ok, str(actual)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("name", "training"), [("bert", True), ("llama", False), ("t5", True)])
 def test_the_model_is_left_as_it_was_bit_for_bit(name, training):
     base = tiny.MODELS[name]()
     batch = tiny.batch(base)

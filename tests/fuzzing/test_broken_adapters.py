@@ -66,11 +66,11 @@ def cases(numbers, adapters, folder):
 
 
 def test_a_broken_adapter_is_named_or_makes_no_difference(adapters, tmp_path):
-    endings, others = cases(range(124), adapters, tmp_path)
+    endings, others = cases(range(60), adapters, tmp_path)
 
     assert not others, "\n".join(others)
-    assert endings[Ending.NAMED] > 30
-    assert endings[Ending.EQUAL] > 10
+    assert endings[Ending.NAMED] > 15
+    assert endings[Ending.EQUAL] > 3
 
 
 @pytest.mark.heavy

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from tests import tiny
+from tests.pairwise import pairwise
 from tests.reference import molex as oracle
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -60,22 +61,22 @@ def plainly(model: PeftModel, batch: dict[str, Tensor], candidates: list[int], *
     return task, balance
 
 
-choices = st.fixed_dictionaries(
-    {
-        "score": st.sampled_from(["softmax", "sigmoid"]),
-        "aggregate": st.sampled_from(["mean", "mode"]),
-        "top_k": st.sampled_from([1, 2]),
-        "router_gradient": st.sampled_from(["scale", "straight-through", "none"]),
-        "granularity": st.sampled_from(["sequence", "token"]),
-    }
-)
+CHOICES = {
+    "score": ("softmax", "sigmoid"),
+    "aggregate": ("mean", "mode"),
+    "top_k": (1, 2),
+    "router_gradient": ("scale", "straight-through", "none"),
+    "granularity": ("sequence", "token"),
+    "candidates": ("all", [0, 2, 3]),
+}
 
 
-@settings(max_examples=12, deadline=None)
-@given(config=choices, candidates=st.sampled_from(["all", [0, 2, 3]]), seed=st.integers(0, 99))
-def test_loss_and_every_gradient_are_the_oracles(config: dict[str, Any], candidates: Any, seed: int) -> None:
-    model = model_of(**config, candidates=candidates, router_aux_loss_coef=0.5)
-    batch = tiny.batch(model.get_base_model(), seed=seed)
+@pytest.mark.parametrize("chosen", pairwise(*CHOICES.values()))
+def test_loss_and_every_gradient_are_the_oracles(chosen: tuple[Any, ...]) -> None:
+    config = dict(zip(CHOICES, chosen, strict=True))
+    model = model_of(**config, router_aux_loss_coef=0.5)
+    candidates = config.pop("candidates")
+    batch = tiny.batch(model.get_base_model())
     listed = list(range(4)) if candidates == "all" else candidates
     task, balance = plainly(model, batch, listed, **config)
     (task + 0.5 * balance).backward()

@@ -332,7 +332,7 @@ def test_smollm2_says_the_same_with_and_without_a_cache() -> None:
     torch.manual_seed(0)
     model = get_peft_model(backbone.model, MolexConfig(alpha=0.9)).eval()
     _spread_out({name: p for name, p in model.named_parameters() if "molex_router" in name}, 1.0)
-    settings = {"max_new_tokens": 5, "do_sample": False}
+    settings = {"max_new_tokens": 3, "do_sample": False}
     text = model.generate(**given, **settings, use_cache=False)
     output = model.generate(**given, **settings, return_dict_in_generate=True)
     assert torch.equal(output.sequences, text)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lamella.errors import LamellaError
@@ -115,6 +117,19 @@ def _entry_of_hub(where: str) -> TaskEntry:
     return TaskEntry(hub=hub, licence="stated on the dataset's page")
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Rows are no garbage: to look through 100,000 of them again and again takes longer than to read them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def _load(name: str, entry: TaskEntry, beside: Path, subset: str, seed: int) -> Task:
     """The task that an entry describes."""
     raw = read_source(name.partition("/")[0], entry, beside)
