@@ -69,6 +69,28 @@ def test_what_cannot_be_read_is_named(tmp_path, read, content):
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("read", "content", "said"),
+    [
+        (read_yaml, "a: 1\nb: {c: 1, d: [{e: 1}, {e: 2, e: 3}]}", "'e' is given twice, again in line 2"),
+        (read_yaml, "a: 1\nb: 2\na: 1", "'a' is given twice, again in line 3"),
+        (read_yaml, "a: 1\nb:\n\tc: 1", r"found character '\\t' that cannot start any token in line 3"),
+        (read_json, '{"a": [{"b": 1, "b": 1}]}', "'b' is given twice"),
+    ],
+)
+def test_what_would_be_read_otherwise_than_it_looks_is_refused(tmp_path, read, content, said):
+    (tmp_path / "it").write_text(content)
+
+    with pytest.raises(LamellaError, match=said):
+        read(tmp_path / "it")
+
+
+def test_what_a_mapping_takes_over_may_be_given_anew(tmp_path):
+    (tmp_path / "it").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: [*a, *a]")
+
+    assert read_yaml(tmp_path / "it")["b"] == {"x": 3, "y": 2}
+
+
 def test_a_table_without_a_column_is_named(tmp_path):
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "it")
 

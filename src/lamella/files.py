@@ -73,20 +73,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UnreadableError: it cannot be read, is not JSON, or holds something else than an object.
+        UnreadableError: it cannot be read, is not JSON, gives a key twice, or holds something else than an object.
     """
-    return _mapping(path, "JSON", json.loads)
+    return _mapping(path, "JSON", lambda text: json.loads(text, object_pairs_hook=_object))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, without tags of Python's.
 
     Raises:
-        UnreadableError: it cannot be read, is not YAML, or holds something else than a mapping.
+        UnreadableError: it cannot be read, is not YAML, gives a key twice, or holds something else than a mapping.
     """
-    import yaml
-
-    return _mapping(path, "YAML", yaml.safe_load)
+    return _mapping(path, "YAML", _parse_yaml)
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:
@@ -122,6 +120,48 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 _WAY_OUT = "Restore it from a copy, or make it again."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would take the last value of a key that is there twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is given twice")
+        found[key] = value
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    """What `yaml.safe_load` makes of a text in which no key is there twice, of which it would take the last value."""
+    import yaml
+
+    try:
+        if twice := _given_twice(yaml.compose(text, yaml.SafeLoader)):
+            raise ValueError(twice)
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{error.problem}{where}") from error
+
+
+def _given_twice(tree: Any) -> str | None:
+    """Which key a mapping in a tree of YAML's nodes has twice, in words; None where none does."""
+    nodes, seen = [tree], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):  # an alias is the same node
+            continue
+        seen.add(id(node))
+        keys = set()
+        for entry in node.value:  # of a mapping pairs, of a sequence nodes
+            key, value = entry if isinstance(entry, tuple) else (None, entry)
+            nodes.append(value)
+            if key is not None:
+                if (name := (key.tag, str(key.value))) in keys:
+                    return f"{key.value!r} is given twice, again in line {key.start_mark.line + 1}"
+                keys.add(name)
+    return None
 
 
 def _mapping(path: Path, form: str, parse: Callable[[str], Any]) -> dict[str, Any]:

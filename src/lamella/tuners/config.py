@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from packaging.version import Version
-from peft import PeftConfig, TaskType
+from peft import LoraConfig, PeftConfig, TaskType
 
 from lamella.errors import LamellaError, UnreadableError
-from lamella.tuners.kinds import fits, in_words
+from lamella.tuners.kinds import Alpha, Count, Share, fits, in_words
 from lamella.version import FIRST_VERSION, __version__, defaults_of, is_version
 
 Self = TypeVar("Self", bound="LamellaConfig")
@@ -79,6 +79,7 @@ class LamellaConfig(PeftConfig):
             if isinstance(value := getattr(self, f.name), tuple):
                 setattr(self, f.name, list(value))
         self._check_kinds()  # before PEFT meets them
+        self.check("lamella_version", is_version(self.lamella_version), f"a version, such as {__version__!r}")
         tasks = [task.value for task in TaskType]
         self.check("task_type", self.task_type is None or self.task_type in tasks, f"None, or one of {tasks}")
         check_patterns(self, type(self).__name__)
@@ -126,6 +127,34 @@ class LamellaConfig(PeftConfig):
                 "its default may be another value than what was trained. Restore the file from a copy."
             )
         return defaults_of(writer, FORMER_DEFAULTS, values["peft_type"]) | renamed | {"lamella_version": writer}
+
+
+# What PEFT's hints leave open: its layers take any alpha.
+_OF_LORA = {"r": Count, "lora_alpha": Alpha, "lora_dropout": Share, "rank_pattern": dict, "alpha_pattern": dict}
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Raises unless the settings of a LoRA are of the right kinds, of which PEFT's own config looks at few."""
+    hints = get_type_hints(LoraConfig) | _OF_LORA
+    given = {f.name: (getattr(lora, f.name), hints[f.name]) for f in fields(lora)}
+    # PEFT's configs inside check themselves, and are dictionaries in JSON
+    settings = {name: (v, hint) for name, (v, hint) in given.items() if name in _OF_LORA or not isinstance(v, dict)}
+    for name, (value, hint) in settings.items():
+        _check_of_lora(name, list(value) if isinstance(value, set) else value, hint)
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        for own, value in of_lora(lora, pattern).items():
+            _check_of_lora(own, value, _OF_LORA[name])
+    check_patterns(lora, "lora")
+
+
+def of_lora(lora: LoraConfig, pattern: str) -> dict[str, Any]:
+    """The modules' own values of a setting, each by what a user calls it."""
+    return {f"{pattern}[{key!r}]": value for key, value in getattr(lora, pattern).items()}
+
+
+def _check_of_lora(name: str, value: Any, hint: Any) -> None:
+    if not fits(value, hint):
+        raise LamellaError(f"lora has {name}={value!r}, which must be {in_words(hint)}.")
 
 
 def check_patterns(config: PeftConfig, name: str) -> None:

@@ -22,14 +22,15 @@ class Bounds:
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            return f"from {self.least:g} to {self.most:,}"
+            return f"from {self.least:,} to {self.most:,}"
         return f"of at least {self.least:g}" + (f" and below {self.below:g}" if self.below < math.inf else "")
 
 
 MOST = 1_000_000  # no matrix of a model is as wide, and what is counted here would not fit into memory
 Count = Annotated[int, Bounds(1, MOST)]
 Index = Annotated[int, Bounds(0, MOST)]
-Coefficient = Annotated[float, Bounds(0)]
+Alpha = Annotated[float, Bounds(-MOST, MOST)]
+Coefficient = Annotated[float, Bounds(0, MOST)]
 Share = Annotated[float, Bounds(0, below=1)]
 
 
@@ -51,7 +52,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         numbers = int if hint is int else (int, float)
         return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)
+    return isinstance(value, kind or hint)
 
 
 def in_words(hint: Any) -> str:

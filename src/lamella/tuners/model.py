@@ -48,6 +48,18 @@ def _refuse_task(model: nn.Module, task: Any) -> None:
         )
 
 
+@contextmanager
+def refusals_in_a_sentence(model: nn.Module) -> Iterator[None]:
+    """What PEFT refuses as settings for a model is a `LamellaError`."""
+    try:
+        yield
+    except LamellaError:
+        raise
+    except ValueError as error:
+        said = str(error).split("\n")[0].rstrip(".")
+        raise LamellaError(f"The adapter cannot be put on {type(model).__name__}: {said}.") from error
+
+
 def _of_base(model: nn.Module, config: Any) -> Any:
     """The config, by which an adapter of a model with fewer experts knows that model; the caller's stays as it is.
 
@@ -105,14 +117,8 @@ class RoutedModel(BaseTuner):
         _refuse_name(adapter_name)
         _refuse_task(model, self.peft_config[adapter_name].task_type)
         self.peft_config[adapter_name] = _of_base(model, self.peft_config[adapter_name])
-        try:
-            with placed(model):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except LamellaError:
-            raise
-        except ValueError as error:  # how PEFT refuses settings
-            said = str(error).split("\n")[0].rstrip(".")
-            raise LamellaError(f"The adapter cannot be put on {type(model).__name__}: {said}.") from error
+        with refusals_in_a_sentence(model), placed(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fast_paths(model)
         track(model).turned.update(self.seen.turned)
         if any(parameter.requires_grad for parameter in model.parameters()):

@@ -1,6 +1,8 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lamella import LamellaError
 from lamella.lab.data.splitting import build_task, complete_published, split_whole, without_overlap
 from lamella.texts.rows import hold_out
 
@@ -50,6 +52,18 @@ def test_train_rows_that_occur_in_evaluation_are_dropped_by_any_label():
         "1 validation rows dropped because they also occur in the test split",
         "2 train rows dropped because they also occur in an evaluation split",
     ]
+
+
+def test_a_split_that_would_vanish_is_refused():
+    rows = rows_of(["a", "b"])
+    with pytest.raises(LamellaError, match="All 2 validation rows of 'a task' also occur among those that test it"):
+        build_task(
+            "a task",
+            "classification",
+            {"train": rows_of(["c"]), "validation": rows, "test": rows},
+            source="",
+            licence="",
+        )
 
 
 def test_reordered_choices_are_the_same_question():

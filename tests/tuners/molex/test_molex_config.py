@@ -179,3 +179,12 @@ def test_which_routers_can_be_trained() -> None:
 def test_a_value_that_cannot_be_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(LamellaError, match=message):
         MolexConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"target_modules": 3}, {"rank_pattern": None}, {"alpha_pattern": [1]}, {"layers_to_transform": "None"}]
+)
+def test_wrong_kinds_in_the_lora_inside_are_named(wrong):
+    name = next(iter(wrong))
+    with pytest.raises(LamellaError, match=f"lora has {name}="):
+        MolexConfig(lora=LoraConfig(**wrong))

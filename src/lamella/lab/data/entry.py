@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lamella.errors import LamellaError
+from lamella.files import read_yaml
 from lamella.lab.data.shapes import SHAPES
 from lamella.texts.rows import TaskKind
 
@@ -105,10 +105,7 @@ def read_entry(path: Path) -> TaskEntry:
         LamellaError: it is missing, is not YAML, or has a key or value that a task cannot have.
     """
     try:
-        content: Any = yaml.safe_load(path.read_text("utf-8"))
-        return TaskEntry.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LamellaError(f"The task file {path} cannot be read: {' '.join(str(error).split())}.") from error
+        return TaskEntry.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

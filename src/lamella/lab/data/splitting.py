@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lamella.errors import LamellaError
 from lamella.lab.data.task import METRICS, Task
 from lamella.texts.rows import LABELLED, Row, TaskKind, hold_out, input_columns, sample_indices
 
@@ -146,8 +147,17 @@ def build_task(
     """A `Task` of finished splits: overlap dropped, columns reduced to the kind's, train rows ordered by `seed`.
 
     Running prose keeps its order, because packing joins neighbouring rows.
+
+    Raises:
+        LamellaError: all rows of a split occur in another that is for evaluation.
     """
-    splits, overlap = without_overlap(kind, splits)
+    given = splits
+    splits, overlap = without_overlap(kind, given)
+    if gone := [split for split, rows in given.items() if rows and not splits[split]]:
+        raise LamellaError(
+            f"All {len(given[gone[0]]):,} {gone[0]} rows of '{name}' also occur among those that test it, so that none "
+            "is left. Give it rows of its own."
+        )
     ordered = {split: splits[split] for split in ("train", "validation", "test") if splits.get(split)}
     if "train" in ordered and not (kind == "causal-lm" and "text" in ordered["train"][0]):
         ordered["train"] = random.Random(seed).sample(ordered["train"], len(ordered["train"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import UnionType
@@ -112,14 +111,6 @@ class Configured(Method):
     @model_validator(mode="after")
     def _config_takes_them(self) -> Self:
         self.config()
-        for key in ("target_modules", "exclude_modules"):  # PEFT matches a string as an expression, when it is too late
-            if isinstance(value := getattr(self, key, None), str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise LamellaError(
-                        f"{key}={value!r} is not a regular expression: {error}. Write one, or a list of module names."
-                    ) from error
         return self
 
 

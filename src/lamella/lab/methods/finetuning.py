@@ -23,6 +23,9 @@ from lamella.lab.methods.base import (
     trainable_parameters,
 )
 from lamella.lab.methods.fixed_guest import find_fixed_layer
+from lamella.tuners.config import check_lora
+from lamella.tuners.kinds import MOST
+from lamella.tuners.model import refusals_in_a_sentence
 from lamella.tuners.mola import MolaConfig
 from lamella.tuners.mola.allocation import SHAPES
 from lamella.tuners.molex import MolexConfig
@@ -112,8 +115,7 @@ class Lora(Configured):
     def config(self, **of_the_run: Any) -> LoraConfig:
         """The PEFT config with these settings and those that the run adds."""
         config = LoraConfig(**self.model_dump(exclude={"name", "match"}), **of_the_run)
-        if config.r < 1:
-            raise LamellaError(f"r={config.r} must be a whole number of at least 1.")
+        check_lora(config)
         return config
 
     def build(self, backbone: Backbone, task: Task) -> Built:
@@ -125,7 +127,8 @@ class Lora(Configured):
         if not self.trains_head:
             require_own_head(backbone, task, self.name)
         if self.match is None:
-            return Built(get_peft_model(backbone.model, self._config(backbone, task)))
+            with refusals_in_a_sentence(backbone.model):
+                return Built(get_peft_model(backbone.model, self._config(backbone, task)))
         target = trainable_parameters(self.match.build(on_meta(backbone), task).model)
         rank = self._rank_for(target, backbone, task)
         model = get_peft_model(backbone.model, self._config(backbone, task, rank))
@@ -164,7 +167,7 @@ class LoraOnly(Lora):
 class PromptTuning(Method):
     """Trained virtual tokens before the input (PEFT)."""
 
-    num_virtual_tokens: int = Field(20, gt=0, description="PEFT has no default")
+    num_virtual_tokens: int = Field(20, gt=0, le=MOST, description="PEFT has no default")
 
     def build(self, backbone: Backbone, task: Task) -> Built:
         """Raises LamellaError for tasks that PEFT's prompt tuning has no model class for."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import LamellaConfig, wrote_before
-from lamella.tuners.kinds import MOST, Bounds, Coefficient, Count, Share
+from lamella.tuners.kinds import MOST, Alpha, Bounds, Coefficient, Count, Share
 from lamella.tuners.mola.allocation import SHAPES, allocate
 from lamella.tuners.registry import LamellaType
 
@@ -37,7 +37,7 @@ class MolaConfig(LamellaConfig):
     """
 
     r: Count = 8
-    lora_alpha: float = 16
+    lora_alpha: Alpha = 16
     lora_dropout: Share = 0.0
     use_rslora: bool = False
     fan_in_fan_out: bool = False

@@ -13,7 +13,7 @@ from lamella.adapters.locate import exists
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
 from lamella.tuners.config import LamellaConfig
-from lamella.tuners.kinds import Bounds, Coefficient, Count, Index
+from lamella.tuners.kinds import MOST, Bounds, Coefficient, Count, Index
 from lamella.tuners.mole.router import LOWEST_TEMPERATURE
 from lamella.tuners.registry import LamellaType
 
@@ -72,7 +72,7 @@ class MoleConfig(LamellaConfig):
     flatten_length: Count | None = None
     top_k: Count | None = None
     form: Literal["delta", "block-delta", "published"] = "delta"
-    temperature: Annotated[float, Bounds(LOWEST_TEMPERATURE)] = 1.0
+    temperature: Annotated[float, Bounds(LOWEST_TEMPERATURE, MOST)] = 1.0
     learn_temperature: bool = True
     balance: Literal["log", "entropy", "switch", "none"] = "log"
     router_aux_loss_coef: Coefficient = 0.5

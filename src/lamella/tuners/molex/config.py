@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
 
 from lamella.errors import LamellaError
-from lamella.tuners.config import LamellaConfig, check_patterns, unknown_keys, wrote_before
-from lamella.tuners.kinds import Bounds, Coefficient, Count, Index, Share, fits, in_words
+from lamella.tuners.config import LamellaConfig, check_lora, of_lora, unknown_keys, wrote_before
+from lamella.tuners.kinds import Bounds, Coefficient, Count, Index
 from lamella.tuners.registry import LamellaType
 
 # What belongs to the whole adapter, or would change the base model's own weights or number of blocks.
 _NOT_INSIDE = ("task_type", "modules_to_save", "layer_replication", "trainable_token_indices", "loftq_config")
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal")
-# What PEFT's hints leave open: its layers take any alpha.
-_OF_LORA: dict[str, Any] = {"r": Count, "lora_alpha": float, "lora_dropout": Share}
 
 
 @dataclass
@@ -137,19 +135,14 @@ class MolexConfig(LamellaConfig):
             return
         if type(self.lora) is not LoraConfig:
             raise LamellaError(f"lora must be a peft.LoraConfig or None, not a {type(self.lora).__name__}.")
+        check_lora(self.lora)
         outside = [name for name in _NOT_INSIDE if getattr(self.lora, name, None)]
         if outside:
             raise LamellaError(
                 f"lora sets {', '.join(outside)}, which does not work inside MoLEx; task_type and modules_to_save "
                 "belong to MolexConfig itself."
             )
-        check_patterns(self.lora, "lora")
-        ranks, alphas = self.lora.rank_pattern or {}, self.lora.alpha_pattern or {}
-        given = {**{name: getattr(self.lora, name) for name in _OF_LORA}, **_each("rank_pattern", ranks)}
-        for name, value in given.items():
-            if not fits(value, hint := _OF_LORA.get(name, Count)):
-                raise LamellaError(f"lora has {name}={value!r}, which must be {in_words(hint)}.")
-        for name, alpha in {"lora_alpha": self.lora.lora_alpha, **_each("alpha_pattern", alphas)}.items():
+        for name, alpha in {"lora_alpha": self.lora.lora_alpha, **of_lora(self.lora, "alpha_pattern")}.items():
             if alpha == 0 and not wrote_before(self, "0.2"):
                 raise LamellaError(
                     f"lora has {name}=0, and all that it adds there is multiplied by that. Leave such modules out of "
@@ -167,20 +160,11 @@ class MolexConfig(LamellaConfig):
             )
 
 
-def _each(name: str, pattern: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{name}[{key!r}]": value for key, value in pattern.items()}
-
-
 def _lora_from(values: Mapping[str, Any]) -> LoraConfig:
     known = {f.name for f in fields(LoraConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise LamellaError(unknown_keys("lora", unknown, known, values))
-    hints = get_type_hints(LoraConfig) | _OF_LORA
-    for name, value in values.items():
-        # PEFT's own configs inside check themselves; in JSON they are dictionaries
-        if name not in ("peft_type", "task_type") and not isinstance(value, dict) and not fits(value, hints[name]):
-            raise LamellaError(f"lora has {name}={value!r}, which must be {in_words(hints[name])}.")
     try:
         return LoraConfig(**values)
     except Exception as error:  # its own code meets values of any type
