@@ -1,8 +1,8 @@
 """`python -m models NAME [KEY=VALUE]...`: make a mixture of experts to study, and say how good it is.
 
-tiny-moe is trained from scratch on four kinds of prose. smollm2-experts is SmolLM2 with experts of which it is known
-what each was trained on. switch-trec classifies questions. The folder holds the model as transformers saves it, and
-log.json.
+tiny-moe is trained from scratch on four kinds of prose; so is deep-moe, with twice the layers and experts.
+smollm2-experts is SmolLM2 with experts of which it is known what each was trained on. switch-trec classifies questions.
+The folder holds the model as transformers saves it, and log.json.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from models.tiny_moe import make_tiny_moe
 
 MODELS: dict[str, tuple[type[Settings], Callable[[Any, Sequence[TrainerCallback]], Made]]] = {
     "tiny-moe": (TinyMoeSettings, make_tiny_moe),
+    "deep-moe": (TinyMoeSettings, make_tiny_moe),
     "smollm2-experts": (SmolExpertsSettings, make_smollm2_experts),
     "switch-trec": (SwitchSettings, make_switch),
 }

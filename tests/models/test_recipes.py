@@ -1,4 +1,4 @@
-"""The three recipes, in miniature: a folder that transformers loads, with figures on text that was held out."""
+"""The recipes, in miniature: a folder that transformers loads, with figures on text that was held out."""
 
 import json
 

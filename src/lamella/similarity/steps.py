@@ -281,15 +281,16 @@ def compress_to_budgets(
     if close and study.folder.table("alignment") is not None:
         closed = _first_to_go(study, criteria[0], aligner, close)
         find_routes(_rows_of(study.folder, aligner), study.model, closed)  # one that none could replace is named now
+    refused: list[str] = []
     curve = compression_curve(
         study.model, study.capture, read_domains(domains), budgets, criteria, seeds=range(seeds), texts=texts,
         chosen_on=(study.subject.text,), settings=settings,
-        progress=lambda done, total: tell(f"{done} of {total} smaller models"),
+        progress=lambda done, total: tell(f"{done} of {total} smaller models"), refused=refused.append,
     )  # fmt: skip
     noted = {
         "scope": settings.scope, "refit": settings.refit, "distil": settings.distil, "measured_on": measured_on
     }  # fmt: skip
-    notes = _add_curve(study.folder, curve, noted)
+    notes = refused + _add_curve(study.folder, curve, noted)
     if closed:
         tell("rerouting")
         notes += _reroute(study, read_domains(domains), closed, aligner, capacity)

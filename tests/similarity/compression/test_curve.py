@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from tests.similarity.compression.planted import aligners, captured, same_state, state, table, texts_of, with_twins
-from tests.tiny_moe import FAMILIES, inputs_for
+from tests.tiny_moe import FAMILIES, build, inputs_for
 
 from lamella.errors import LamellaError
 from lamella.similarity.compression import (
@@ -45,6 +45,22 @@ def perplexity(model, batches):
                 nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
                 tokens += ids.shape[1] - 1
     return math.exp(nats / tokens)
+
+
+def test_a_criterion_that_cannot_reach_a_budget_is_named_and_the_curve_goes_on():
+    """Six experts in three groups, each chosen by its two best, cannot be dropped; replaced they can be."""
+    model = build("deepseek_v3")
+    taken, texts, refused, told = captured(model), texts_of(model), [], []
+    frame = compression_curve(
+        model, taken, domains(model), [0.9, 0.5], ["reap", "stand-in"], texts=texts, refused=refused.append,
+        progress=lambda done, total: told.append(done),
+    )  # fmt: skip
+    assert set(frame["method"]) == {"stand-in"}
+    assert [line.split(".")[0] for line in refused] == ["reap cannot keep 90", "reap cannot keep 50"]
+    assert all("at most 0 can go by reap" in line for line in refused)
+    assert told == [1, 2, 3, 4]
+    with pytest.raises(LamellaError, match="at most 0 can go by reap"), pytest.warns(match="reap cannot keep"):
+        compression_curve(model, taken, domains(model), [0.5], ["reap"], texts=texts)
 
 
 def test_the_curve_measures_each_compressed_model(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError, optional_module
 from lamella.similarity.compression.calibration import layer_gradients
-from lamella.similarity.compression.compressed import Settings, check_arguments, compress_each
+from lamella.similarity.compression.compressed import Compressed, Settings, check_arguments, compress_each, rank_experts
 from lamella.similarity.compression.criteria import CRITERIA
 from lamella.similarity.compression.rerouting import Aligners, First, What, drop, find_routes, next_choice, reroute
 from lamella.similarity.pairs import Name
@@ -51,6 +52,7 @@ def compression_curve(
     chosen_on: Collection[str] = (),
     settings: Settings | None = None,
     progress: Callable[[int, int], None] | None = None,
+    refused: Callable[[str], object] = warnings.warn,
 ) -> pd.DataFrame:
     """Compresses the model by each criterion to each budget and measures what that does to held-out text.
 
@@ -64,6 +66,7 @@ def compression_curve(
         chosen_on: the domains of the capture's text.
         settings: scope, weights, refit and distillation, the same for all; those of ``compress`` if absent.
         progress: told how many compressed models are measured, of how many.
+        refused: told which criterion cannot reach which budget, and why; the curve goes on with the others.
 
     Returns:
         One row per criterion, budget, seed and domain: method (the criterion), budget, parameters (that the whole
@@ -73,7 +76,7 @@ def compression_curve(
         more, JSON), chosen_on (whether the capture's text is of the domain).
 
     Raises:
-        LamellaError: no budget, criterion or seed, a domain without text, or what ``compress`` refuses.
+        LamellaError: no budget, criterion or seed, a domain without text, or what ``compress`` refuses for all of them.
     """
     pd = optional_module("pandas", "A compression curve")
 
@@ -92,29 +95,42 @@ def compression_curve(
     compared = any(one.compares_layers for one in wanted)
     gradients = layer_gradients(model, moe_layers(model), texts or ()) if compared else None
     rows: list[dict[str, Any]] = []
-    done = 0
-    for one in wanted:
-        for small in compress_each(model, capture, budgets, one, texts, gradients=gradients):
-            report, after = small.report, score(small.model, domains)
-            told = {
-                "method": report.criterion, "budget": report.budget, "seed": report.seed,
-                "experts_left": report.experts_left, "parameters": report.parameters, "experts": report.experts,
-                "parameters_before": report.parameters_before, "gone": json.dumps(report.gone),
-                "bytes": (report.parameters_before - report.parameters) * model.dtype.itemsize,
-            }  # fmt: skip
-            rows += [
-                {
-                    **told,
-                    "domain": name,
-                    "chosen_on": name in chosen_on,
-                    **compare(before[name], after[name], report.seed),
-                }
-                for name in domains
-            ]
-            done += 1
+    errors: list[LamellaError] = []
+    for at, one in enumerate(wanted):
+        ranked = rank_experts(model, capture, one.criterion, one.seed)
+        for nth, budget in enumerate(budgets):
+            try:
+                (small,) = compress_each(model, capture, [budget], one, texts, ranked, gradients)
+            except LamellaError as error:
+                errors.append(error)
+                refused(f"{one.criterion} cannot keep {budget:.1%} of the experts. {error}")
+            else:
+                rows += _measured(small, before, domains, chosen_on)
             if progress is not None:
-                progress(done, len(wanted) * len(budgets))
+                progress(at * len(budgets) + nth + 1, len(wanted) * len(budgets))
+    if not rows:
+        raise errors[0]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _measured(
+    small: Compressed,
+    before: Mapping[str, TextScores],
+    domains: Mapping[str, Sequence[Batch]],
+    chosen_on: Collection[str],
+) -> list[dict[str, Any]]:
+    """The rows of one compressed model, one for each domain."""
+    report, after = small.report, score(small.model, domains)
+    told = {
+        "method": report.criterion, "budget": report.budget, "seed": report.seed,
+        "experts_left": report.experts_left, "parameters": report.parameters, "experts": report.experts,
+        "parameters_before": report.parameters_before, "gone": json.dumps(report.gone),
+        "bytes": (report.parameters_before - report.parameters) * small.model.dtype.itemsize,
+    }  # fmt: skip
+    return [
+        {**told, "domain": name, "chosen_on": name in chosen_on, **compare(before[name], after[name], report.seed)}
+        for name in domains
+    ]
 
 
 def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFrame:
