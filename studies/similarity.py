@@ -14,7 +14,7 @@ from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.similarity import largest_compression
 from lamella.similarity.alignment.table import by_aligner
-from lamella.similarity.reliability import control_table, reliability, truth_auc
+from lamella.similarity.reliability import control_table, reliability, screen_table, truth_auc
 from lamella.similarity.study import StudyFolder
 from lamella.similarity.swapping import change_in_words, distance_regressions, kinds, layer_tables
 from studies.tables import markdown
@@ -125,7 +125,11 @@ def _ranking(study: KeptSimilarity) -> str | None:
         measured = reliability(rows, screened)
         if "ceiling" not in measured:
             return "No ceiling: there is one seed, or nothing that a seed changes."
-        measures = [(name, measured[name]) for name in ("floor", "cka_distance", "weight_distance") if name in measured]
+        table = None if screened is None else screen_table(rows, screened)
+        measures = [] if table is None else [
+            (name, within) for name, within in zip(table["measure"], table["within"], strict=True)
+            if name not in ("another seed", "chance")
+        ]  # fmt: skip
         ranked = ", ".join(
             f"{name.replace('_', ' ')} {value:.2f} ({value / measured['ceiling within']:.2f} of the ceiling)"
             for name, value in measures

@@ -12,6 +12,10 @@ from lamella.errors import LamellaError
 
 Kind = Literal["linear", "layernorm", "low-rank", "identity", "published"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# An aligner that starts near the identity starts as that multiple of it which errs least on the training tokens. The
+# identity itself is right for like experts and much worse than a random start for unlike ones, where it saturates the
+# target.
+IDENTITY_SCALES = (1.0, 0.5, 0.25, 0.1)
 EPSILON = 1e-5  # of the layer norm; torch's and the published value
 
 

@@ -197,7 +197,7 @@ def test_an_alignment_keeps_other_aligners_seeds_and_texts(whole, study, text, m
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 2, *quick) == 0
     assert run(monkeypatch, "align", study, "--steps", 3, "--seeds", 1, *quick, "--score-on", other) == 0
     elsewhere = "linear, scored on text.txt (all)"
-    aligners = [("layernorm", "", 0), ("linear", "", 0), ("linear", "", 1), ("linear", "text.txt (all)", 0)]
+    aligners = [("linear", "", 0), ("linear", "", 1), ("layernorm", "", 0), ("linear", "text.txt (all)", 0)]
     before = seeds_of(study)
     assert list(before) == aligners
     assert len(set(before.values())) == 1

@@ -20,6 +20,21 @@ def floor(y, down, bias=None):
     return error / float((y - y.mean(0)).square().mean())
 
 
+def predicted(x, y, target, train_x, train_y, source_down, ridge=0.3, stiffness=0.5):
+    """What is left of the start's error when its linear part is taken away in the directions that the target has."""
+    scales = (1.0, 0.5, 0.25, 0.1)
+    some = slice(None, None, 4)
+    scale = min(scales, key=lambda one: float((target(one * train_x[some]) - train_y[some]).square().sum()))
+    wrong, left = (there.double() - target(scale * here).double() for here, there in ((train_x, train_y), (x, y)))
+    one, other = (torch.cat([part.double(), torch.ones(len(part), 1).double()], 1) for part in (train_x, x))
+    gram = one.T @ one
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    fitted = other @ torch.linalg.inv(gram) @ one.T @ wrong
+    down, stiff = target.down.double(), stiffness * source_down.double().square().sum() / len(source_down)
+    soft = down @ torch.linalg.inv(down.T @ down + stiff * torch.eye(down.shape[1])) @ down.T
+    return float((left - fitted @ soft).square().mean() / (y - y.mean(0)).double().square().mean())
+
+
 def cka(first, second):
     """Linear CKA by centred Gram matrices (Kornblith et al., 2019, equation 4 with linear kernels)."""
     n = len(first)

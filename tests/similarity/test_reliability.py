@@ -1,10 +1,13 @@
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from lamella.errors import LamellaError
+from lamella.similarity.alignment import seed_ceiling
 from lamella.similarity.pairs import NAMES
-from lamella.similarity.reliability import control_table, reliability, truth_auc
+from lamella.similarity.reliability import control_table, reliability, screen_table, truth_auc
 
 EXPERTS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 KINDS = {(0, 0): "news", (0, 1): "news", (0, 2): "law", (0, 3): "law", (1, 0): "news"}
@@ -65,14 +68,34 @@ def test_a_screen_meets_the_same_noise_as_the_ceiling():
             .loc[drawn[2]["kind"] == "pair", NAMES]
             .assign(floor=drawn[2]["nmse"], cka_distance=np.nan, weight_distance=0.5)
         )
-        facts = reliability(pd.concat(drawn[:2]), screened)
-        assert not {"cka_distance", "weight_distance"} & set(facts)  # they rank nothing
-        runs.append((facts["floor"], facts["ceiling within"]))
+        table = screen_table(pd.concat(drawn[:2]), screened).set_index("measure")
+        assert list(table.index) == ["floor", "another seed", "chance"]  # the others rank nothing
+        runs.append(table.loc[["floor", "another seed"], ["within", "lost, 1 kept"]].to_numpy())
+        assert table.loc["another seed", "within"] == seed_ceiling(pd.concat(drawn[:2]))["within"]
     screens, ceilings = np.mean(runs, axis=0)
     assert screens == pytest.approx(ceilings, abs=0.1)
-    single = reliability(drawn[0], screened)
-    assert "ceiling" not in single
-    assert -1 <= single["floor"] <= 1
+    assert "ceiling" not in reliability(drawn[0], screened)
+    assert list(screen_table(drawn[0], screened)["measure"]) == ["floor", "chance"]
+
+
+def test_what_a_screen_loses_is_the_error_of_the_best_that_it_keeps():
+    aligned = alignment(by_kind, seeds=(0,))
+    pairs = aligned[aligned["kind"] == "pair"]
+    right, wrong = (pairs[NAMES].assign(floor=sign * pairs["nmse"], cka_distance=np.nan) for sign in (1, -1))
+    lost = [f"lost, {kept} kept" for kept in (1, 2, 4, 8)]
+    assert screen_table(aligned, right).set_index("measure").loc["floor", lost].tolist() == [0, 0, 0, 0]
+    backwards = screen_table(aligned, wrong).set_index("measure")
+    # each expert has four others, of which only one or two are of its kind
+    expected = {kept: [] for kept in (1, 2, 4, 8)}
+    by_chance = {kept: [] for kept in expected}
+    for _, rows in pairs.groupby(NAMES[:2]):
+        errors = sorted(rows["nmse"])
+        for kept in expected:
+            expected[kept].append(min(errors[-kept:]) - errors[0])
+            drawn = [min(some) for some in combinations(errors, min(kept, 4))]
+            by_chance[kept].append(np.mean(drawn) - errors[0])
+    assert backwards.loc["floor", lost].tolist() == pytest.approx([np.mean(one) for one in expected.values()])
+    assert backwards.loc["chance", lost].tolist() == pytest.approx([np.mean(one) for one in by_chance.values()])
 
 
 def test_there_is_no_ceiling_where_seeds_change_nothing():

@@ -38,25 +38,26 @@ def check_pairs(pairs: Iterable[Pair], experts: Sequence[Name]) -> list[Pair]:
 
 
 def choose_pairs(screened: pd.DataFrame, per_source: int) -> list[Pair]:
-    """The targets of each source that promise most: lowest floor, then CKA distance, then weight distance.
+    """The targets of each source that promise most: least predicted error, or, in a table without it, lowest floor.
 
-    The floor cannot tell targets apart where experts have as many hidden units as the model is wide; there the CKA
-    distance decides. A source whose pairs were not measured (NaN) has none.
+    Then CKA distance and weight distance decide: the floor cannot tell targets apart where experts have as many hidden
+    units as the model is wide. A source whose pairs were not measured (NaN) has none.
 
     Raises:
-        LamellaError: fewer than one pair asked for each source, or no floor was measured.
+        LamellaError: fewer than one pair asked for each source, or neither was measured.
     """
     if per_source < 1:
         raise LamellaError(f"per_source must be at least 1, not {per_source}: it is how many targets a source keeps.")
-    measured = screened.dropna(subset=["floor"])
-    if measured.empty:
+    by = next((name for name in ("predicted", "floor") if name in screened and screened[name].notna().any()), None)
+    if by is None:
         raise LamellaError(
-            "The screen has no floor to choose pairs by; screen again with it, on a capture with samples."
+            "The screen has no predicted error and no floor to choose pairs by; screen again with one of them, on a "
+            "capture with samples."
         )
-    promising = measured.sort_values(
-        ["source_layer", "source_expert", "floor", "cka_distance", "weight_distance", "target_layer", "target_expert"],
-        kind="stable",
+    source, target = NAMES[:2], NAMES[2:]
+    promising = screened.dropna(subset=[by]).sort_values(
+        [*source, by, "cka_distance", "weight_distance", *target], kind="stable"
     )
-    chosen = promising.groupby(["source_layer", "source_expert"], sort=False).head(per_source)
+    chosen = promising.groupby(source, sort=False).head(per_source)
     rows = chosen[NAMES].itertuples(index=False, name=None)
     return sorted(((int(a), int(b)), (int(c), int(d))) for a, b, c, d in rows)

@@ -347,9 +347,10 @@ def _screen_seconds(shape: ModelShape, pairs: int, tokens: int, speed: float) ->
         d = layer.outputs
         products = 4 * tokens**2 * d if tokens <= d else 6 * tokens * d**2
         floor = 2 * tokens * d * (d - min(layer.hidden, d))
+        predicted = 3 * tokens * layer.forward + 2 * tokens**2 * d + 4 * tokens * d * min(layer.hidden, d)
         weights = layer.hidden**2 * (layer.readers * layer.inputs + d) if matched else 0  # of both orders together
         of_layer = layer.experts * (shape.experts - 1)
-        flops += of_layer * (tokens * layer.forward + products + floor + weights)
+        flops += of_layer * (tokens * layer.forward + products + floor + predicted + weights)
         seconds += of_layer / 2 * _matching_seconds(layer.hidden) if matched else 0.0
     return flops / speed + seconds
 

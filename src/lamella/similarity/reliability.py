@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lamella.errors import LamellaError
 from lamella.similarity.alignment import beyond_controls, seed_ceiling
-from lamella.similarity.alignment.controls import mean_of_known, rank_agreement
+from lamella.similarity.alignment.controls import rank_agreement
 from lamella.similarity.alignment.table import by_aligner
 from lamella.similarity.pairs import NAMES
 from lamella.statistics import mean_intervals
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 # Normalised error of an expert by itself from which its aligners count as untrained, and what helps.
 NOT_REGAINED = 0.3
 REMEDY = "Align with more --steps, or capture more with --per-expert, before drawing conclusions."
+FloatArray = NDArray[np.float64]
 _SOURCE = NAMES[:2]
 _REVERSED = (("source", "target"), ("target", "source"))
-_MEASURES = ("floor", "cka_distance", "weight_distance")
+_MEASURES = ("predicted", "floor", "cka_distance", "weight_distance")
+KEPT = (1, 2, 4, 8)  # candidates of each expert
 
 
 def control_table(alignment: pd.DataFrame) -> pd.DataFrame:
@@ -72,8 +75,7 @@ def reliability(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -
     variance``: rank correlation of the raw error and of the normalised error with the replaced expert's variance.
     ``samples per parameter``: of an aligner, median. With two seeds or more that differ, ``ceiling`` and ``ceiling
     within``: how one seed ranks pairs as the mean of the others does, over all and within an expert's replacements.
-    With a screen, for each measure that ranks anything how it ranks an expert's replacements as those same means do
-    (one seed alone: as that seed does), and ``below the floor``: rows whose error is below it.
+    With a screen, ``below the floor``: rows whose error is below it.
     """
     pairs = alignment[alignment["kind"] == "pair"]
     facts = {
@@ -86,10 +88,68 @@ def reliability(alignment: pd.DataFrame, screened: pd.DataFrame | None = None) -
         ceiling = seed_ceiling(alignment)
         facts |= _known({"ceiling": ceiling["overall"], "ceiling within": ceiling["within"]})
     if screened is not None:
-        facts |= _known({name: _screen_ranks(pairs, screened.set_index(NAMES)[name]) for name in _MEASURES})
         both = pairs.merge(screened, on=NAMES)
         facts["below the floor"] = float((both["nmse"] < both["floor"] - 1e-6).sum())
     return facts
+
+
+def screen_table(alignment: pd.DataFrame, screened: pd.DataFrame) -> pd.DataFrame:
+    """How well what needs no training finds an expert's best replacements, of one aligner.
+
+    A row for each measure that ranks anything, then ``another seed``, which none can be expected to better, and
+    ``chance``. Columns ``measure``; ``within`` and ``all``: rank correlation with the error of trained aligners within
+    an expert's replacements, mean over experts, and over all pairs; and for each k of `KEPT` ``lost, k kept``: by how
+    much the best of the k replacements that the measure puts first errs more than the best of all, mean over experts.
+
+    Errors are means over the seeds, less each seed in turn where there are several, so that all rows, that of another
+    seed included, meet the same noise.
+    """
+    import pandas as pd
+
+    pairs = alignment[alignment["kind"] == "pair"]
+    seeds = pairs.pivot_table(index=NAMES, columns="seed", values="nmse").dropna()  # a row per pair
+    several = len(seeds.columns) > 1
+    errors = [seeds.drop(columns=[out] if several else []).mean(axis=1) for out in seeds.columns]
+    measures = screened.set_index(NAMES)
+    by: dict[str, list[pd.Series]] = {
+        name: [measures[name]] * len(errors) for name in _MEASURES if name in measures and measures[name].nunique() > 1
+    }
+    if several:
+        by["another seed"] = [seeds[out] for out in seeds.columns]
+    rows = [
+        [name, *np.mean([[*_agreement(*both), *_lost(*both)] for both in zip(measured, errors, strict=True)], axis=0)]
+        for name, measured in by.items()
+    ]
+    chance = np.mean([_lost(None, error) for error in errors], axis=0)
+    columns = ["measure", "within", "all", *(f"lost, {kept} kept" for kept in KEPT)]
+    return pd.DataFrame([*rows, ["chance", math.nan, math.nan, *chance]], columns=columns)
+
+
+def _agreement(measured: pd.Series, error: pd.Series) -> tuple[float, float]:
+    overall, within = rank_agreement(measured, error)
+    return within, overall
+
+
+def _lost(measured: pd.Series | None, error: pd.Series) -> list[float]:
+    """What the best of the first k replacements by a measure, or of any k, errs more than the best, for k in `KEPT`."""
+    if measured is not None:
+        promising = measured.reindex(error.index).dropna().sort_values(kind="stable").index
+        error = error.loc[promising]
+    best = _best_of_any if measured is None else _best_of_first
+    of_sources = [errors.to_numpy() for _, errors in error.groupby(level=_SOURCE)]
+    lost = [[best(errors, kept) - float(errors.min()) for kept in KEPT] for errors in of_sources]
+    return np.mean(lost, axis=0).tolist() if lost else [math.nan] * len(KEPT)
+
+
+def _best_of_first(errors: FloatArray, kept: int) -> float:
+    return float(errors[:kept].min())
+
+
+def _best_of_any(errors: FloatArray, kept: int) -> float:
+    """The expected smallest of so many of the errors, drawn without replacement."""
+    n, kept = len(errors), min(kept, len(errors))
+    chances = [math.comb(n - 1 - rank, kept - 1) / math.comb(n, kept) for rank in range(n)]  # that it is of this rank
+    return float(np.sort(errors) @ chances)
 
 
 def alignment_facts(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -165,16 +225,6 @@ def truth_auc(
 
 def _known(facts: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in facts.items() if not math.isnan(value)}
-
-
-def _screen_ranks(pairs: pd.DataFrame, measured: pd.Series) -> float:
-    """How a measure ranks an expert's replacements as the seeds less one do, mean over the seed left out.
-
-    The seed ceiling compares one seed with the same means, so that measure and ceiling meet the same noise.
-    """
-    seeds = pairs.pivot_table(index=NAMES, columns="seed", values="nmse").dropna()  # a row per pair
-    left_out = [[seed] for seed in seeds.columns] if len(seeds.columns) > 1 else [[]]
-    return mean_of_known(rank_agreement(measured, seeds.drop(columns=out).mean(axis=1))[1] for out in left_out)
 
 
 def _ranks(rows: pd.DataFrame, one: str, other: str) -> float:

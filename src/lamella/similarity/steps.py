@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 
+from lamella.aligners import KINDS
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError, optional_module
 from lamella.similarity.activations import Capture, Progress, TextBatches, capture
@@ -146,33 +147,40 @@ def _add_alignments(folder: StudyFolder, tables: Sequence[pd.DataFrame], setting
     Rows of the same aligner and text with other settings, and of another capture, go.
     """
     pd = optional_module("pandas", "A table of aligned pairs")
+    rows = pd.concat(tables, ignore_index=True)
+    notes: dict[tuple[str, str], set[str]] = {name: set() for name in _aligned(rows)}
+    for table in tables:
+        notes[_aligned(table)[0]].update(table.attrs.get("notes", []))
     noted = {(one["aligner"], one["scored_on"]): one for one in folder.aligned()}
     before = None if folder.is_stale("alignment") else folder.table("alignment")
-    new = {_key(table): table for table in tables}
-    names = {key[:2] for key in new}
-    same = {name for name in names if name in noted and settings.items() <= noted[name].items()}
-    old = {} if before is None else dict(list(before.groupby(["aligner", "scored_on", "seed"], sort=False)))
-    rows = {key: part for key, part in old.items() if key[:2] not in names - same} | new
-    place = list(dict.fromkeys(key[:2] for key in [*old, *new]))  # a second run changes no order
-    ordered = sorted(rows, key=lambda key: (bool(key[1]), place.index(key[:2]), key[2]))
-    notes = {
-        name: sorted({note for key, table in new.items() if key[:2] == name for note in table.attrs.get("notes", [])})
-        for name in names
-    }
-    others = [one for name, one in noted.items() if name not in names and any(key[:2] == name for key in rows)]
+    others = []
+    if before is not None:
+        others = [one for name, one in noted.items() if name not in notes]
+        changed = {name for name in notes if not settings.items() <= noted.get(name, {}).items()}
+        kept = before[[name not in changed for name in _aligned(before)]]
+        rows = pd.concat([_lacking(kept, rows, ["aligner", "scored_on", "seed"]), rows], ignore_index=True)
+    mine = [
+        {"aligner": aligner, "scored_on": scored_on, **settings, "notes": sorted(said)}
+        for (aligner, scored_on), said in notes.items()
+    ]
     # between the two notes a kill leaves alignments of unknown settings, which the next run replaces
     folder.note("alignment", {"aligners": others})
-    folder.write("alignment", pd.concat([rows[key] for key in ordered], ignore_index=True))
-    mine = [
-        {"aligner": name[0], "scored_on": name[1], **settings, "notes": notes[name]} for name in place if name in names
-    ]
+    folder.write("alignment", _in_order(rows))
     folder.note("alignment", {"aligners": [*others, *mine]})
-    return sorted({note for of_one in notes.values() for note in of_one})
+    return sorted(set().union(*notes.values()))
 
 
-def _key(table: pd.DataFrame) -> tuple[str, str, int]:
-    """Aligner, text and seed of a table of one."""
-    return tuple(table[["aligner", "scored_on", "seed"]].iloc[0])
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Scored on the captured text first, then by aligner as they are listed, then by seed: whatever ran first."""
+    return table.sort_values(
+        ["scored_on", "aligner", "seed"], kind="stable", ignore_index=True,
+        key=lambda column: column.map(KINDS.index) if column.name == "aligner" else column,
+    )  # fmt: skip
+
+
+def _aligned(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Of each row the aligner, and the text that it was scored on."""
+    return list(zip(table["aligner"], table["scored_on"], strict=True))
 
 
 def swap_parts(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.similarity.alignment.fakes import fake_capture, tiny_model
 
+from lamella.aligners import IDENTITY_SCALES
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
 from lamella.similarity.alignment import (
@@ -254,5 +255,5 @@ def test_a_linear_aligner_starts_from_the_best_multiple_of_the_identity(model, c
     train = capture.inputs(0, 0)[capture.split(0, 0)[0]]
     with torch.no_grad():
         y, target = _expert(model, 0, 0)(train), _expert(model, 1, 2)
-        errors = {one: (target(one * train) - y).square().mean() for one in fitting_module.IDENTITY_SCALES}
+        errors = {one: (target(one * train) - y).square().mean() for one in IDENTITY_SCALES}
     torch.testing.assert_close(diagonal, torch.full((16,), min(errors, key=errors.get)))

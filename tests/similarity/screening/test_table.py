@@ -45,6 +45,10 @@ def test_every_number_is_the_obvious_one(model, monkeypatch, rows):
         x, one, two = capture.held_out(*source), expert_of(model, source), expert_of(model, target)
         assert row.held_out == len(x)
         with torch.no_grad():
+            seen = capture.inputs(*source)[capture.split(*source)[0]]
+            assert row.predicted == pytest.approx(
+                reference.predicted(x, one(x), two, seen, one(seen), one.down), rel=1e-3
+            )
             assert row.floor == pytest.approx(reference.floor(one(x), two.down), rel=1e-4)
             assert row.cka_distance == pytest.approx(1 - reference.cka(one(x), two(x)), rel=1e-4, abs=1e-6)
         assert row.weight_distance == pytest.approx(table_module.weight_distance(one, two))
@@ -67,7 +71,7 @@ def test_some_pairs_have_the_numbers_they_have_among_all(model):
 def test_only_the_measures_asked_for(model):
     frame = screen(DrawnCapture(model), model, measures=["floor"])
     assert frame["floor"].notna().all()
-    assert frame[["cka_distance", "weight_distance", "coactivation"]].isna().all().all()
+    assert frame[["predicted", "cka_distance", "weight_distance", "coactivation"]].isna().all().all()
     with pytest.raises(LamellaError, match="'speed' is not a measure"):
         screen(DrawnCapture(model), model, measures=["floor", "speed"])
 
@@ -76,12 +80,12 @@ def test_an_expert_that_hardly_fired_is_named_and_not_measured(model, caplog):
     capture = DrawnCapture(model, {(0, 1): 0, (1, 2): 3, (2, 3): 4})
     frame = screen(capture, model).set_index(NAMES)
     for source in ((0, 1), (1, 2)):  # no and one held-out token
-        assert frame.loc[source][["floor", "cka_distance"]].isna().all().all()
+        assert frame.loc[source][["predicted", "floor", "cka_distance"]].isna().all().all()
         assert frame.loc[source]["weight_distance"].notna().all()
         assert f"expert {source[1]} of layer {source[0]}" in caplog.text
     assert "expert 3 of layer 2" not in caplog.text
     rest = frame.drop(index=[(0, 1), (1, 2)])
-    assert rest[["floor", "cka_distance"]].notna().all().all()
+    assert rest[["predicted", "floor", "cka_distance"]].notna().all().all()
     assert (rest.loc[(2, 3)]["held_out"] == 2).all()
 
 
@@ -115,12 +119,13 @@ def test_the_screen_leaves_the_model_as_it_was(model):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_pairs_chosen_have_the_lowest_floors(model):
+@pytest.mark.parametrize("by", ["predicted", "floor"])
+def test_the_pairs_chosen_have_the_least_predicted_error_or_the_lowest_floors(model, by):
     frame = screen(DrawnCapture(model, {(0, 1): 0}), model)
-    chosen = choose_pairs(frame, per_source=3)
+    chosen = choose_pairs(frame if by == "predicted" else frame.drop(columns="predicted"), per_source=3)
     assert len(chosen) == 3 * 11  # a source that was not measured has none
     assert chosen == sorted(chosen)
-    floors = frame.set_index(NAMES)["floor"]
+    floors = frame.set_index(NAMES)[by]
     for source in {source for source, _ in chosen}:
         kept = [floors[(*source, *target)] for other, target in chosen if other == source]
         assert sorted(kept) == sorted(floors.loc[source])[:3]
@@ -128,7 +133,7 @@ def test_the_pairs_chosen_have_the_lowest_floors(model):
 
 def test_where_every_floor_is_zero_the_cka_distance_chooses():
     model = narrow(20)
-    frame = screen(DrawnCapture(model), model)
+    frame = screen(DrawnCapture(model), model, measures=["floor", "cka_distance"])
     assert (frame["floor"] == 0).all()
     cka = frame.set_index(NAMES)["cka_distance"]
     for source, target in choose_pairs(frame, per_source=1):
@@ -144,7 +149,7 @@ def test_more_pairs_than_there_are_is_all_of_them(model):
 
 def test_without_a_floor_nothing_is_chosen(model):
     frame = screen(DrawnCapture(model), model, measures=["coactivation"])
-    with pytest.raises(LamellaError, match="no floor to choose pairs by"):
+    with pytest.raises(LamellaError, match="no predicted error and no floor to choose pairs by"):
         choose_pairs(frame, per_source=1)
 
 

@@ -16,13 +16,13 @@ def screen(
     measure: Annotated[
         list[str] | None,
         typer.Option(
-            help="floor, cka_distance, weight_distance or coactivation; may be repeated. All if absent; of more than "
-            "20,000 pairs floor and cka_distance."
+            help="predicted, floor, cka_distance, weight_distance or coactivation; may be repeated. All if absent; of "
+            "more than 20,000 pairs the first three."
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compare every ordered pair of experts without training: floor, CKA, matched weights, co-activation.
+    """Compare every ordered pair of experts without training: predicted error, floor, CKA, weights, co-activation.
 
     Example: lamella similarity screen runs/tiny
     """

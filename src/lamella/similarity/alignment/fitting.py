@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.aligners import aligner_class, aligner_parameters, aligner_rank
+from lamella.aligners import IDENTITY_SCALES, aligner_class, aligner_parameters, aligner_rank
 from lamella.backbones.moe import Expert
 from lamella.errors import LamellaError
 from lamella.similarity.alignment.frozen import FrozenExpert
@@ -19,10 +19,6 @@ from lamella.similarity.alignment.stack import start_stack
 from lamella.similarity.alignment.training import Batch, Trained, stack_tokens, train
 from lamella.similarity.pairs import Name
 
-# An aligner that starts near the identity starts as that multiple of it which errs least on the training tokens. The
-# identity itself is right for like experts and much worse than a random start for unlike ones, where it saturates the
-# target.
-IDENTITY_SCALES = (1.0, 0.5, 0.25, 0.1)
 BUDGET = 256 * 2**20  # bytes of one stack, activations and optimiser included
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from lamella.similarity.screening.measures import (
     linear_cka,
     unreachable_directions,
 )
+from lamella.similarity.screening.prediction import Training, outputs, predicted_energy, stiffness
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamella")
 
-MEASURES = ("floor", "cka_distance", "weight_distance", "coactivation")
-QUICK_MEASURES = ("floor", "cka_distance")
+MEASURES = ("predicted", "floor", "cka_distance", "weight_distance", "coactivation")
+QUICK_MEASURES = ("predicted", "floor", "cka_distance")
 MOST_PAIRS = 20_000  # of which hidden units are matched unasked
 _ROWS = 32768  # tokens of sources held at once; the down-projection of each target is decomposed once for each group
 
@@ -60,16 +61,17 @@ def screen(
     Returns:
         One row per pair, sorted, with source_layer, source_expert, target_layer, target_expert and
 
+        * predicted: the normalised error that a trained linear aligner is expected to leave (see `predicted_energy`);
         * floor: a normalised error that no aligner in front of the target can beat on these tokens: the share of the
           source's output that lies outside the column space of the target's down-projection (less its bias), over
           the same variance as every normalised error. 0 where the target has as many hidden units as outputs;
         * cka_distance: 1 - linear CKA of both experts' outputs on the source's tokens;
         * weight_distance: of the weights, hidden units matched (see `weight_distance`);
         * coactivation: share of tokens that choose both; NaN across layers;
-        * held_out: tokens of the source that floor and cka_distance were measured on.
+        * held_out: tokens of the source that predicted, floor and cka_distance were measured on.
 
-        Floor and CKA distance are NaN for a source with fewer than two such tokens or an output that does not vary;
-        a warning names these sources.
+        Predicted, floor and CKA distance are NaN for a source with fewer than two such tokens or an output that does
+        not vary; a warning names these sources.
 
     Raises:
         LamellaError: the capture is of another model, a pair or a measure is unknown, or an activation is not finite.
@@ -102,6 +104,8 @@ class _Sources:
         y: outputs of the sources, ``(S, n, d)``, zero where padded.
         real: not padded, ``(S, n, 1)``.
         scale: tokens x d x variance: what turns a squared error into a normalised one, ``(S,)``; NaN where it cannot.
+        training: the tokens that aligners are trained on; None where no measure asks for them.
+        fit: of ``training``, ``(S, n, m)``.
     """
 
     names: list[Name]
@@ -109,6 +113,8 @@ class _Sources:
     y: Tensor
     real: Tensor
     scale: Tensor
+    training: Training | None = None
+    fit: Tensor | None = None
 
     def only(self, names: Collection[Name]) -> _Sources:
         """These alone; all of them where that saves no more than half."""
@@ -116,8 +122,9 @@ class _Sources:
             return self
         rows = [row for row, name in enumerate(self.names) if name in names]
         return _Sources(
-            [self.names[row] for row in rows], self.x[rows], self.y[rows], self.real[rows], self.scale[rows]
-        )
+            [self.names[row] for row in rows], self.x[rows], self.y[rows], self.real[rows], self.scale[rows],
+            None if self.training is None else self.training[rows], None if self.fit is None else self.fit[rows],
+        )  # fmt: skip
 
 
 def _measure_outputs(
@@ -128,17 +135,19 @@ def _measure_outputs(
     measures: Collection[str],
     share: float,
 ) -> dict[Name, int]:
-    """Fills in floor and CKA distance; the number of held-out tokens of each source."""
-    known = {"floor": _floors, "cka_distance": _cka_distances}
+    """Fills in what is of outputs; the number of held-out tokens of each source."""
+    known = {"predicted": _predictions, "floor": _floors, "cka_distance": _cka_distances}
     chosen = {name: measure for name, measure in known.items() if name in measures}
     wanted: dict[Name, set[Name]] = {}
     for source, target in place:
         wanted.setdefault(target, set()).add(source)
     asked = {source for source, _ in place}
-    held_out = {name: capture.split(*name, held_out=share)[1] for name in asked}
-    tokens = {source: len(rows) for source, rows in held_out.items()}
+    parts = {name: capture.split(*name, held_out=share) for name in asked}
+    tokens = {source: len(held_out) for source, (_, held_out) in parts.items()}
     for group in _groups(tokens):
-        sources = _load(capture, layers, {name: held_out[name] for name in group})
+        sources = _read(capture, layers, {name: parts[name][1] for name in group})
+        if "predicted" in chosen:
+            sources = _with_training(sources, capture, layers, {name: parts[name][0] for name in group})
         for target, askers in wanted.items():
             if here := askers & set(group):
                 some = sources.only(here)
@@ -150,14 +159,21 @@ def _measure_outputs(
     return tokens
 
 
+def _predictions(sources: _Sources, target: Expert) -> Tensor:
+    assert sources.training is not None
+    assert sources.fit is not None
+    energy = predicted_energy(sources.training, sources.fit, sources.x, sources.y, target)  # (S, n)
+    return (energy * sources.real[..., 0]).sum(-1) / sources.scale  # (S,)
+
+
 def _floors(sources: _Sources, target: Expert) -> Tensor:
     energy = floor_energy(sources.y, target, unreachable_directions(target.down))  # (S, n)
     return (energy * sources.real[..., 0]).sum(-1) / sources.scale  # (S,)
 
 
 def _cka_distances(sources: _Sources, target: Expert) -> Tensor:
-    outputs = _outputs(target, sources.x)  # (S, n, d)
-    distance = 1 - linear_cka(centred(sources.y, sources.real), centred(outputs, sources.real))
+    others = outputs(target, sources.x)  # (S, n, d)
+    distance = 1 - linear_cka(centred(sources.y, sources.real), centred(others, sources.real))
     return distance.masked_fill(sources.scale.isnan(), torch.nan)
 
 
@@ -174,33 +190,49 @@ def _groups(tokens: dict[Name, int]) -> Iterator[list[Name]]:
         yield group
 
 
-def _load(capture: Capture, layers: dict[int, MoELayer], held_out: dict[Name, Tensor]) -> _Sources:
-    names, xs, ys = list(held_out), [], []
-    for (layer, index), rows in held_out.items():
+def _read(capture: Capture, layers: dict[int, MoELayer], held_out: dict[Name, Tensor]) -> _Sources:
+    xs, ys = _tokens(capture, layers, held_out)
+    scale = torch.stack([_scale(y) for y in ys])
+    if bad := [name for name, one in zip(held_out, scale.tolist(), strict=True) if one != one]:
+        logger.warning(
+            "Not measured as sources, for want of two held-out tokens with different outputs: %s.",
+            ", ".join(f"expert {index} of layer {layer}" for layer, index in bad),
+        )
+    return _Sources(list(held_out), *_padded(xs, ys), scale)
+
+
+def _with_training(
+    sources: _Sources, capture: Capture, layers: dict[int, MoELayer], train: dict[Name, Tensor]
+) -> _Sources:
+    stiff = torch.stack([stiffness(layers[layer].experts[index]) for layer, index in train])
+    training = Training(*_padded(*_tokens(capture, layers, train)), stiff)
+    return replace(sources, training=training, fit=training.fit(sources.x))
+
+
+def _tokens(
+    capture: Capture, layers: dict[int, MoELayer], rows: dict[Name, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Some of each source's inputs ``(n, h)``, and what it puts out for them ``(n, d)``."""
+    xs, ys = [], []
+    for (layer, index), some in rows.items():
         expert = layers[layer].experts[index]
-        x = capture.inputs(layer, index)[rows].to(expert.down.device)  # (n, h)
-        y = _outputs(expert, x)  # (n, d)
+        x = capture.inputs(layer, index)[some].to(expert.down.device)  # (n, h)
+        y = outputs(expert, x)  # (n, d)
         if not (x.isfinite().all() and y.isfinite().all()):
             raise LamellaError(
                 f"Expert {index} of layer {layer} has an input or output that is not finite. Run the model in float32 "
                 "or bfloat16, find the text that does this, and capture again."
             )
-        xs.append(x)
+        xs.append(x.float())
         ys.append(y)
-    scale = torch.stack([_scale(y) for y in ys])
-    if bad := [name for name, one in zip(names, scale.tolist(), strict=True) if one != one]:
-        logger.warning(
-            "Not measured as sources, for want of two held-out tokens with different outputs: %s.",
-            ", ".join(f"expert {index} of layer {layer}" for layer, index in bad),
-        )
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones(len(x), 1, dtype=torch.bool) for x in xs], batch_first=True)
-    x, y = (torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (xs, ys))
-    return _Sources(names, x, y, real.to(x.device), scale)
+    return xs, ys
 
 
-def _outputs(expert: Expert, x: Tensor) -> Tensor:
-    """What an expert puts out for ``x (..., h)``, computed in its own precision, in float32."""
-    return expert(x.to(expert.down.dtype)).float()
+def _padded(xs: list[Tensor], ys: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of all sources, and which are real, ``(S, n, .)``."""
+    real = [x.new_ones(len(x), 1, dtype=torch.bool) for x in xs]
+    x, y, marks = (torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (xs, ys, real))
+    return x, y, marks
 
 
 def _scale(y: Tensor) -> Tensor:

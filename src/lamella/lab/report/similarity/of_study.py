@@ -10,7 +10,7 @@ import pandas as pd
 from lamella.lab.report.similarity.page import SimilarityReport, write_similarity
 from lamella.similarity.activations import Capture
 from lamella.similarity.alignment.table import by_aligner, label
-from lamella.similarity.reliability import control_table, reliability
+from lamella.similarity.reliability import control_table, reliability, screen_table
 from lamella.similarity.study import StudyFolder
 from lamella.similarity.swapping import distance_regressions
 
@@ -32,9 +32,6 @@ _WORDS = {
     "samples per parameter": "training samples per parameter of an aligner",
     "ceiling": "seed ceiling: one seed ranks pairs as the others do",
     "ceiling within": "seed ceiling within an expert's replacements",
-    "floor": "the floor ranks an expert's replacements",
-    "cka_distance": "CKA ranks them",
-    "weight_distance": "matched weights rank them",
     "below the floor": "pairs whose error lies below the floor",
 }
 
@@ -75,7 +72,17 @@ def _controls(alignment: pd.DataFrame, screened: pd.DataFrame | None) -> dict[st
         )
         facts = [(_WORDS[fact], value) for fact, value in reliability(rows, screened).items()]
         tables[f"How far the numbers can be relied on, aligner {name}"] = pd.DataFrame(facts, columns=["fact", "value"])
+        if screened is not None:
+            tables[f"How well the screen finds an expert's replacements, aligner {name}"] = _screened(rows, screened)
     return tables
+
+
+def _screened(rows: pd.DataFrame, screened: pd.DataFrame) -> pd.DataFrame:
+    table = screen_table(rows, screened)
+    ranks = {"within": "rank correlation within an expert's replacements", "all": "over all pairs"}
+    lost = {name: f"error {name}" for name in table.columns if name.startswith("lost")}
+    named = table["measure"].str.replace("_", " ")
+    return table.assign(measure=named).rename(columns={**ranks, **lost})
 
 
 def _captured(capture: Capture) -> dict[str, Any]:
