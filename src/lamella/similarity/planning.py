@@ -26,7 +26,7 @@ from lamella.similarity.alignment.fitting import BUDGET, pair_bytes
 from lamella.similarity.alignment.run import STEPS
 from lamella.similarity.alignment.sources import STOP_SHARE
 from lamella.similarity.alignment.tiles import PAIRS
-from lamella.similarity.screening import default_measures
+from lamella.similarity.screening import MEASURES, default_measures
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _INDEX_BYTES = 24  # of a sample: its key, document and position
@@ -341,17 +341,19 @@ def _measured_chances(capture: Capture) -> list[float]:
 
 def _screen_seconds(shape: ModelShape, pairs: int, tokens: int, speed: float) -> float:
     """Of the measures that a screen of so many pairs takes unasked; outputs of the target, products, matched units."""
-    matched = "weight_distance" in default_measures(pairs)
+    whole = default_measures(pairs) == list(MEASURES)
     flops = seconds = 0.0
     for layer in shape.layers:
         d = layer.outputs
         products = 4 * tokens**2 * d if tokens <= d else 6 * tokens * d**2
         floor = 2 * tokens * d * (d - min(layer.hidden, d))
-        predicted = 3 * tokens * layer.forward + 2 * tokens**2 * d + 4 * tokens * d * min(layer.hidden, d)
-        weights = layer.hidden**2 * (layer.readers * layer.inputs + d) if matched else 0  # of both orders together
+        weights = predicted = 0.0
+        if whole:
+            weights = layer.hidden**2 * (layer.readers * layer.inputs + d)  # of both orders together
+            predicted = 3 * tokens * layer.forward + 2 * tokens**2 * d + 4 * tokens * d * min(layer.hidden, d)
         of_layer = layer.experts * (shape.experts - 1)
         flops += of_layer * (tokens * layer.forward + products + floor + predicted + weights)
-        seconds += of_layer / 2 * _matching_seconds(layer.hidden) if matched else 0.0
+        seconds += of_layer / 2 * _matching_seconds(layer.hidden) if whole else 0.0
     return flops / speed + seconds
 
 

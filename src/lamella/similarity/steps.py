@@ -83,9 +83,9 @@ def capture_texts(
     return taken
 
 
-def screen_pairs(study: Study, measures: Sequence[str]) -> pd.DataFrame:
+def screen_pairs(study: Study, measures: Sequence[str], tell: Tell) -> pd.DataFrame:
     """Screens all ordered pairs."""
-    table = screen(study.capture, study.model, measures=measures)
+    table = screen(study.capture, study.model, measures=measures, progress=tell)
     study.folder.write("screen", table)
     return table
 

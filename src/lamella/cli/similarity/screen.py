@@ -17,7 +17,7 @@ def screen(
         list[str] | None,
         typer.Option(
             help="predicted, floor, cka_distance, weight_distance or coactivation; may be repeated. All if absent; of "
-            "more than 20,000 pairs the first three."
+            "more than 20,000 pairs floor and cka_distance."
         ),
     ] = None,
     json: Json = False,
@@ -36,13 +36,14 @@ def screen(
     left_out = [name for name in MEASURES if name not in measures]
     if measure is None and left_out:
         typer.echo(
-            f"{pairs:,} pairs: {' and '.join(left_out)} left out; name every measure with --measure to have them.",
+            f"{pairs:,} pairs: {', '.join(left_out)} left out; name every measure with --measure to have them.",
             err=True,
         )
-    with telling("screening"):
-        table = screen_pairs(opened, measures)
+    with telling("screening") as tell:
+        table = screen_pairs(opened, measures, tell)
     medians = {name: float(table[name].median()) for name in measures}
-    unmeasured = int((table["held_out"] < 2).sum()) if {*QUICK_MEASURES} & {*measures} else 0
+    of_outputs = {"predicted", *QUICK_MEASURES} & {*measures}
+    unmeasured = int((table["held_out"] < 2).sum()) if of_outputs else 0
     path = str(study / "screen.parquet")
     if json:
         print_json({"table": path, "pairs": len(table), "not measured": unmeasured, "medians": medians})

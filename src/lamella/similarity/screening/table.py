@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamella")
 
 MEASURES = ("predicted", "floor", "cka_distance", "weight_distance", "coactivation")
-QUICK_MEASURES = ("predicted", "floor", "cka_distance")
-MOST_PAIRS = 20_000  # of which hidden units are matched unasked
+QUICK_MEASURES = ("floor", "cka_distance")
+MOST_PAIRS = 20_000  # of which all measures are taken unasked
 _ROWS = 32768  # tokens of sources held at once; the down-projection of each target is decomposed once for each group
 
 
 def default_measures(pairs: int) -> list[str]:
-    """The measures of a screen that are taken unasked: matching the hidden units of many pairs takes long."""
+    """The measures of a screen that are taken unasked: of many pairs those that take long are not."""
     return list(MEASURES if pairs <= MOST_PAIRS else QUICK_MEASURES)
 
 
@@ -48,6 +48,7 @@ def screen(
     *,
     measures: Collection[str] = MEASURES,
     held_out: float = 0.5,
+    progress: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """What tells pairs of experts apart before any aligner is trained, on the held-out tokens of each source.
 
@@ -57,6 +58,7 @@ def screen(
         pairs: (source, target), each a (layer, expert); None takes all ordered pairs of captured experts.
         measures: which columns to compute; the others are NaN. The weight distance costs most.
         held_out: share of the source's documents to measure on, as for `align`.
+        progress: called with how far it is, in words.
 
     Returns:
         One row per pair, sorted, with source_layer, source_expert, target_layer, target_expert and
@@ -86,9 +88,10 @@ def screen(
     frame = pd.DataFrame([(*source, *target) for source, target in ordered], columns=NAMES, dtype="int64")
     columns = {name: [float("nan")] * len(ordered) for name in MEASURES}
     place = {pair: row for row, pair in enumerate(ordered)}
-    tokens = _measure_outputs(capture, layers, place, columns, measures, held_out)
+    tell = progress or (lambda words: None)
+    tokens = _measure_outputs(capture, layers, place, columns, measures, held_out, tell)
     if "weight_distance" in measures:
-        _measure_weights(layers, place, columns["weight_distance"])
+        _measure_weights(layers, place, columns["weight_distance"], tell)
     if "coactivation" in measures:
         _read_coactivation(capture, ordered, columns["coactivation"])
     return frame.assign(**columns, held_out=[tokens[source] for source, _ in ordered])
@@ -134,6 +137,7 @@ def _measure_outputs(
     columns: dict[str, list[float]],
     measures: Collection[str],
     share: float,
+    tell: Callable[[str], None],
 ) -> dict[Name, int]:
     """Fills in what is of outputs; the number of held-out tokens of each source."""
     known = {"predicted": _predictions, "floor": _floors, "cka_distance": _cka_distances}
@@ -148,7 +152,8 @@ def _measure_outputs(
         sources = _read(capture, layers, {name: parts[name][1] for name in group})
         if "predicted" in chosen:
             sources = _with_training(sources, capture, layers, {name: parts[name][0] for name in group})
-        for target, askers in wanted.items():
+        for done, (target, askers) in enumerate(wanted.items()):
+            tell(f"outputs: {done} of {len(wanted)} replacements of experts {_span(group)}")
             if here := askers & set(group):
                 some = sources.only(here)
                 expert = layers[target[0]].experts[target[1]]
@@ -175,6 +180,11 @@ def _cka_distances(sources: _Sources, target: Expert) -> Tensor:
     others = outputs(target, sources.x)  # (S, n, d)
     distance = 1 - linear_cka(centred(sources.y, sources.real), centred(others, sources.real))
     return distance.masked_fill(sources.scale.isnan(), torch.nan)
+
+
+def _span(group: list[Name]) -> str:
+    (first_layer, first), (last_layer, last) = group[0], group[-1]
+    return f"{first} of layer {first_layer} to {last} of layer {last_layer}"
 
 
 def _groups(tokens: dict[Name, int]) -> Iterator[list[Name]]:
@@ -240,8 +250,11 @@ def _scale(y: Tensor) -> Tensor:
     return energy if len(y) > 1 and energy > 0 else torch.full_like(energy, torch.nan)
 
 
-def _measure_weights(layers: dict[int, MoELayer], place: dict[Pair, int], column: list[float]) -> None:
+def _measure_weights(
+    layers: dict[int, MoELayer], place: dict[Pair, int], column: list[float], tell: Callable[[str], None]
+) -> None:
     for (source, target), row in place.items():
+        tell(f"weights: {row} of {len(place)} pairs")
         other = place.get((target, source))
         if other is not None and other < row:  # the distance is symmetric
             column[row] = column[other]
