@@ -1,7 +1,9 @@
 """`python -m studies.criteria`: which criterion leaves the best smaller model; kept rows, and the table made from them.
 
-A model is calibrated on some of its domains and measured on all, with three samples of text. A cell is one sample, one
-criterion and one scope, with the refit or without, at three budgets. It is on disk once; a call goes on with the rest.
+A model is calibrated on some of its domains and measured on all, with several samples of text. A cell is one sample,
+one criterion and one scope, with a refit or not, at three budgets. It is on disk once; a call goes on with the rest.
+What `compress` does if nothing is asked for was chosen by the cells on validation documents; those on test documents
+say what the choice is worth.
 """
 
 from __future__ import annotations
@@ -14,104 +16,180 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from lamella.backbones.moe import moe_layers
 from lamella.files import write_atomic
 from lamella.lab.data import load_backbone, load_task
-from lamella.similarity import capture, text_batches
+from lamella.similarity import Capture, capture, text_batches
 from lamella.similarity.compression.budget import Scope
-from lamella.similarity.compression.calibration import layer_gradients
-from lamella.similarity.compression.compressed import Settings, compress_each, rank_experts
-from lamella.similarity.compression.criteria import CRITERIA
+from lamella.similarity.compression.calibration import LayerSample, layer_gradients
+from lamella.similarity.compression.compressed import DEFAULT, Report, Settings, compress_each
+from lamella.similarity.compression.criteria import CRITERIA, Ranking, find_criterion
 from lamella.similarity.compression.perplexity import score
-from lamella.similarity.swapping.scores import Batch
+from lamella.similarity.compression.refit import RIDGE, refit
+from lamella.similarity.swapping.scores import Batch, TextScores, evaluating
 from studies.tables import markdown
 
 ROWS = Path(__file__).parent / "criteria_rows"
 BUDGETS = (0.875, 0.75, 0.5)
-SEEDS = (0, 1, 2)
-TOKENS = 12_000  # of each domain that is calibrated on
-DOMAINS = {"tiny-moe": (("news", "technical"), ("dialogue", "glosses"))}  # calibrated on, and not
-_PER_EXPERT = 1024
+INSIDE, OUTSIDE = ("news", "technical"), ("dialogue", "glosses")  # calibrated on, and not
+NAMES = (*INSIDE, *OUTSIDE)
 _TRAIN = 640  # documents of each domain, to draw from
-_TEST = {"news": 24, "technical": 24, "dialogue": 96, "glosses": 96}  # to measure on; those of the last two are short
-_BARE = ("reconstruction", "reap", "frequency", "hc-smoe")  # measured without the refit too
+_DOCUMENTS = {"news": 12, "technical": 24, "dialogue": 60, "glosses": 60}  # to measure on; those of the last are short
+_PUBLISHED = ("reap", "hc-smoe", "frequency", "random")  # each layer loses as many, nothing is fitted
 _SCOPES: tuple[Scope, ...] = ("model", "layer")
+_CANDIDATES = (
+    ("reap", RIDGE), ("reap", 0.03), ("reap", 1.0), ("reap", 0.0), ("man", RIDGE), ("energy", RIDGE),
+    ("reconstruction", RIDGE), ("hc-smoe", RIDGE),
+)  # fmt: skip
 _DRAWS = 2000
+
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and how much text and how many samples of it there is time for.
+
+    Attributes:
+        seeds: samples of text for what is compared with the default.
+        others: for all other criteria.
+        criteria: that are measured at all.
+        dtype: of the model.
+        tokens: of each domain that is calibrated on.
+        per_expert: tokens that a capture keeps of each.
+        documents: share of the documents to measure on.
+    """
+
+    seeds: Sequence[int] = (0, 1, 2)
+    others: Sequence[int] = (0,)
+    criteria: Sequence[str] = tuple(CRITERIA)
+    dtype: str = "float32"
+    tokens: int = 12_000
+    per_expert: int = 1024
+    documents: float = 1.0
+
+
+SUBJECTS = {
+    "tiny-moe": Subject(),
+    "deep-moe": Subject(documents=0.5),
+    "smollm2-experts": Subject((0,), (), (), "bfloat16", 3000, 256, 0.5),
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One sample of text, one criterion, one scope, one finish."""
+    """One sample of text, one criterion, one scope, one ridge of the refit (0 for none), and where it is measured."""
 
     seed: int
     criterion: str
     scope: Scope
-    refit: bool
-    weighted: bool = True
+    ridge: float
+    split: Split = "test"
 
     @property
     def file(self) -> str:
         """Its rows."""
-        finish = ("refit" if self.refit else "bare") + ("" if self.weighted else "-unweighted")
-        return f"{self.seed}-{self.scope}-{self.criterion}-{finish}.json"
+        return f"{self.split}-{self.seed}-{self.scope}-{self.criterion}-{self.ridge:g}.json"
 
 
-def cells() -> Iterator[Cell]:
-    """All of them, the first sample's first; published criteria that are told without a refit have one without, too."""
-    for seed, scope, name in product(SEEDS, _SCOPES, CRITERIA):
-        yield Cell(seed, name, scope, True)
-        if name in _BARE:
-            yield Cell(seed, name, scope, False)
-    yield from (Cell(seed, "reconstruction", "model", True, weighted=False) for seed in SEEDS)
+def cells(subject: Subject) -> Iterator[Cell]:
+    """All of them, first those by which the default was chosen, last those beside the comparison that it is for."""
+    for name, ridge in _CANDIDATES if subject.others else ():
+        yield Cell(0, name, "model", ridge, "validation")
+    for seed in subject.seeds:
+        yield Cell(seed, DEFAULT, "model", RIDGE)
+        yield Cell(seed, "reap", "layer", RIDGE)
+        yield from (Cell(seed, name, "layer", 0) for name in _PUBLISHED)
+    for seed, scope, name in product(subject.others, _SCOPES, subject.criteria):
+        yield Cell(seed, name, scope, RIDGE)
 
 
-def run(model: str, work: Path) -> None:
+def run(model: str, folder: str, work: Path) -> None:
     """Runs what is not done yet; a cell is a file in ``work``, beside the captures."""
-    backbone = load_backbone(model)
+    subject = SUBJECTS[model]
+    backbone = load_backbone(folder, dtype=subject.dtype)
     network, tokenizer = backbone.model.eval(), backbone.tokenizer
-    inside, outside = DOMAINS[model]
-    names = (*inside, *outside)
-    test: dict[str, list[Batch]] = {}
-    for name in names:
-        test[name] = list(text_batches(load_task(name), tokenizer, "test", 256, 16, _TEST[name]))
-    whole = score(network, test)
     work.mkdir(parents=True, exist_ok=True)
     for line in _kept(model):  # what was measured elsewhere is not measured again
-        row = json.loads(line)
-        (work / Cell(**{field.name: row[field.name] for field in fields(Cell)}).file).write_text(line, encoding="utf-8")
-    for seed in SEEDS:
-        left = [cell for cell in cells() if cell.seed == seed and not (work / cell.file).exists()]
-        if not left:
+        (work / _cell(json.loads(line)).file).write_text(line, encoding="utf-8")
+    held: dict[str, dict[str, list[Batch]]] = {}
+    whole: dict[str, dict[str, TextScores]] = {}
+    samples: dict[int, _Calibrated] = {}
+    for cell in dict.fromkeys(cells(subject)):
+        if (work / cell.file).exists():
             continue
-        texts = [batch for name in inside for batch in _calibration(name, tokenizer, seed)]
-        taken = capture(network, texts, work / f"capture-{seed}", per_expert=_PER_EXPERT, seed=seed)
-        gradients = layer_gradients(network, moe_layers(network), texts)
-        ranked = {name: rank_experts(network, taken, name, seed) for name in {cell.criterion for cell in left}}
-        for cell in left:
-            settings = Settings(cell.criterion, cell.scope, cell.weighted, cell.refit, seed=seed)
-            rows, shown = [], []
-            tokens = {name: whole[name].weights.tolist() for name in names}
-            for small in compress_each(network, taken, BUDGETS, settings, texts, ranked[cell.criterion], gradients):
-                after = score(small.model, test)
-                nats = {name: (after[name].sums - whole[name].sums).round(3).tolist() for name in names}
-                rows.append({"budget": small.report.budget, "parameters": small.report.parameters, "nats": nats})
-                shown.append(f"{_ratio(nats, tokens, names):.3f}")
-            write_atomic(work / cell.file, json.dumps({**asdict(cell), "tokens": tokens, "rows": rows}))
-            print(cell.file, *shown, flush=True)
+        if cell.split not in held:
+            held[cell.split] = {name: _held_out(name, tokenizer, cell.split, subject) for name in NAMES}
+            whole[cell.split] = score(network, held[cell.split])
+        if cell.seed not in samples:
+            texts = [batch for name in INSIDE for batch in _calibration(name, tokenizer, cell.seed, subject.tokens)]
+            place = work / f"capture-{cell.seed}"
+            taken = capture(network, texts, place, per_expert=subject.per_expert, seed=cell.seed)
+            samples[cell.seed] = _Calibrated.on(network, taken, texts)
+        before = whole[cell.split]
+        tokens = {name: before[name].weights.tolist() for name in NAMES}
+        rows, shown = [], []
+        for small, report in samples[cell.seed].smaller(cell):
+            after = score(small, held[cell.split])
+            nats = {name: (after[name].sums - before[name].sums).round(3).tolist() for name in NAMES}
+            rows.append({"budget": report.budget, "parameters": report.parameters, "nats": nats})
+            shown.append(f"{_ratio(nats, tokens, INSIDE):.3f}/{_ratio(nats, tokens, OUTSIDE):.3f}")
+        write_atomic(work / cell.file, json.dumps({**asdict(cell), "tokens": tokens, "rows": rows}))
+        print(cell.file, *shown, flush=True)
 
 
-def _calibration(name: str, tokenizer: Any, seed: int) -> list[Batch]:
-    """Documents of a domain's training split, drawn by the seed, until they hold ``TOKENS`` tokens."""
+@dataclass(frozen=True)
+class _Calibrated:
+    """A model, and what is the same for all cells of one sample of text."""
+
+    network: PreTrainedModel
+    taken: Capture
+    samples: Mapping[int, LayerSample]
+    gradients: Mapping[int, float]
+    texts: Sequence[Batch]
+
+    @classmethod
+    def on(cls, network: PreTrainedModel, taken: Capture, texts: Sequence[Batch]) -> _Calibrated:
+        layers = moe_layers(network)
+        samples = {layer.index: LayerSample.of(layer, taken) for layer in layers}
+        return cls(network, taken, samples, layer_gradients(network, layers, texts), texts)
+
+    def smaller(self, cell: Cell) -> Iterator[tuple[PreTrainedModel, Report]]:
+        """The smaller model of each budget, its down-projections fitted with the cell's ridge."""
+        rank = find_criterion(cell.criterion).rank
+        with evaluating(self.network):
+            ranked: dict[int, Ranking] = {index: rank(sample, cell.seed) for index, sample in self.samples.items()}
+        settings = Settings(cell.criterion, cell.scope, refit=False, seed=cell.seed)
+        each = compress_each(self.network, self.taken, BUDGETS, settings, self.texts, ranked, self.gradients)
+        for small in each:
+            changed = {index for index, _ in small.report.gone} if cell.ridge else ()
+            with evaluating(self.network):
+                for layer in moe_layers(small.model):
+                    if layer.index in changed:
+                        refit(self.samples[layer.index], layer, cell.ridge)
+            yield small.model, small.report
+
+
+def _held_out(name: str, tokenizer: Any, split: Split, subject: Subject) -> list[Batch]:
+    """The first documents of a domain's split."""
+    wanted = round(_DOCUMENTS[name] * subject.documents)
+    batches = text_batches(load_task(name), tokenizer, split, 256, 12, wanted)
+    return [{key: tensor for key, tensor in batch.items() if key != "rows"} for batch in batches]
+
+
+def _calibration(name: str, tokenizer: Any, seed: int, tokens: int) -> list[Batch]:
+    """Documents of a domain's training split, drawn by the seed, until they hold so many tokens."""
     batches = list(text_batches(load_task(name), tokenizer, "train", 256, 16, _TRAIN))
     drawn: list[Batch] = []
     held = 0
     for at in np.random.default_rng(seed).permutation(len(batches)):
-        if held < TOKENS:
+        if held < tokens:
             drawn.append({key: tensor for key, tensor in batches[at].items() if key != "rows"})
             held += int(batches[at]["attention_mask"].sum())
     return drawn
@@ -125,7 +203,8 @@ def _ratio(nats: Mapping[str, Sequence[float]], tokens: Mapping[str, Sequence[fl
 def keep(model: str, work: Path) -> None:
     """Copies what was measured into the folder of kept rows, one line a cell."""
     ROWS.mkdir(exist_ok=True)
-    done = [(work / cell.file).read_text(encoding="utf-8") for cell in cells() if (work / cell.file).exists()]
+    every = [work / cell.file for cell in dict.fromkeys(cells(SUBJECTS[model]))]
+    done = [path.read_text(encoding="utf-8") for path in every if path.exists()]
     with gzip.GzipFile(ROWS / f"{model}.jsonl.gz", "wb", mtime=0) as file:
         file.write("\n".join(done).encode())
 
@@ -136,31 +215,43 @@ def _kept(model: str) -> list[str]:
     return gzip.decompress(path.read_bytes()).decode().splitlines() if path.exists() else []
 
 
+def _cell(row: Mapping[str, Any]) -> Cell:
+    return Cell(**{field.name: row[field.name] for field in fields(Cell)})
+
+
 def section() -> str:
     """The section of the page of evidence, as Markdown; empty where nothing is kept."""
-    tables = [f"**{model}**\n\n{table(model)}" for model in DOMAINS if _kept(model)]
-    return "\n\n".join(["### Which criterion leaves the best smaller model?", _INTRODUCTION, *tables]) if tables else ""
+    kept = [model for model in SUBJECTS if _kept(model)]
+    if not kept:
+        return ""
+    chosen = [f"**{model}**\n\n{table(model, 'validation')}" for model in kept if SUBJECTS[model].others]
+    tables = [f"**{model}**\n\n{table(model)}" for model in kept]
+    head = "### Which criterion leaves the best smaller model?"
+    return "\n\n".join([head, _INTRODUCTION, *tables, _CHOICE, *chosen])
 
 
 _INTRODUCTION = """\
-Perplexity of the smaller model over the whole one's, geometric mean of two domains that the experts were chosen on (in)
-and of two they were not (out), held-out documents; 95 % intervals over samples of the calibration text and documents. A
-model of whose budget each layer gives up its share beside one of which the cheapest experts of all layers go, costs
-weighted by the layers' gradients. `python -m studies.criteria tiny-moe` measures what is missing."""
+Perplexity of the smaller model over the whole one's, geometric mean of two domains that the experts were chosen on
+(in) and of two they were not (out), test documents; 95 % intervals over samples of the calibration text and documents,
+over documents alone where there is one sample. Each layer gives up its share, or the cheapest experts of all layers go,
+costs weighted by the layers' gradients. The first rows have the default (`reap`, over the model, then the refit) beside
+what was published: each layer gives up as many, and nothing is fitted. `python -m studies.criteria MODEL` measures what
+is missing; `make models` builds deep-moe and smollm2-experts, the latter here with `blocks=48 held_out_blocks=4` and
+measured with one sample and the first rows alone, as it is slow."""
+_CHOICE = """\
+By these rows, on validation documents and one sample, the default was chosen, with the ridge of the refit:"""
 
 
-def table(model: str) -> str:
+def table(model: str, split: Split = "test") -> str:
     """The kept rows of a model as a Markdown table, with intervals over samples of text and documents."""
-    lines = _kept(model)
-    inside, outside = DOMAINS[model]
-    cells_of: dict[tuple[str, str, bool, bool], list[Any]] = {}
-    for cell in map(json.loads, lines):
-        key = cell["scope"], cell["criterion"], cell["refit"], cell["weighted"]
-        cells_of.setdefault(key, []).append(cell)
+    cells_of: dict[tuple[str, str, float], list[Any]] = {}
+    for row in map(json.loads, _kept(model)):
+        if row["split"] == split:
+            cells_of.setdefault((row["scope"], row["criterion"], row["ridge"]), []).append(row)
     rows = []
-    for (scope, name, refit, weighted), samples in cells_of.items():
-        shown = [_with_interval(samples, at, names) for at in range(len(BUDGETS)) for names in (inside, outside)]
-        finish = ("refit" if refit else "") + ("" if weighted else ", costs as they are")
+    for (scope, name, ridge), samples in cells_of.items():
+        shown = [_with_interval(samples, at, names) for at in range(len(BUDGETS)) for names in (INSIDE, OUTSIDE)]
+        finish = f"refit {ridge:g}" if ridge else ""
         rows.append([scope, name, finish, len(samples), *shown])
     heads = [f"{1 - budget:.1%} fewer, {where}" for budget in BUDGETS for where in ("in", "out")]
     return markdown(["scope", "criterion", "then", "samples", *heads], rows)
@@ -185,13 +276,14 @@ def _with_interval(samples: Sequence[Any], at: int, names: Sequence[str]) -> str
 def main(words: list[str] | None = None) -> None:
     """Runs a study, keeps its rows and prints the table."""
     parser = argparse.ArgumentParser("python -m studies.criteria", description=__doc__)
-    parser.add_argument("model", choices=list(DOMAINS))
+    parser.add_argument("model", choices=list(SUBJECTS))
+    parser.add_argument("--at", help="folder that the model was built in, if it is no part of the package")
     parser.add_argument("--work", type=Path, default=Path("runs/criteria"), help="where captures and cells lie")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of the kept rows")
     given = parser.parse_args(words)
     if not given.table:
         torch.set_num_threads(1)
-        run(given.model, given.work / given.model)
+        run(given.model, given.at or given.model, given.work / given.model)
         keep(given.model, given.work / given.model)
     print(table(given.model))
 
