@@ -47,12 +47,12 @@ clean:
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# What the demo needs. torch is installed first and by its exact version: an open range would choose another, far
-# larger build.
+# What the demo needs, of which only what it imports is ever compiled. torch is installed first and by its exact version:
+# an open range would choose another, far larger build.
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --constraint constraints.txt --editable ".[demo]"
+	$(PIP) --no-compile "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --no-compile --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
 # What tests and checks need beside it.

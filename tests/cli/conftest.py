@@ -1,7 +1,7 @@
 import sys
 
 import pytest
-from tests.lab.conftest import bert, llama, prose, questions, run_folder
+from tests.lab.conftest import bert, llama, once, prose, questions, run_folder
 from tests.lab.tiny_runs import tiny_settings
 
 from lamella import cli
@@ -29,13 +29,16 @@ def lamella(monkeypatch, capsys):
 def mola_run(bert, questions, tmp_path_factory):
     """The folder of a trained mixture, which no test changes."""
     method = {"name": "mola", "r": 2, "num_experts": [2, 3], "top_k": 2}
-    return train(tiny_settings(bert, questions, method), tmp_path_factory.mktemp("runs") / "mola").folder.path
+    settings = tiny_settings(bert, questions, method)
+    return once(tmp_path_factory, "mola", lambda folder: train(settings, folder))
 
 
 @pytest.fixture(scope="session")
 def lora_runs(bert, questions, tmp_path_factory):
     """The folder of two trained LoRAs, first and second, which no test changes."""
-    folder = tmp_path_factory.mktemp("loras")
-    for seed, name in enumerate(("first", "second")):
-        train(tiny_settings(bert, questions, {"name": "lora", "r": 2}, seed=seed), folder / name)
-    return folder
+
+    def make(folder):
+        for seed, name in enumerate(("first", "second")):
+            train(tiny_settings(bert, questions, {"name": "lora", "r": 2}, seed=seed), folder / name)
+
+    return once(tmp_path_factory, "loras", make)

@@ -1,9 +1,6 @@
-import fcntl
-import os
-from contextlib import contextmanager
-
 import pytest
 import yaml
+from tests.lab.conftest import shared
 from tests.lab.tiny_runs import question_task
 
 from lamella.lab.studies.folder import StudyFolder
@@ -12,27 +9,13 @@ from lamella.lab.studies.runner import run_cells
 
 RUN = {
     "batch_size": 8,
-    "max_steps": 6,
+    "max_steps": 4,
     "max_length": 32,
     "lr": 5e-3,
     "log_every": 2,
-    "evaluate_every": 3,
+    "evaluate_every": 4,
     "keep": "last",
 }
-
-
-@contextmanager
-def shared(tmp_path_factory, name):
-    """A folder that all workers of the session have, one at a time: what one of them has made, the others find."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        os.close(descriptor)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from tests.lab.studies.conftest import RUN, cell_of, run, shared
+from tests.lab.conftest import shared
+from tests.lab.studies.conftest import RUN, cell_of, run
 from tests.lab.tiny_runs import sentences
 
 from lamella.errors import LamellaError

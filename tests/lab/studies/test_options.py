@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from tests.lab.studies.conftest import RUN, cell_of, run, shared
+from tests.lab.conftest import shared
+from tests.lab.studies.conftest import RUN, cell_of, run
 
 from lamella.errors import LamellaError
 from lamella.lab.data import load_backbone, load_task
