@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-RUN = {"batch_size": 8, "max_steps": 6, "max_length": 32, "lr": 5e-3, "log_every": 2, "evaluate_every": 2}
+RUN = {"batch_size": 8, "max_steps": 4, "max_length": 32, "lr": 5e-3, "log_every": 2, "evaluate_every": 2}
 
 
 def write_study(path: Path, model: str, task: str, seeds: Sequence[int] = (0, 1), **run: object) -> str:

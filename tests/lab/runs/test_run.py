@@ -24,6 +24,7 @@ from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import train
 
 LEARNED_ALPHA = {**MOLEX, "alpha": 0.7, "alpha_mode": "learned"}
+TWO_STEPS = {"max_steps": 2, "evaluate_every": 2}
 
 
 class KilledError(Exception):
@@ -53,7 +54,9 @@ class Watch(TrainerCallback):
 
 @pytest.mark.parametrize("scope", ["shared", "per-layer"])
 def test_where_a_learned_alpha_began_and_ended_is_recorded(bert, questions, run_folder, scope):
-    metrics = train(tiny_settings(bert, questions, {**LEARNED_ALPHA, "alpha_scope": scope}), run_folder).metrics
+    metrics = train(
+        tiny_settings(bert, questions, {**LEARNED_ALPHA, "alpha_scope": scope}, **TWO_STEPS), run_folder
+    ).metrics
 
     start, end = metrics["alpha"]["start"], metrics["alpha"]["end"]
     assert start.keys() == end.keys()
@@ -340,7 +343,7 @@ def test_a_finished_run_is_kept_unless_forced(finished_run, bert, questions, run
         train(settings, run_folder)
     assert (run_folder / "metrics.json").read_text() == before
 
-    other = train(tiny_settings(bert, questions, seed=1), run_folder, force=True)
+    other = train(tiny_settings(bert, questions, seed=1, **TWO_STEPS), run_folder, force=True)
     assert other.metrics["seed"] == 1
 
 
@@ -388,7 +391,7 @@ def test_what_a_killed_process_left_half_written_keeps_nobody_from_a_folder(bert
     run_folder.mkdir()
     (run_folder / ".writing-2a4ddf921f75-run.yaml").write_text("model: ber")  # the first file of a run
 
-    assert train(tiny_settings(bert, questions), run_folder).metrics["steps"] == 6
+    assert train(tiny_settings(bert, questions, **TWO_STEPS), run_folder).metrics["steps"] == 2
 
 
 class Poison(TrainerCallback):
@@ -460,7 +463,8 @@ def test_accumulation_gives_the_steps_of_the_larger_batch(request, tmp_path, kin
 
 
 def test_bf16_and_checkpointing_train_and_save_equal(bert, questions, run_folder):
-    result = train(tiny_settings(bert, questions, MOLA, bf16=True, gradient_checkpointing=True), run_folder)
+    thrifty = {"bf16": True, "gradient_checkpointing": True}
+    result = train(tiny_settings(bert, questions, MOLA, **thrifty, **TWO_STEPS), run_folder)
 
     assert result.metrics["saved_equals_loaded"]["equal"]
 
@@ -496,7 +500,7 @@ def test_a_decoder_has_its_perplexity_before_and_after(llama, prose, run_folder)
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "full"])
 def test_other_methods_train_a_decoder(llama, prose, run_folder, method):
-    result = train(tiny_settings(llama, prose, method, packing=method == "full"), run_folder)
+    result = train(tiny_settings(llama, prose, method, packing=method == "full", **TWO_STEPS), run_folder)
 
     assert result.metrics["saved_equals_loaded"]["equal"]
 
