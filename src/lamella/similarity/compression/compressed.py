@@ -263,8 +263,13 @@ def _pool(layer: MoELayer, criterion: Criterion, ranking: Ranking, groups: Seque
     for group in groups:
         merged = criterion.action == "merge" and len(group) > 1
         expert = _average(layer, ranking, group) if merged else layer.experts[group[0]]
+        first = StoredExpert.copy_of(expert)
         at |= dict.fromkeys(group, len(stored))
-        stored.append(StoredExpert.copy_of(expert))
+        stored.append(first)
+        for member in group[1:]:
+            if ranking.aligners is not None and (member, group[0]) in ranking.aligners:
+                at[member] = len(stored)
+                stored.append(first.behind(*ranking.aligners[member, group[0]]))
     for expert_index in range(layer.num_experts):
         if expert_index not in at:
             assert ranking.constants is not None

@@ -35,6 +35,12 @@ class StoredExpert(nn.Module):
         """An expert of its own, with copies of the matrices."""
         return cls({name: _parameter(matrix) for name, matrix in expert.matrices.items()}, expert.activation)
 
+    def behind(self, matrix: Tensor, bias: Tensor) -> StoredExpert:
+        """The expert of ``matrix x + bias``: with gate and up of its own, and the same down-projection."""
+        shared = {name: held for name, held in self.named_parameters() if name.startswith("down")}
+        folded = fold(self.expert, matrix, bias).matrices
+        return StoredExpert({name: nn.Parameter(new) for name, new in folded.items()} | shared, self.activation)
+
     @property
     def expert(self) -> Expert:
         """The expert, by views."""

@@ -33,10 +33,12 @@ def refit(sample: LayerSample, small: MoELayer, ridge: float = RIDGE, sweeps: in
     share = sample.share.to(wide)
     left = whole_output(sample)  # (N, h), what no expert makes yet
     before, features, rows = [], [], []
-    for expert, gates in parts:
-        here = torch.where(gates != 0)[0]
-        units = expert.hidden(sample.x[here]).to(wide) * gates[here, None]  # (n, ff)
-        bias = 0 if expert.down_bias is None else gates[here, None] * expert.down_bias.to(wide)
+    for part in parts:
+        expert, gates = part[0][0], torch.stack([gates for _, gates in part])  # gates (P, N)
+        here = torch.where((gates != 0).any(0))[0]
+        each = [one.hidden(sample.x[here]).to(wide) * weights[here, None] for one, weights in part]
+        units = torch.stack(each).sum(0)  # (n, ff)
+        bias = 0 if expert.down_bias is None else gates.sum(0)[here, None] * expert.down_bias.to(wide)
         left[here] -= units @ expert.down.to(wide).T + bias
         before.append(expert.down.to(wide).clone())
         features.append(units)
@@ -53,8 +55,8 @@ def refit(sample: LayerSample, small: MoELayer, ridge: float = RIDGE, sweeps: in
             step = torch.linalg.solve(gram + trust * torch.eye(len(gram), dtype=wide, device=gram.device), pull)
             now[e] += step.T
             left[here] -= features[e] @ step
-    for (expert, _), down in zip(parts, now, strict=True):
-        expert.down.copy_(down)
+    for part, down in zip(parts, now, strict=True):
+        part[0][0].down.copy_(down)
 
 
 def whole_output(sample: LayerSample) -> Tensor:
@@ -71,13 +73,16 @@ def small_gates(sample: LayerSample, small: MoELayer) -> Tensor:
     return LayerSample(small, sample.x, sample.share).gates
 
 
-def _parts(small: MoELayer, gates: Tensor) -> list[tuple[Expert, Tensor]]:
-    """Each expert that is stored and has hidden units, with its gates ``(N,)``: the sum over those it stands for."""
-    parts: dict[int, tuple[Expert, Tensor]] = {}
+def _parts(small: MoELayer, gates: Tensor) -> list[list[tuple[Expert, Tensor]]]:
+    """For each down-projection the experts that have it, behind aligners of their own, if their hidden units are any.
+
+    Beside each its gates ``(N,)``: the sum over those it stands for.
+    """
+    parts: dict[int, dict[int, tuple[Expert, Tensor]]] = {}
     for index in range(small.num_experts):
         expert = small.experts[index]
         if expert.down.numel():
-            key = expert.down.data_ptr()
-            already = parts[key][1] if key in parts else torch.zeros_like(gates[:, 0])
-            parts[key] = expert, already + gates[:, index]
-    return list(parts.values())
+            part, key = parts.setdefault(expert.down.data_ptr(), {}), expert.up.data_ptr()
+            already = part[key][1] if key in part else torch.zeros_like(gates[:, 0])
+            part[key] = expert, already + gates[:, index]
+    return [list(part.values()) for part in parts.values()]

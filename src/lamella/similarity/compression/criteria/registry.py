@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,6 +27,7 @@ class Ranking:
         weights: how much each expert counts in a merged one, ``(E,)``.
         matched: whether hidden units are matched before they are averaged.
         constants: what a token gets from an expert that is gone, ``(E, h)``; None where it is nothing.
+        aligners: A ``(h, h)`` and b ``(h,)`` by who is gone and who stands for it; x becomes ``A x + b`` before that.
     """
 
     order: Sequence[int]
@@ -35,6 +36,7 @@ class Ranking:
     weights: Tensor | None = None
     matched: bool = True
     constants: Tensor | None = None
+    aligners: Mapping[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Experts whose tokens get something else, with the router as it is: a constant, or another expert of the layer."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from lamella.similarity.compression.calibration import LayerSample
@@ -13,8 +15,12 @@ def stand_in(sample: LayerSample, seed: int) -> Ranking:
     Always the expert goes next whose loss adds the least to the sum over all that are gone; what it stood in for finds
     another.
     """
-    damage = replacement_damage(sample)  # (E, E)
-    left, order, costs, total = list(range(sample.num_experts)), [], [], 0.0
+    return least_damage(replacement_damage(sample))
+
+
+def least_damage(damage: Tensor, aligners: Mapping[tuple[int, int], tuple[Tensor, Tensor]] | None = None) -> Ranking:
+    """``damage[j, e]`` is what it costs that e does the work of j, ``(E, E)``; behind the aligner of (j, e), if any."""
+    left, order, costs, total = list(range(len(damage))), [], [], 0.0
     while len(left) > 1:
         totals = {gone: _total(damage, [one for one in left if one != gone]) for gone in left}
         gone = min(left, key=totals.__getitem__)
@@ -24,10 +30,10 @@ def stand_in(sample: LayerSample, seed: int) -> Ranking:
         left.remove(gone)
 
     def groups(count: int) -> list[list[int]]:
-        kept = sorted(set(range(sample.num_experts)) - set(order[:count]))
+        kept = sorted(set(range(len(damage))) - set(order[:count]))
         return assigned(kept, {one: min(kept, key=lambda to: float(damage[one, to])) for one in order[:count]})
 
-    return Ranking(order, costs, groups)
+    return Ranking(order, costs, groups, aligners=aligners)
 
 
 def replacement_damage(sample: LayerSample) -> Tensor:
