@@ -21,13 +21,10 @@ pytestmark = pytest.mark.heavy
 HERE = Path(__file__).parent
 
 # Failures that are no refusal of lamella's, by test, and why each is none of its faults.
-_IN_FLOAT32 = "a block has no one precision that its router could take over: it stays in float32"
 _OWN_NAMES = "the LoRA inside the blocks is trained too, and keeps PEFT's names"
 EXPLAINED: dict[str, dict[str, str]] = {
     "mola": {},
     "molex": {
-        "test_adapter_dtype_autocast": _IN_FLOAT32,
-        "test_add_adapter_no_autocast_adapter_dtype": _IN_FLOAT32,
         "test_in_features_out_features_exposed": "a block is no linear layer",
         "test_only_params_are_updated": _OWN_NAMES,
         "test_save_pretrained": "the two blocks have a config, without a name that the card could say",

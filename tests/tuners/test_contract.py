@@ -57,3 +57,23 @@ def test_a_lora_beside_a_mixture_on_other_modules() -> None:
     both = get_peft_model(lora.get_base_model(), MolaConfig(r=2, target_modules=["q_proj"]), adapter_name="mixture")
     assert isinstance(both, PeftModel)
     torch.testing.assert_close(both.eval()(**given).logits, expected)
+
+
+def test_a_lora_beside_a_mixture_trains_and_is_saved_by_itself(tmp_path: Path) -> None:
+    lora = get_peft_model(tiny.llama(), LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
+    config = MolaConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(LamellaError, match="already has an adapter called 'default', of the type LORA"):
+        get_peft_model(lora.get_base_model(), config)
+    both = get_peft_model(lora.get_base_model(), config, adapter_name="mixture")
+    given = tiny.inputs(lora.get_base_model())
+    optimizer = torch.optim.SGD([one for one in both.parameters() if one.requires_grad], lr=0.1)
+    for _ in range(2):
+        both(**given, labels=given["input_ids"]).loss.backward()
+        optimizer.step()
+    both.save_pretrained(tmp_path, selected_adapters=["mixture"])
+    lora.save_pretrained(tmp_path, selected_adapters=["default"])
+    base = PeftModel.from_pretrained(tiny.llama(), tmp_path).get_base_model()
+    again = PeftModel.from_pretrained(base, tmp_path / "mixture", adapter_name="mixture")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**given).logits, both.eval()(**given).logits)
+        assert not torch.equal(lora(**given).logits, tiny.llama()(**given).logits)

@@ -2,12 +2,12 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -36,6 +36,19 @@ def _refuse_name(adapter: Any) -> None:
         raise LamellaError(
             f"An adapter cannot be called {adapter!r}: the name becomes a part of its tensors' names, so that it has "
             "no dots and is none of the words that torch keeps for itself. Call it otherwise, as in 'v1_0'."
+        )
+
+
+def _refuse_second(model: nn.Module, given: PeftConfig | Mapping[str, PeftConfig], adapter: str) -> None:
+    """Raises where an adapter of another method has the name, whose config PEFT would replace without a word."""
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return  # it had adapters once
+    config = given if isinstance(given, PeftConfig) else given[adapter]
+    theirs = getattr(model, "peft_config", {}).get(adapter)
+    if theirs is not None and theirs.peft_type != config.peft_type:
+        raise LamellaError(
+            f"{type(model).__name__} already has an adapter called {adapter!r}, of the type {theirs.peft_type.value}. "
+            "Give this one another name: get_peft_model(model, config, adapter_name=...)."
         )
 
 
@@ -104,14 +117,22 @@ class RoutedModel(BaseTuner):
         tuple[str, ...]
     ] = ()  # prefixes beside the method's own of tensors that must be there
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(model, PeftModel):
             raise LamellaError(
                 f"The model is a PeftModel already, with the adapter {model.active_adapter!r}. Put another one of the "
                 "same method beside it with model.add_adapter(name, config), or begin with the bare model, which "
                 "model.unload() gives back."
             )
-        super().__init__(model, *args, **kwargs)
+        _refuse_second(model, peft_config, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _refuse_name(adapter_name)

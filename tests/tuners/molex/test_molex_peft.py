@@ -298,3 +298,17 @@ def test_the_public_names() -> None:
     assert lamella.MolexConfig is MolexConfig
     for name in lamella.__all__:
         assert hasattr(lamella, name)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_router_and_alpha_have_the_precision_that_peft_gives_adapters(autocast):
+    config = MolexConfig(alpha_mode="learned", router="cosine", lora=LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(tiny.llama().to(torch.bfloat16), config, autocast_adapter_dtype=autocast)
+
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+
+    assert kinds == {torch.float32 if autocast else torch.bfloat16}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -51,6 +51,9 @@ CANNOT_MERGE = (
 )
 
 
+_PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # not of codes of quantised weights
+
+
 @dataclass(frozen=True)
 class _Mixture:
     """One adapter's settings at this block."""
@@ -116,14 +119,14 @@ class MolexBlock(nn.Module, AdapterLayer):
             self.routers[adapter] = router_at
         if alpha_at is not None:
             self.alphas[adapter] = alpha_at
-        device = next(self.base_layer.parameters()).device
+        device, dtype = _kind_of(self.base_layer)
         if router_at is self:
-            router = _new_router(config, width, len(self.blocks))
+            router = _new_router(config, width, len(self.blocks)).to(dtype)
             self.lamella_molex_router[adapter] = router if is_meta(router) else router.to(device)
             if not config.trains_router:
                 self.frozen_peft_weight_names[adapter] = ("lamella_molex_router",)
         if alpha_at is self:
-            alpha = torch.tensor(float(config.alpha)).logit()
+            alpha = torch.tensor(float(config.alpha)).logit().to(dtype)
             self.lamella_molex_alpha.put(adapter, alpha if alpha.is_meta else alpha.to(device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -441,6 +444,13 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def _kind_of(block: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a block's weights lie and in which precision, which PEFT widens afterwards unless told not to."""
+    first = next(block.parameters())
+    kinds = (parameter.dtype for parameter in block.parameters() if parameter.dtype in _PRECISIONS)
+    return first.device, next(kinds, torch.float32)
 
 
 def _new_router(config: MolexConfig, width: int, blocks: int) -> Router:
