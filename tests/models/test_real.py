@@ -19,7 +19,7 @@ def test_upcycled_smollm2_is_smollm2():
     backbone = load_backbone("smollm2")
     model = backbone.model.requires_grad_(False).eval()
     mixture = upcycled(model, 6, 8, 2)
-    ids = token_blocks(documents(prose("news"), "test", 1000), backbone.tokenizer, 64)[:2]
+    ids = token_blocks(documents(prose("news"), "test", 1000), backbone.tokenizer, 16)[:2]
     expected = model(ids).logits
 
     torch.testing.assert_close(mixture(ids).logits, expected, atol=2e-4, rtol=0)
