@@ -5,6 +5,7 @@ from benchmarks.mola import MOLA
 from benchmarks.mole import MOLE
 from benchmarks.molex import MOLEX
 from benchmarks.record import Benchmark
+from benchmarks.serving import SERVING
 from benchmarks.similarity import SIMILARITY
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -12,5 +13,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "molex": MOLEX,
     "mole": MOLE,
     "similarity": SIMILARITY,
+    "serving": SERVING,
     "forms": FORMS,
 }

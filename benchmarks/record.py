@@ -60,6 +60,7 @@ class Method(BaseModel):
             tensors alive at once; None where not measured.
         flops: floating-point operations of its matrix products and attention; None where not counted.
         block_runs: how often a sequence runs through a block, per block of the stack; None where not counted.
+        perplexity: of the texts that it reads; None where it predicts nothing that means anything.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Method(BaseModel):
     peak_mb: float | None = None
     flops: int | None = None
     block_runs: float | None = None
+    perplexity: float | None = None
 
 
 class Case(BaseModel):

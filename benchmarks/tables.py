@@ -64,6 +64,7 @@ def _methods(cases: Sequence[Case]) -> str:
     }
     for over in (over for over, methods in compared.items() if methods > 1):
         columns[f"time / {over}"] = partial(_time, over)
+    columns["perplexity"] = lambda case, method: _number(method.perplexity, 2)
     columns["kept MB"] = lambda case, method: f"{method.kept_mb:.2f}" if method.kept_mb else ""
     columns["peak MB"] = lambda case, method: _number(method.peak_mb, 1)
     cells = {head: [cell(case, method) for case in cases for method in case.methods] for head, cell in columns.items()}

@@ -5,10 +5,12 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from tests import tiny_moe
+from tests.similarity.compression.test_serving import names, random_damages
 from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from lamella import LamellaError, moe_layers, record_routing
-from lamella.similarity import align, capture, compress, screen, swap
+from lamella.similarity import align, capture, compress, reroute, screen, swap
+from lamella.similarity.activations import model_fingerprint
 
 FAMILIES = ("qwen2_moe", "gpt_oss", "switch_transformers")
 
@@ -52,7 +54,7 @@ def test_an_offloaded_model_is_not_swapped_or_compressed():
         compress(model, None, 0.5, scope="layer")
 
 
-def test_quantised_experts_are_refused_where_their_numbers_would_be_used():
+def test_quantised_experts_are_refused_where_their_numbers_would_be_used(tmp_path):
     model = tiny_moe.FAMILIES["mixtral"]()
     for layer in moe_layers(model):
         layer.module.experts = FP8Experts(model.config, block_size=(8, 8))
@@ -60,11 +62,20 @@ def test_quantised_experts_are_refused_where_their_numbers_would_be_used():
     assert len(layer.experts) == tiny_moe.EXPERTS
     for use in (
         lambda: layer.experts[0],
+        lambda: capture(model, [], tmp_path),
         lambda: swap(model, (0, 1), (1, 2)).__enter__(),
         lambda: compress(model, None, 0.5, scope="layer"),
     ):
         with pytest.raises(LamellaError, match=r"quantised \(gate_up_proj is torch.float8"):
             use()
+
+
+def test_a_model_inside_a_compiled_one_is_the_same_model():
+    model = tiny_moe.FAMILIES["mixtral"]()
+    compiled = torch.compile(model, backend="eager")
+    assert [layer.place for layer in moe_layers(compiled)] == [layer.place for layer in moe_layers(model)]
+    assert compiled.get_submodule(moe_layers(compiled)[0].name) is moe_layers(model)[0].module
+    assert model_fingerprint(compiled) == model_fingerprint(model)
 
 
 @pytest.mark.heavy
@@ -78,7 +89,8 @@ def test_a_compiled_model_is_traced_and_changed():
     with record_routing(model) as trace:
         model(**given)
     assert [int(counts.sum()) for counts in trace.counts.values()] == [2 * int(given["attention_mask"].sum())]
-    for change in (layer.mask([0]), layer.replace({0: torch.zeros_like})):
+    limited = reroute(model, names(model), what="limited", limit=2, damage=random_damages(model))
+    for change in (layer.mask([0]), layer.replace({0: torch.zeros_like}), swap(model, (0, 0), (0, 1)), limited):
         with change:
             assert not torch.equal(model(**given).logits, plain)
         assert torch.equal(model(**given).logits, plain)

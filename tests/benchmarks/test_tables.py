@@ -21,7 +21,7 @@ def test_the_page_shows_the_kept_records(path):
     assert page.partition(begin)[2].partition(end)[0] == render(Record.read(path))
 
 
-@pytest.mark.parametrize("bench", ["mola", "mole", "molex", "similarity"])
+@pytest.mark.parametrize("bench", ["mola", "mole", "molex", "similarity", "serving"])
 def test_there_is_a_record_of_each_method(bench):
     assert (DOCS / "results" / f"bench-{bench}-cpu.json").is_file()
 

@@ -8,6 +8,7 @@ from torch import nn
 from lamella.backbones.blocks import Stack, find_place, locate_stacks
 from lamella.backbones.causality import role_of
 from lamella.backbones.moe.family import FAMILIES, MoEFamily
+from lamella.backbones.moe.interventions import uncompiled
 from lamella.backbones.moe.layer import MoELayer
 from lamella.backbones.moe.unknown import explain_unknown
 from lamella.errors import LamellaError
@@ -71,7 +72,8 @@ def _stacks_around(names: Iterable[str], base: nn.Module) -> list[Stack]:
 
 def _without_peft(model: nn.Module) -> tuple[str, nn.Module]:
     """The model that an adapter was put on, so that places have the same names with and without one; and the way in."""
-    if not isinstance(model, PeftModel):
-        return "", model
-    base: nn.Module = model.get_base_model()
+    inside = uncompiled(model)
+    if not isinstance(inside, PeftModel):
+        return "_orig_mod." if inside is not model else "", inside
+    base: nn.Module = inside.get_base_model()
     return next(f"{name}." for name, module in model.named_modules() if module is base), base

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamella.backbones.moe import uncompiled
 from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
@@ -138,9 +139,10 @@ def model_fingerprint(model: nn.Module) -> str:
     """Class of a model and a hash of its config and of sampled values of every parameter and saved buffer.
 
     A tensor of three dimensions is sampled in each index of the first, so that any expert counts. The values are
-    hashed as float32: a bfloat16 model that is loaded as float32 is the same model. A change of a few single values may
-    go unnoticed.
+    hashed as float32: a bfloat16 model that is loaded as float32 is the same model, and so is a compiled one. A change
+    of a few single values may go unnoticed.
     """
+    model = uncompiled(model)
     config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     digest = hashlib.sha256(_json({k: v for k, v in config.items() if k not in _ASIDE}))
     for module, named in groupby(model.state_dict().items(), lambda item: item[0].rpartition(".")[0]):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lamella.backbones.moe import MoELayer, moe_layers
+from lamella.backbones.moe import MoELayer, moe_layers, uncompiled
 from lamella.backbones.moe.expert import OFFLOADED, NormedExpert
 from lamella.backbones.offloading import is_offloaded
 from lamella.errors import LamellaError, optional_module
@@ -151,6 +151,7 @@ def compress_each(
     did for the texts, where they are at hand.
     """
     check_arguments(budgets, settings, texts)
+    model = uncompiled(model)
     layers, criterion = _whole_layers(model), find_criterion(settings.criterion)
     capture.check(model)
     ranked = rank_experts(model, capture, settings.criterion, settings.seed) if rankings is None else rankings
