@@ -30,33 +30,48 @@ def refit(sample: LayerSample, small: MoELayer, ridge: float = RIDGE, sweeps: in
     """
     wide = torch.float64
     parts = _parts(small, small_gates(sample, small))
-    share = sample.share.to(wide)
-    left = whole_output(sample)  # (N, h), what no expert makes yet
-    before, features, rows = [], [], []
+    root = sample.share.to(wide).sqrt()[:, None]  # (N, 1), so that sums of squares are over the text
+    left = root * whole_output(sample)  # (N, h), what no expert makes yet
+    before, fits, rows = [], [], []
     for part in parts:
         expert, gates = part[0][0], torch.stack([gates for _, gates in part])  # gates (P, N)
         here = torch.where((gates != 0).any(0))[0]
         each = [one.hidden(sample.x[here]).to(wide) * weights[here, None] for one, weights in part]
-        units = torch.stack(each).sum(0)  # (n, ff)
-        bias = 0 if expert.down_bias is None else gates.sum(0)[here, None] * expert.down_bias.to(wide)
-        left[here] -= units @ expert.down.to(wide).T + bias
+        units = root[here] * torch.stack(each).sum(0)  # (n, ff)
+        left[here] -= units @ expert.down.to(wide).T
+        if expert.down_bias is not None:
+            left[here] -= root[here] * gates.sum(0)[here, None] * expert.down_bias.to(wide)
         before.append(expert.down.to(wide).clone())
-        features.append(units)
+        fits.append(_Ridge(units, ridge))
         rows.append(here)
     now = [down.clone() for down in before]
     for _ in range(sweeps):
         for e, here in enumerate(rows):
-            if not len(here):
-                continue
-            weighted = features[e] * share[here, None]  # (n, ff)
-            gram = weighted.T @ features[e]  # (ff, ff)
-            trust = ridge * gram.diagonal().mean() + 1e-30
-            pull = weighted.T @ left[here] - trust * (now[e] - before[e]).T  # (ff, h)
-            step = torch.linalg.solve(gram + trust * torch.eye(len(gram), dtype=wide, device=gram.device), pull)
+            moved = (now[e] - before[e]).T  # (ff, h)
+            step = fits[e].solve(left[here] + fits[e].units @ moved) - moved
             now[e] += step.T
-            left[here] -= features[e] @ step
+            left[here] -= fits[e].units @ step
     for part, down in zip(parts, now, strict=True):
         part[0][0].down.copy_(down)
+
+
+class _Ridge:
+    """``argmin_Z |Y - U Z|^2 + trust |Z|^2`` for units U ``(n, ff)`` and any Y ``(n, h)``; trust is ``ridge`` times the
+    mean over units of their sum of squares. What is factored is the smaller of U U' and U' U.
+    """
+
+    def __init__(self, units: Tensor, ridge: float) -> None:
+        self.units = units
+        self.few = len(units) < units.shape[1]
+        gram = units @ units.T if self.few else units.T @ units
+        trust = ridge * units.square().sum(0).mean() + 1e-30
+        self.factor = torch.linalg.cholesky(gram + trust * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+    def solve(self, wanted: Tensor) -> Tensor:
+        """Z ``(ff, h)``."""
+        if self.few:
+            return self.units.T @ torch.cholesky_solve(wanted, self.factor)
+        return torch.cholesky_solve(self.units.T @ wanted, self.factor)
 
 
 def whole_output(sample: LayerSample) -> Tensor:
