@@ -257,3 +257,17 @@ def test_a_linear_aligner_starts_from_the_best_multiple_of_the_identity(model, c
         y, target = _expert(model, 0, 0)(train), _expert(model, 1, 2)
         errors = {one: (target(one * train) - y).square().mean() for one in IDENTITY_SCALES}
     torch.testing.assert_close(diagonal, torch.full((16,), min(errors, key=errors.get)))
+
+
+def test_an_expert_equal_to_another_is_its_replacement_and_one_of_zeros_is_no_source(caplog):
+    model = tiny_model()
+    with torch.no_grad():
+        for name, matrix in _expert(model, 1, 2).matrices.items():
+            matrix.copy_(_expert(model, 0, 1).matrices[name])
+        _expert(model, 0, 0).down.zero_()
+    with caplog.at_level(logging.WARNING, "lamella"):
+        frame = align(fake_capture(model), model, steps=3).set_index(NAMES)
+    assert frame.loc[(0, 1, 1, 2), "nmse"] < 1e-6
+    assert "expert 0 of layer 0 puts out the same for every token" in caplog.text
+    assert (0, 0) not in frame.index.droplevel(NAMES[2:])
+    assert (frame.xs((0, 0), level=NAMES[2:])["nmse"] > 0.9).all()  # it does no one's work

@@ -105,6 +105,7 @@ def write_similarity(report: SimilarityReport, path: Path) -> None:
 
 
 _CONTENTS = {
+    "Compression": "compression",
     "Layers": "layers",
     "Experts": "experts",
     "Controls": "controls",
@@ -112,7 +113,6 @@ _CONTENTS = {
     "Routing": "routing",
     "Distributions": "distributions",
     "Swaps": "swaps",
-    "Compression": "compression",
     "Rerouting": "rerouting",
 }
 _REGRESSION = ("slope", "intercept", "low", "high", "spearman", "p_value", "least_p", "layers", "level")
