@@ -76,7 +76,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "tiny-moe": Subject(),
+    "tiny-moe": Subject(others=(0, 1, 2)),
     "deep-moe": Subject(documents=0.5),
     "smollm2-experts": Subject((0,), (), (), "bfloat16", 3000, 256, 0.5),
 }
