@@ -60,4 +60,5 @@ def test_its_compressed_model_answers_as_it_did(folder):
     small = Compressed.load(folder / "compressed").model
     with torch.no_grad():
         logits = small(**load_file("base/inputs.safetensors")).logits
-    assert torch.equal(logits, load_file("compressed/logits.safetensors")["compressed"])
+    written = load_file("compressed/logits.safetensors")["compressed"]
+    torch.testing.assert_close(logits, written, rtol=1e-3, atol=5e-4)  # another processor sums in another order
