@@ -106,8 +106,6 @@ def _answer(ask: Callable[[], float], is_lora: bool) -> Answer:
         return Answer("no", " ".join(str(error).split()))
     except FindingError as found:
         return Answer("no" if is_lora else "fault", str(found))
-    except TimeoutError:
-        raise
     except Exception as error:  # whatever it is, it is not a LamellaError
         return Answer("no" if is_lora else "fault", _raw(error))
     if difference <= TOLERANCE:
@@ -120,8 +118,6 @@ def _kept(family: Family, base: nn.Module, probes: list[tuple[str, Probe]]) -> I
     for name, probe in probes:
         try:
             moved = probe(copy.deepcopy(base))
-        except TimeoutError:
-            raise
         except LackingError as error:
             yield probe, str(error)
             continue

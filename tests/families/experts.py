@@ -171,8 +171,6 @@ def _answer(ask: Callable[[], float]) -> Answer:
             difference = ask()
     except LamellaError as error:
         return Answer("no", " ".join(str(error).split()))
-    except TimeoutError:
-        raise
     except Exception as error:
         return Answer("fault", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return Answer("yes" if difference <= TOLERANCE else "fault", "", difference)

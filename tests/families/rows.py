@@ -12,6 +12,10 @@ import lamella
 SECONDS = 240  # for one family; several times what the slowest one needs
 
 
+class TakesTooLong(BaseException):
+    """Past whatever catches errors of a family, to the test that asked."""
+
+
 def kept_row(folder: Path, name: str, ask: Callable[[], dict[str, Any]], unused: Collection[str]) -> dict[str, Any]:
     """The row of a family: the one in the folder, or what it answers now; without the rooms that no answer uses."""
     path, code = folder / f"{name}.json", _digest(unused)
@@ -27,11 +31,11 @@ def _in_time(name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What it answers.
 
     Raises:
-        TimeoutError: it takes too long.
+        TakesTooLong: more than `SECONDS`.
     """
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"{name} took more than {SECONDS} s")
+        raise TakesTooLong(f"{name} took more than {SECONDS} s")
 
     former = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
