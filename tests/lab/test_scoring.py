@@ -70,7 +70,8 @@ def test_a_decoder_answers_with_the_likeliest_option(llama, tmp_path):
 def test_regression_scores_its_numbers(bert, tmp_path):
     rows = [{"text1": f"who is {word}", "label": 0.5 * index} for index, word in enumerate(["she", "they", "it", "we"])]
     others = [{"text1": f"where is {word}", "label": 0.25 * index} for index, word in enumerate(["she", "they", "we"])]
-    name = write(tmp_path / "numbers", {"train": rows, "validation": others[:1], "test": others})
+    held_out = [{"text1": "where is it", "label": 1.0}]
+    name = write(tmp_path / "numbers", {"train": rows, "validation": held_out, "test": others})
     task, _, scores = scored(bert, name)
 
     assert task.kind == "regression"

@@ -140,7 +140,7 @@ def check_lora(lora: LoraConfig) -> None:
     # PEFT's configs inside check themselves, and are dictionaries in JSON
     settings = {name: (v, hint) for name, (v, hint) in given.items() if name in _OF_LORA or not isinstance(v, dict)}
     for name, (value, hint) in settings.items():
-        _check_of_lora(name, list(value) if isinstance(value, set) else value, hint)
+        _check_of_lora(name, list(value) if isinstance(value, set | tuple) else value, hint)
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         for own, value in of_lora(lora, pattern).items():
             _check_of_lora(own, value, _OF_LORA[name])

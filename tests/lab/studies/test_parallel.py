@@ -34,8 +34,8 @@ def train_here(settings, folder):
     torch.set_num_threads(1)
     model, build = [], run._Run.__init__
 
-    def kept(self, *args):
-        build(self, *args)
+    def kept(self, *args, **given):
+        build(self, *args, **given)
         model.append(self.model)
 
     run._Run.__init__ = kept
