@@ -16,6 +16,7 @@ from tests.processes import serve_forks
 
 # before torch and huggingface_hub read them
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # processes of tests write past pytest
 
 
 # PEFT compiles the template of its model card anew at each save.
