@@ -97,7 +97,7 @@ def test_tries_that_fail_are_the_worst_and_a_search_without_a_score_says_why(sea
 def test_a_study_runs_with_what_was_chosen_and_counts_the_search(searched):
     study, folder = searched
     study = study.model_copy(update={"seeds": [0], "search": study.search.model_copy(update={"tries": 2})})
-    cells = [cell for cell in study.cells() if cell.method == "MoLA"]
+    cells = [cell for cell in study.cells() if cell.method == "head"]
     assert plan(cells, folder).hours > 0
     run_cells(cells, folder)
     check_rows(cells, folder)
