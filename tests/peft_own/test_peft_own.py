@@ -38,8 +38,16 @@ EXPLAINED: dict[str, dict[str, str]] = {
         "test_disable_adapters": "a new composition is the mean of its LoRAs, and not the base",
         "test_only_params_are_updated": "the LoRAs are frozen, and belong to the method",
         "test_save_load_roundtrip_fsdp_wrapped": "FSDP takes no scalars, such as a learned temperature",
+        "test_training_decoders_gradient_checkpointing/tiny-random-OPT": "squares behind a norm have a constant sum, "
+        "so that the gradients are rounding, 1e-8 or exactly 0",
     },
 }
+
+
+def _is_explained(name: str, tuner: str) -> bool:
+    """Whether a test is among the explained, by its name or, after a slash, for some of its cases alone."""
+    test, _, case = name.partition("[")
+    return any(test == one and some in case for one, _, some in (key.partition("/") for key in EXPLAINED[tuner]))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +98,7 @@ def test_what_fails_is_refused_by_name_or_explained(source, tmp_path, tuner, mod
     said = json.loads(outcomes.read_text())
     failed = {name: one for name, one in said.items() if one["outcome"] == "failed"}
     refused = {name: one for name, one in failed.items() if one["kind"] == "refused"}
-    explained = {name for name in failed.keys() - refused.keys() if name.split("[")[0] in EXPLAINED[tuner]}
+    explained = {name for name in failed.keys() - refused.keys() if _is_explained(name, tuner)}
     counts = Counter(one["outcome"] for one in said.values())
     print(f"\n{tuner}, {models}: {dict(counts)}, of the failures {len(refused)} refused, {len(explained)} explained")
     for words, count in Counter(" ".join(one["error"].split()[:9]) for one in refused.values()).most_common():
