@@ -1,6 +1,8 @@
 """Adapters that the first edition wrote load, and compute what they computed then.
 
-Another processor than the one that wrote their logits sums in another order, so equal is up to rounding here.
+Another processor than the one that wrote their logits sums in another order, so those are compared up to rounding: in
+exact arithmetic they come out up to 1.2e-4 otherwise, and without the adapter by 2 and more. What one processor computes
+twice is equal to the last bit.
 """
 
 import json
@@ -41,10 +43,6 @@ def logits(model: PeftModel) -> torch.Tensor:
         return model.eval()(**load_file("base/inputs.safetensors")).logits
 
 
-def assert_as_written(found: torch.Tensor, written: torch.Tensor) -> None:
-    torch.testing.assert_close(found, written, rtol=1e-3, atol=5e-4)
-
-
 def written_logits(adapter: str) -> torch.Tensor:
     method, name = adapter.split("/")
     return load_file(f"{method}/logits.safetensors")[name]
@@ -60,7 +58,7 @@ def test_it_loads_with_the_values_that_it_was_saved_with(adapter):
 
 
 def test_its_logits_are_what_they_were(adapter):
-    assert_as_written(logits(load(adapter)), written_logits(adapter))
+    torch.testing.assert_close(logits(load(adapter)), written_logits(adapter), rtol=1e-3, atol=5e-4)
 
 
 def test_its_losses_are_what_they_were(adapter):
@@ -84,7 +82,7 @@ def test_saved_again_it_is_in_the_words_of_this_version_and_the_same(adapter, tm
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not {"balance_coef", "z_coef", "init_weights"} & set(written)
     base = load(adapter).unload()
-    assert_as_written(logits(PeftModel.from_pretrained(base, tmp_path)), written_logits(adapter))
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(load(adapter)))
 
 
 @pytest.mark.parametrize("given", ["mole/loras/{}", "./mole/loras/{}"])
@@ -99,11 +97,11 @@ def test_loras_that_were_named_relative_to_the_working_directory_are_read_and_sa
     (copy / "adapter_config.json").write_text(json.dumps(config))
     base = AutoModelForCausalLM.from_pretrained("base/llama").eval()
     model = PeftModel.from_pretrained(base, copy)
-    assert_as_written(logits(model), written_logits("mole/defaults"))
+    expected = logits(load("mole/defaults"))
+    assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
     base = model.unload()
     inputs = load_file("base/inputs.safetensors")
-    expected = written_logits("mole/defaults")
     monkeypatch.chdir(tmp_path)
     with torch.no_grad():
-        assert_as_written(PeftModel.from_pretrained(base, tmp_path / "again").eval()(**inputs).logits, expected)
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "again").eval()(**inputs).logits, expected)
