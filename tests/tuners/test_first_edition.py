@@ -1,8 +1,8 @@
 """Adapters that the first edition wrote load, and compute what they computed then.
 
 Another processor than the one that wrote their logits sums in another order, so those are compared up to rounding: in
-exact arithmetic they come out up to 1.2e-4 otherwise, and without the adapter by 2 and more. What one processor computes
-twice is equal to the last bit.
+float64 they come out up to 1.2e-4 otherwise, and without the adapter by 2 and more. What one processor computes twice
+is equal to the last bit.
 """
 
 import json

@@ -181,6 +181,11 @@ def test_a_value_that_cannot_be_is_named(values: dict[str, Any], message: str) -
         MolexConfig(**values)
 
 
+def test_collections_of_any_kind_are_taken_in_the_lora_inside():
+    for some in (["query"], {"query"}, ("query",)):
+        MolexConfig(lora=LoraConfig(target_modules=some, exclude_modules=some))
+
+
 @pytest.mark.parametrize(
     "wrong", [{"target_modules": 3}, {"rank_pattern": None}, {"alpha_pattern": [1]}, {"layers_to_transform": "None"}]
 )

@@ -306,7 +306,9 @@ def _search_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: S
         here = (cell.backbone, cell.task) == (results.backbone, results.task)
         if here and cell.search is not None and (row := folder.row(cell.search.key)) is not None:
             values = ", ".join(f"{key} {_shown(value)}" for key, value in row["chosen"].items())
-            chosen[cell.method] = f"{cell.method} {values} ({row['seconds']:.0f} s)"
+            failed = sum("failed" in one for one in row["tries"])
+            errors = f", {failed} tries ended in an error" if failed else ""
+            chosen[cell.method] = f"{cell.method} {values} ({row['seconds']:.0f} s{errors})"
     if grid.search is None or not chosen:
         return []
     return [
