@@ -24,17 +24,21 @@ def cosine_logits(x: Tensor, weight: Tensor, log_scale: Tensor) -> Tensor:
     )
 
 
-def choose(logits: Tensor, top_k: int) -> list[dict[int, Tensor]]:
+def choose(logits: Tensor, top_k: int, equal: bool = False) -> list[dict[int, Tensor]]:
     """For each token its chosen experts and their weights: softmax over all, keep the k largest, renormalise.
 
-    One alone weighs 1 and tells the router its probability's gradient: it is divided by a constant of the same value.
+    One alone weighs 1, and equal ones 1/k, and they tell the router their probability's gradient: it is divided by a
+    constant of the same value.
     """
     chosen = []
     for token_logits in logits:
         probs = token_logits.exp() / token_logits.exp().sum()
         best = sorted(range(len(probs)), key=lambda e: -probs[e].item())[:top_k]
-        total = sum(probs[e] for e in best) if top_k > 1 else probs[best[0]].detach()
-        chosen.append({e: probs[e] / total for e in best})
+        if equal or top_k == 1:
+            chosen.append({e: probs[e] / probs[e].detach() / top_k for e in best})
+        else:
+            total = sum(probs[e] for e in best)
+            chosen.append({e: probs[e] / total for e in best})
     return chosen
 
 

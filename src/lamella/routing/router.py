@@ -11,6 +11,7 @@ from lamella.errors import LamellaError
 
 RouterKind = Literal["linear", "cosine"]
 Granularity = Literal["token", "sequence", "batch"]
+MixingWeights = Literal["softmax", "equal"]
 
 # Tutel's cosine router, which MoLEx takes over: learned temperature, starting at 0.5, scale never above 100.
 _INITIAL_LOG_SCALE = math.log(1 / 0.5)
@@ -23,7 +24,7 @@ class Routing:
 
     Attributes:
         logits: scores before the softmax, ``(N, E)``, float32 or wider.
-        weights: softmax over all experts, restricted to the k largest and renormalised, ``(N, k)``; 1 where k is.
+        weights: softmax over all experts, restricted to the k largest and renormalised, or 1/k each, ``(N, k)``.
         indices: the experts those weights belong to, largest first, ``(N, k)``.
         granularity: what each of the N rows decides for.
     """
@@ -54,6 +55,8 @@ class Router(nn.Module):
     The decision is taken in float32 or wider, whatever the precision of the features.
     ``weight`` has shape ``(E, in)``; ``bias``, where there is one, ``(E,)``.
     """
+
+    mixing_weights: MixingWeights = "softmax"
 
     def __init__(self, in_features: int, num_experts: int, bias: bool = False) -> None:
         super().__init__()
@@ -86,13 +89,13 @@ class Router(nn.Module):
     def route(self, logits: Tensor, top_k: int) -> Routing:
         """Keeps the ``top_k`` largest of ``logits (N, E)``; ties go to the lower index only as far as topk does.
 
-        A single expert's weight is 1 whatever its logit, which would tell the router nothing; its gradient is that of
-        ``p / stopgrad(p)``, p its softmax over all experts, as in MoLEx.
+        A weight of 1/k whatever the logit, as a single expert's is, would tell the router nothing; its gradient is
+        that of ``p / stopgrad(p) / k``, p the expert's softmax over all experts, as in MoLEx.
         """
         largest, indices = logits.topk(top_k, dim=-1)  # (N, k), (N, k)
-        if top_k == 1:
-            chance = torch.log_softmax(logits, dim=-1).gather(-1, indices)  # (N, 1)
-            return Routing(logits=logits, weights=(chance - chance.detach()).exp(), indices=indices)
+        if top_k == 1 or self.mixing_weights == "equal":
+            chance = torch.log_softmax(logits, dim=-1).gather(-1, indices)  # (N, k)
+            return Routing(logits=logits, weights=(chance - chance.detach()).exp() / top_k, indices=indices)
         # The softmax over all experts, restricted to k and renormalised, is the softmax over those k logits.
         return Routing(logits=logits, weights=torch.softmax(largest, dim=-1), indices=indices)
 
@@ -152,7 +155,9 @@ class ProjectedCosineRouter(CosineRouter):
 _ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "cosine": CosineRouter}
 
 
-def make_router(kind: str, in_features: int, num_experts: int, bias: bool = False) -> Router:
+def make_router(
+    kind: str, in_features: int, num_experts: int, bias: bool = False, mixing_weights: MixingWeights = "softmax"
+) -> Router:
     """Builds a router by its name in a config.
 
     Raises:
@@ -160,7 +165,9 @@ def make_router(kind: str, in_features: int, num_experts: int, bias: bool = Fals
     """
     if kind not in _ROUTERS:
         raise LamellaError(f"router={kind!r} is unknown; use one of {sorted(_ROUTERS)}.")
-    return _ROUTERS[kind](in_features, num_experts, bias)
+    router = _ROUTERS[kind](in_features, num_experts, bias)
+    router.mixing_weights = mixing_weights
+    return router
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "expert_budget": st.none() | st.floats(1, 9) if is_shape else st.none(),
         "top_k": st.integers(1, 4) | st.lists(st.integers(1, 4), min_size=1, max_size=6),
         "router": st.sampled_from(["linear", "cosine"]),
+        "mixing_weights": st.sampled_from(["softmax", "equal"]),
         "router_aux_loss_coef": st.floats(0, 1),
         "router_z_loss_coef": st.floats(0, 1),
         "target_modules": st.just("all-linear") | names | several | several.map(set),
@@ -90,6 +91,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (8, 16, 0.0, False)
     assert (config.num_experts, config.expert_budget, config.top_k) == (4, None, 2)
     assert (config.router, config.router_aux_loss_coef, config.router_z_loss_coef) == ("linear", 1e-3, 0.0)
+    assert config.mixing_weights == "softmax"
     assert (config.target_modules, config.fan_in_fan_out, config.init_lora_weights) == ("all-linear", False, True)
     assert config.scaling == 2.0
 
@@ -121,6 +123,7 @@ def test_an_unknown_key_in_a_file_names_the_version_that_wrote_it(tmp_path: Path
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
         ({"router": "sigmoid"}, "router='sigmoid'.*linear.*cosine"),
+        ({"mixing_weights": "even"}, "mixing_weights='even'.*softmax.*equal"),
         ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),
         ({"router_z_loss_coef": -1}, "router_z_loss_coef=-1"),
         ({"top_k": 0}, "top_k=0"),
@@ -153,3 +156,13 @@ def test_allocation_gives_experts_top_k_and_notes() -> None:
         MolaConfig(num_experts="2-4", top_k=3).allocation(2)
     with pytest.raises(LamellaError, match=r"top_k has 1 entries.*2 blocks"):
         MolaConfig(num_experts=2, top_k=[1]).allocation(2)
+
+
+def test_a_config_saved_before_there_were_options_means_what_it_meant(tmp_path: Path) -> None:
+    MolaConfig(top_k=1).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    options = {"mixing_weights"}
+    written = {key: value for key, value in json.loads(path.read_text()).items() if key not in options}
+    path.write_text(json.dumps(written | {"lamella_version": "0.2.0.dev0"}))
+    read = PeftConfig.from_pretrained(str(tmp_path))
+    assert {key: getattr(read, key) for key in options} == {"mixing_weights": "softmax"}

@@ -33,7 +33,7 @@ def by_loops(layer: tiny.MolaLinear, x: Tensor) -> Tensor:
             logits = mola.cosine_logits(flat, router.weight, router.log_scale)
         else:
             logits = mola.linear_logits(flat, router.weight)
-        chosen = mola.choose(logits, settings.top_k)
+        chosen = mola.choose(logits, settings.top_k, equal=router.mixing_weights == "equal")
     return mola.mola(y, flat, A, B, chosen, settings.scaling).view(*x.shape[:-1], -1)
 
 
@@ -50,14 +50,25 @@ def backward(function: Callable[[Tensor], Tensor], layer: tiny.MolaLinear, x: Te
 def test_a_layer_equals_the_loops(
     name: str, router: str, experts: int, top_k: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    equals_the_loops(name, form, monkeypatch, router=router, num_experts=experts, top_k=top_k)
+
+
+@pytest.mark.parametrize("options", [{"mixing_weights": "equal"}], ids=str)
+@pytest.mark.parametrize(("name", "form"), [("bert", "sorted"), ("gpt2", "dense")])
+def test_and_so_it_does_with_each_option(name: str, form: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    equals_the_loops(name, form, monkeypatch, num_experts=4, **options)
+
+
+def equals_the_loops(name: str, form: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
     monkeypatch.setattr("lamella.kernels.sorted.SORTED_ABOVE", 1 if form == "sorted" else 10**6)
-    model = tiny.adapted(tiny.MODELS[name](layers=1).double(), num_experts=experts, top_k=top_k, router=router).double()
+    model = tiny.adapted(tiny.MODELS[name](layers=1).double(), **config).double()
     torch.manual_seed(3)
     for layer in layers_of(model).values():
         x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
         actual, expected = backward(layer, layer, x), backward(lambda x, layer=layer: by_loops(layer, x), layer, x)
         tiny.assert_same(actual, expected, **FLOAT64)
-        assert len(actual) == 4 + (experts > 1) * (1 + (router == "cosine"))
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        assert len(actual) == 2 + len(trained)
 
 
 def test_the_scaling_is_lora_alpha_over_r_or_over_its_root() -> None:

@@ -18,7 +18,9 @@ class MolaConfig(LamellaConfig):
 
     Args:
         r: rank of each expert.
-        lora_alpha: the delta is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_alpha: each expert is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``, as in
+            PEFT's LoRA. It is all that scales an expert: for a scaling s at any rank, write ``lora_alpha=s * r``.
+            GOAT (arXiv 2502.16894) derives s = sqrt(3 n / r) for a module with n inputs: ``sqrt(3 * n * r)``.
         lora_dropout: dropout on the experts' input, one mask per module; the router reads the input before it.
         use_rslora: rank-stabilised scaling.
         fan_in_fan_out: kept for PEFT's sake: GPT-2's Conv1D is recognised, and the delta acts on activations.
@@ -29,6 +31,8 @@ class MolaConfig(LamellaConfig):
             an error; in a shape scaled by ``expert_budget`` such a layer uses all it has. With 1 the expert's weight is
             1, and the router learns by the gradient of its probability (``p / stopgrad(p)``).
         router: "linear" or "cosine".
+        mixing_weights: of the k chosen experts: "softmax" of their logits, or "equal", 1/k each, as in ReMix (arXiv
+            2603.10160), whose router learns by reinforcement. Here it learns by the gradient of its probabilities.
         router_aux_loss_coef: coefficient of the balance loss: mean over a block's routers, summed over blocks.
         router_z_loss_coef: coefficient of the router z-loss.
 
@@ -45,6 +49,7 @@ class MolaConfig(LamellaConfig):
     expert_budget: Annotated[float, Bounds(1, MOST)] | None = None
     top_k: Count | list[Count] = 2
     router: Literal["linear", "cosine"] = "linear"
+    mixing_weights: Literal["softmax", "equal"] = "softmax"
     router_aux_loss_coef: Coefficient = 1e-3
     router_z_loss_coef: Coefficient = 0.0
 

@@ -92,7 +92,9 @@ class MolaLinear(nn.Module, AdapterLayer):
         self.lamella_mola_lora_B.put(adapter, B)
         self.lamella_mola_dropout[adapter] = nn.Dropout(config.lora_dropout)
         if num_experts > 1:
-            self.lamella_mola_router[adapter] = make_router(config.router, self.in_features, num_experts)
+            self.lamella_mola_router[adapter] = make_router(
+                config.router, self.in_features, num_experts, mixing_weights=config.mixing_weights
+            )
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
