@@ -3,6 +3,7 @@
 Routers of lamella's adapters are recorded, and those that a mixture-of-experts model came with.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NATIVE = "native"  # the adapter's name of routers that belong to no adapter
-COLUMNS = (
+FIRST_COLUMNS = (  # those that every edition's traces have
     "adapter", "stack", "layer", "module", "expert", "num_experts", "share", "mean_weight", "entropy", "tokens",
     "dropped",
 )  # fmt: skip
+COLUMNS = (*FIRST_COLUMNS, "effective_experts")
 TOKEN_COLUMNS = (
     "adapter", "stack", "layer", "module", "call", "sequence", "position", "rank", "expert", "weight",
 )  # fmt: skip
@@ -47,6 +49,8 @@ class RouterUse:
         entropy: mean entropy of the probabilities over all experts, in nats; at most ln E.
         tokens: the decisions taken: one per real token, sequence or batch, whichever a decision is for.
         dropped: per expert, the selections that it had no room for, which count nowhere else.
+        effective_experts: by how many experts a decision counts, ``(sum |w|)^2 / sum w^2`` over its weights, in the
+            mean: 1 where one has all the weight, k where k weigh alike. NaN in traces that lack it.
     """
 
     adapter: str
@@ -58,6 +62,7 @@ class RouterUse:
     entropy: float
     tokens: int
     dropped: tuple[int, ...]
+    effective_experts: float
 
     @property
     def num_experts(self) -> int:
@@ -68,7 +73,8 @@ class RouterUse:
 @dataclass
 class _Router:
     """Running sums of one router: selections and weights per expert ``(E,)``, tokens that chose both of a pair of
-    experts ``(E, E)``, entropy and tokens; and apart from them, per expert, selections it had no room for ``(E,)``.
+    experts ``(E, E)``, entropy, tokens and effective experts; and apart from them, per expert, selections it had no
+    room for ``(E,)``.
     """
 
     counts: Tensor
@@ -77,12 +83,13 @@ class _Router:
     together: Tensor
     entropy: Tensor
     tokens: Tensor
+    effective: Tensor
 
     @classmethod
     def empty(cls, num_experts: int, device: torch.device) -> "_Router":
         sums = torch.zeros(num_experts, dtype=torch.float64, device=device)
         pairs = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
-        return cls(sums.long(), sums.long(), sums, pairs, sums.sum(), sums.sum().long())
+        return cls(sums.long(), sums.long(), sums, pairs, sums.sum(), sums.sum().long(), sums.sum())
 
     def add(self, routing: Routing, mask: Tensor | None) -> None:
         indices, weights, probs = routing.indices, routing.weights.detach(), routing.probs.detach()
@@ -97,6 +104,9 @@ class _Router:
         self.together = self.together + (chosen.T @ chosen).double()
         self.entropy = self.entropy + torch.special.entr(probs).sum().double()
         self.tokens = self.tokens + len(indices)
+        used = (weights * kept).double().abs()  # (N, k)
+        squares = used.square().sum(dim=-1).clamp_min(torch.finfo(used.dtype).tiny)  # (N,)
+        self.effective = self.effective + (used.sum(dim=-1).square() / squares).sum()
 
     def use(self, key: Key) -> RouterUse:
         """The sums as shares and means."""
@@ -108,6 +118,7 @@ class _Router:
             entropy=float(self.entropy) / max(tokens, 1),
             tokens=tokens,
             dropped=tuple(self.dropped.tolist()),
+            effective_experts=float(self.effective) / max(tokens, 1),
         )
 
     def sums(self) -> tuple[Tensor, ...]:
@@ -182,7 +193,7 @@ class Trace:
         """
         rows = [
             (use.adapter, use.stack, use.layer, use.module, expert, use.num_experts, share, weight, use.entropy,
-             use.tokens, dropped)
+             use.tokens, dropped, use.effective_experts)
             for use in self.routers
             for expert, (share, weight, dropped) in enumerate(
                 zip(use.shares, use.mean_weights, use.dropped, strict=True)
@@ -267,6 +278,7 @@ def routers_of(frame: "pd.DataFrame") -> list[RouterUse]:
             entropy=float(rows["entropy"].iloc[0]),
             tokens=int(rows["tokens"].iloc[0]),
             dropped=tuple(rows["dropped"]),
+            effective_experts=float(rows["effective_experts"].iloc[0]) if "effective_experts" in rows else math.nan,
         )
         for key, rows in frame.groupby(keys, sort=False)
     ]

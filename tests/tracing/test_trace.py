@@ -27,6 +27,7 @@ class Truth:
     def __init__(self, model: nn.Module) -> None:
         self.counts: dict[str, Tensor] = {}
         self.entropies: dict[str, list[float]] = {}
+        self.effective: dict[str, list[float]] = {}
         self.mask_of = lambda layer, x: torch.ones(x.shape[:-1], dtype=torch.bool)
         for layer in (m for m in model.modules() if isinstance(m, MolaLinear)):
             layer.register_forward_pre_hook(self.count)
@@ -40,6 +41,8 @@ class Truth:
             for expert in row.argsort(descending=True)[:TOP_K].tolist():
                 counts[expert] += 1
             self.entropies.setdefault(layer.name, []).append(-sum(p * math.log(p) for p in row.tolist()))
+            best = sorted(row.tolist())[-TOP_K:]
+            self.effective.setdefault(layer.name, []).append(1 / sum((p / sum(best)) ** 2 for p in best))
 
 
 def assert_trace_is(trace, truth: Truth) -> None:
@@ -50,6 +53,9 @@ def assert_trace_is(trace, truth: Truth) -> None:
     entropy = {f"{stack}.{layer}.{module}": value for (_, stack, layer, module), value in trace.entropy.items()}
     for name, values in truth.entropies.items():
         assert entropy[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    for use in trace.routers:
+        values = truth.effective[f"{use.stack}.{use.layer}.{use.module}"]
+        assert use.effective_experts == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ DEAD_SHARE = 0.05
 COLLAPSED = 0.99
 # part of the largest entropy there can be, ln N
 NEAR_ZERO = 0.05
+# below it, one of a decision's k experts has nearly all of the weight: 98 % and 2 % of two count by 1.05
+NEARLY_ONE = 1.05
 # an expert is missed only where it would have fired this often under even use
 _EXPECTED = 20
 
@@ -109,6 +111,16 @@ def _report(routers: Sequence[_Judged], examination: Examination) -> None:
             "lower router_lr; set router_z_loss_coef above 0 (MoLA; 1e-3 is usual), use router='cosine' (MoLA, MoLEx), "
             "or raise router_aux_loss_coef or temperature (MOLE)",
         )
+    if lonely := [one for one in lora_experts if one not in certain and _counts_by_one(one)]:
+        examination.warning(
+            "one-expert-counts",
+            f"{len(lonely)} router(s) give one of their chosen experts nearly all the weight: a decision counts by "
+            f"fewer than {NEARLY_ONE} experts (1 / sum of squared weights)",
+            [f"{one.layer.name} ({one.use.effective_experts:.3f} of {one.layer.top_k})" for one in lonely],
+            "the other chosen experts take their time and hardly count",
+            "top_k=1 does nearly the same for less; or make them count: mixing_weights='equal' (MoLA), a smaller "
+            "router_lr",
+        )
     if collapsed := [one for one in blocks if _has_collapsed(one)]:
         examination.warning(
             "one-guest-for-all",
@@ -126,6 +138,10 @@ def _report(routers: Sequence[_Judged], examination: Examination) -> None:
             "they take memory and training time and do nothing; their last gradient may lie far back",
             balance,
         )
+
+
+def _counts_by_one(router: _Judged) -> bool:
+    return router.layer.top_k > 1 and router.use.effective_experts < NEARLY_ONE
 
 
 def _has_collapsed(router: _Judged) -> bool:

@@ -129,8 +129,8 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
         summary=(
             f"On {scored.rows:,} {scored.split} rows of {task_name(scored.task)} it reaches {scored.metric} "
             f"{scored.metrics[scored.metric]:.3f}. Its routers' mean entropy is {routing['entropy']:.2f} nats, their "
-            f"balance {routing['balance']:.2f} (1 is even), and {routing['dead_experts']:.0f} expert(s) are nearly "
-            "unused."
+            f"balance {routing['balance']:.2f} (1 is even), a decision counts by {routing['effective_experts']:.2f} "
+            f"experts in the mean, and {routing['dead_experts']:.0f} expert(s) are nearly unused."
         ),
         results=pd.DataFrame([row]),
         cost=pd.DataFrame([{"method": name, "trainable parameters": traced.trained.size}]),

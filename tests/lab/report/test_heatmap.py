@@ -52,6 +52,14 @@ def test_unused_experts_are_counted_per_router_and_the_extremes_named(trace):
     assert "No expert gets" in routing_view(trace([2], ["q"])).paragraphs[0]
 
 
+def test_effective_experts_are_said_once_for_each_router_where_the_trace_has_them(trace):
+    routing = trace([2, 4], ["q"])
+    assert "(1 / sum" not in routing_view(routing).paragraphs[0]
+    known = routing.assign(effective_experts=routing["layer"].map({0: 1.5, 1: 2.0}))
+    assert "count by 1.75 experts in the mean" in routing_view(known).paragraphs[0]
+    assert routing_view(known).paragraphs[0].endswith("1.50 to 2.00 by router.")
+
+
 def test_a_router_without_tokens_says_so(trace):
     unseen = trace([2], ["q"]).assign(share=math.nan, mean_weight=math.nan, entropy=math.nan)
     row = routing_view(unseen).panels[0].grids[0].rows[0]

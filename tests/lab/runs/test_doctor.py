@@ -101,6 +101,7 @@ def test_an_adapter_that_is_not_the_run_s(run):
         ("share", [0.5, 0.3, 0.2, 0.0], "expert-never-fires"),
         ("share", [0.5, 0.3, 0.1, 0.1], "router-collapsed"),  # top-2: half of the selections is every token
         ("entropy", 0.01, "entropy-near-zero"),
+        ("effective_experts", 1.04, "one-expert-counts"),
     ],
 )
 def test_faults_in_the_trace(run, column, values, code):

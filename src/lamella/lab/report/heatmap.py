@@ -154,6 +154,18 @@ def _sentences_of(frame: pd.DataFrame) -> tuple[str, ...]:
         size,
         f"{unused} {verb} less than a tenth of an even share.",
         f"Least used: {_place(low)}; most used: {_place(high)}.",
+        *_effective(chosen),
+    )
+
+
+def _effective(chosen: pd.DataFrame) -> tuple[str, ...]:
+    """By how many experts decisions count, unless the trace is of an edition that did not keep it."""
+    if "effective_experts" not in chosen or chosen["effective_experts"].isna().all():
+        return ()
+    routers = chosen.drop_duplicates(["layer", "module"])["effective_experts"]
+    return (
+        f"By their weights, decisions count by {routers.mean():.2f} experts in the mean (1 / sum of squared weights), "
+        f"{routers.min():.2f} to {routers.max():.2f} by router.",
     )
 
 

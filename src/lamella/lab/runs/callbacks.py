@@ -25,20 +25,24 @@ logger = logging.getLogger("lamella")
 
 
 def routing_summary(frame: pd.DataFrame) -> dict[str, float]:
-    """Three numbers that tell a healthy mixture from a collapsed one, from the frame of a trace.
+    """Numbers that tell a healthy mixture from a collapsed one, from the frame of a trace.
 
     ``entropy``: nats of a token's probabilities over the experts, mean over routers. ``balance``: E · Σ weight² of
     the experts' mean weights, mean over routers: 1 where all E experts are used alike, E where one does everything.
-    ``dead_experts``: how many have less than 5 % of an even share of the weight.
+    ``dead_experts``: how many have less than 5 % of an even share of the weight. ``effective_experts``: by how many
+    experts a decision counts, mean over routers; not there in traces of an earlier edition.
     """
     routers = frame.groupby(["stack", "layer", "module"], sort=False)
     balance = routers["mean_weight"].apply(lambda weight: len(weight) * float((weight**2).sum()))
     dead = frame["mean_weight"] * frame["num_experts"] < DEAD_SHARE
-    return {
+    summary = {
         "entropy": float(routers["entropy"].first().mean()),
         "balance": float(balance.mean()),
         "dead_experts": float(dead.sum()),
     }
+    if "effective_experts" in frame:
+        summary["effective_experts"] = float(routers["effective_experts"].first().mean())
+    return summary
 
 
 class RoutingHistory(TrainerCallback):

@@ -28,7 +28,7 @@ from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trained import find_trained
 from lamella.lab.scoring import Columns, metrics_of, score
-from lamella.tracing import COLUMNS, RouterUse, routers_of
+from lamella.tracing import FIRST_COLUMNS, RouterUse, routers_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -232,7 +232,7 @@ def _traced(folder: Path, metrics: Mapping[str, Any], examination: Examination) 
     said, path = metrics.get("routing"), folder / "trace.parquet"
     if said is None and not path.exists():
         return None
-    frame = read_table(path, *COLUMNS)
+    frame = read_table(path, *FIRST_COLUMNS)
     if frame.empty:
         raise UnreadableError(f"{path} holds no trace: not one router. Restore it from a copy, or make it again.")
     try:
