@@ -42,6 +42,14 @@ def choose(logits: Tensor, top_k: int, equal: bool = False) -> list[dict[int, Te
     return chosen
 
 
+def without_dropped(chosen: Sequence[dict[int, Tensor]], kept: Tensor, dropout: float) -> list[dict[int, Tensor]]:
+    """The chosen experts that a dropout of experts leaves, ``kept (N, k)``, at weights over ``1 - dropout``."""
+    return [
+        {expert: weight / (1 - dropout) for (expert, weight), stays in zip(weights.items(), row, strict=True) if stays}
+        for weights, row in zip(chosen, kept, strict=True)
+    ]
+
+
 def mola(y: Tensor, x: Tensor, A: Tensor, B: Tensor, chosen: Sequence[dict[int, Tensor]], scaling: float) -> Tensor:
     """``y + lora_alpha / r * sum over the chosen experts of weight * B_e A_e x``."""
     rows = []

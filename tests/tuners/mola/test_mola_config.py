@@ -24,6 +24,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "r": st.integers(1, 64),
         "lora_alpha": st.integers(1, 64) | st.floats(0.5, 64),
         "lora_dropout": st.floats(0, 0.99),
+        "expert_dropout": st.floats(0, 0.99),
         "use_rslora": st.booleans(),
         "fan_in_fan_out": st.booleans(),
         "num_experts": shapes if is_shape else explicit,
@@ -91,7 +92,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (8, 16, 0.0, False)
     assert (config.num_experts, config.expert_budget, config.top_k) == (4, None, 2)
     assert (config.router, config.router_aux_loss_coef, config.router_z_loss_coef) == ("linear", 1e-3, 0.0)
-    assert config.mixing_weights == "softmax"
+    assert (config.mixing_weights, config.expert_dropout) == ("softmax", 0.0)
     assert (config.target_modules, config.fan_in_fan_out, config.init_lora_weights) == ("all-linear", False, True)
     assert config.scaling == 2.0
 
@@ -122,6 +123,7 @@ def test_an_unknown_key_in_a_file_names_the_version_that_wrote_it(tmp_path: Path
         ({"r": 2.5}, "r=2.5"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
+        ({"expert_dropout": 1.0}, "expert_dropout=1.0"),
         ({"router": "sigmoid"}, "router='sigmoid'.*linear.*cosine"),
         ({"mixing_weights": "even"}, "mixing_weights='even'.*softmax.*equal"),
         ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),
@@ -161,8 +163,8 @@ def test_allocation_gives_experts_top_k_and_notes() -> None:
 def test_a_config_saved_before_there_were_options_means_what_it_meant(tmp_path: Path) -> None:
     MolaConfig(top_k=1).save_pretrained(str(tmp_path))
     path = tmp_path / "adapter_config.json"
-    options = {"mixing_weights"}
+    options = {"mixing_weights", "expert_dropout"}
     written = {key: value for key, value in json.loads(path.read_text()).items() if key not in options}
     path.write_text(json.dumps(written | {"lamella_version": "0.2.0.dev0"}))
     read = PeftConfig.from_pretrained(str(tmp_path))
-    assert {key: getattr(read, key) for key in options} == {"mixing_weights": "softmax"}
+    assert {key: getattr(read, key) for key in options} == {key: getattr(MolaConfig(), key) for key in options}

@@ -201,6 +201,28 @@ def test_dropout_draws_one_mask_per_module_and_keeps_the_mean(threshold: int, mo
     torch.testing.assert_close(result[0], expected, **FLOAT64)
 
 
+@pytest.mark.parametrize("threshold", [1, 10**6])
+def test_dropped_experts_are_left_out_in_training_alone(threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamella.kernels.sorted.SORTED_ABOVE", threshold)
+    model = tiny.adapted(tiny.bert(layers=1).double(), expert_dropout=0.4, num_experts=4).double()
+    query = model.get_base_model().bert.encoder.layer[0].attention.self.query
+    x = torch.randn(1, 9, query.in_features, dtype=torch.float64)
+    torch.testing.assert_close(query(x), by_loops(query, x), **FLOAT64)
+
+    torch.manual_seed(3)
+    actual = backward(query.train(), query, x)
+    torch.manual_seed(3)
+    kept = torch.dropout(torch.ones(9, 2, dtype=torch.float64), 0.4, train=True) > 0
+    assert 0 < int(kept.sum()) < 18
+
+    def dropping(x: Tensor) -> Tensor:
+        chosen = mola.choose(mola.linear_logits(x[0], query.lamella_mola_router["default"].weight), 2)
+        left, factors = mola.without_dropped(chosen, kept, 0.4), query.factors("default")
+        return mola.mola(query.base_layer(x)[0], x[0], *factors, left, query.experts["default"].scaling)[None]
+
+    tiny.assert_same(actual, backward(dropping, query, x), **FLOAT64)
+
+
 def test_the_base_layers_output_is_not_overwritten_where_somebody_else_holds_it() -> None:
     model = tiny.adapted(tiny.bert(layers=1))
     query = model.get_base_model().bert.encoder.layer[0].attention.self.query

@@ -22,6 +22,8 @@ class MolaConfig(LamellaConfig):
             PEFT's LoRA. It is all that scales an expert: for a scaling s at any rank, write ``lora_alpha=s * r``.
             GOAT (arXiv 2502.16894) derives s = sqrt(3 n / r) for a module with n inputs: ``sqrt(3 * n * r)``.
         lora_dropout: dropout on the experts' input, one mask per module; the router reads the input before it.
+        expert_dropout: in training, each of a token's chosen experts is left out with this probability, and the others
+            count by as much more as keeps the mean (dropout of the mixing weights). Not where there is one expert.
         use_rslora: rank-stabilised scaling.
         fan_in_fan_out: kept for PEFT's sake: GPT-2's Conv1D is recognised, and the delta acts on activations.
         num_experts: an int; a list with one entry per block of the stack; groups such as "2-4-6-8"; or "rectangle",
@@ -43,6 +45,7 @@ class MolaConfig(LamellaConfig):
     r: Count = 8
     lora_alpha: Alpha = 16
     lora_dropout: Share = 0.0
+    expert_dropout: Share = 0.0
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     num_experts: int | list[int] | str = 4

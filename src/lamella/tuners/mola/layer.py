@@ -39,6 +39,7 @@ class _Experts:
     top_k: int
     r: int
     scaling: float
+    dropout: float
     router_aux_loss_coef: float
     router_z_loss_coef: float
 
@@ -80,8 +81,9 @@ class MolaLinear(nn.Module, AdapterLayer):
     def update_layer(self, adapter: str, config: MolaConfig, num_experts: int, top_k: int) -> None:
         """Gives this module the experts of an adapter."""
         self.experts[adapter] = _Experts(
-            num_experts, top_k, config.r, config.scaling, config.router_aux_loss_coef, config.router_z_loss_coef
-        )
+            num_experts, top_k, config.r, config.scaling, config.expert_dropout,
+            config.router_aux_loss_coef, config.router_z_loss_coef,
+        )  # fmt: skip
         A = torch.empty(num_experts, config.r, self.in_features)
         B = torch.zeros(num_experts, self.out_features, config.r)
         for expert in range(num_experts):
@@ -199,10 +201,18 @@ class MolaLinear(nn.Module, AdapterLayer):
         return project(flat_x, weight)[0] if weight else None
 
     def _route(self, adapter: str, x: Tensor, product: Tensor | None, frame: Frame | None) -> Routing | None:
-        """The router's decision, with its balance loss attached and its observers told."""
-        experts = self.experts[adapter]
+        """The weights to mix by: the router's decision, in training without the experts that are dropped."""
         if product is None:
             return None
+        routing = self._decide(adapter, x, product, frame)
+        dropout = self.experts[adapter].dropout
+        if not (self.training and dropout):
+            return routing
+        return Routing(routing.logits, torch.dropout(routing.weights, dropout, train=True), routing.indices)
+
+    def _decide(self, adapter: str, x: Tensor, product: Tensor, frame: Frame | None) -> Routing:
+        """The router's decision, with its balance loss attached and its observers told."""
+        experts = self.experts[adapter]
         router = self._router(adapter)
         routing = router.route(router.logits(x.reshape(-1, self.in_features), product), experts.top_k)
         observers = frame.observers if frame is not None else ()
