@@ -74,7 +74,7 @@ def test_a_healthy_model_has_no_finding(name, make, given):
         {"router_aux_loss_coef": 0.0},
         {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 1e-3},
         {"router": "cosine"},
-        {"lora_dropout": 0.3, "expert_dropout": 0.3, "mixing_weights": "equal"},
+        {"lora_dropout": 0.3, "expert_dropout": 0.3, "mixing_weights": "equal", "share_lora_a": True},
     ],
 )
 def test_other_healthy_configs_have_no_finding(config):

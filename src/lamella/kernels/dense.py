@@ -51,7 +51,7 @@ class _MixDense(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(h, weights, B)
         ctx.scaling = scaling
-        return target(y, in_place).addmm_(_scale_columns(h, weights), _up(B), alpha=scaling)  # (N, out)
+        return target(y, in_place).addmm_(_scale_columns(h, weights, B.shape[2]), _up(B), alpha=scaling)  # (N, out)
 
     @staticmethod
     @once_differentiable
@@ -62,12 +62,16 @@ class _MixDense(torch.autograd.Function):
         grad_scaled = (grad @ up.t()).mul_(ctx.scaling)  # (N, E*r)
         grad_weights = None
         if ctx.needs_input_grad[2]:
-            grad_weights = (grad_scaled * h).view(-1, num_experts, r).sum(dim=-1).to(weights.dtype)  # (N, E)
+            by_expert = grad_scaled.unflatten(-1, (-1, r)) * h.unflatten(-1, (-1, r))  # (N, E, r)
+            grad_weights = by_expert.sum(dim=-1).to(weights.dtype)  # (N, E)
         grad_B = None
         if ctx.needs_input_grad[3]:
-            grad_up = (_scale_columns(h, weights).t() @ grad).mul_(ctx.scaling)  # (E*r, out)
+            grad_up = (_scale_columns(h, weights, r).t() @ grad).mul_(ctx.scaling)  # (E*r, out)
             grad_B = grad_up.view(num_experts, r, -1).transpose(1, 2)  # (E, out, r)
-        return grad, _scale_columns(grad_scaled, weights), grad_weights, grad_B, None, None
+        grad_h = _scale_columns(grad_scaled, weights, r)  # (N, E*r)
+        if h.shape[1] < grad_h.shape[1]:  # all read the same A
+            grad_h = grad_h.unflatten(-1, (-1, r)).sum(dim=1)  # (N, r)
+        return grad, grad_h, grad_weights, grad_B, None, None
 
 
 def mix_dense(
@@ -77,9 +81,8 @@ def mix_dense(
 
     Args:
         y: output of the frozen layer, ``(N, out)``.
-        h: ``A_e x`` of all experts side by side, ``(N, E*r)``.
-        weights: a weight per token and expert, zero where an expert is not used, ``(N, E)``; None is weight one for a
-            single expert.
+        h: ``A_e x`` of all experts side by side, ``(N, E*r)``; ``A x``, ``(N, r)``, where all share one A.
+        weights: a weight per token and expert, zero where an expert is not used, ``(N, E)``; None is weight one.
         B: up projections, ``(E, out, r)``.
         scaling: LoRA's ``lora_alpha / r``.
         in_place: add into ``y``, which then must be nobody else's: no saved output, no reference kept.
@@ -100,11 +103,11 @@ def target(y: Tensor, in_place: bool) -> Tensor:
     return y.data if in_place else y.clone()
 
 
-def _scale_columns(h: Tensor, weights: Tensor | None) -> Tensor:
-    """Each expert's r columns of ``h (N, E*r)`` times its weight ``(N, E)``."""
+def _scale_columns(h: Tensor, weights: Tensor | None, r: int) -> Tensor:
+    """Each expert's r columns of ``h (N, E*r)``, or the same ``(N, r)``, times its weight ``(N, E)``: ``(N, E*r)``."""
     if weights is None:
         return h
-    return (h.unflatten(-1, (weights.shape[1], -1)) * weights.to(h.dtype)[..., None]).flatten(1)
+    return (h.unflatten(-1, (-1, r)) * weights.to(h.dtype)[..., None]).flatten(1)
 
 
 def _up(B: Tensor) -> Tensor:

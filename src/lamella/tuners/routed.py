@@ -41,8 +41,10 @@ class RoutedLayer:
         router: decides; it may be held by another layer.
         num_experts: N, those that can be chosen here.
         top_k: how many of them are.
-        factors: of LoRA experts that this adapter holds, ``A (N, r, in)`` and ``B (N, out, r)``; empty where the
-            experts exist without the adapter (pretrained blocks, LoRAs trained before).
+        factors: of LoRA experts that this adapter trains, ``A (N, r, in)`` and ``B (N, out, r)``, the first axis 1 of a
+            factor that all share; empty where the experts exist without the adapter (pretrained blocks, LoRAs trained
+            before).
+        experts: what each of them is as a LoRA, in that form, where it is not the factors themselves.
         scaling: what ``B A`` is multiplied by.
         expert_names: the names of the N experts; empty where they have only numbers.
         chooses_blocks: whether the experts are pretrained blocks, which need not all be used.
@@ -58,6 +60,7 @@ class RoutedLayer:
     num_experts: int
     top_k: int
     factors: tuple[nn.Parameter, ...] = ()
+    experts: Callable[[], tuple[Tensor, ...]] | None = None
     scaling: float = 1.0
     expert_names: tuple[str, ...] = ()
     chooses_blocks: bool = False
@@ -70,12 +73,12 @@ class RoutedLayer:
         return bool(self.factors) and not bool(self.numbers()[-1].any())
 
     def numbers(self) -> tuple[Tensor, ...]:
-        """The factors' values, also where accelerate keeps them elsewhere."""
+        """The experts as LoRAs, ``A (N, r, in)`` and ``B (N, out, r)``, also where accelerate keeps them elsewhere."""
         module: Any = self.module
         with onloaded(*module.modules()):
             read = module.routed_layer(self.adapter)
             assert read is not None
-            return tuple(factor.detach() for factor in read.factors)
+            return tuple(factor.detach() for factor in (read.factors if read.experts is None else read.experts()))
 
 
 class RoutedModule(Protocol):

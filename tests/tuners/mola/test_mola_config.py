@@ -25,6 +25,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "lora_alpha": st.integers(1, 64) | st.floats(0.5, 64),
         "lora_dropout": st.floats(0, 0.99),
         "expert_dropout": st.floats(0, 0.99),
+        "share_lora_a": st.booleans(),
         "use_rslora": st.booleans(),
         "fan_in_fan_out": st.booleans(),
         "num_experts": shapes if is_shape else explicit,
@@ -92,7 +93,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (8, 16, 0.0, False)
     assert (config.num_experts, config.expert_budget, config.top_k) == (4, None, 2)
     assert (config.router, config.router_aux_loss_coef, config.router_z_loss_coef) == ("linear", 1e-3, 0.0)
-    assert (config.mixing_weights, config.expert_dropout) == ("softmax", 0.0)
+    assert (config.mixing_weights, config.expert_dropout, config.share_lora_a) == ("softmax", 0.0, False)
     assert (config.target_modules, config.fan_in_fan_out, config.init_lora_weights) == ("all-linear", False, True)
     assert config.scaling == 2.0
 
@@ -163,7 +164,7 @@ def test_allocation_gives_experts_top_k_and_notes() -> None:
 def test_a_config_saved_before_there_were_options_means_what_it_meant(tmp_path: Path) -> None:
     MolaConfig(top_k=1).save_pretrained(str(tmp_path))
     path = tmp_path / "adapter_config.json"
-    options = {"mixing_weights", "expert_dropout"}
+    options = {"mixing_weights", "expert_dropout", "share_lora_a"}
     written = {key: value for key, value in json.loads(path.read_text()).items() if key not in options}
     path.write_text(json.dumps(written | {"lamella_version": "0.2.0.dev0"}))
     read = PeftConfig.from_pretrained(str(tmp_path))

@@ -81,7 +81,13 @@ class Expert:
 
 @dataclass(frozen=True, eq=False)
 class CopiedExpert(Expert):
-    """An expert of a model whose weights are kept elsewhere, by copies of its matrices."""
+    """An expert by matrices that are not where the model holds its weights, so that writing to them would be lost.
+
+    Attributes:
+        why: a sentence.
+    """
+
+    why: str = f"The weights of this expert are offloaded by accelerate, {OFFLOADED}"
 
     def write(self, other: Expert) -> None:
         """Refuses.
@@ -89,7 +95,7 @@ class CopiedExpert(Expert):
         Raises:
             LamellaError: the model's own weights are not in reach.
         """
-        raise LamellaError("The weights of this expert are offloaded by accelerate, " + OFFLOADED)
+        raise LamellaError(self.why)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -144,7 +144,8 @@ def active_parameters(model: nn.Module) -> int:
     """Trainable parameters that one token goes through: of a module's experts, only the top-k."""
     idle = 0.0
     for layer in routed_layers(model):
-        size = sum(factor.numel() for factor in layer.factors if factor.requires_grad)
+        # what all experts share is never idle
+        size = sum(factor.numel() for factor in layer.factors if factor.requires_grad and len(factor) > 1)
         idle += size * (1 - layer.top_k / layer.num_experts)
     return trainable_parameters(model) - round(idle)
 

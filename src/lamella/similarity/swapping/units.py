@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lamella.backbones.blocks import locate_stacks
 from lamella.backbones.moe import MoELayer, moe_layers
-from lamella.backbones.moe.expert import OFFLOADED
+from lamella.backbones.moe.expert import OFFLOADED, CopiedExpert
 from lamella.backbones.offloading import is_offloaded
 from lamella.errors import LamellaError
 
@@ -137,7 +137,10 @@ def _expert(model: nn.Module, moe: MoELayer, expert: int) -> Part:
         )
     modules = _names(model, [moe.experts_module])
     _refuse_offloaded(modules)
-    return Part("expert", moe.index, expert, modules, moe.experts[expert].matrices, moe)
+    made = moe.experts[expert]
+    if isinstance(made, CopiedExpert):
+        raise LamellaError(made.why)
+    return Part("expert", moe.index, expert, modules, made.matrices, moe)
 
 
 def _of_modules(model: nn.Module, unit: Unit, layer: int, chosen: dict[str, nn.Module], moe: MoELayer | None) -> Part:

@@ -25,6 +25,7 @@ class MolaConfig(LamellaConfig):
         expert_dropout: in training, each of a token's chosen experts is left out with this probability, and the others
             count by as much more as keeps the mean (dropout of the mixing weights). Not where there is one expert.
         use_rslora: rank-stabilised scaling.
+        share_lora_a: the experts of a module share one A and differ in B alone (HydraLoRA, arXiv 2404.19245).
         fan_in_fan_out: kept for PEFT's sake: GPT-2's Conv1D is recognised, and the delta acts on activations.
         num_experts: an int; a list with one entry per block of the stack; groups such as "2-4-6-8"; or "rectangle",
             "triangle" (8-6-4-2), "inverted-triangle" (2-4-6-8), "hourglass" (8-2-2-8), "diamond" (2-8-8-2).
@@ -47,6 +48,7 @@ class MolaConfig(LamellaConfig):
     lora_dropout: Share = 0.0
     expert_dropout: Share = 0.0
     use_rslora: bool = False
+    share_lora_a: bool = False
     fan_in_fan_out: bool = False
     num_experts: int | list[int] | str = 4
     expert_budget: Annotated[float, Bounds(1, MOST)] | None = None

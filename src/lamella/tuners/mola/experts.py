@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.backbones.moe import Expert, MoEFamily, NativeRouting, register
+from lamella.backbones.moe.expert import CopiedExpert
 from lamella.backbones.moe.family import Callables, without
 from lamella.backbones.moe.interventions import add_experts, put, restrict_router, restricted
 from lamella.backbones.offloading import onloaded
@@ -54,12 +55,16 @@ class MolaExperts(MoEFamily):
         return cast(MolaLinear, sparse).experts[self.adapter].top_k
 
     def expert(self, sparse: nn.Module, index: int) -> Expert:
-        """``up`` is ``A_e (r, in)``, ``down`` is ``B_e (out, r)``."""
+        """``up`` is ``A_e (r, in)``, ``down`` is ``B_e (out, r)``; not to be written to where experts share one A."""
         layer = cast(MolaLinear, sparse)
         scaling = layer.experts[self.adapter].scaling
         with onloaded(*layer.held(self.adapter)):
-            A, B = layer.factors(self.adapter)
-            return Expert(A[index], B[index], lambda _, up: scaling * up)
+            A, B = layer.expert_factors(self.adapter)
+            up, down = A[index], B[index]
+        if layer.is_sharing(self.adapter):
+            why = f"The experts of {layer.name} share one A, so that none of them can be written to alone."
+            return CopiedExpert(up, down, lambda _, h: scaling * h, why=why)
+        return Expert(up, down, lambda _, h: scaling * h)
 
     def route(self, sparse: nn.Module, x: Tensor) -> NativeRouting:
         return _as_native(self.router(sparse)(x.reshape(-1, x.shape[-1]), self.top_k(sparse)))

@@ -51,8 +51,8 @@ class _Experts:
 class MolaLinear(nn.Module, AdapterLayer):
     """``y = W0 x + s * sum_{e in top-k} g_e B_e A_e x`` (MoLA eq. 3-4), with one expert and no router as plain LoRA.
 
-    Tensors per adapter, as a file calls them: ``lamella_mola_lora_A (E, r, in)``, ``lamella_mola_lora_B (E, out, r)``,
-    ``lamella_mola_router.weight (E, in)``; no router where E is 1.
+    Tensors per adapter, as a file calls them: ``lamella_mola_lora_A (E, r, in)``, or ``(1, r, in)`` where experts share
+    it, ``lamella_mola_lora_B (E, out, r)``, ``lamella_mola_router.weight (E, in)``; no router where E is 1.
     PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
     """
 
@@ -84,10 +84,11 @@ class MolaLinear(nn.Module, AdapterLayer):
             num_experts, top_k, config.r, config.scaling, config.expert_dropout,
             config.router_aux_loss_coef, config.router_z_loss_coef,
         )  # fmt: skip
-        A = torch.empty(num_experts, config.r, self.in_features)
+        A = torch.empty(1 if config.share_lora_a else num_experts, config.r, self.in_features)
         B = torch.zeros(num_experts, self.out_features, config.r)
         for expert in range(num_experts):
-            nn.init.kaiming_uniform_(A[expert], a=math.sqrt(5))
+            if expert < len(A):
+                nn.init.kaiming_uniform_(A[expert], a=math.sqrt(5))
             if not config.init_lora_weights:
                 nn.init.kaiming_uniform_(B[expert], a=math.sqrt(5))
         self.lamella_mola_lora_A.put(adapter, A)
@@ -119,7 +120,7 @@ class MolaLinear(nn.Module, AdapterLayer):
         experts, (A, B) = self.experts[adapter], self.factors(adapter)
         dtype = _compute_dtype(x, A)
         frame = current_frame()
-        h, logits = self._project(adapter, x, dtype, frame)  # (N, E*r) or None, (N, E) or None
+        h, logits = self._project(adapter, x, dtype, frame)  # (N, E*r), (N, r) or None; (N, E) or None
         routing = self._route(adapter, x, logits, frame)
         flat_y = y.reshape(-1, self.out_features)  # (N, out)
         in_place = y.dtype == dtype and self._owns_its_output
@@ -129,8 +130,8 @@ class MolaLinear(nn.Module, AdapterLayer):
         else:
             assert routing is not None  # the sorted form is for many experts
             dropped = self._flat(self.lamella_mola_dropout[adapter](x), dtype)
-            chosen, factors = (routing.weights, routing.indices), (A.to(dtype), B.to(dtype))
-            mixed = mix_sorted(flat_y.to(dtype), dropped, *chosen, *factors, experts.scaling, in_place)
+            chosen, each = (routing.weights, routing.indices), A.to(dtype).expand(len(B), -1, -1)
+            mixed = mix_sorted(flat_y.to(dtype), dropped, *chosen, each, B.to(dtype), experts.scaling, in_place)
         return mixed.view(y.shape).to(y.dtype)
 
     @property
@@ -189,7 +190,7 @@ class MolaLinear(nn.Module, AdapterLayer):
     def _down(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if not self.experts[adapter].is_dense:
             return []
-        return [self.lamella_mola_lora_A.of(adapter).to(dtype).reshape(-1, self.in_features)]  # (E*r, in)
+        return [self.lamella_mola_lora_A.of(adapter).to(dtype).reshape(-1, self.in_features)]  # (E*r, in), or (r, in)
 
     def _router_weight(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if adapter not in self.lamella_mola_router:
@@ -256,8 +257,18 @@ class MolaLinear(nn.Module, AdapterLayer):
         return router
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """The experts of an adapter, ``A (E, r, in)`` and ``B (E, out, r)``."""
+        """What trains of an adapter's experts: ``A (E, r, in)``, or ``(1, r, in)``, and ``B (E, out, r)``."""
         return self.lamella_mola_lora_A.of(adapter), self.lamella_mola_lora_B.of(adapter)
+
+    def expert_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What each expert of an adapter is as a LoRA, ``A (E, r, in)`` and ``B (E, out, r)``."""
+        A, B = self.factors(adapter)
+        return A.expand(len(B), -1, -1), B
+
+    def is_sharing(self, adapter: str) -> bool:
+        """Whether several experts of an adapter share one A."""
+        A, B = self.factors(adapter)
+        return len(A) < len(B)
 
     def held(self, adapter: str) -> list[nn.Module]:
         """The modules that hold the tensors of an adapter, none of which is called."""
@@ -283,7 +294,8 @@ class MolaLinear(nn.Module, AdapterLayer):
             loss = AttachedLoss(self.name, settings, is_flat=balance_is_flat and not experts.router_z_loss_coef)
         return RoutedLayer(
             self, self.name, self.place, adapter, self.lamella_mola_router[adapter], experts.num_experts, experts.top_k,
-            factors=self.factors(adapter), scaling=experts.scaling, loss=loss,
+            factors=self.factors(adapter), experts=lambda: self.expert_factors(adapter), scaling=experts.scaling,
+            loss=loss,
         )  # fmt: skip
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -299,7 +311,7 @@ class MolaLinear(nn.Module, AdapterLayer):
         if not self.supports_lora_conversion(adapter_name):
             self.merge()
         with onloaded(*self.held(adapter_name)):
-            A, B = (factor.detach()[0] for factor in self.factors(adapter_name))
+            A, B = (factor.detach()[0] for factor in self.expert_factors(adapter_name))
         delta = self.experts[adapter_name].scaling * (B @ A)  # (out, in)
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 

@@ -32,7 +32,7 @@ class MolaMixture:
         """``(E*r, in)`` and ``(out, E*r)``."""
         layer = self.layers[name]
         with onloaded(*layer.held(self.adapter)):
-            A, B = (factor.double().cpu() for factor in layer.factors(self.adapter))
+            A, B = (factor.double().cpu() for factor in layer.expert_factors(self.adapter))
         return A.flatten(0, 1), layer.experts[self.adapter].scaling * B.transpose(1, 2).flatten(0, 1).t()
 
     def experts(self) -> tuple[LoraConfig, list[dict[str, tuple[Tensor, Tensor]]]]:
@@ -40,7 +40,7 @@ class MolaMixture:
         each: list[dict[str, tuple[Tensor, Tensor]]] = []
         for name, layer in self.layers.items():
             with onloaded(*layer.held(self.adapter)):
-                A, B = layer.factors(self.adapter)
+                A, B = layer.expert_factors(self.adapter)
             each += [{} for _ in range(len(A) - len(each))]
             for expert in range(len(A)):
                 each[expert][name] = A[expert], B[expert]
@@ -60,7 +60,7 @@ class MolaMixture:
 
         def add(layer: MolaLinear, args: tuple[Tensor, ...], _: Tensor) -> None:
             with onloaded(*layer.held(self.adapter)):
-                A = layer.factors(self.adapter)[0].flatten(0, 1)  # (E*r, in)
+                A = layer.expert_factors(self.adapter)[0].flatten(0, 1)  # (E*r, in)
             h = args[0].reshape(-1, layer.in_features).to(A.dtype) @ A.t()  # (N, E*r)
             u = h
             if layer.routed(self.adapter):
