@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -10,6 +12,13 @@ def test_every_round_runs_every_method_and_starts_with_another():
     seconds = time_rounds(steps, rounds=4, clock="process CPU time")
     assert "".join(ran) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_what_was_frozen_before_stays_frozen():
+    gc.freeze()
+    before = gc.get_freeze_count()
+    time_rounds({"a": list}, rounds=1, clock="process CPU time")
+    assert gc.get_freeze_count() == before
 
 
 def test_a_ratio_is_the_median_within_rounds():

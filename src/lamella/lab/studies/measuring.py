@@ -52,7 +52,9 @@ def time_rounds(steps: Mapping[str, Callable[[], object]], rounds: int, clock: C
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    gc.freeze()  # what is there already need not be looked through between any two steps
+    freeze = gc.get_freeze_count() == 0  # a caller's own is not undone
+    if freeze:
+        gc.freeze()  # what is there already need not be looked through between any two steps
     try:
         for turn in range(rounds):
             start = turn % len(names)
@@ -62,7 +64,8 @@ def time_rounds(steps: Mapping[str, Callable[[], object]], rounds: int, clock: C
                 steps[name]()
                 seconds[name].append(_now(clock) - before)
     finally:
-        gc.unfreeze()
+        if freeze:
+            gc.unfreeze()
     return seconds
 
 
