@@ -61,6 +61,26 @@ def mola(y: Tensor, x: Tensor, A: Tensor, B: Tensor, chosen: Sequence[dict[int, 
     return torch.stack(rows) if rows else y
 
 
+def segment_starts(W: Tensor, num_experts: int, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """GOAT's start: expert e is the first r singular triples of the e-th of E equal segments, over ten, unscaled."""
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    length = len(S) // num_experts
+    A, B = [], []
+    for e in range(num_experts):
+        triples = range(e * length, e * length + r)
+        A.append(torch.stack([(S[i] / (10 * scaling)).sqrt() * V[i] for i in triples]))
+        B.append(torch.stack([(S[i] / (10 * scaling)).sqrt() * U[:, i] for i in triples], dim=1))
+    return torch.stack(A), torch.stack(B)
+
+
+def less_starts(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, chosen: Sequence[dict[int, Tensor]], scaling: float, published: bool
+) -> Tensor:
+    """``y`` without what experts started from: of each chosen one by its weight, or as published the mean of all."""
+    every = [{e: torch.tensor(1 / len(A), dtype=x.dtype) for e in range(len(A))}] * len(x)
+    return mola(y, x, A, B, every if published else chosen, -scaling)
+
+
 def balance_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
     """One router's ``E * sum_e f_e P_e`` over the real tokens (MoLA §4.1)."""
     num_experts = logits.shape[1]

@@ -185,7 +185,7 @@ def _examine_gradients(
     line = f"gradient in a training step: arrives at {len(layers) - len(lost)} of {len(layers)} routers"
     if resting:
         line += (
-            f". B is zero at {len(resting)}, so the task loss does not depend on them yet: "
+            f". The experts do nothing yet at {len(resting)}, so the task loss does not depend on their weights: "
             f"{sum(layer not in silent for layer in resting)} get it from the balance loss now, "
             f"{len(silent) - len(lost)} from the task loss once B has moved (tried)"
         )

@@ -61,7 +61,7 @@ class LamellaConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = True
     base_experts: str | None = None
     lamella_version: str | None = field(default=None)
 

@@ -1,10 +1,11 @@
 """What a layer with routers answers about itself, so that nothing outside a method's folder needs to know its class."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -44,6 +45,8 @@ class RoutedLayer:
         factors: of LoRA experts that this adapter trains, ``A (N, r, in)`` and ``B (N, out, r)``, the first axis 1 of a
             factor that all share; empty where the experts exist without the adapter (pretrained blocks, LoRAs trained
             before).
+        starts: what the factors began as and is subtracted from the experts, so that these do nothing at first; empty
+            where B begins at zero.
         experts: what each of them is as a LoRA, in that form, where it is not the factors themselves.
         scaling: what ``B A`` is multiplied by.
         expert_names: the names of the N experts; empty where they have only numbers.
@@ -60,6 +63,7 @@ class RoutedLayer:
     num_experts: int
     top_k: int
     factors: tuple[nn.Parameter, ...] = ()
+    starts: tuple[Tensor, ...] = ()
     experts: Callable[[], tuple[Tensor, ...]] | None = None
     scaling: float = 1.0
     expert_names: tuple[str, ...] = ()
@@ -69,16 +73,26 @@ class RoutedLayer:
 
     @property
     def untrained(self) -> bool:
-        """Whether B is still zero, so that the experts do nothing."""
-        return bool(self.factors) and not bool(self.numbers()[-1].any())
+        """Whether the experts are as they began, with B zero or subtracted, and do nothing."""
+        if not self.factors:
+            return False
+        with self._onloaded() as read:
+            if read.starts:
+                return all(map(torch.equal, read.factors, read.starts))
+            return not bool(read.factors[-1].any())
 
     def numbers(self) -> tuple[Tensor, ...]:
         """The experts as LoRAs, ``A (N, r, in)`` and ``B (N, out, r)``, also where accelerate keeps them elsewhere."""
+        with self._onloaded() as read:
+            return tuple(factor.detach() for factor in (read.factors if read.experts is None else read.experts()))
+
+    @contextmanager
+    def _onloaded(self) -> "Iterator[RoutedLayer]":
         module: Any = self.module
         with onloaded(*module.modules()):
             read = module.routed_layer(self.adapter)
             assert read is not None
-            return tuple(factor.detach() for factor in (read.factors if read.experts is None else read.experts()))
+            yield read
 
 
 class RoutedModule(Protocol):

@@ -38,7 +38,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "target_modules": st.just("all-linear") | names | several | several.map(set),
         "exclude_modules": st.none() | names | several,
         "modules_to_save": st.none() | several,
-        "init_lora_weights": st.booleans(),
+        "init_lora_weights": st.booleans() | st.sampled_from(["svd", "goat"]),
         "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"]),
         "inference_mode": st.booleans(),
         "revision": st.none() | names,
@@ -54,6 +54,8 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
     if "expert_budget" in chosen:
         chosen.add("num_experts")
     values = {name: draw(every[name]) for name in sorted(chosen)}
+    if isinstance(values.get("init_lora_weights"), str):  # each expert has an A of its own
+        values.pop("share_lora_a", None)
     if isinstance(values.get("target_modules"), list | set):  # PEFT allows a choice of layers with a list only
         values.update(draw(layers))
     return values

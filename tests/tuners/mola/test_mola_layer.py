@@ -35,6 +35,9 @@ def by_loops(layer: tiny.MolaLinear, x: Tensor) -> Tensor:
         else:
             logits = mola.linear_logits(flat, router.weight)
         chosen = mola.choose(logits, settings.top_k, equal=router.mixing_weights == "equal")
+    if settings.start:
+        starts = layer.lamella_mola_start_A["default"].weight, layer.lamella_mola_start_B["default"].weight
+        y = mola.less_starts(y, flat, *starts, chosen, settings.scaling, published=settings.start == "goat")
     return mola.mola(y, flat, A, B, chosen, settings.scaling).view(*x.shape[:-1], -1)
 
 
@@ -54,10 +57,20 @@ def test_a_layer_equals_the_loops(
     equals_the_loops(name, form, monkeypatch, router=router, num_experts=experts, top_k=top_k)
 
 
-@pytest.mark.parametrize("options", [{"mixing_weights": "equal"}, {"share_lora_a": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixing_weights": "equal"},
+        {"share_lora_a": True},
+        {"init_lora_weights": "svd"},
+        {"init_lora_weights": "svd", "num_experts": 1, "top_k": 1},
+        {"init_lora_weights": "goat"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("name", "form"), [("bert", "sorted"), ("gpt2", "dense")])
 def test_and_so_it_does_with_each_option(name: str, form: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    equals_the_loops(name, form, monkeypatch, num_experts=4, **options)
+    equals_the_loops(name, form, monkeypatch, **{"num_experts": 4, **options})
 
 
 def equals_the_loops(name: str, form: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
@@ -65,6 +78,8 @@ def equals_the_loops(name: str, form: str, monkeypatch: pytest.MonkeyPatch, **co
     model = tiny.adapted(tiny.MODELS[name](layers=1).double(), **config).double()
     torch.manual_seed(3)
     for layer in layers_of(model).values():
+        with torch.no_grad():
+            layer.lamella_mola_lora_B["default"].weight.add_(0.1)  # off what it may have started from
         x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
         actual, expected = backward(layer, layer, x), backward(lambda x, layer=layer: by_loops(layer, x), layer, x)
         tiny.assert_same(actual, expected, **FLOAT64)

@@ -1,6 +1,7 @@
 """What MoLA's experts can share or start from holds on every way into and out of an adapter."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,19 @@ import pytest
 import torch
 from peft import PeftModel
 from tests import tiny
+from tests.reference import mola
 from torch import Tensor, nn
 
 import lamella
-from lamella import LamellaError
+from lamella import LamellaError, MolaConfig, doctor, preflight
 from lamella.lab.studies.costs import active_parameters
+from lamella.tuners.routed import routed_layers
 
-OPTIONS: dict[str, dict[str, Any]] = {"shared A": {"share_lora_a": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "shared A": {"share_lora_a": True},
+    "svd": {"init_lora_weights": "svd"},
+    "goat": {"init_lora_weights": "goat"},
+}
 
 
 def run(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
@@ -91,9 +98,11 @@ def test_redundancy_is_that_of_what_each_expert_adds(option: str) -> None:
     assert (row.raw, row.normalised) == pytest.approx((float(raw), float(raw / torch.stack(norms).mean())), rel=1e-9)
 
 
-def test_experts_that_share_cannot_be_swapped() -> None:
-    model = adapted("shared A", tiny.llama(), target_modules=["q_proj"])
-    with pytest.raises(LamellaError, match="q_proj share one A"), lamella.similarity.swap(model, (0, 0), (1, 1)):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_experts_that_are_more_than_their_tensors_cannot_be_swapped(option: str) -> None:
+    model = adapted(option, tiny.llama(), target_modules=["q_proj"])
+    reason = "share one A" if option == "shared A" else "are differences"
+    with pytest.raises(LamellaError, match=f"q_proj {reason}"), lamella.similarity.swap(model, (0, 0), (1, 1)):
         pass
 
 
@@ -102,3 +111,63 @@ def test_a_shared_a_counts_once_and_is_never_idle() -> None:
     A, B, router = 2 * tiny.HIDDEN, 4 * 2 * tiny.HIDDEN, 4 * tiny.HIDDEN
     assert model.get_nb_trainable_parameters()[0] == model.base_model.summary().trainable == A + B + router
     assert active_parameters(model) == A + B // 4 + router
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("start", ["svd", "goat"])
+@torch.no_grad()
+def test_experts_start_from_segments_of_the_singular_vectors(name: str, start: str) -> None:
+    model = tiny.adapted(tiny.MODELS[name](layers=1), num_experts=4, init_lora_weights=start)
+    for layer in (module for module in model.modules() if isinstance(module, tiny.MolaLinear)):
+        weight = layer.base_layer.weight.T if name == "gpt2" else layer.base_layer.weight
+        A, B = mola.segment_starts(weight, 4, 2, layer.experts["default"].scaling)
+        torch.testing.assert_close(torch.bmm(layer.factors("default")[1], layer.factors("default")[0]), torch.bmm(B, A))
+
+
+def test_the_exact_start_is_the_base_in_training_too_and_learns() -> None:
+    base = tiny.bert().double()
+    given = tiny.batch(base)
+    expected = base(**given)
+    model = tiny.adapted(base, num_experts=4, init_lora_weights="svd", lora_dropout=0.3).double().train()
+    torch.testing.assert_close(model(**given).logits, expected.logits, rtol=0, atol=1e-12)
+    assert all(layer.untrained for layer in routed_layers(model))
+    model(**given).loss.backward()
+    assert all(gradient.any() for name, gradient in tiny.gradients(model, "lora_").items())
+    assert doctor(model).ok
+    assert not any(layer.untrained for layer in routed_layers(off_start(model)))
+
+
+def test_the_published_start_is_the_base_in_the_mean_alone_and_the_preflight_says_how_far() -> None:
+    model = tiny.adapted(tiny.bert(), num_experts=4, init_lora_weights="goat")
+    layer = next(module for module in model.modules() if isinstance(module, tiny.MolaLinear))
+    A, B = layer.expert_factors("default")
+    torch.testing.assert_close(torch.bmm(B, A).mean(dim=0), torch.zeros(tiny.HIDDEN, tiny.HIDDEN), rtol=0, atol=1e-6)
+    assert "keeps the base in the mean over experts alone" in str(model.base_model.summary())
+    given, x = tiny.batch(model.get_base_model()), []
+    layer.register_forward_pre_hook(lambda module, args: x.append(args[0]))
+    (said,) = [line for line in preflight(model, given).checked if "start of adapter" in line]
+    with torch.no_grad():
+        base = layer.base_layer(x[0])
+        share = float((layer(x[0]) - base).norm() / base.norm())
+    assert share > 0
+    shares = [float(part) for part in re.findall(r"([0-9.]+)%", said)]
+    assert shares[0] <= shares[1]
+    assert 100 * share <= shares[1] + 0.01
+    assert not [line for line in doctor(off_start(model)).checked if "start of adapter" in line]
+
+
+@torch.no_grad()
+def test_one_expert_with_a_start_is_converted_to_the_lora_that_it_is() -> None:
+    model = adapted("svd", tiny.gpt2(), num_experts=1)
+    layer = next(module for module in model.modules() if isinstance(module, tiny.MolaLinear))
+    x = torch.randn(3, layer.in_features)
+    torch.testing.assert_close(x @ layer.get_delta_weight("default"), layer(x) - layer.base_layer(x))
+
+
+def test_a_start_that_cannot_be_is_refused() -> None:
+    with pytest.raises(LamellaError, match=r"(?s)starts 9 experts of rank 2 .*layer.0.attention.self.query.* has 16"):
+        tiny.adapted(tiny.bert(), num_experts=9, init_lora_weights="svd")
+    with pytest.raises(LamellaError, match="share_lora_a=True must be False with init_lora_weights='goat'"):
+        MolaConfig(share_lora_a=True, init_lora_weights="goat")
+    with torch.device("meta"):
+        tiny.adapted(tiny.bert(), init_lora_weights="svd")  # to be counted

@@ -38,11 +38,19 @@ class MolaConfig(LamellaConfig):
             2603.10160), whose router learns by reinforcement. Here it learns by the gradient of its probabilities.
         router_aux_loss_coef: coefficient of the balance loss: mean over a block's routers, summed over blocks.
         router_z_loss_coef: coefficient of the router z-loss.
+        init_lora_weights: True starts with experts that add nothing (B zero), at the base exactly; False draws B at
+            random, for tests. "svd" starts each expert from its own segment of the frozen weight's singular vectors,
+            as GOAT does (arXiv 2502.16894), and subtracts what it started from under the same mixing weight: at the
+            base exactly, for twice an expert's memory and time. "goat" subtracts the mean of all experts' starts, as
+            published: as each token weighs its experts by itself, this is the base in the mean alone, and the
+            preflight says how far off it begins. The base's weights stay as they are in both; the starts are saved
+            with the adapter, which is twice as large. Both take one decomposition of every weight.
 
     Raises:
         LamellaError: a value out of range or an unknown key.
     """
 
+    init_lora_weights: bool | Literal["svd", "goat"] = True
     r: Count = 8
     lora_alpha: Alpha = 16
     lora_dropout: Share = 0.0
@@ -63,12 +71,22 @@ class MolaConfig(LamellaConfig):
         self.peft_type = LamellaType.MOLA
         if not wrote_before(self, "0.2"):
             self.check("lora_alpha", self.lora_alpha != 0, "other than 0: the experts' sum is multiplied by it")
+        self.check(
+            "share_lora_a",
+            not (self.share_lora_a and self.start),
+            f"False with init_lora_weights={self.init_lora_weights!r}: each expert starts from an A of its own",
+        )
         self._check_counts()
 
     @property
     def scaling(self) -> float:
         """What the experts' sum is multiplied by."""
         return float(self.lora_alpha / self.r**0.5 if self.use_rslora else self.lora_alpha / self.r)
+
+    @property
+    def start(self) -> Literal["svd", "goat"] | None:
+        """How experts start that do not start at zero, or at random."""
+        return None if isinstance(self.init_lora_weights, bool) else self.init_lora_weights
 
     def allocation(self, layers: int) -> tuple[list[int], list[int], list[str]]:
         """Experts and top-k of each block of a stack, and what had to be adjusted.

@@ -55,14 +55,14 @@ class MolaExperts(MoEFamily):
         return cast(MolaLinear, sparse).experts[self.adapter].top_k
 
     def expert(self, sparse: nn.Module, index: int) -> Expert:
-        """``up`` is ``A_e (r, in)``, ``down`` is ``B_e (out, r)``; not to be written to where experts share one A."""
+        """``up`` is ``A_e (r, in)``, ``down`` is ``B_e (out, r)``; in copies where an expert is more than both."""
         layer = cast(MolaLinear, sparse)
         scaling = layer.experts[self.adapter].scaling
         with onloaded(*layer.held(self.adapter)):
             A, B = layer.expert_factors(self.adapter)
             up, down = A[index], B[index]
-        if layer.is_sharing(self.adapter):
-            why = f"The experts of {layer.name} share one A, so that none of them can be written to alone."
+        if reason := layer.not_its_own(self.adapter):
+            why = f"The experts of {layer.name} {reason}, so that none of them can be written to alone."
             return CopiedExpert(up, down, lambda _, h: scaling * h, why=why)
         return Expert(up, down, lambda _, h: scaling * h)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
@@ -27,6 +27,7 @@ from lamella.routing import (
 )
 from lamella.tuners.bypassing import note_call
 from lamella.tuners.mola.config import MolaConfig
+from lamella.tuners.mola.segments import segments
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_plain
 
@@ -40,23 +41,32 @@ class _Experts:
     r: int
     scaling: float
     dropout: float
+    start: Literal["svd", "goat"] | None
     router_aux_loss_coef: float
     router_z_loss_coef: float
 
     @property
     def is_dense(self) -> bool:
-        return choose_form(self.num_experts, self.r, self.top_k) == "dense"
+        if self.start is None:
+            return choose_form(self.num_experts, self.r, self.top_k) == "dense"
+        # The starts are as many experts again, each chosen with its own, or all of them by every token.
+        return self.start == "goat" or choose_form(2 * self.num_experts, self.r, 2 * self.top_k) == "dense"
 
 
 class MolaLinear(nn.Module, AdapterLayer):
     """``y = W0 x + s * sum_{e in top-k} g_e B_e A_e x`` (MoLA eq. 3-4), with one expert and no router as plain LoRA.
 
     Tensors per adapter, as a file calls them: ``lamella_mola_lora_A (E, r, in)``, or ``(1, r, in)`` where experts share
-    it, ``lamella_mola_lora_B (E, out, r)``, ``lamella_mola_router.weight (E, in)``; no router where E is 1.
+    it, ``lamella_mola_lora_B (E, out, r)``, ``lamella_mola_router.weight (E, in)``; no router where E is 1. Where what
+    experts started from is subtracted, it is in ``lamella_mola_start_A`` and ``lamella_mola_start_B``, which do not
+    train: of each expert under its own weight ("svd"), or the mean of all ("goat").
     PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("lamella_mola_lora_A", "lamella_mola_lora_B", "lamella_mola_router")
+    adapter_layer_names: tuple[str, ...] = (
+        "lamella_mola_lora_A", "lamella_mola_lora_B", "lamella_mola_start_A", "lamella_mola_start_B",
+        "lamella_mola_router",
+    )  # fmt: skip
     other_param_names: tuple[str, ...] = ("experts", "balance_share", "lamella_mola_dropout")
 
     def __init__(self, base_layer: nn.Module, place: Place) -> None:
@@ -65,6 +75,8 @@ class MolaLinear(nn.Module, AdapterLayer):
         self.place = place
         self.lamella_mola_lora_A = AdapterTensors()
         self.lamella_mola_lora_B = AdapterTensors()
+        self.lamella_mola_start_A = AdapterTensors()
+        self.lamella_mola_start_B = AdapterTensors()
         self.lamella_mola_router = nn.ModuleDict()
         self.lamella_mola_dropout = nn.ModuleDict()
         self.experts: dict[str, _Experts] = {}
@@ -81,7 +93,7 @@ class MolaLinear(nn.Module, AdapterLayer):
     def update_layer(self, adapter: str, config: MolaConfig, num_experts: int, top_k: int) -> None:
         """Gives this module the experts of an adapter."""
         self.experts[adapter] = _Experts(
-            num_experts, top_k, config.r, config.scaling, config.expert_dropout,
+            num_experts, top_k, config.r, config.scaling, config.expert_dropout, config.start,
             config.router_aux_loss_coef, config.router_z_loss_coef,
         )  # fmt: skip
         A = torch.empty(1 if config.share_lora_a else num_experts, config.r, self.in_features)
@@ -91,6 +103,12 @@ class MolaLinear(nn.Module, AdapterLayer):
                 nn.init.kaiming_uniform_(A[expert], a=math.sqrt(5))
             if not config.init_lora_weights:
                 nn.init.kaiming_uniform_(B[expert], a=math.sqrt(5))
+        if config.start is not None:
+            # Where numbers are to be loaded, or there are none, none are computed.
+            if not (config.inference_mode or self.get_base_layer().weight.is_meta):
+                A, B = segments(self.get_base_layer(), self.name, num_experts, config.r, config.scaling)
+            self.lamella_mola_start_A.put(adapter, A.clone(), trains=False)
+            self.lamella_mola_start_B.put(adapter, B.clone(), trains=False)
         self.lamella_mola_lora_A.put(adapter, A)
         self.lamella_mola_lora_B.put(adapter, B)
         self.lamella_mola_dropout[adapter] = nn.Dropout(config.lora_dropout)
@@ -117,21 +135,25 @@ class MolaLinear(nn.Module, AdapterLayer):
             return self._mix(adapter, x, y)
 
     def _mix(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        experts, (A, B) = self.experts[adapter], self.factors(adapter)
-        dtype = _compute_dtype(x, A)
+        scaling = self.experts[adapter].scaling
+        dtype = _compute_dtype(x, self.lamella_mola_lora_A.of(adapter))
         frame = current_frame()
-        h, logits = self._project(adapter, x, dtype, frame)  # (N, E*r), (N, r) or None; (N, E) or None
+        h, logits = self._project(adapter, x, dtype, frame)  # (N, J*r), (N, r) or None; (N, E) or None
+        B = self._up(adapter).to(dtype)  # (J, out, r)
         routing = self._route(adapter, x, logits, frame)
         flat_y = y.reshape(-1, self.out_features)  # (N, out)
         in_place = y.dtype == dtype and self._owns_its_output
         if h is not None:
-            weights = None if routing is None else routing.dense_weights()
-            mixed = mix_dense(flat_y.to(dtype), h, weights, B.to(dtype), experts.scaling, in_place)
+            mixed = mix_dense(flat_y.to(dtype), h, self.weights(adapter, routing), B, scaling, in_place)
         else:
             assert routing is not None  # the sorted form is for many experts
             dropped = self._flat(self.lamella_mola_dropout[adapter](x), dtype)
-            chosen, each = (routing.weights, routing.indices), A.to(dtype).expand(len(B), -1, -1)
-            mixed = mix_sorted(flat_y.to(dtype), dropped, *chosen, each, B.to(dtype), experts.scaling, in_place)
+            weights, indices = routing.weights, routing.indices  # (N, k)
+            if self._starts(adapter):  # each expert's own follows it
+                weights = torch.cat((weights, weights), dim=-1)  # (N, 2k)
+                indices = torch.cat((indices, indices + routing.num_experts), dim=-1)  # (N, 2k)
+            A = self._all_A(adapter).to(dtype).expand(len(B), -1, -1)  # (J, r, in)
+            mixed = mix_sorted(flat_y.to(dtype), dropped, weights, indices, A, B, scaling, in_place)
         return mixed.view(y.shape).to(y.dtype)
 
     @property
@@ -190,7 +212,23 @@ class MolaLinear(nn.Module, AdapterLayer):
     def _down(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if not self.experts[adapter].is_dense:
             return []
-        return [self.lamella_mola_lora_A.of(adapter).to(dtype).reshape(-1, self.in_features)]  # (E*r, in), or (r, in)
+        return [self._all_A(adapter).to(dtype).reshape(-1, self.in_features)]  # (J*r, in), or (r, in)
+
+    def _starts(self, adapter: str) -> tuple[Tensor, ...]:
+        """What the experts started from and is subtracted, ``A (E, r, in)`` and ``B (E, out, r)``; or nothing."""
+        if adapter not in self.lamella_mola_start_A:
+            return ()
+        return self.lamella_mola_start_A.of(adapter), self.lamella_mola_start_B.of(adapter)
+
+    def _all_A(self, adapter: str) -> Tensor:
+        """Of the experts and, behind them, of what is subtracted: J in all, ``(J, r, in)``; or ``(1, r, in)``."""
+        A, starts = self.lamella_mola_lora_A.of(adapter), self._starts(adapter)
+        return torch.cat((A, starts[0])) if starts else A
+
+    def _up(self, adapter: str) -> Tensor:
+        """B in the same order, ``(J, out, r)``."""
+        B, starts = self.lamella_mola_lora_B.of(adapter), self._starts(adapter)
+        return torch.cat((B, -starts[1])) if starts else B
 
     def _router_weight(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if adapter not in self.lamella_mola_router:
@@ -260,19 +298,60 @@ class MolaLinear(nn.Module, AdapterLayer):
         """What trains of an adapter's experts: ``A (E, r, in)``, or ``(1, r, in)``, and ``B (E, out, r)``."""
         return self.lamella_mola_lora_A.of(adapter), self.lamella_mola_lora_B.of(adapter)
 
-    def expert_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """What each expert of an adapter is as a LoRA, ``A (E, r, in)`` and ``B (E, out, r)``."""
-        A, B = self.factors(adapter)
-        return A.expand(len(B), -1, -1), B
+    def mixed(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """All that an adapter's `weights` multiply: the E experts and, behind them, E starts that are subtracted.
 
-    def is_sharing(self, adapter: str) -> bool:
-        """Whether several experts of an adapter share one A."""
+        Returns:
+            ``A (J, r, in)`` and ``B (J, out, r)``; J is E where nothing is subtracted.
+        """
+        B = self._up(adapter)
+        return self._all_A(adapter).expand(len(B), -1, -1), B
+
+    def weights(self, adapter: str, routing: Routing | None) -> Tensor | None:
+        """Of `mixed`, by token, ``(N, J)``; None is weight one, where there is no router."""
+        if routing is None:
+            return None
+        weights = routing.dense_weights()  # (N, E)
+        start = self.experts[adapter].start
+        if start is None:
+            return weights
+        of_starts = weights if start == "svd" else torch.full_like(weights, 1 / routing.num_experts)
+        return torch.cat((weights, of_starts), dim=-1)
+
+    def expert_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What each expert of an adapter is as a LoRA, with what is subtracted from it.
+
+        As the weights of a token sum to one, what is subtracted from the sum may be so from each expert.
+
+        Returns:
+            ``A (E, rank, in)`` and ``B (E, out, rank)``, rank at least r.
+        """
+        A, B = self.mixed(adapter)
+        if not (starts := self._starts(adapter)):
+            return A, B
+        count = len(starts[0])
+        (A, start_A), (B, start_B) = A.split(count), B.split(count)
+        if self.experts[adapter].start == "goat":  # the mean of all
+            start_A = start_A.flatten(0, 1).expand(count, -1, -1)  # (E, E*r, in)
+            start_B = start_B.permute(1, 0, 2).flatten(1).div(count).expand(count, -1, -1)  # (E, out, E*r)
+        return torch.cat((A, start_A), dim=1), torch.cat((B, start_B), dim=2)
+
+    def not_its_own(self, adapter: str) -> str | None:
+        """Why an expert is more than tensors of its own, in words that follow *the experts of ...*; None where not."""
         A, B = self.factors(adapter)
-        return len(A) < len(B)
+        if len(A) < len(B):
+            return "share one A"
+        return "are differences from what they started from" if self._starts(adapter) else None
+
+    def is_as_started(self, adapter: str) -> bool:
+        """Whether experts from which something is subtracted are still what they started from."""
+        starts = self._starts(adapter)
+        with onloaded(*self.held(adapter)):
+            return bool(starts) and all(map(torch.equal, self.factors(adapter), starts))
 
     def held(self, adapter: str) -> list[nn.Module]:
         """The modules that hold the tensors of an adapter, none of which is called."""
-        held = (self.lamella_mola_lora_A, self.lamella_mola_lora_B, self.lamella_mola_router)
+        held = (getattr(self, name) for name in self.adapter_layer_names)
         return [modules[adapter] for modules in held if adapter in modules]
 
     def routed(self, adapter: str) -> bool:
@@ -295,7 +374,7 @@ class MolaLinear(nn.Module, AdapterLayer):
         return RoutedLayer(
             self, self.name, self.place, adapter, self.lamella_mola_router[adapter], experts.num_experts, experts.top_k,
             factors=self.factors(adapter), experts=lambda: self.expert_factors(adapter), scaling=experts.scaling,
-            loss=loss,
+            starts=self._starts(adapter) if experts.start == "svd" else (), loss=loss,
         )  # fmt: skip
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -29,14 +29,14 @@ class MolaMixture:
         self.tracker = tracker
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """``(E*r, in)`` and ``(out, E*r)``."""
+        """``(J*r, in)`` and ``(out, J*r)``, J experts with what is subtracted from them."""
         layer = self.layers[name]
         with onloaded(*layer.held(self.adapter)):
-            A, B = (factor.double().cpu() for factor in layer.expert_factors(self.adapter))
+            A, B = (factor.double().cpu() for factor in layer.mixed(self.adapter))
         return A.flatten(0, 1), layer.experts[self.adapter].scaling * B.transpose(1, 2).flatten(0, 1).t()
 
     def experts(self) -> tuple[LoraConfig, list[dict[str, tuple[Tensor, Tensor]]]]:
-        """Expert e of every module that has one."""
+        """Expert e of every module that has one, all of one rank: rows and columns of zeros fill up the others."""
         each: list[dict[str, tuple[Tensor, Tensor]]] = []
         for name, layer in self.layers.items():
             with onloaded(*layer.held(self.adapter)):
@@ -45,8 +45,13 @@ class MolaMixture:
             for expert in range(len(A)):
                 each[expert][name] = A[expert], B[expert]
         r, alpha = self.config.r, self.config.lora_alpha
-        # Readers that know no rsLoRA take alpha over the rank.
-        return LoraConfig(r=r, lora_alpha=alpha * r**0.5 if self.config.use_rslora else alpha), each
+        rank = max(len(A) for modules in each for A, _ in modules.values())
+        if rank > r:
+            each = [{name: _filled(A, B, rank) for name, (A, B) in modules.items()} for modules in each]
+            alpha = self.config.scaling * rank
+        elif self.config.use_rslora:  # readers that know none take alpha over the rank
+            alpha *= r**0.5
+        return LoraConfig(r=rank, lora_alpha=alpha), each
 
     @contextmanager
     def watched(self, see: See) -> Iterator[None]:
@@ -60,13 +65,14 @@ class MolaMixture:
 
         def add(layer: MolaLinear, args: tuple[Tensor, ...], _: Tensor) -> None:
             with onloaded(*layer.held(self.adapter)):
-                A = layer.expert_factors(self.adapter)[0].flatten(0, 1)  # (E*r, in)
-            h = args[0].reshape(-1, layer.in_features).to(A.dtype) @ A.t()  # (N, E*r)
+                A = layer.mixed(self.adapter)[0].flatten(0, 1)  # (J*r, in)
+            h = args[0].reshape(-1, layer.in_features).to(A.dtype) @ A.t()  # (N, J*r)
             u = h
             if layer.routed(self.adapter):
                 routing, mask = routings.pop(id(layer))
-                r = layer.experts[self.adapter].r
-                u = h * routing.dense_weights().to(h.dtype).repeat_interleave(r, dim=1)
+                weights = layer.weights(self.adapter, routing)
+                assert weights is not None  # there is a router
+                u = h * weights.to(h.dtype).repeat_interleave(layer.experts[self.adapter].r, dim=1)
                 h, u = (h, u) if mask is None else (h[mask], u[mask])
             see(names[id(layer)], h, u)
 
@@ -78,3 +84,9 @@ class MolaMixture:
             self.tracker.observers.remove(observe)
             for hook in hooks:
                 hook.remove()
+
+
+def _filled(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A LoRA ``(r, in)`` and ``(out, r)`` of a larger rank."""
+    more = rank - len(A)
+    return nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))

@@ -1,11 +1,14 @@
 """MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import _ExcludedModule
-from torch import nn
+from torch import Tensor, nn
 
 from lamella.backbones import Place, find_place, find_stacks, rehearse, siblings_with_same_input
+from lamella.findings import Examination
 from lamella.tuners.bypassing import why_unfit
 from lamella.tuners.config import wrote_before
 from lamella.tuners.model import RoutedModel
@@ -30,7 +33,7 @@ class MolaModel(RoutedModel):
     """
 
     prefix: str = "lamella_mola_"
-    lone_tensors = ("lamella_mola_lora_A", "lamella_mola_lora_B")
+    lone_tensors = ("lamella_mola_lora_A", "lamella_mola_lora_B", "lamella_mola_start_A", "lamella_mola_start_B")
     tuner_layer_cls = MolaLinear
     method = "MoLA"
     paper = "*Higher Layers Need More LoRA Experts* (arXiv:2402.08562)"
@@ -72,6 +75,20 @@ class MolaModel(RoutedModel):
             config.target_modules = {layer.name for layer in layers}  # PEFT has named all that it would have taken
         _connect(layers, adapter_name)
         self.keep_summary(self._summarise(adapter_name, layers))
+
+    def examine(self, model: nn.Module, run: Callable[[], float], examination: Examination) -> None:
+        """Says how far from the base an untrained adapter is that keeps it in the mean alone."""
+        for adapter in self.active_adapters:
+            layers = [layer for layer in _layers(self.model) if adapter in layer.experts]
+            if self.peft_config[adapter].start != "goat" or not all(layer.is_as_started(adapter) for layer in layers):
+                continue
+            shares = _shares_added(layers, run)
+            worst = max(shares, key=shares.__getitem__)
+            examination.saw(
+                f"start of adapter {adapter!r}: before training, what its modules put out is "
+                f"{sum(shares.values()) / len(shares):.2%} off the base's in the mean, at most {shares[worst]:.2%} "
+                f"({worst}); init_lora_weights='svd' starts at the base exactly"
+            )
 
     def lora_mixture(self, adapter_name: str) -> MolaMixture:
         return MolaMixture(self.model, adapter_name, self.peft_config[adapter_name])
@@ -115,6 +132,10 @@ class MolaModel(RoutedModel):
             if layer.place.stack:
                 modules[layer.place.stack][layer.place.layer] += 1
         notes = [f"{stack.name}: {note}" for stack in self._stacks for note in self._allocations[stack.name][2]]
+        if config.start == "goat":
+            notes.append(
+                "init_lora_weights='goat' keeps the base in the mean over experts alone; preflight says how far"
+            )
         if outside:
             notes.append(f"outside the blocks, with {config.num_experts} experts each: {', '.join(outside)}")
         return Summary(
@@ -142,6 +163,24 @@ def _why_left_out(config: MolaConfig, has_blocks: bool) -> str | None:
 
 def _layers(model: nn.Module) -> list[MolaLinear]:
     return [module for module in model.modules() if isinstance(module, MolaLinear)]
+
+
+def _shares_added(layers: list[MolaLinear], run: Callable[[], float]) -> dict[str, float]:
+    """The norm of what is added to each layer's output in a run, over the norm of that output, by name."""
+    shares: dict[str, float] = {}
+
+    def compare(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, MolaLinear)
+        base = layer.base_layer(*args)
+        shares[layer.name] = float((output - base).norm() / base.norm().clamp_min(torch.finfo(base.dtype).tiny))
+
+    hooks = [layer.register_forward_hook(compare) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shares
 
 
 def _adapter_parameters(layer: MolaLinear, adapter: str) -> list[nn.Parameter]:

@@ -66,6 +66,7 @@ class MoleConfig(LamellaConfig):
     """
 
     target_modules: list[str] | set[str] | str | None = None
+    init_lora_weights: bool = True
     adapters: dict[str, Any] = field(default_factory=dict)
     granularity: Literal["matrix", "sublayer", "block", "network"] = "block"
     router_input: Literal["mean", "token", "flatten"] = "mean"

@@ -55,6 +55,7 @@ class MolexConfig(LamellaConfig):
     """
 
     target_modules: list[str] | set[str] | str | None = None
+    init_lora_weights: bool = True
     alpha: Annotated[float, Bounds(0, most=1)] = 0.95
     alpha_mode: Literal["fixed", "learned"] = "fixed"
     alpha_scope: Literal["shared", "per-layer"] = "shared"
