@@ -7,6 +7,7 @@ import torch
 from tests.tiny_moe import VOCAB, build
 
 from lamella.errors import LamellaError
+from lamella.files import claimed
 from lamella.similarity.activations import Manifest, capture
 from lamella.similarity.study import StudyFolder, Subject
 
@@ -41,6 +42,29 @@ def test_tables_and_notes_are_kept_and_a_missing_one_names_its_command(tmp_path)
 def test_a_folder_without_a_study_says_how_to_begin(tmp_path):
     with pytest.raises(LamellaError, match="lamella similarity capture"):
         StudyFolder(tmp_path).subject()
+
+
+def test_a_step_is_taken_by_one_process_at_a_time(tmp_path):
+    folder = StudyFolder(tmp_path / "study")
+    with folder.alone("swap"):
+        with folder.alone("screen"):
+            pass
+        again = folder.alone("swap")
+        with pytest.raises(LamellaError, match=r"Another process is at work on this step .* Let it finish"), again:
+            pass
+    with folder.alone("swap"):
+        pass
+
+
+def test_a_capture_is_written_by_one_process_at_a_time(tmp_path):
+    folder = StudyFolder(tmp_path)
+    folder.capture.mkdir()
+    with claimed(folder.capture), pytest.raises(LamellaError, match=r"Another process is capturing into .* another"):
+        capture(build("qwen2_moe"), [], folder.capture)
+    folder.capture.rmdir()
+    with pytest.raises(LamellaError, match="nothing to capture"):
+        capture(build("qwen2_moe"), [], folder.capture)
+    assert not folder.capture.exists()
 
 
 def taken(folder, seed=0):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, get_args
 
 import torch
 
@@ -18,10 +18,10 @@ from lamella.similarity.activations import Capture, Progress, TextBatches, captu
 from lamella.similarity.activations.norms import distributions
 from lamella.similarity.alignment import fit_aligners, sweep
 from lamella.similarity.alignment.table import by_aligner, from_label
-from lamella.similarity.compression import Settings, compression_curve, find_routes, rerouting_table
+from lamella.similarity.compression import Settings, compression_curve, damages, find_routes, rerouting_table
 from lamella.similarity.compression.compressed import check_arguments, compress_each, rank_experts
 from lamella.similarity.compression.perplexity import Domains, read_domains
-from lamella.similarity.compression.rerouting import Aligners
+from lamella.similarity.compression.routes import Aligners
 from lamella.similarity.compression.saving import refuse_existing
 from lamella.similarity.pairs import Name
 from lamella.similarity.screening import all_pairs, choose_pairs, screen
@@ -41,6 +41,8 @@ from lamella.similarity.swapping.scores import Batch
 if TYPE_CHECKING:
     import pandas as pd
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Tell = Callable[[str], None]  # how far a step is, in words
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FOLDED = ("linear", "low-rank")  # kinds of aligner that can be written into an expert's own matrices
@@ -56,6 +58,17 @@ def sample_dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise LamellaError(f"samples={name!r}: samples are kept as {' or '.join(_DTYPES)}.")
     return _DTYPES[name]
+
+
+def _alone(step: Callable[Concatenate[Study, P], R]) -> Callable[Concatenate[Study, P], R]:
+    """Lets one process at a time take this step of a study, as the rows of two would replace each other."""
+
+    @wraps(step)
+    def taken(study: Study, /, *args: P.args, **settings: P.kwargs) -> R:
+        with study.folder.alone(step.__name__):
+            return step(study, *args, **settings)
+
+    return taken
 
 
 def capture_texts(
@@ -83,6 +96,7 @@ def capture_texts(
     return taken
 
 
+@_alone
 def screen_pairs(study: Study, measures: Sequence[str], tell: Tell) -> pd.DataFrame:
     """Screens all ordered pairs."""
     table = screen(study.capture, study.model, measures=measures, progress=tell)
@@ -90,6 +104,7 @@ def screen_pairs(study: Study, measures: Sequence[str], tell: Tell) -> pd.DataFr
     return table
 
 
+@_alone
 def align_pairs(
     study: Study,
     kinds: Sequence[str],
@@ -183,6 +198,7 @@ def _aligned(table: pd.DataFrame) -> list[tuple[str, str]]:
     return list(zip(table["aligner"], table["scored_on"], strict=True))
 
 
+@_alone
 def swap_parts(
     study: Study,
     texts: TextBatches,
@@ -243,6 +259,7 @@ def _shifts(study: Study, table: pd.DataFrame, batches: list[Any]) -> pd.DataFra
     return pd.concat(frames, ignore_index=True)[_SHIFTS] if frames else pd.DataFrame(columns=_SHIFTS)
 
 
+@_alone
 def compress_to_budgets(
     study: Study,
     domains: Domains,
@@ -308,6 +325,14 @@ def compress_to_budgets(
         first = replace(settings, criterion=criteria[0])
         next(compress_each(study.model, study.capture, budgets[:1], first, texts)).save(save, study.tokenizer)
     return curve, notes
+
+
+@_alone
+def measure_damages(study: Study) -> pd.DataFrame:
+    """What it costs to give a token to another expert of its layer, by which ``reroute`` serves."""
+    table = damages(study.capture, study.model)
+    study.folder.write("damages", table)
+    return table
 
 
 def _add_curve(folder: StudyFolder, curve: pd.DataFrame, settings: dict[str, Any]) -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError, optional_module
-from lamella.files import atomic, write_atomic
+from lamella.files import atomic, claimed, write_atomic
 from lamella.similarity.activations import Capture, Manifest
 from lamella.similarity.alignment.table import from_first_edition, with_texts
 
@@ -104,6 +105,21 @@ class StudyFolder:
             )
             raise LamellaError(f"{self.path} holds a study of something else: {differences}. Name another folder.")
         write_atomic(self.path / _NAME, json.dumps(asdict(subject), indent=1) + "\n")
+
+    @contextmanager
+    def alone(self, step: str) -> Iterator[None]:
+        """No other process may take this step of the study meanwhile; the kernel gives the lock back, however it ends.
+
+        Raises:
+            LamellaError: one is at it.
+        """
+        with claimed(self.path / "locks" / step) as mine:
+            if not mine:
+                raise LamellaError(
+                    f"Another process is at work on this step of the study in {self.path}. Let it finish, or name "
+                    "another folder."
+                )
+            yield
 
     def captured(self) -> Capture:
         """The finished capture.

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights
@@ -22,6 +23,9 @@ from lamella.errors import LamellaError
 from lamella.similarity.activations import Capture, Progress, capture
 from lamella.similarity.activations.norms import distributions
 from lamella.similarity.activations.streaming import LOOK
+from lamella.similarity.alignment import align
+from lamella.similarity.compression import damages
+from lamella.similarity.screening import screen
 
 TEXTS = documents(LOOK + 6)
 
@@ -79,6 +83,26 @@ def test_how_inputs_and_outputs_are_distributed_reads_each_layer_once(tmp_path):
     for mine, whole in zip(distributions(taken, model), distributions(taken, FAMILIES["mixtral"]()), strict=True):
         assert mine.equals(whole)
     assert set(reads.values()) == {1}
+
+
+def test_steps_read_each_layer_once_for_all_of_its_experts(tmp_path):
+    model, reads = offloaded("mixtral")
+    whole = FAMILIES["mixtral"]()
+    taken = capture(whole, batches(TEXTS[:16]), tmp_path, per_expert=40)
+    pairs = [((0, 0), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (0, 3)), ((2, 1), (2, 3)), ((1, 3), (1, 0))]
+    steps = {
+        "damages": lambda one: damages(taken, one),
+        "align": lambda one: align(taken, one, pairs, steps=2),
+        "screen": lambda one: screen(taken, one, pairs, measures=["predicted", "floor"]),
+        "weights": lambda one: screen(taken, one, pairs, measures=["weight_distance"]),
+    }
+    for name, step in steps.items():
+        reads.clear()
+        found = step(model)
+        # once for the fingerprint; a screen reads a layer for tokens to train on and to measure on, and as targets
+        times = {reads[one] for one in reads if ".experts" in one}
+        assert max(times) <= {"damages": 2, "align": 2, "screen": 5, "weights": 6}[name], (name, times)
+        pd.testing.assert_frame_equal(found, step(whole))
 
 
 def test_what_one_of_the_batches_breaks_ends_all_of_them(tmp_path):

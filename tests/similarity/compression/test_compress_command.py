@@ -8,8 +8,9 @@ import pytest
 from tests.cli.test_similarity import WORDS, run, save_model
 from transformers import AutoTokenizer
 
-from lamella.similarity import Compressed, steps
-from lamella.similarity.study import StudyFolder
+from lamella.cli.similarity.subject import load
+from lamella.similarity import Compressed, reroute, steps
+from lamella.similarity.study import Study, StudyFolder
 from lamella.similarity.swapping.scores import text_scores
 from lamella.texts import text_batches
 
@@ -136,6 +137,22 @@ def test_what_cannot_be_is_refused_before_the_long_work(words, said, study, monk
     assert run(monkeypatch, "compress", study, *words) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert (study / "here" / "thesis.txt").read_text() == "years"
+
+
+def test_two_processes_do_not_compress_in_one_folder(study, monkeypatch, capsys):
+    forbid(monkeypatch)
+    with StudyFolder(study).alone("compress_to_budgets"):
+        assert run(monkeypatch, "compress", study) == 2
+    assert "Another process is at work on this step of the study" in " ".join(capsys.readouterr().err.split())
+
+
+def test_damages_are_a_table_to_serve_by(study, monkeypatch, capsys):
+    assert run(monkeypatch, "damages", study) == 0
+    assert "36 ordered pairs. Squared error" in capsys.readouterr().out
+    table = pd.read_parquet(study / "damages.parquet")
+    model = Study.open(study, load).model
+    with reroute(model, [(0, 1), (0, 2), (0, 3)], what="limited", limit=2, damage=table):
+        pass
 
 
 def test_a_closed_expert_that_was_compared_with_none_is_named_before_the_long_work(study, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import torch
 from tests.similarity.compression.planted import aligners, captured, same_state, state, table, texts_of, with_twins
 from tests.tiny_moe import FAMILIES, build, inputs_for
 
+from lamella.backbones.moe import moe_layers, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.similarity.compression import (
     Settings,
@@ -21,7 +22,8 @@ from lamella.similarity.compression import (
 
 COMPRESSION = [
     "method", "budget", "parameters", "domain", "perplexity", "baseline", "ratio", "low", "high", "experts_left",
-    "seed", "experts", "parameters_before", "bytes", "gone", "chosen_on",
+    "seed", "experts", "parameters_before", "bytes", "gone", "chosen_on", "choices_gone",
+    "captured_gone",
 ]  # fmt: skip
 ONE_LESS = 11 / 12  # of three layers with four experts each
 REROUTING = ["how", "what", "experts", "domain", "perplexity", "baseline", "ratio", "low", "high", "seed"]
@@ -45,6 +47,19 @@ def perplexity(model, batches):
                 nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
                 tokens += ids.shape[1] - 1
     return math.exp(nats / tokens)
+
+
+def choices(model, batches, experts):
+    """The share of a text's choices that fall on some experts, mean over layers."""
+    shares, seen = [], []
+    with watch_dispatch(model, moe_layers(model), seen.append), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for layer in moe_layers(model):
+        picked = torch.cat([one.routing.indices[one.real].flatten() for one in seen if one.layer.index == layer.index])
+        mine = torch.tensor([expert for index, expert in experts if index == layer.index])
+        shares.append(float(torch.isin(picked, mine).double().mean()))
+    return sum(shares) / len(shares)
 
 
 def test_a_criterion_that_cannot_reach_a_budget_is_named_and_the_curve_goes_on():
@@ -89,6 +104,9 @@ def test_the_curve_measures_each_compressed_model(tmp_path):
         assert (row.parameters, row.experts_left, row.experts) == (small.report.parameters, 6, 12)
         assert [tuple(name) for name in json.loads(row.gone)] == small.report.gone
         assert row.bytes == (row.parameters_before - row.parameters) * 8
+        gone = [tuple(name) for name in json.loads(row.gone)]
+        assert row.captured_gone == pytest.approx(sum(taken.shares[name] for name in gone) / 3)
+        assert row.choices_gone == pytest.approx(choices(model, domains(model)[row.domain], gone))
     twins = frame[(frame["budget"] == ONE_LESS) & (frame["method"] == "stand-in")]
     assert (twins["ratio"] - 1).abs().max() < 1e-6
     actual = largest_compression(frame).set_index(["method", "domain"])
@@ -135,6 +153,19 @@ def test_one_sentence_says_what_can_go_at_which_cost_in_the_worst_domain():
     assert alone.startswith("You can merge 3 of 12 experts")
     assert "; no text was measured that they were not chosen on" in alone
     assert verdict(rows({("reap", 1.0, "news"): 1.0})) == ["Nothing was compressed."]
+
+
+def test_a_text_that_misses_domains_is_named_where_their_experts_go():
+    frame = rows({("reap", 0.75, "news"): 1.02, ("reap", 0.75, "films"): 1.4, ("reap", 0.75, "glosses"): 1.3})
+    usage = {"news": 0.1, "films": 0.4, "glosses": 0.05}
+    frame = frame.assign(choices_gone=frame["domain"].map(usage), captured_gone=0.1)
+    assert verdict(frame)[1] == (
+        "The captured text misses films: films gives 40% of its choices to the experts that go, the captured text 10%. "
+        "Capture text of every domain that the model is for."
+    )
+    assert len(verdict(frame, within=0.5)) == 3
+    assert len(verdict(frame.assign(chosen_on=True))) == 3
+    assert len(verdict(frame.drop(columns="choices_gone"))) == 3
 
 
 def curve(ratios, spread=0.005, **columns):

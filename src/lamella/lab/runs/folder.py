@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lamella.errors import LamellaError, UnreadableError
-from lamella.files import UNFINISHED, read_json, read_table, sha256_of, write_atomic
+from lamella.files import UNFINISHED, claimed, read_json, read_table, sha256_of, write_atomic
 from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.version import __version__
 
@@ -171,18 +170,13 @@ class RunFolder:
             LamellaError: another process is at work on this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDONLY)  # a lock on the folder itself leaves no file in it
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise LamellaError(
-                f"Another process is at work on the run in {self.path}. Let it finish, or choose another folder (-o)."
-            ) from error
-        try:
+        with claimed(self.path) as mine:  # a lock on the folder itself leaves no file in it
+            if not mine:
+                raise LamellaError(
+                    f"Another process is at work on the run in {self.path}. Let it finish, or choose another folder "
+                    "(-o)."
+                )
             yield
-        finally:
-            os.close(descriptor)
 
     def begin(self, settings: RunSettings, *, force: bool = False) -> None:
         """Write what was asked for and on which machine; with ``force``, delete the run that was here first."""

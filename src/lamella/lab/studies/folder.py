@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from lamella.errors import LamellaError
-from lamella.files import atomic, read_json, read_table, write_atomic
+from lamella.files import atomic, claimed, read_json, read_table, write_atomic
 from lamella.lab.data import load_backbone
 from lamella.lab.methods import read_saved
 from lamella.lab.runs.checks import diagnose
@@ -98,17 +97,10 @@ class StudyFolder:
     def claim(self, key: str) -> Iterator[bool]:
         """Whether this process alone may do the job; the kernel gives the lock back however the process ends."""
         path = self.path / "locks" / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield True
+        with claimed(path) as mine:
+            if mine:
+                path.write_text(str(os.getpid()), encoding="utf-8")
+            yield mine
 
     def claimant(self, key: str) -> int | None:
         """The process that claimed the job last, alive or not."""

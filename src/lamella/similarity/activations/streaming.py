@@ -4,7 +4,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from lamella.backbones.moe import Dispatch, MoELayer, moe_layers, watch_dispatch
 from lamella.backbones.offloading import input_device
 from lamella.backbones.side_by_side import has_offloaded_blocks, run_side_by_side
 from lamella.errors import LamellaError
+from lamella.files import claimed
 from lamella.similarity.activations.checkpoints import Reservoirs, Saver
 from lamella.similarity.activations.documents import Batch, Documents, added, unread
 from lamella.similarity.activations.manifest import DTYPES, Manifest, model_fingerprint, tokenizer_fingerprint
@@ -97,12 +98,24 @@ def capture(
         progress: told after every batch; of an offloaded model after every block, and when its batches are through.
 
     Raises:
-        LamellaError: not a mixture of experts; the folder holds a capture of something else; a batch that cannot be
-            read, or none; NaN or infinite activations; the disk is full.
+        LamellaError: not a mixture of experts; the folder holds a capture of something else, or another process is at
+            it; a batch that cannot be read, or none; NaN or infinite activations; the disk is full.
     """
     folder = Path(folder)
     layers = moe_layers(model)
     asked = _asked(model, layers, per_expert, seed, dtype, tokenizer, origin, whole_text)
+    with _alone(folder):
+        return _captured(model, layers, batches, folder, asked, progress)
+
+
+def _captured(
+    model: nn.Module,
+    layers: Sequence[MoELayer],
+    batches: Iterable[Batch],
+    folder: Path,
+    asked: Manifest,
+    progress: Callable[[Progress], None] | None,
+) -> Capture:
     saver = Saver(folder)
     done, reservoirs = saver.resume(asked)
     if done.complete:
@@ -114,7 +127,7 @@ def capture(
                 "on. Capture into another folder."
             )
         return taken
-    taking = _Taking(model, layers, replace(done, whole_text=whole_text), reservoirs, progress)
+    taking = _Taking(model, layers, replace(done, whole_text=asked.whole_text), reservoirs, progress)
     stream = _together(_cut(unread(batches, done, folder), done.rows_done), done.rows_done, has_offloaded_blocks(model))
     with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch), taking.checked(layers):
         while not taking.ended and (several := next(stream, None)) is not None:
@@ -125,6 +138,24 @@ def capture(
     if not taking.manifest.rows_done:
         raise LamellaError("There is nothing to capture: the text has no documents.")
     return saver.finish(taking.manifest, reservoirs)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process may write to the folder meanwhile; one that was made for nothing goes again."""
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder) as mine:
+        if not mine:
+            raise LamellaError(
+                f"Another process is capturing into {folder}. Let it finish, or capture into another folder."
+            )
+        try:
+            yield
+        finally:
+            if not was_there:
+                with suppress(OSError):  # something was written
+                    folder.rmdir()
 
 
 class _Forward(threading.local):

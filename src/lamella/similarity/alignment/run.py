@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lamella.aligners import Aligner
-from lamella.backbones.moe import Expert, moe_layers
+from lamella.backbones.moe import Expert, MoELayer, moe_layers
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.similarity.alignment.controls import random_expert
 from lamella.similarity.alignment.fitting import Fitted, Job, Settings, fit
@@ -181,7 +183,7 @@ def _plan(
     if not chosen:
         raise LamellaError("There is no pair to align; name at least one, or None for all.")
     layers = {layer.index: layer for layer in moe_layers(model)}
-    experts = {name: layers[name[0]].experts[name[1]] for name in sorted({name for pair in chosen for name in pair})}
+    experts = _read(layers, {name for pair in chosen for name in pair})
     _check_shapes(chosen, experts)
     read = {
         name: read_source(capture, name, experts[name], held_out, score_on, seed)
@@ -194,6 +196,15 @@ def _plan(
     if not sources:
         raise LamellaError(f"No expert can be aligned: {'; '.join(notes)}. Capture more text, or of more documents.")
     return _Plan(capture, experts, sources, chosen, notes)
+
+
+def _read(layers: dict[int, MoELayer], names: Iterable[Name]) -> dict[Name, Expert]:
+    """Experts by name; where weights are kept elsewhere, those of a layer are read once, and are in memory from now."""
+    experts: dict[Name, Expert] = {}
+    for index, of_layer in groupby(sorted(names), key=lambda name: name[0]):
+        with onloaded(*layers[index].experts_module.modules()):
+            experts |= {name: layers[index].experts[name[1]] for name in of_layer}
+    return experts
 
 
 def _check_shapes(pairs: Sequence[Pair], experts: dict[Name, Expert]) -> None:

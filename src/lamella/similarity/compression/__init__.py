@@ -12,7 +12,8 @@ from lamella.similarity.compression.perplexity import (
     verdict,
 )
 from lamella.similarity.compression.pool import fold
-from lamella.similarity.compression.rerouting import Route, drop, find_routes, next_choice, reroute
+from lamella.similarity.compression.rerouting import drop, next_choice, reroute
+from lamella.similarity.compression.routes import Route, find_routes
 from lamella.similarity.compression.serving import damages
 
 __all__ = [

@@ -24,7 +24,7 @@ from lamella.similarity.compression.distillation import distil_routers
 from lamella.similarity.compression.pool import PooledExperts, StoredExpert, constant_expert, expert_parameters
 from lamella.similarity.compression.refit import refit as refit_layer
 from lamella.similarity.compression.removal import without_experts
-from lamella.similarity.compression.rerouting import native_layers
+from lamella.similarity.compression.routes import native_layers
 from lamella.similarity.matching import average
 from lamella.similarity.pairs import Name
 from lamella.similarity.swapping.scores import Batch, evaluating

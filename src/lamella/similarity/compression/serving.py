@@ -15,9 +15,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from lamella.backbones.moe import MoELayer, real_tokens, tracked
 from lamella.backbones.moe.family import bare
 from lamella.backbones.moe.interventions import eagerly
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError, optional_module
 from lamella.similarity.compression.calibration import LayerSample
 from lamella.similarity.compression.criteria.replacing import replacement_damage
+from lamella.similarity.compression.routes import choose_measure, directed, native_layers
 from lamella.similarity.pairs import NAMES, Name
 from lamella.similarity.swapping.scores import evaluating
 
@@ -47,14 +49,13 @@ def damages(capture: Capture, model: nn.Module) -> pd.DataFrame:
     Raises:
         LamellaError: a capture of another model.
     """
-    from lamella.similarity.compression.rerouting import native_layers
-
     pd = optional_module("pandas", "A table of damages")
     capture.check(model)
     parts = []
     with evaluating(model):
         for layer in native_layers(model).values():
-            table = _damage(LayerSample.of(layer, capture))  # (E, E)
+            with onloaded(*layer.experts_module.modules()):
+                table = _damage(LayerSample.of(layer, capture))  # (E, E)
             sources, targets = torch.where(~torch.eye(len(table), dtype=torch.bool, device=table.device))
             columns = (layer.index, sources.cpu().numpy(), layer.index, targets.cpu().numpy())
             part = dict(zip(NAMES, columns, strict=True)) | {"damage": table[sources, targets].cpu().numpy()}
@@ -95,8 +96,6 @@ class Limit:
         Raises:
             LamellaError: a limit below what a token gets or what may not be closed, or a table without a pair.
         """
-        from lamella.similarity.compression.rerouting import choose_measure, directed
-
         measure = choose_measure(table, "damage", aligned=False)
         damage, closable = {}, {}
         for index in sorted({index for index, _ in experts}):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lamella.backbones.moe import Expert, MoELayer, moe_layers
+from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError, optional_module
 from lamella.similarity.matching import weight_distance
 from lamella.similarity.pairs import NAMES, Name, Pair, all_pairs, check_pairs
@@ -152,16 +155,23 @@ def _measure_outputs(
         sources = _read(capture, layers, {name: parts[name][1] for name in group})
         if "predicted" in chosen:
             sources = _with_training(sources, capture, layers, {name: parts[name][0] for name in group})
-        for done, (target, askers) in enumerate(wanted.items()):
+        for done, (target, expert) in enumerate(_opened(layers, wanted)):
             tell(f"outputs: {done} of {len(wanted)} replacements of experts {_span(group)}")
-            if here := askers & set(group):
+            if here := wanted[target] & set(group):
                 some = sources.only(here)
-                expert = layers[target[0]].experts[target[1]]
                 for name, measure in chosen.items():
                     values = dict(zip(some.names, measure(some, expert).tolist(), strict=True))
                     for source in here:
                         columns[name][place[source, target]] = values[source]
     return tokens
+
+
+def _opened(layers: dict[int, MoELayer], names: Iterable[Name]) -> Iterator[tuple[Name, Expert]]:
+    """Experts by name, sorted; where weights are kept elsewhere, those of a layer are read once for all of its own."""
+    for index, of_layer in groupby(sorted(names), key=lambda name: name[0]):
+        with onloaded(*layers[index].experts_module.modules()):
+            for name in of_layer:
+                yield name, layers[index].experts[name[1]]
 
 
 def _predictions(sources: _Sources, target: Expert) -> Tensor:
@@ -214,7 +224,7 @@ def _read(capture: Capture, layers: dict[int, MoELayer], held_out: dict[Name, Te
 def _with_training(
     sources: _Sources, capture: Capture, layers: dict[int, MoELayer], train: dict[Name, Tensor]
 ) -> _Sources:
-    stiff = torch.stack([stiffness(layers[layer].experts[index]) for layer, index in train])
+    stiff = torch.stack([stiffness(expert) for _, expert in _opened(layers, train)])
     training = Training(*_padded(*_tokens(capture, layers, train)), stiff)
     return replace(sources, training=training, fit=training.fit(sources.x))
 
@@ -224,9 +234,8 @@ def _tokens(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Some of each source's inputs ``(n, h)``, and what it puts out for them ``(n, d)``."""
     xs, ys = [], []
-    for (layer, index), some in rows.items():
-        expert = layers[layer].experts[index]
-        x = capture.inputs(layer, index)[some].to(expert.down.device)  # (n, h)
+    for (layer, index), expert in _opened(layers, rows):
+        x = capture.inputs(layer, index)[rows[layer, index]].to(expert.down.device)  # (n, h)
         y = outputs(expert, x)  # (n, d)
         if not (x.isfinite().all() and y.isfinite().all()):
             raise LamellaError(
@@ -253,14 +262,18 @@ def _scale(y: Tensor) -> Tensor:
 def _measure_weights(
     layers: dict[int, MoELayer], place: dict[Pair, int], column: list[float], tell: Callable[[str], None]
 ) -> None:
-    for (source, target), row in place.items():
-        tell(f"weights: {row} of {len(place)} pairs")
-        other = place.get((target, source))
-        if other is not None and other < row:  # the distance is symmetric
-            column[row] = column[other]
-        else:
-            experts = (layers[layer].experts[index] for layer, index in (source, target))
-            column[row] = weight_distance(*experts)
+    by_layers = sorted(place, key=lambda pair: (pair[0][0], pair[1][0]))
+    done = 0
+    for (first, second), pairs in groupby(by_layers, key=lambda pair: (pair[0][0], pair[1][0])):
+        modules = {one for layer in (first, second) for one in layers[layer].experts_module.modules()}
+        with onloaded(*modules):
+            for source, target in pairs:
+                tell(f"weights: {done} of {len(place)} pairs")
+                found = column[place[target, source]] if (target, source) in place else math.nan  # it is symmetric
+                if math.isnan(found):
+                    found = weight_distance(*(layers[layer].experts[index] for layer, index in (source, target)))
+                column[place[source, target]] = found
+                done += 1
 
 
 def _read_coactivation(capture: Capture, pairs: Sequence[Pair], column: list[float]) -> None:
