@@ -198,3 +198,24 @@ def test_texts_without_predicted_tokens_do_not_break_the_interval():
     actual = ratio_interval(np.array([0.0, 0.0, 2.0]), np.array([0.0, 0.0, 4.0]), resamples=200)
     assert (actual.difference, actual.low, actual.high) == (0.5, 0.5, 0.5)
     assert actual.resamples < 200  # draws of empty texts alone
+
+
+def test_tasks_count_alike_and_examples_are_drawn_within_them():
+    scores = [1.0] * 10 + [0.0] * 90
+    other = [1.0] * 10 + [0.0, 1.0] * 45
+
+    assert mean_intervals({"a": {0: scores}}, [10, 90]) == {"a": pytest.approx((0.5, 0.5))}
+    (found,) = contrast({"a": {0: other}, "b": {0: scores}}, [("a", "b")], [10, 90])
+    assert found.interval.difference == pytest.approx(0.25)
+    # of the second task alone, drawn 90 times, and half of the mean
+    (alone,) = contrast({"a": {0: other[10:]}, "b": {0: scores[10:]}}, [("a", "b")])
+    assert found.interval.low == pytest.approx(alone.interval.low / 2, abs=0.01)
+    assert found.interval.high == pytest.approx(alone.interval.high / 2, abs=0.01)
+    with pytest.raises(LamellaError, match="99 examples, and 100 are scored"):
+        contrast({"a": {0: other}, "b": {0: scores}}, [("a", "b")], [10, 89])
+
+
+def test_one_task_is_no_stratum():
+    scores = {"a": {0: [1.0, 0.0, 1.0, 1.0]}, "b": {0: [0.0, 0.0, 1.0, 0.0]}}
+
+    assert contrast(scores, [("a", "b")]) == contrast(scores, [("a", "b")], [4])

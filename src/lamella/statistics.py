@@ -59,16 +59,20 @@ class Contrast:
         return self.p_value < SIGNIFICANT
 
 
-def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
+def contrast(
+    scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]], strata: Sequence[int] = ()
+) -> list[Contrast]:
     """Paired differences between methods of one table, from the same draws of seeds and examples for all of them.
 
     Args:
         scores: per-example scores by method and seed; the same examples in the same order everywhere.
         pairs: which differences, first minus second; left out are pairs that share no seed, and those with a single
             number on each side, of which nothing can be resampled.
+        strata: how many examples each of several tasks has, one task's after the other's: their means count alike, and
+            examples are drawn within tasks. One task where empty.
 
     Raises:
-        LamellaError: methods have different numbers of examples, or none.
+        LamellaError: methods have different numbers of examples, or none, or not so many as the tasks.
 
     Source: as `paired_interval`; Holm's correction as `holm`.
     """
@@ -79,10 +83,10 @@ def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
     contrasts: dict[tuple[str, str], Contrast] = {}
     for seeds, alike in by_seeds.items():
         names = list(dict.fromkeys(name for pair in alike for name in pair))
-        values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
+        values = _stacked([[scores[name][seed] for seed in seeds] for name in names], strata)
         if values[0].size == 1:
             continue
-        drawn = _resampled_means(values, RESAMPLES, 0)  # (methods, draws)
+        drawn = _resampled_means(values, RESAMPLES, 0, strata)  # (methods, draws)
         for first, second in alike:
             a, b = names.index(first), names.index(second)
             interval = _interval(float((values[a] - values[b]).mean()), drawn[a] - drawn[b])
@@ -92,8 +96,10 @@ def contrast(scores: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
     return [replace(one, p_value=p_value) for one, p_value in zip(made, corrected, strict=True)]
 
 
-def mean_intervals(scores: Mapping[str, BySeed]) -> dict[str, tuple[float, float]]:
+def mean_intervals(scores: Mapping[str, BySeed], strata: Sequence[int] = ()) -> dict[str, tuple[float, float]]:
     """The 95 % bootstrap interval of each method's mean, over its seeds and examples; none of a single number.
+
+    ``strata`` are as in `contrast`.
 
     Raises:
         LamellaError: the seeds of a method have different numbers of examples, or none.
@@ -104,10 +110,11 @@ def mean_intervals(scores: Mapping[str, BySeed]) -> dict[str, tuple[float, float
             by_seeds.setdefault((np.size(next(iter(by_seed.values()))), tuple(sorted(by_seed))), []).append(name)
     intervals: dict[str, tuple[float, float]] = {}
     for (_, seeds), names in by_seeds.items():
-        values = _stacked([[scores[name][seed] for seed in seeds] for name in names])
+        values = _stacked([[scores[name][seed] for seed in seeds] for name in names], strata)
         if values[0].size == 1:
             continue
-        for name, mean, drawn in zip(names, values.mean((1, 2)), _resampled_means(values, RESAMPLES, 0), strict=True):
+        means = _resampled_means(values, RESAMPLES, 0, strata)
+        for name, mean, drawn in zip(names, values.mean((1, 2)), means, strict=True):
             interval = _interval(float(mean), drawn)
             intervals[name] = (interval.low, interval.high)
     return {name: intervals[name] for name in scores if name in intervals}
@@ -179,8 +186,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _stacked(scores: Sequence[Sequence[npt.ArrayLike]]) -> Floats:
-    """(methods, seeds, examples)."""
+def _stacked(scores: Sequence[Sequence[npt.ArrayLike]], strata: Sequence[int] = ()) -> Floats:
+    """(methods, seeds, examples), scaled so that the mean over examples is the mean over the strata's means."""
     sizes = sorted({np.size(one) for by_seed in scores for one in by_seed})
     if len(sizes) > 1:
         raise LamellaError(
@@ -189,7 +196,12 @@ def _stacked(scores: Sequence[Sequence[npt.ArrayLike]]) -> Floats:
         )
     if sizes == [0]:
         raise LamellaError("Methods are compared by their scores of examples, and here are none. Score rows first.")
-    return np.asarray(scores, np.float64).reshape(len(scores), -1, sizes[0])
+    values = np.asarray(scores, np.float64).reshape(len(scores), -1, sizes[0])
+    if not strata:
+        return values
+    if sum(strata) != sizes[0] or min(strata) < 1:
+        raise LamellaError(f"The tasks have {sum(strata)} examples, and {sizes[0]} are scored. Score all of each task.")
+    return values * np.repeat([sizes[0] / len(strata) / count for count in strata], strata)
 
 
 def _interval(difference: float, drawn: Floats, level: float = 0.95) -> Interval:
@@ -200,8 +212,11 @@ def _interval(difference: float, drawn: Floats, level: float = 0.95) -> Interval
     return Interval(difference, float(low), float(high), level, len(drawn), p_value)
 
 
-def _resampled_means(values: Floats, draws: int, seed: int) -> Floats:
-    """Means of values (methods, seeds, examples) over drawn seeds and examples, the same for all: (methods, draws)."""
+def _resampled_means(values: Floats, draws: int, seed: int, strata: Sequence[int] = ()) -> Floats:
+    """Means of values (methods, seeds, examples) over drawn seeds and examples, the same for all: (methods, draws).
+
+    Of several strata as many examples are drawn of each as it has.
+    """
     methods, seeds, examples = values.shape
     generator = np.random.default_rng(seed)
     flat = values.reshape(methods * seeds, examples).T
@@ -210,7 +225,9 @@ def _resampled_means(values: Floats, draws: int, seed: int) -> Floats:
     for done in range(0, draws, chunk):
         count = min(chunk, draws - done)
         seed_counts = _counts(generator, count, seeds)  # (draws, seeds)
-        example_counts = _counts(generator, count, examples)  # (draws, examples)
+        example_counts = np.hstack(
+            [_counts(generator, count, size) for size in strata or [examples]]
+        )  # (draws, examples)
         by_seed = (example_counts @ flat).reshape(count, methods, seeds)
         means.append(np.einsum("dms,ds->md", by_seed, seed_counts) / (seeds * examples))
     return np.concatenate(means, axis=1)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.lab.tiny_runs import prose_task, question_task, tiny_bert, tiny_llama, tiny_settings
+from tests.lab.tiny_runs import pairs_task, prose_task, question_task, tiny_bert, tiny_llama, tiny_settings
 
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import RunResult, train
@@ -55,6 +55,11 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"file:{once(tmp_path_factory, 'prose', prose_task)}"
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"file:{once(tmp_path_factory, 'pairs', pairs_task)}"
 
 
 @pytest.fixture

@@ -97,6 +97,18 @@ def prose_task(folder: Path) -> str:
     return f"file:{folder}"
 
 
+def pairs_task(folder: Path) -> None:
+    """Whether both texts begin alike: three labels, so that tasks differ in their heads."""
+    folder.mkdir()
+    words = ["who", "where", "it"]
+    rows = [
+        {"text1": f"{words[at % 3]} {one}", "text2": f"{words[at // 3 % 3]} {one}", "label": (at + at // 3) % 3}
+        for at, one in enumerate(sentences(60, 5))
+    ]
+    for name, part in (("train", rows[:36]), ("validation", rows[36:48]), ("test", rows[48:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
 def tiny_settings(model: str, task: str, method: object = "lora", **changes: object) -> RunSettings:
     values = {"batch_size": 8, "max_steps": 6, "max_length": 32, "lr": 5e-3, "log_every": 2, "evaluate_every": 3}
     return RunSettings.parse({"model": model, "task": task, "method": method, **values, **changes})

@@ -84,12 +84,16 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
     splits = {f"{split} before": scores for split, scores in metrics.get("before", {}).items()}
     splits |= {split: metrics[split] for split in ("validation", "test") if split in metrics}
     table.add_column("split")
-    names = list(next(iter(splits.values()), {}))
+    names = [name for name in next(iter(splits.values()), {}) if "/" not in name]
     for name in names:
         table.add_column(name, justify="right")
     for split, scores in splits.items():
         table.add_row(split, *(_number(scores[name]) for name in names))
     console.print(table)
+    for split, scores in splits.items():
+        main = f"/{metrics.get('metric')}"
+        if by_task := [f"{name} {_number(value)}" for name, value in scores.items() if name.endswith(main)]:
+            console.print(f"{split}: {', '.join(by_task)}", markup=False)
     if metrics["summary"]:
         console.print(metrics["summary"])
     console.print(
@@ -101,8 +105,13 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
 def show_scores(scored: Evaluation) -> None:
     """The scores of a model on a split of a task."""
     print(f"{scored.task}, {scored.rows:,} {scored.split} rows")
+    tasks = [one["task"] for one in scored.by_task]
     for name, value in scored.metrics.items():
-        print(f"{name:<12} {value:.4f}{'  (the metric of the task)' if name == scored.metric else ''}")
+        if name.rpartition("/")[0] not in tasks:
+            print(f"{name:<12} {value:.4f}{'  (the metric of the task)' if name == scored.metric else ''}")
+    for one in scored.by_task:
+        interval = "" if one["interval"] is None else "  [{:.4f}, {:.4f}]".format(*one["interval"])
+        print(f"{one['task']}: {one['metric']} {one['value']:.4f}{interval}, {one['rows']:,} rows")
     if scored.unseen is not None:
         print(f"on the {scored.rows - (scored.trained_on or 0):,} rows that were not trained on:")
         for name, value in scored.unseen.items():

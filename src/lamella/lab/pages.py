@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from lamella.findings import Diagnosis
 from lamella.lab.report.report import Report
 from lamella.lab.report.tokens import token_texts
 from lamella.lab.robustness.comparison import Robustness
+from lamella.lab.runs.by_task import BY_TASK
 from lamella.lab.runs.callbacks import entropy_over_training
 from lamella.lab.runs.card import public_name, task_name
 from lamella.lab.runs.checks import diagnose
@@ -21,6 +23,7 @@ from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.trained import redundancy_of
 from lamella.lab.studies.choices import study_choices
 from lamella.lab.studies.study import Study
+from lamella.statistics import mean_intervals
 from lamella.tracing import COLUMNS
 
 _MEASURED = (
@@ -40,6 +43,7 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         results=study.results,
         cost=_shown_cost(study.cost.merge(costs, how="left")),
         routing=_over_methods({method: _routing(run) for method, run in routed.items()}),
+        by_task=_by_task(routed),
         entropy=_entropy(routed),
         texts=()
         if traced is None or traced.tokens.empty
@@ -66,6 +70,32 @@ def _routing(run: Path) -> pd.DataFrame | None:
     return RunFolder(run).table("trace.parquet", *COLUMNS)
 
 
+def _by_task(runs: Mapping[str, Path]) -> pd.DataFrame | None:
+    """The traces by task of runs on several tasks, with a column ``method``."""
+    frames = {method: RunFolder(run).table(BY_TASK, *COLUMNS, "task") for method, run in runs.items()}
+    there = [frame.assign(method=method) for method, frame in frames.items() if frame is not None]
+    return pd.concat(there, ignore_index=True) if there else None
+
+
+def _of_all(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without what is of one task among several."""
+    return {name: value for name, value in metrics.items() if "/" not in name}
+
+
+def _rows_by_task(method: str, run: RunFolder) -> list[dict[str, Any]]:
+    """Accuracy on each of several tasks, with its interval; no rows of a run on one."""
+    predictions = run.table("predictions.parquet", "split")
+    if predictions is None or "task" not in predictions or "correct" not in predictions:
+        return []
+    rows = []
+    for (split, task), own in predictions.groupby(["split", "task"], sort=False):
+        right = own["correct"].to_numpy(float)
+        interval = mean_intervals({method: {0: right}}).get(method)
+        row = {"method": method, "task": task, "split": split, "accuracy": float(right.mean()), "interval": interval}
+        rows.append(row)
+    return rows
+
+
 def _over_methods(frames: Mapping[str, pd.DataFrame | None]) -> pd.DataFrame | None:
     """One frame of all methods', which the name of the stack tells."""
     there = {method: frame for method, frame in frames.items() if frame is not None}
@@ -89,9 +119,12 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
     scores = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     name, main = metrics["method"], metrics["metric"]
     score = ", ".join(f"{values[main]:.3f} on {split}" for split, values in scores.items())
-    rows = [{"method": name, "task": metrics["task"], "split": split, **values} for split, values in scores.items()]
+    rows = [
+        {"method": name, "task": metrics["task"], "split": split, **_of_all(values)} for split, values in scores.items()
+    ]
+    rows += _rows_by_task(name, result.folder)
     before = [
-        {"method": f"{name}, before training", "task": metrics["task"], "split": split, **values}
+        {"method": f"{name}, before training", "task": metrics["task"], "split": split, **_of_all(values)}
         for split, values in metrics.get("before", {}).items()
     ]
     model = public_name(metrics["model"])
@@ -109,6 +142,7 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         results=pd.DataFrame([*before, *rows]),
         cost=pd.DataFrame([cost]),
         routing=_routing(result.folder.path),
+        by_task=_by_task({name: result.folder.path}),
         entropy=_entropy({name: result.folder.path}),
         settings=settings.model_dump(mode="json"),
         notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
@@ -123,7 +157,15 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
     """The page of a model's routing on a task."""
     scored, routing = traced.evaluation, traced.summary
     name = traced.trained.place.label
-    row = {"method": name, "task": scored.task, "split": scored.split, **scored.metrics}
+    row = {"method": name, "task": scored.task, "split": scored.split, **_of_all(scored.metrics)}
+    rows = [
+        row,
+        *(
+            {"method": name, "task": one["task"], "split": scored.split, one["metric"]: one["value"]}
+            | {"interval": one["interval"]}
+            for one in scored.by_task
+        ),
+    ]
     return Report(
         title=f"Routing of {name} on {task_name(scored.task)}",
         summary=(
@@ -132,9 +174,10 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
             f"balance {routing['balance']:.2f} (1 is even), a decision counts by {routing['effective_experts']:.2f} "
             f"experts in the mean, and {routing['dead_experts']:.0f} expert(s) are nearly unused."
         ),
-        results=pd.DataFrame([row]),
+        results=pd.DataFrame(rows),
         cost=pd.DataFrame([{"method": name, "trainable parameters": traced.trained.size}]),
         routing=traced.frame,
+        by_task=None if traced.by_task is None else traced.by_task.assign(method=name),
         settings={} if (settings := traced.trained.place.settings) is None else settings.model_dump(mode="json"),
         notes=scored.notes,
         texts=token_texts(traced.tokens, traced.texts, traced.num_experts),

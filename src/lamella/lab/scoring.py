@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,8 @@ class Scores:
     """Metrics of a split by name, and the columns behind them, one entry per example in the split's order.
 
     Columns: ``label``, ``prediction``, ``correct`` and, with a head, ``nll`` (classes and choices); ``label``,
-    ``prediction`` and ``squared_error`` (regression); ``nll`` (nats, summed) and ``tokens`` (language models).
+    ``prediction`` and ``squared_error`` (regression); ``nll`` (nats, summed) and ``tokens`` (language models). Of
+    several tasks also ``task``, the name of the example's.
     """
 
     metrics: dict[str, float]
@@ -85,6 +86,8 @@ def score(model: nn.Module, task: Task, rows: Dataset, collator: Collator, batch
             parts.append((batch, read(task, model, inputs)))
     model.train(training)
     columns = _in_order(_from_everyone(parts, world), len(rows))
+    if task.parts:
+        columns["task"] = np.asarray(rows["task"])
     if form == "options":
         columns = _answers(columns, rows)
     return Scores(metrics_of(task, columns), columns)
@@ -136,6 +139,7 @@ def _row_columns(task: Task, model: nn.Module, inputs: dict[str, torch.Tensor]) 
             "prediction": values.numpy(),
             "squared_error": ((values - labels) ** 2).numpy(),
         }
+    logits = own_logits(logits, labels, task.heads)
     predictions = logits.argmax(-1)
     return {
         "label": labels.numpy(),
@@ -143,6 +147,20 @@ def _row_columns(task: Task, model: nn.Module, inputs: dict[str, torch.Tensor]) 
         "correct": (predictions == labels).numpy(),
         "nll": nn.functional.cross_entropy(logits, labels, reduction="none").numpy(),
     }
+
+
+def own_logits(logits: torch.Tensor, labels: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    """Logits (B, classes) in which each row keeps those of its own task's head; the others are minus infinity.
+
+    Args:
+        logits: of all heads side by side.
+        labels: (B,), which say whose head a row is for.
+        heads: of each class, as `Task.heads`; empty where all are one head.
+    """
+    if not heads:
+        return logits
+    of_class = torch.tensor(heads, device=logits.device)
+    return logits.masked_fill(of_class != of_class[labels].unsqueeze(1), -torch.inf)
 
 
 def _token_columns(task: Task, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Columns:
@@ -165,7 +183,8 @@ def _answers(columns: Columns, rows: Dataset) -> Columns:
     order = np.lexsort((loss, question))
     best = order[np.unique(question[order], return_index=True)[1]]
     label = np.asarray(rows["answer"])[best]
-    return {"label": label, "prediction": choice[best], "correct": choice[best] == label}
+    answers = {"label": label, "prediction": choice[best], "correct": choice[best] == label}
+    return answers | ({"task": columns["task"][best]} if "task" in columns else {})
 
 
 def metrics_of(task: Task, columns: Columns) -> dict[str, float]:
@@ -176,6 +195,8 @@ def metrics_of(task: Task, columns: Columns) -> dict[str, float]:
     """
     if not len(next(iter(columns.values()))):
         raise LamellaError(f"'{task.name}' has no scored row here, and a metric of none says nothing.")
+    if task.parts:
+        return _over_tasks(task, columns)
     if "tokens" in columns:
         nll, tokens = float(columns["nll"].sum()), int(columns["tokens"].sum())
         return {"perplexity": perplexity(nll, tokens), "loss": nll / tokens}
@@ -186,6 +207,24 @@ def metrics_of(task: Task, columns: Columns) -> dict[str, float]:
         return metrics | {"loss": mean_squared_error(predictions, labels)}
     metrics |= {"accuracy": accuracy(predictions, labels), "macro_f1": macro_f1(predictions, labels)}
     return metrics | ({"loss": float(columns["nll"].mean())} if "nll" in columns else {})
+
+
+def _over_tasks(task: Task, columns: Columns) -> dict[str, float]:
+    """Means over the tasks of what all of them have, and every metric of each as ``TASK/METRIC``.
+
+    The perplexity is that of the mean loss: the geometric mean of theirs.
+    """
+    by_task: dict[str, dict[str, float]] = {}
+    for part in task.parts:
+        of_part = columns["task"] == part.name
+        if of_part.any():
+            by_task[part.name] = metrics_of(part, {name: column[of_part] for name, column in columns.items()})
+    scores = list(by_task.values())
+    shared = [name for name in scores[0] if all(name in one for one in scores)]
+    means = {name: float(np.mean([one[name] for one in scores])) for name in shared}
+    if "perplexity" in means:
+        means["perplexity"] = perplexity(means["loss"], 1)
+    return means | {f"{name}/{metric}": value for name, one in by_task.items() for metric, value in one.items()}
 
 
 def _from_everyone(parts: list[tuple[list[int], Columns]], world: int) -> list[tuple[list[int], Columns]]:

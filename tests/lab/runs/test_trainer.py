@@ -9,7 +9,7 @@ from lamella.lab.runs.trainer import BatchOrder, total_steps
 
 
 def order(lengths, batch_size, seed=0, epoch=0, sort=True):
-    return list(BatchOrder(len(lengths), batch_size, seed, lambda: epoch, lengths if sort else None))
+    return list(BatchOrder([len(lengths)], batch_size, seed, lambda: epoch, lengths if sort else None))
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=200), st.integers(1, 7), st.booleans())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ class Encoded:
     """A task as a model reads it.
 
     Attributes:
-        train, validation, test: columns `input_ids`, `attention_mask`, `labels`, `length` (tokens of the row), and
-            `token_type_ids` where the model takes them. Evaluation rows of multiple choice on a decoder stand one
-            option a row and carry `row` (index of the question), `choice` (index of the option) and `answer`.
+        train, validation, test: columns `input_ids`, `attention_mask`, `labels`, `length` (tokens of the row), `task`
+            (the name of the task that the row is of), and `token_type_ids` where the model takes them. Evaluation rows
+            of multiple choice on a decoder stand one option a row and carry `row` (index of the question), `choice`
+            (index of the option) and `answer`.
         collator: makes a padded batch of rows; give it to the Trainer as `data_collator`.
         notes: what encoding cut or dropped.
     """
@@ -72,14 +74,41 @@ def encode(
     unknown = set(limit or {}) - set(task.splits)
     if unknown:
         raise LamellaError(f"limit names {', '.join(sorted(unknown))}, but {task.name} has {', '.join(task.splits)}.")
-    encoder = RowEncoder(task.kind, task.name, tokenizer, max_length, packing, decoder)
-    done: dict[str, Dataset | None] = dict.fromkeys(_SPLITS)
+    if task.kind == "multiple-choice" and task.parts and not decoder:
+        raise LamellaError(f"{task.name} asks questions with options of several tasks, which needs a decoder.")
+    done: dict[str, list[Row]] = {}
     notes: list[str] = []
-    for name, split in task.splits.items():
-        encoded, said = encoder(_limited(list(split), name, limit or {}, seed), name, evaluation=name != "train")
-        done[name] = _dataset(encoded)
-        notes += [f"{name}: {note}" for note in said]
-    return Encoded(**done, collator=Collator.of(tokenizer), notes=tuple(notes))
+    for part in task.tasks:
+        encoder = RowEncoder(part.kind, part.name, tokenizer, max_length, packing, decoder)
+        for name, split in part.splits.items():
+            rows = _limited(list(split), name, _shares(limit or {}, len(task.tasks)), seed)
+            encoded, said = encoder(rows, name, evaluation=name != "train")
+            before = done.setdefault(name, [])
+            before += _placed(
+                encoded, part.name, task.first_label(part), before[-1].get("row", -1) + 1 if before else 0
+            )
+            notes += [f"{part.name}, {name}: {note}" if task.parts else f"{name}: {note}" for note in said]
+    return Encoded(
+        **{name: _dataset(done[name]) if name in done else None for name in _SPLITS},
+        collator=Collator.of(tokenizer),
+        notes=tuple(notes),
+    )
+
+
+def _shares(limit: Mapping[str, int], tasks: int) -> dict[str, int]:
+    """What each of several tasks gives to a limited split."""
+    return {split: count if count < 1 else math.ceil(count / tasks) for split, count in limit.items()}
+
+
+def _placed(rows: list[Row], task: str, first_label: int, first_question: int) -> list[Row]:
+    """Encoded rows of a task behind those of others: labels and questions are counted on."""
+    for row in rows:
+        row["task"] = task
+        if first_label:
+            row["labels"] += first_label
+        if "row" in row:
+            row["row"] += first_question
+    return rows
 
 
 def _limited(rows: list[Row], split: str, limit: Mapping[str, int], seed: int) -> list[Row]:

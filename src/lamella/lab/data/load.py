@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lamella.errors import LamellaError
-from lamella.lab.data.derived import fewer, held, union
+from lamella.lab.data.derived import JOINT, as_text, fewer, held, joint, parts_of, stage, union
 from lamella.lab.data.entry import FOLDER, Hub, TaskEntry, read_entry
 from lamella.lab.data.shapes import SHAPES
 from lamella.lab.data.sources import MIRROR, Raw, mirror_folder, read_source
@@ -35,7 +35,10 @@ def load_task(name: str, *, seed: int = 0) -> Task:
             `mirror:FOLDER` for a folder of the mirror as it stands. `trec` always means the demo task; `mirror:trec`
             the mirror's copy. Made of these: `NAME@800` has at most so many training rows, `NAME@800/50` also at most
             so many validation rows, `mix:NAME+NAME` is their union, and `held:NAME` the validation rows alone, as a
-            small task to fit on what was trained on the others.
+            small task to fit on what was trained on the others. `text:NAME` is a classification as a question for a
+            decoder. `joint:NAME+NAME` are several tasks for one model, each with a head and scores of its own;
+            `learn:2:NAME+NAME` is the second stage of learning them one after the other, and `learn:2/50:NAME+NAME`
+            learns 50 rows of each earlier one again.
         seed: order of the training rows; running prose keeps its order. It never changes which rows are in a split.
 
     Raises:
@@ -46,6 +49,13 @@ def load_task(name: str, *, seed: int = 0) -> Task:
         return union(name, [load_task(part.strip(), seed=seed) for part in rest.split("+")], seed)
     if colon and rest and scheme == "held":
         return held(name, load_task(rest, seed=seed), seed)
+    if colon and rest and scheme == "text":
+        return as_text(name, load_task(rest, seed=seed))
+    if parts := parts_of(name):
+        return joint(name, [load_task(part, seed=seed) for part in parts])
+    if staged := re.fullmatch(r"learn:(\d+)(?:/(\d+))?:(.+)", name):
+        number, rehearsed, several = staged.groups()
+        return stage(name, load_task(f"{JOINT}{several}", seed=seed), int(number), int(rehearsed or 0))
     if counted := re.fullmatch(r"(.+)@(\d+)(?:/(\d+))?", name):
         base, *rows = counted.groups()
         return fewer(name, load_task(base, seed=seed), *(int(count) for count in rows if count))
@@ -62,7 +72,7 @@ def load_task(name: str, *, seed: int = 0) -> Task:
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
     raise LamellaError(
         f"There is no task {name!r}. {meant}Known tasks: {', '.join(KNOWN_TASKS)}; or the path of a task's YAML file, "
-        "file:PATH, hub:REPOSITORY, mirror:FOLDER, mix:TASK+TASK, held:TASK."
+        "file:PATH, hub:REPOSITORY, mirror:FOLDER, mix:TASK+TASK, joint:TASK+TASK, held:TASK, text:TASK."
     )
 
 

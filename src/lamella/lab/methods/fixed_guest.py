@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +29,12 @@ def find_fixed_layer(backbone: Backbone, task: Task, config: MolexConfig) -> int
     """
     from lamella.lab.data import encode
 
-    training = replace(task, splits={"train": task.splits["train"]})
+    training = task.of_each(lambda part: {name: rows for name, rows in part.splits.items() if name == "train"})
     encoded = encode(training, backbone.tokenizer, max_length=_LENGTH, limit={"train": _ROWS}, decoder=backbone.decoder)
     assert encoded.train is not None  # a method is built for a task to be trained on
     rows = [encoded.train[i] for i in range(len(encoded.train))]
+    if task.parts:
+        rows = rows[::2] + rows[1::2]  # they lie task by task, and each half is to have all tasks
     if task.kind in ("causal-lm", "seq2seq", "multiple-choice"):
         batches = [encoded.collator(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
         return best_fixed_layer(backbone.model, batches, config, loss_of_model)

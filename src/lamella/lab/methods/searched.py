@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -87,7 +86,7 @@ def scores_on_training_rows(target: Target, max_length: int, rows: int | None = 
     from lamella.lab.data import encode
 
     # multiple choice is read in another way to train on than to be scored, and that hangs on the split's name
-    task = replace(target.task, splits={"validation": target.task.splits["train"]})
+    task = target.task.of_each(lambda part: {"validation": part.splits["train"]})
     encoded = encode(
         task,
         target.backbone.tokenizer,

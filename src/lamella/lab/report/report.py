@@ -40,6 +40,7 @@ class Report:
             share (sums to 1 over a router's experts), mean_weight, entropy (nats), tokens. None: nothing was traced.
         settings: what the run was given, nested.
         notes: what was skipped, adjusted or not run.
+        by_task: of several tasks, that frame of each, with the columns method and task.
         entropy: the routers' entropy over training: run, step, entropy (share of its maximum, 0..1), and where logged
             balance and dead_experts.
         texts: texts to colour token by token; `token_texts` makes them from a trace.
@@ -61,6 +62,7 @@ class Report:
     routing: pd.DataFrame | None
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
+    by_task: pd.DataFrame | None = None
     entropy: pd.DataFrame | None = None
     texts: Sequence[TokenText] = ()
     redundancy: pd.DataFrame | None = None

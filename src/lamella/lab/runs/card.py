@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from peft import PeftModel
@@ -15,10 +14,10 @@ from torch import nn
 
 from lamella.lab.data import KNOWN_BACKBONES, Backbone, Task
 from lamella.lab.methods import trainable_parameters
-from lamella.lab.metrics import metric_for
-from lamella.lab.runs.floors import FLOOR, floor_predictions
+from lamella.lab.runs.floors import FLOOR, floor_columns
 from lamella.lab.runs.folder import environment
 from lamella.lab.runs.settings import RunSettings
+from lamella.lab.scoring import metrics_of
 from lamella.tuners.model import RoutedModel
 
 # up to here the linear model takes seconds
@@ -63,6 +62,8 @@ def public_name(name: str) -> str:
 def task_name(name: str) -> str:
     """A task's name without the folders of this machine."""
     scheme, colon, rest = name.partition(":")
+    if colon and scheme in ("joint", "mix", "learn", "text", "held"):
+        return f"{scheme}:{'+'.join(task_name(part) for part in rest.split('+'))}"
     return f"{scheme}:{Path(rest).name}" if colon and scheme == "file" else name
 
 
@@ -132,11 +133,8 @@ def _floor(task: Task) -> dict[str, float]:
     """The linear model's score by split; empty where it has none or takes long."""
     if len(task.splits["train"]) > _FLOOR_ROWS:
         return {}
-    predictions = floor_predictions(task).get(FLOOR, {})
-    return {
-        split: metric_for(task.metric).function(predicted, np.asarray(task.splits[split]["label"]))
-        for split, predicted in predictions.items()
-    }
+    columns = floor_columns(task).get(FLOOR, {})
+    return {split: metrics_of(task, guessed)[task.metric] for split, guessed in columns.items()}
 
 
 def _cost(model: nn.Module, metrics: Mapping[str, Any]) -> str:

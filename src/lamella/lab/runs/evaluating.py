@@ -13,9 +13,11 @@ import torch
 
 from lamella.errors import LamellaError
 from lamella.files import atomic
+from lamella.lab.data import Encoded
+from lamella.lab.runs.by_task import BY_TASK, scores_of, task_scores, traced_scores
 from lamella.lab.runs.callbacks import routing_summary
 from lamella.lab.runs.trained import Trained, load_trained
-from lamella.lab.scoring import Columns, metrics_of, score, selection
+from lamella.lab.scoring import Columns, Scores, metrics_of, selection
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
 
@@ -34,6 +36,7 @@ class Evaluation:
         notes: which rows were trained on, how they differ from the run's, what reading them cut or dropped.
         trained_on: how many of the rows the model was trained on; None where that cannot be checked.
         unseen: the metrics over the others, where some were trained on and some were not.
+        by_task: of several tasks, the score of each with its interval, as `task_scores`.
     """
 
     task: str
@@ -45,6 +48,7 @@ class Evaluation:
     notes: tuple[str, ...]
     trained_on: int | None = None
     unseen: dict[str, float] | None = None
+    by_task: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the examples, as plain values for JSON."""
@@ -56,6 +60,7 @@ class Evaluation:
             "metrics": self.metrics,
             "trained_on": self.trained_on,
             "unseen": self.unseen,
+            **({"by_task": list(self.by_task)} if self.by_task else {}),
             "notes": list(self.notes),
         }
 
@@ -75,6 +80,7 @@ class Traced:
         coactivation: which experts their tokens chose together, as `Trace.coactivation`.
         tokens: the routing of each token of the first rows, as `Trace.tokens`.
         texts: title and tokens of every sequence in `tokens`, in its order.
+        by_task: of several tasks, `frame` of each, with a column ``task``.
     """
 
     trained: Trained
@@ -83,6 +89,7 @@ class Traced:
     coactivation: pd.DataFrame
     tokens: pd.DataFrame
     texts: tuple[tuple[str, list[str]], ...]
+    by_task: pd.DataFrame | None = None
 
     @property
     def num_experts(self) -> dict[tuple[str, int], int]:
@@ -99,6 +106,8 @@ class Traced:
         """Write `frame` as ``trace.parquet`` beside `coactivation`, each atomically; the folder is made."""
         _write_atomic(self.frame, folder / "trace.parquet")
         _write_atomic(self.coactivation, folder / "coactivation.parquet")
+        if self.by_task is not None:
+            _write_atomic(self.by_task, folder / BY_TASK)
 
 
 def evaluate(path: Path, task: str | None = None, split: str = "test", base: str | None = None) -> Evaluation:
@@ -115,7 +124,7 @@ def evaluate(path: Path, task: str | None = None, split: str = "test", base: str
     Raises:
         LamellaError: there is nothing to load, the task does not fit the head, or it has no such split.
     """
-    return _evaluate(load_trained(path, task, base), split, None)
+    return _evaluate(load_trained(path, task, base), split)
 
 
 def trace(
@@ -135,16 +144,23 @@ def trace(
     trained = load_trained(path, task, base)
     if not is_routed(trained.model):
         raise LamellaError(f"{path} holds a model without routers, so there is no routing to trace.")
-    with record_routing(trained.model) as recorded:
-        evaluation = _evaluate(trained, split, rows)
+    read, encoded = trained.rows(split, rows)
+    size = trained.place.reading.eval_batch_size
+    traced = traced_scores(trained.model, trained.task, {split: read}, encoded.collator, size)
+    evaluation = _evaluation(trained, split, rows, encoded, traced.scores[split])
     tokens, texts = _by_token(trained, split, min(shown, rows))
-    return Traced(trained, evaluation, recorded.frame, recorded.coactivation, tokens, tuple(texts))
+    frame, together = traced.trace.frame, traced.trace.coactivation
+    return Traced(trained, evaluation, frame, together, tokens, tuple(texts), traced.by_task)
 
 
-def _evaluate(trained: Trained, split: str, count: int | None) -> Evaluation:
-    rows, encoded = trained.rows(split, count)
-    reading = trained.place.reading
-    scores = score(trained.model, trained.task, rows, encoded.collator, reading.eval_batch_size)
+def _evaluate(trained: Trained, split: str) -> Evaluation:
+    rows, encoded = trained.rows(split)
+    size = trained.place.reading.eval_batch_size
+    scores = scores_of(trained.model, trained.task, {split: rows}, encoded.collator, size)[split]
+    return _evaluation(trained, split, None, encoded, scores)
+
+
+def _evaluation(trained: Trained, split: str, count: int | None, encoded: Encoded, scores: Scores) -> Evaluation:
     examples = len(next(iter(scores.columns.values())))
     known = trained.seen(split, count).trained
     unseen = None
@@ -160,6 +176,7 @@ def _evaluate(trained: Trained, split: str, count: int | None) -> Evaluation:
         notes=encoded.notes,
         trained_on=None if known is None else int(known.sum()),
         unseen=unseen,
+        by_task=tuple(task_scores(trained.task, scores.columns)),
     )
 
 

@@ -10,18 +10,48 @@ import numpy.typing as npt
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Task
+from lamella.lab.scoring import Columns
 
 FLOOR = "floor (TF-IDF)"
 MAJORITY = "floor (majority)"
-_TEXTS = {"classification": ("text",), "pair-classification": ("text1", "text2"), "regression": ("text1", "text2")}
+_TEXTS = ("text", "text1", "text2")
+_KINDS = ("classification", "pair-classification", "regression")
+
+
+def floor_columns(task: Task) -> dict[str, dict[str, Columns]]:
+    """What `floor_predictions` says beside the labels, by floor, then by split: columns to take metrics of."""
+    return {
+        floor: {split: _columns(task, split, predicted) for split, predicted in splits.items()}
+        for floor, splits in floor_predictions(task).items()
+    }
 
 
 def floor_predictions(task: Task) -> dict[str, dict[str, npt.NDArray[Any]]]:
     """Predictions of the linear model and, for classes, of the commonest one: by floor, then by split.
 
-    Empty for tasks without labels to predict from a text.
+    Each of several tasks has models of its own. Empty for tasks without labels to predict from a text.
     """
-    train = texts_of(task, "train")
+    by_task = [_predictions(part) for part in task.tasks]
+    if not all(by_task):
+        return {}
+    return {
+        floor: {
+            split: np.concatenate(
+                [
+                    predicted[floor][split] + task.first_label(part)
+                    for part, predicted in zip(task.tasks, by_task, strict=True)
+                    if split in predicted[floor]
+                ]
+            )
+            for split in task.splits
+            if split != "train"
+        }
+        for floor in by_task[0]
+    }
+
+
+def _predictions(task: Task) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    train = texts_of(task, "train") if "train" in task.splits else None
     if train is None:
         return {}
     regression = task.kind == "regression"
@@ -36,13 +66,25 @@ def floor_predictions(task: Task) -> dict[str, dict[str, npt.NDArray[Any]]]:
     return floors
 
 
+def _columns(task: Task, split: str, predicted: npt.NDArray[Any]) -> Columns:
+    labels = np.asarray(task.splits[split]["label"])
+    columns = {"label": labels, "prediction": predicted}
+    if task.kind == "regression":
+        return columns | {"squared_error": (predicted - labels) ** 2}
+    columns["correct"] = predicted == labels
+    return columns | ({"task": np.asarray(task.splits[split]["task"])} if task.parts else {})
+
+
 def texts_of(task: Task, split: str) -> list[str] | None:
     """What is read of each example, the parts of a pair one after the other; None for tasks of other kinds."""
-    if task.kind not in _TEXTS:
+    if task.kind not in _KINDS:
         return None
     rows = task.splits[split]
-    columns = [column for column in _TEXTS[task.kind] if column in rows.column_names]
-    return [" ".join(texts) for texts in zip(*(rows[column] for column in columns), strict=True)]
+    columns = [column for column in _TEXTS if column in rows.column_names]
+    return [
+        " ".join(text for text in texts if text is not None)
+        for texts in zip(*(rows[column] for column in columns), strict=True)
+    ]
 
 
 def linear_floor(

@@ -37,6 +37,7 @@ _PLACES = ("base_model_name_or_path", "adapters")
 _RESULTS = (
     "predictions.parquet",
     "trace.parquet",
+    "trace_by_task.parquet",
     "redundancy.parquet",
     "routing.parquet",
     ROWS,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from lamella.lab.runs.callbacks import routing_summary
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.rows import Rows
 from lamella.lab.runs.settings import RunSettings
-from lamella.lab.runs.tasks import task_of
+from lamella.lab.runs.tasks import rows_used, task_of
 from lamella.lab.runs.trained import find_trained
 from lamella.lab.scoring import Columns, metrics_of, score
 from lamella.tracing import FIRST_COLUMNS, RouterUse, routers_of
@@ -167,7 +166,7 @@ def _predict_again(
 ) -> None:
     split = "validation" if "validation" in task.splits else "test"
     encoded = encode(
-        replace(task, splits={split: task.splits[split]}),
+        rows_used(task, split),
         _tokenizer(find_trained(folder).folder),
         max_length=settings.max_length,
         packing=settings.packing,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from lamella.errors import LamellaError, UnreadableError
 from lamella.files import atomic
-from lamella.lab.data.splitting import sample_rows, telling_columns
+from lamella.lab.data.splitting import telling_columns
 from lamella.lab.data.task import Task
 from lamella.lab.runs.folder import ROWS, RunFolder
 from lamella.lab.runs.settings import RunSettings
-from lamella.lab.runs.tasks import limited
+from lamella.lab.runs.tasks import limited, rows_used
 
 _NONE = np.empty(0, np.uint64)
 Digests = npt.NDArray[np.uint64]
@@ -40,14 +40,16 @@ class Rows:
 
     @classmethod
     def of(cls, task: Task) -> Rows:
-        """The rows of every split."""
-        whole, told = {}, {}
-        for split, rows in task.splits.items():
-            listed = list(rows)
-            columns = telling_columns(task.kind, listed[0])
-            whole[split] = _digests(json.dumps(row, sort_keys=True) for row in listed)
-            told[split] = _digests("\x1d".join(_told(row[column]) for column in columns) for row in listed)
-        return cls(whole, told)
+        """The rows of every split; of several tasks one task's after the other's."""
+        whole: dict[str, list[Digests]] = {split: [] for split in task.splits}
+        told: dict[str, list[Digests]] = {split: [] for split in task.splits}
+        for part in task.tasks:
+            for split, rows in part.splits.items():
+                listed = list(rows)
+                columns = telling_columns(part.kind, listed[0])
+                whole[split].append(_digests(json.dumps(row, sort_keys=True) for row in listed))
+                told[split].append(_digests("\x1d".join(_told(row[column]) for column in columns) for row in listed))
+        return cls(*({split: np.concatenate(some) for split, some in one.items()} for one in (whole, told)))
 
     @classmethod
     def read(cls, run: Path) -> Rows | None:
@@ -123,8 +125,7 @@ def seen(run: Path | None, settings: RunSettings | None, task: Task, split: str,
     if run is None or before is None or settings is None:
         whose = "This adapter lies without its run" if run is None else f"{run} keeps no digests of its rows"
         return Seen(None, (f"{whose}: whether it was trained on the {split} rows of {task.name} cannot be checked.",))
-    used = task.splits[split] if count is None else sample_rows(task.splits[split], count)
-    now = Rows.of(replace(task, splits={split: used}))
+    now = Rows.of(rows_used(task, split, count))
     parts = _of_parts(settings)
     trained = np.isin(now.told[split], before.told.get("train", _NONE))
     if split != "train":  # what the run itself held out was none of its training rows

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.runs.by_task import BY_TASK, scores_of, traced_scores
 from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
 from lamella.lab.runs.folder import RunFolder
@@ -30,8 +31,7 @@ from lamella.lab.runs.saving import check_saved, load_weights, save_trained
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trainer import RunTrainer
-from lamella.lab.scoring import Scores, refuse_longer_rows, score, selection
-from lamella.tracing import record_routing
+from lamella.lab.scoring import Scores, refuse_longer_rows, selection
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.optimization import is_routed
 from lamella.tuners.redundancy import lora_experts, redundancy
@@ -215,24 +215,26 @@ class _Run:
             logger.info("going back to the weights of step %d, the best on validation", best)
             load_weights(self.model, self.place.checkpoints / f"checkpoint-{best}")
 
-    def _scores(self) -> dict[str, Scores]:
+    def _scored_splits(self) -> dict[str, Dataset]:
         splits = {"validation": self.encoded.validation, "test": self.encoded.test}
-        return {
-            name: score(self.model, self.task, rows, self.encoded.collator, self.settings.eval_batch_size)
-            for name, rows in splits.items()
-            if rows is not None
-        }
+        return {name: rows for name, rows in splits.items() if rows is not None}
+
+    def _scores(self) -> dict[str, Scores]:
+        rows, size = self._scored_splits(), self.settings.eval_batch_size
+        return scores_of(self.model, self.task, rows, self.encoded.collator, size)
 
     def _traced_scores(self) -> tuple[dict[str, Scores], dict[str, float] | None]:
         """The final scores, and the routing over the same rows, which `trace.parquet` keeps; None without routers."""
         if not is_routed(self.model):
             return self._scores(), None
-        with record_routing(self.model) as trace:
-            scores = self._scores()
-        trace.gather()
+        rows, size = self._scored_splits(), self.settings.eval_batch_size
+        traced = traced_scores(self.model, self.task, rows, self.encoded.collator, size)
         if self.process.is_main_process:
-            trace.save(self.place.path / "trace.parquet")
-        return scores, routing_summary(trace.frame)
+            traced.trace.save(self.place.path / "trace.parquet")
+            if traced.by_task is not None:
+                with atomic(self.place.path / BY_TASK) as path:
+                    traced.by_task.to_parquet(path)
+        return traced.scores, routing_summary(traced.trace.frame)
 
     def _learned_alpha(self) -> dict[str, float]:
         """Learned alphas as they are now, by block or stack; empty where none is learned."""
@@ -292,7 +294,7 @@ class _Run:
 
 
 def _without_test(task: Task) -> Task:
-    return replace(task, splits={name: split for name, split in task.splits.items() if name != "test"})
+    return task.of_each(lambda part: {name: rows for name, rows in part.splits.items() if name != "test"})
 
 
 def _training_rows(encoded: Encoded, task: Task) -> Dataset:

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_yaml
+from lamella.lab.data.derived import JOINT
 from lamella.lab.methods import Method, method_from, read_saved
 from lamella.lab.schema import Settings
 from lamella.version import __version__
@@ -27,7 +28,7 @@ class RunSettings(Settings):
     """One training run."""
 
     model: str = Field("minilm", description="a demo asset, a hub id or a path")
-    task: str = Field("trec", description="a named task, hub:NAME or file:ROWS")
+    task: str = Field("trec", description="a named task, hub:NAME or file:ROWS; `tasks` is a list of several")
     method: SerializeAsAny[Method] = Field(
         default_factory=lambda: method_from("mola"), description="its name and its settings"
     )
@@ -50,6 +51,9 @@ class RunSettings(Settings):
         None, description="rows used: of every split, or by split; all if absent"
     )
     packing: bool = Field(False, description="causal LM: rows of max_length filled with consecutive text")
+    task_temperature: Rate = Field(
+        1.0, description="of several tasks: shares of the rows as rows ** (1 / temperature); 1 takes every row alike"
+    )
     length_sorted: bool = Field(True, description="batches of rows alike in length, in random order")
 
     bf16: bool = False
@@ -74,6 +78,16 @@ class RunSettings(Settings):
             self.epochs = 1.0
         return self
 
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str = "") -> RunSettings:
+        """As `Settings.parse`; ``tasks``, a list, is short for the one task that they are together."""
+        if "tasks" not in values:
+            return super().parse(values, where)
+        if "task" in values:
+            raise LamellaError(f"The settings have task={values['task']!r} and tasks. Give one of them.")
+        others = {key: value for key, value in values.items() if key != "tasks"}
+        return super().parse(others | {"task": joint_name(values["tasks"], where)}, where)
+
     @property
     def label(self) -> str:
         """A folder name that says what the run is."""
@@ -90,6 +104,19 @@ class RunSettings(Settings):
     @classmethod
     def _method(cls, value: Any) -> Method:
         return value if isinstance(value, Method) else method_from(value)
+
+
+def joint_name(tasks: Any, where: str = "") -> str:
+    """The name of several tasks as one; of one its own.
+
+    Raises:
+        LamellaError: it is no list of names.
+    """
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) and name for name in tasks):
+        raise LamellaError(f"{where}tasks={tasks!r} must be a list of tasks, such as [trec, sst2].")
+    if unfit := [name for name in tasks if "+" in name]:
+        raise LamellaError(f"{where}tasks has {unfit[0]!r}, and a list of tasks cannot hold a name with '+' in it.")
+    return tasks[0] if len(tasks) == 1 else f"{JOINT}{'+'.join(tasks)}"
 
 
 def settings_of(folder: Path) -> RunSettings:
@@ -185,6 +212,8 @@ def recipe_names() -> list[str]:
 
 
 def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    if dotted in ("task", "tasks"):  # each of them says what is learned, and the later one counts
+        tree.pop("task", None), tree.pop("tasks", None)
     *parents, last = dotted.split(".")
     for parent in parents:
         below = tree.get(parent)

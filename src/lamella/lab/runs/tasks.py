@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from lamella.errors import LamellaError
@@ -20,6 +20,8 @@ def task_of(settings: RunSettings) -> Task:
 def limited(task: Task, limit: int | Mapping[Any, int] | None) -> Task:
     """The task with at most ``limit`` rows of every split, or of each split that it names; always the same rows.
 
+    Of several tasks each has so many.
+
     Raises:
         LamellaError: a split that the task does not have.
     """
@@ -28,7 +30,17 @@ def limited(task: Task, limit: int | Mapping[Any, int] | None) -> Task:
     counts: Mapping[Any, int] = dict.fromkeys(task.splits, limit) if isinstance(limit, int) else limit
     if missing := [split for split in counts if split not in task.splits]:
         raise LamellaError(f"limit names the split '{missing[0]}', but {task.name} has {', '.join(task.splits)}.")
-    splits = dict(task.splits)
-    for name, count in counts.items():
-        splits[name] = sample_rows(splits[name], count)
-    return replace(task, splits=splits)
+    return task.of_each(
+        lambda part: {
+            name: sample_rows(rows, counts[name]) if name in counts else rows for name, rows in part.splits.items()
+        }
+    )
+
+
+def rows_used(task: Task, split: str, count: int | None = None) -> Task:
+    """The task with this split alone, and at most ``count`` rows of it, always the same ones; of several tasks each
+    gives its share of the number.
+    """
+    share = None if count is None else math.ceil(count / len(task.tasks))
+    only = task.of_each(lambda part: {name: rows for name, rows in part.splits.items() if name == split})
+    return limited(only, share)

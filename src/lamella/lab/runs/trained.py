@@ -24,6 +24,7 @@ from lamella.lab.data.models import has_own_head, is_decoder
 from lamella.lab.runs.folder import ADDED, RunFolder
 from lamella.lab.runs.rows import Seen, seen
 from lamella.lab.runs.settings import RunSettings, settings_of
+from lamella.lab.runs.tasks import rows_used
 from lamella.lab.scoring import trains_tokens
 from lamella.tuners.redundancy import lora_experts, redundancy
 
@@ -102,14 +103,12 @@ class Trained:
             raise LamellaError(
                 f"The task '{self.task.name}' has no split '{split}'; it has {', '.join(self.task.splits)}."
             )
-        task = dataclasses.replace(self.task, splits={split: self.task.splits[split]})
-        reading = self.place.reading
+        reading, task = self.place.reading, rows_used(self.task, split, count)
         encoded = encode(
             task,
             self.tokenizer,
             max_length=reading.max_length,
             packing=reading.packing and task.kind == "causal-lm" and "text" in task.splits[split].column_names,
-            limit=None if count is None else {split: count},
             decoder=is_decoder(self.model.config),
         )
         rows: Dataset = getattr(encoded, split)
@@ -167,7 +166,7 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
     """
     place = find_trained(path)
     trained_on = load_task(place.settings.task) if place.settings else None
-    task = load_task(task_name) if task_name is not None else trained_on
+    task = _wanted(task_name, trained_on)
     if task is None:
         raise LamellaError(f"{path} is an adapter without a run and says nothing of its task. Name one with --task.")
     if trained_on is not None:
@@ -189,6 +188,17 @@ def load_trained(path: Path, task_name: str | None = None, base: str | None = No
     if as_left:
         _check_as_left(place)
     return Trained(place, model, backbone.tokenizer, task)
+
+
+def _wanted(name: str | None, trained_on: Task | None) -> Task | None:
+    """The task of that name; of one that the model learned beside others, those with its rows alone."""
+    if name is None or trained_on is None:
+        return trained_on if name is None else load_task(name)
+    return (
+        trained_on.of_parts(own)
+        if (own := [part for part in trained_on.parts if part.name == name])
+        else load_task(name)
+    )
 
 
 def load_adapted(path: Path, base: str | None = None) -> PeftModel:

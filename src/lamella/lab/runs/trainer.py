@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from lamella.errors import LamellaError
 from lamella.lab.runs.callbacks import RoutingHistory
 from lamella.lab.runs.folder import RunFolder, seal
 from lamella.lab.runs.settings import RunSettings
-from lamella.lab.scoring import Selection, score, selection, trains_tokens
+from lamella.lab.scoring import Selection, own_logits, score, selection, trains_tokens
 from lamella.tuners.optimization import param_groups
 
 if TYPE_CHECKING:
@@ -35,14 +36,24 @@ class BatchOrder(Sampler[int]):
     """Order of the training rows in an epoch, a function of the seed and the epoch alone, so that a resumed run and
     every process of a parallel one see the same.
 
+    An epoch draws as many rows as there are, each task's share as `task_draws` says: the rows of a task in turn, in a
+    new order whenever all were drawn.
+
     With lengths, the shuffled rows are cut into stretches of 50 batches, each stretch is sorted by length, and its
     batches are shuffled again: little padding, and still a new order in every epoch.
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, epoch: Callable[[], int], lengths: Sequence[int] | None
+        self,
+        counts: Sequence[int],
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        lengths: Sequence[int] | None,
+        temperature: float = 1.0,
     ) -> None:
-        self._count = count
+        self._counts, self._count = counts, sum(counts)
+        self._temperature = temperature
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = epoch
@@ -53,8 +64,28 @@ class BatchOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch())
-        order: list[int] = torch.randperm(self._count, generator=generator).tolist()
+        drawn = self._drawn()
+        order = [drawn[at] for at in torch.randperm(self._count, generator=generator).tolist()]
         return iter(order if self._lengths is None else self._sorted(order, self._lengths, generator))
+
+    def _drawn(self) -> list[int]:
+        """The rows of this epoch, which lie task by task."""
+        drawn: list[int] = []
+        first = 0
+        for task, (count, draws) in enumerate(
+            zip(self._counts, task_draws(self._counts, self._temperature), strict=True)
+        ):
+            start = draws * self._epoch()
+            rounds = range(start // count, (start + draws - 1) // count + 1) if draws else range(0)
+            turns = [at for number in rounds for at in self._turn(task, number, count)]
+            drawn += [first + at for at in turns[start % count :][:draws]]
+            first += count
+        return drawn
+
+    def _turn(self, task: int, number: int, count: int) -> list[int]:
+        generator = torch.Generator().manual_seed((self._seed * 100_003 + number) * 1_009 + task)
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
+        return order
 
     def _sorted(self, order: list[int], lengths: Sequence[int], generator: torch.Generator) -> list[int]:
         stretch, size = _MEGA_BATCH * self._batch_size, self._batch_size
@@ -68,6 +99,18 @@ class BatchOrder(Sampler[int]):
                 result += batches[index]
             result += short
         return result
+
+
+def task_draws(counts: Sequence[int], temperature: float) -> list[int]:
+    """How many rows of each task an epoch draws: shares in proportion to rows ** (1 / temperature), sum as the rows.
+
+    Source: temperature-scaled mixing of Raffel et al., Exploring the Limits of Transfer Learning with a Unified
+    Text-to-Text Transformer, 2020, §3.5.2.
+    """
+    largest = max(counts)
+    sizes = [(count / largest) ** (1.0 / temperature) for count in counts]
+    ends = [round(sum(counts) * sum(sizes[: at + 1]) / sum(sizes)) for at in range(len(counts))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class RunTrainer(Trainer):
@@ -118,6 +161,17 @@ class RunTrainer(Trainer):
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         chosen = self.settings
         return param_groups(model, chosen.lr, chosen.router_lr, chosen.weight_decay, chosen.router_weight_decay)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; with a head for each of several tasks, that of each row's own head, mean over the rows."""
+        if not self.task.heads:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = nn.functional.cross_entropy(own_logits(outputs.logits, labels, self.task.heads).float(), labels)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass.
@@ -172,7 +226,9 @@ class RunTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = rows["length"] if self.settings.length_sorted else None
         size = self.settings.batch_size * self.settings.accumulation
-        return BatchOrder(len(rows), size, self.settings.seed, lambda: int(self.state.epoch or 0), lengths)
+        counts = list(Counter(rows["task"]).values())
+        temperature = self.settings.task_temperature
+        return BatchOrder(counts, size, self.settings.seed, lambda: int(self.state.epoch or 0), lengths, temperature)
 
     def _refuse_missing_sharding(self) -> None:
         # accelerate silently ignores the wish where there is no accelerator to shard over

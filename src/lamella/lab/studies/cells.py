@@ -56,6 +56,7 @@ class Cell:
         makes_base: whether its model becomes a backbone that other cells train on.
         compared_with: keys of the cells whose LoRAs its answers are compared with at once, by source.
         search: the job that chooses the settings which these ones leave open.
+        part: of a run on one of several tasks alone, which one.
     """
 
     backbone: str
@@ -67,6 +68,7 @@ class Cell:
     makes_base: bool = False
     compared_with: Mapping[str, str] = field(default_factory=dict)
     search: Search | None = None
+    part: str | None = None
 
     @property
     def seed(self) -> int:
@@ -82,7 +84,7 @@ class Cell:
     @property
     def label(self) -> str:
         """For people."""
-        return f"{self.method} on {self.task} with {self.backbone}, seed {self.seed}"
+        return f"{self.method} on {self.part or self.task} with {self.backbone}, seed {self.seed}"
 
     @cached_property
     def needs(self) -> Sequence[str]:

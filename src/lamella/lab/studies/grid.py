@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from lamella.errors import LamellaError, UnreadableError
+from lamella.errors import LamellaError
+from lamella.lab.data.derived import parts_of
 from lamella.lab.methods import Method
-from lamella.lab.metrics import METRICS, metric_for
-from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_predictions
-from lamella.lab.runs.folder import RunFolder
-from lamella.lab.runs.settings import RunSettings, changed
+from lamella.lab.metrics import METRICS
+from lamella.lab.runs.settings import RunSettings, changed, joint_name
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import unknown_key
 from lamella.lab.scoring import selection
 from lamella.lab.studies.cells import Cell
+from lamella.lab.studies.places import Floors, by_place, examples_of_place, metrics_of_place
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
-from lamella.lab.studies.results import COSTS, Floats, examples_frame, place_of, results_frame
+from lamella.lab.studies.results import COSTS, examples_frame, place_of, results_frame
 from lamella.lab.studies.search import Range, Searched, has, search_of
 
 if TYPE_CHECKING:
@@ -46,13 +45,22 @@ class Grid(StudyRecipe):
     """Every method on every backbone and task with every seed."""
 
     backbones: list[str] = Field(min_length=1)
-    tasks: list[str] = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1, description="a list among them is several tasks for one model")
     methods: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="by the name that tables show: 'method', and any setting of its runs"
+        min_length=1,
+        description="by the name that tables show: 'method', any setting of its runs, and 'apart' for a run on each of "
+        "several tasks, of its share of the steps",
     )
     budget: Literal["equal-parameters", "equal-compute", "none"] = "none"
     match: str | None = Field(None, description="equal-parameters: the method whose size the others get")
     search: Searched | None = Field(None, description="settings that are chosen for each method, on validation rows")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, tasks: Any) -> Any:
+        return (
+            [joint_name(one) if isinstance(one, list) else one for one in tasks] if isinstance(tasks, list) else tasks
+        )
 
     @property
     def names(self) -> list[str]:
@@ -66,8 +74,9 @@ class Grid(StudyRecipe):
     def tables(self) -> list[TableOf]:
         several = len(self.backbones) > 1
         return [
-            TableOf(backbone, task, None, f"{task}, {backbone}" if several else task)
+            TableOf(backbone, task, metric, f"{title}, {backbone}" if several else title, part=metric is not None)
             for backbone, task in product(self.backbones, self.tasks)
+            for metric, title in [(None, task), *((f"{part}/accuracy", part) for part in parts_of(task))]
         ]
 
     def check(self) -> None:
@@ -75,7 +84,10 @@ class Grid(StudyRecipe):
             if (name := getattr(self, key)) is not None:
                 check_name(name, self.methods, f"method for '{key}'")
         known = [key for key in RunSettings.model_fields if key not in ("model", "task", "seed")]
-        places = {"run.": self.run, **{f"methods.{name}.": given for name, given in self.methods.items()}}
+        places = {
+            "run.": self.run,
+            **{f"methods.{name}.": _without_apart(given) for name, given in self.methods.items()},
+        }
         for place, values in places.items():
             if unknown := [key for key in values if key not in known]:
                 raise LamellaError(unknown_key(unknown[0], known, place))
@@ -89,14 +101,22 @@ class Grid(StudyRecipe):
             raise LamellaError("'budget: equal-parameters' and 'match' belong together: match names whose size counts.")
         if self.budget != "none":
             _check_compute(self)
+        apart = [name for name in self.methods if self.apart(name)]
+        if apart and not any(map(parts_of, self.tasks)):
+            raise LamellaError(f"methods.{apart[0]}.apart needs several tasks for one model: a list among 'tasks'.")
         if self.search is not None:
             _check_search(self, self.search)
+
+    def apart(self, method: str) -> bool:
+        """Whether a method has a run for each of several tasks."""
+        return bool(self.methods[method].get("apart", False))
 
     def cells(self) -> list[Cell]:
         methods = _budgeted(self)
         cells = [
-            Cell(backbone, task, name, _settings(self, name, backbone, task, seed, methods[name]))
+            cell
             for seed, backbone, task, name in product(self.seed_list, self.backbones, self.tasks, methods)
+            for cell in _cells(self, name, backbone, task, seed, methods[name])
         ]
         if self.search is None:
             return cells
@@ -106,23 +126,16 @@ class Grid(StudyRecipe):
         rows, examples, notes = [], [], []
         for name in self.tasks:
             here = [cell for cell in cells if cell.task == name]
-            task = task_of(here[0].settings)
+            task = task_of(changed(here[0].settings, {"task": name}))
             floors = Floors.of(task)
             notes += [note for note in task.notes if note not in notes]
             for backbone in self.backbones:
                 examples += floors.examples(backbone, name)
-            for cell in here:
-                row = folder.row(cell.key)
-                search = None if cell.search is None else folder.row(cell.search.key)
-                rows += _rows(cell, task, floors, row, search)
-                if row is not None and "test" in row["metrics"]:
-                    metric = row["metrics"]["metric"]
-                    scores = example_scores(metric, folder.run(cell.key))
-                    examples.append(
-                        place_of(cell)
-                        | {"split": "test", "metric": metric}
-                        | {"scores": [row["metrics"]["test"][metric]] if scores is None else scores}
-                    )
+            for place in by_place(here):
+                metrics = metrics_of_place(place, folder)
+                rows += _rows(place, task, floors, metrics, _search_seconds(place, folder))
+                if metrics is not None and "test" in metrics:
+                    examples += examples_of_place(place, metrics, folder)
         return Measured(
             {
                 "results": results_frame(rows, folder.path.name),
@@ -135,13 +148,28 @@ class Grid(StudyRecipe):
         return [
             line
             for table in results
+            if not table.part
             for line in (*_budget_notes(self, table, cells, folder), *_search_notes(self, table, cells, folder))
         ]
 
 
+def _cells(grid: Grid, name: str, backbone: str, task: str, seed: int, method: Method) -> list[Cell]:
+    """One run, or one for each of several tasks with its share of the steps."""
+    settings = _settings(grid, name, backbone, task, seed, method)
+    parts = parts_of(task) if grid.apart(name) else []
+    if not parts:
+        return [Cell(backbone, task, name, settings)]
+    share = {} if settings.max_steps is None else {"max_steps": max(1, round(settings.max_steps / len(parts)))}
+    return [Cell(backbone, task, name, changed(settings, {"task": part, **share}), part=part) for part in parts]
+
+
 def _settings(grid: Grid, name: str, backbone: str, task: str, seed: int, method: Method) -> RunSettings:
-    given = {key: value for key, value in grid.methods[name].items() if key != "method"}
+    given = {key: value for key, value in _without_apart(grid.methods[name]).items() if key != "method"}
     return method_settings(grid.run | given | {"model": backbone, "task": task, "seed": seed, "method": method})
+
+
+def _without_apart(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != "apart"}
 
 
 def _check_compute(grid: Grid) -> None:
@@ -194,75 +222,36 @@ def _budgeted(grid: Grid) -> dict[str, Method]:
 
 _SIZES = ("method.r", "method.num_experts", "method.target_modules", "method.expert_budget")
 
-# metrics that are the mean of a column of predictions.parquet: what a bootstrap over examples can resample
-_COLUMNS = {"accuracy": "correct", "mean_squared_error": "squared_error"}
 
-
-def example_scores(metric: str, run: Path) -> Floats | None:
-    """Scores of a run's test examples (examples,); None where the metric is not their mean."""
-    column = _COLUMNS.get(metric)
-    if column is None:
-        return None
-    frame = RunFolder(run).table("predictions.parquet", "split", column)
-    if frame is None:
-        raise UnreadableError(f"{run} has no predictions.parquet. Restore it from a copy, or run it again.")
-    return frame.loc[frame["split"] == "test", column].to_numpy(np.float64)
-
-
-@dataclass(frozen=True)
-class Floors:
-    """What needs no language model: scores by split, metric and floor; and whether each test row is right, by floor."""
-
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
-    correct: Mapping[str, Floats]
-
-    @classmethod
-    def of(cls, task: Task) -> Floors:
-        """A linear model of word counts, and the commonest label of the training rows."""
-        scores: dict[str, dict[str, dict[str, float]]] = {}
-        correct: dict[str, Floats] = {}
-        regression = task.kind == "regression"
-        metrics = sorted({task.metric, *(["mean_squared_error"] if regression else ["accuracy", "macro_f1"])})
-        for floor, predictions in floor_predictions(task).items():
-            word = {FLOOR: "linear", MAJORITY: "majority"}[floor]
-            for split, guessed in predictions.items():
-                labels = np.asarray(task.splits[split]["label"])
-                for metric in metrics:
-                    by_floor = scores.setdefault(split, {}).setdefault(metric, {})
-                    by_floor[f"floor_{word}"] = metric_for(metric).function(guessed, labels)
-                if split == "test" and task.metric == "accuracy":
-                    correct[f"floor ({word})"] = (guessed == labels).astype(np.float64)
-        return cls(scores, correct)
-
-    def examples(self, backbone: str, task: str) -> list[dict[str, Any]]:
-        """Rows of the table of example scores; a floor is the same for every seed and has none."""
-        place = {"backbone": backbone, "task": task, "seed": -1, "split": "test", "metric": "accuracy"}
-        return [place | {"method": floor, "scores": correct} for floor, correct in self.correct.items()]
+def _search_seconds(place: Sequence[Cell], folder: StudyFolder) -> float | None:
+    """What finding the settings of a place's runs took."""
+    searches = [folder.row(cell.search.key) for cell in place if cell.search is not None]
+    done = [row["seconds"] for row in searches if row is not None]
+    return sum(done) if done else None
 
 
 def _rows(
-    cell: Cell, task: Task, floors: Floors, row: Mapping[str, Any] | None, search: Mapping[str, Any] | None
+    cells: Sequence[Cell], task: Task, floors: Floors, metrics: Mapping[str, Any] | None, search_seconds: float | None
 ) -> list[dict[str, Any]]:
-    """A row per split and metric of a cell; one without a value where it was not run."""
-    place = place_of(cell) | {"key": cell.key}
-    main = selection(task)
-    if row is None:
+    """A row per split and metric of a place; one without a value where it was not run."""
+    place = place_of(cells[0]) | {"key": cells[0].key}
+    if metrics is None:
+        main = selection(task)
         better = {"metric": main.name, "greater_is_better": main.greater_is_better}
         return [place | {"split": "test", "status": "not run", **better}]
-    metrics = row["metrics"]
     costs = {name: metrics.get(name) for name in COSTS}
     costs |= {
         f"alpha_{when}": float(np.mean(list(alphas.values()))) for when, alphas in metrics.get("alpha", {}).items()
     }
     costs["entropy"] = (metrics.get("routing") or {}).get("entropy")
-    costs["search_seconds"] = None if search is None else search["seconds"]
+    costs["search_seconds"] = search_seconds
     return [
         {
             **place,
             "split": split,
             "metric": metric,
             "value": value,
-            "greater_is_better": metric in METRICS and METRICS[metric].greater_is_better,
+            "greater_is_better": (kind := metric.rpartition("/")[2]) in METRICS and METRICS[kind].greater_is_better,
             "status": "done",
             **floors.scores.get(split, {}).get(metric, {}),
             **costs,
@@ -275,10 +264,11 @@ def _rows(
 
 def _budget_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: StudyFolder) -> list[str]:
     measured: dict[str, dict[str, Any]] = {}
-    for cell in cells:
+    for place in by_place(cells):
+        cell = place[0]
         here = (cell.backbone, cell.task) == (results.backbone, results.task)
-        if here and cell.method not in measured and (row := folder.row(cell.key)) is not None:
-            measured[cell.method] = row["metrics"]
+        if here and cell.method not in measured and (metrics := metrics_of_place(place, folder)) is not None:
+            measured[cell.method] = metrics
     counts = ", ".join(f"{name} {one['trainable_parameters']:,}" for name, one in measured.items())
     tokens = ", ".join(f"{name} {one['tokens']:,}" for name, one in measured.items())
     lines = []
@@ -308,7 +298,8 @@ def _search_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: S
             values = ", ".join(f"{key} {_shown(value)}" for key, value in row["chosen"].items())
             failed = sum("failed" in one for one in row["tries"])
             errors = f", {failed} tries ended in an error" if failed else ""
-            chosen[cell.method] = f"{cell.method} {values} ({row['seconds']:.0f} s{errors})"
+            name = f"{cell.method} on {cell.part}" if cell.part else cell.method
+            chosen[name] = f"{name} {values} ({row['seconds']:.0f} s{errors})"
     if grid.search is None or not chosen:
         return []
     return [

@@ -73,7 +73,7 @@ def _kind(job: Job) -> tuple[Any, ...]:
     cell = _cell(job)
     if isinstance(job, Asked):
         return (cell.backbone, "masked" if job.masked else "answers")
-    return (cell.backbone, cell.task, *(["search"] if isinstance(job, Search) else []))
+    return (cell.backbone, cell.task, cell.part, *(["search"] if isinstance(job, Search) else []))
 
 
 def _cell(job: Job) -> Cell:

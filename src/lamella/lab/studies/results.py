@@ -50,10 +50,12 @@ def results_frame(rows: Sequence[Mapping[str, Any]], study: str) -> pd.DataFrame
 def examples_frame(rows: Sequence[Mapping[str, Any]], study: str) -> pd.DataFrame:
     """What the values are means of: scores of the single examples (float32), in the order of the test rows.
 
-    Where the metric is not a mean over examples, the value alone. A floor has the seed -1.
+    Where the metric is not a mean over examples, the value alone. A floor has the seed -1. Where the value is a mean
+    over several tasks, ``strata`` says how many of the examples are of each.
     """
-    frame = pd.DataFrame(rows, columns=[*PLACE[1:], "scores"]).assign(study=study)
-    return frame.assign(scores=[np.asarray(one, np.float32) for one in frame["scores"]])[[*PLACE, "scores"]]
+    columns = ["scores", *["strata"] * any("strata" in row for row in rows)]
+    frame = pd.DataFrame(rows, columns=[*PLACE[1:], *columns]).assign(study=study)
+    return frame.assign(scores=[np.asarray(one, np.float32) for one in frame["scores"]])[[*PLACE, *columns]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Results:
         floors: by word, then split.
         floor_scores: of the single test examples, by word, where the floor has any.
         rows: of the table in the schema of all results, finished ones only.
+        strata: how many of the examples each of several tasks has, whose means count alike.
     """
 
     backbone: str
@@ -88,6 +91,7 @@ class Results:
     floors: Mapping[str, Mapping[str, float]]
     floor_scores: Mapping[str, Floats]
     rows: pd.DataFrame
+    strata: Sequence[int] = ()
 
     @property
     def run(self) -> int:
@@ -111,7 +115,7 @@ class Results:
 
     def contrasts(self, pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
         """The paired differences of those pairs that share a seed; p-values are corrected over them."""
-        return contrast(self.scores, pairs)
+        return contrast(self.scores, pairs, self.strata)
 
     def better(self, one: Contrast) -> bool:
         """Whether the first of two is the better one."""
@@ -164,7 +168,14 @@ def _results(recipe: StudyRecipe, table: TableOf, results: pd.DataFrame, example
         floors=floors,
         floor_scores=floor_scores,
         rows=rows[rows["split"] == "test"],
+        strata=_strata(examples),
     )
+
+
+def _strata(examples: pd.DataFrame) -> list[int]:
+    if "strata" not in examples:  # no table of the study is over several tasks
+        return []
+    return next(([int(count) for count in one] for one in examples["strata"] if isinstance(one, list | np.ndarray)), [])
 
 
 def _where(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
@@ -185,7 +196,7 @@ def results_table(results: Sequence[Results]) -> pd.DataFrame:
 
 
 def _floor_rows(results: Results) -> list[dict[str, Any]]:
-    intervals = mean_intervals({word: {0: scores} for word, scores in results.floor_scores.items()})
+    intervals = mean_intervals({word: {0: scores} for word, scores in results.floor_scores.items()}, results.strata)
     return [
         {
             "method": f"floor ({word})",
@@ -205,7 +216,7 @@ def _floor_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _method_rows(results: Results) -> list[dict[str, Any]]:
-    intervals = mean_intervals(results.scores)
+    intervals = mean_intervals(results.scores, results.strata)
     differences = {one.first: one for one in results.against_reference}
     rows = []
     for name in results.names:

@@ -91,7 +91,8 @@ class Search:
     @property
     def label(self) -> str:
         """For people."""
-        return f"search for {self.cell.method} on {self.cell.task} with {self.cell.backbone}, {self.tries} tries"
+        cell = self.cell
+        return f"search for {cell.method} on {cell.part or cell.task} with {cell.backbone}, {self.tries} tries"
 
     @property
     def needs(self) -> Sequence[str]:

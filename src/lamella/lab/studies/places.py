@@ -1,0 +1,151 @@
+"""What a method reached in one place of a table: in one run, or on several tasks in a run for each; and the floors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lamella.errors import UnreadableError
+from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_columns
+from lamella.lab.runs.folder import RunFolder
+from lamella.lab.scoring import Columns, metrics_of
+from lamella.lab.studies.cells import Cell
+from lamella.lab.studies.results import Floats, place_of
+
+if TYPE_CHECKING:
+    from lamella.lab.data import Task
+    from lamella.lab.studies.folder import StudyFolder
+
+# metrics that are the mean of a column of predictions.parquet: what a bootstrap over examples can resample
+_COLUMNS = {"accuracy": "correct", "mean_squared_error": "squared_error"}
+_SUMS = ("trainable_parameters", "build_seconds", "train_seconds", "tokens", "steps", "kept_step")
+
+
+def by_place(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each backbone, task, method and seed: one, or one for each of several tasks."""
+    places: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        places.setdefault(tuple(place_of(cell).values()), []).append(cell)
+    return list(places.values())
+
+
+def metrics_of_place(cells: Sequence[Cell], folder: StudyFolder) -> dict[str, Any] | None:
+    """What a run measured, or all runs of a place together; None where one of them has not."""
+    found: dict[str | None, dict[str, Any]] = {}
+    for cell in cells:
+        if (row := folder.row(cell.key)) is None:
+            return None
+        found[cell.part] = row["metrics"]
+    return found[None] if None in found else _united({str(part): metrics for part, metrics in found.items()})
+
+
+def _united(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Scores of runs on one task each, as of one run on all of them; costs are sums, memory is the largest."""
+    runs = list(parts.values())
+    together: dict[str, Any] = {"metric": "accuracy", "greater_is_better": True}
+    for split in ("validation", "test"):
+        if all(split in run for run in runs):
+            shared = [name for name in runs[0][split] if all(name in run[split] for run in runs)]
+            together[split] = {name: float(np.mean([run[split][name] for run in runs])) for name in shared}
+            together[split] |= {
+                f"{part}/{name}": value for part, run in parts.items() for name, value in run[split].items()
+            }
+    together |= {name: sum(run[name] for run in runs) for name in _SUMS}
+    together["seconds_per_step"] = together["train_seconds"] / max(1, together["steps"])
+    together["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in runs)
+    return together
+
+
+def examples_of_place(cells: Sequence[Cell], metrics: Mapping[str, Any], folder: StudyFolder) -> list[dict[str, Any]]:
+    """Rows of the table of example scores: of each of several tasks, and of the metric that the place is shown by."""
+    metric, place = metrics["metric"], place_of(cells[0]) | {"split": "test"}
+    by_task: dict[str, Floats] = {}
+    for cell in cells:
+        scores = example_scores(metric, folder.run(cell.key))
+        if cell.part is not None and scores is not None:
+            by_task[cell.part] = scores
+        elif scores is not None:
+            by_task |= _by_task(scores, folder.run(cell.key))
+    if not by_task:
+        alone = scores if len(cells) == 1 and scores is not None else [metrics["test"][metric]]
+        return [place | {"metric": metric, "scores": alone}]
+    return [
+        *(place | {"metric": f"{task}/{metric}", "scores": scores} for task, scores in by_task.items()),
+        place | {"metric": metric, "scores": np.concatenate(list(by_task.values())), "strata": _sizes(by_task)},
+    ]
+
+
+def example_scores(metric: str, run: Path) -> Floats | None:
+    """Scores of a run's test examples (examples,); None where the metric is not their mean."""
+    column = _COLUMNS.get(metric)
+    if column is None:
+        return None
+    frame = RunFolder(run).table("predictions.parquet", "split", column)
+    if frame is None:
+        raise UnreadableError(f"{run} has no predictions.parquet. Restore it from a copy, or run it again.")
+    return frame.loc[frame["split"] == "test", column].to_numpy(np.float64)
+
+
+def _by_task(scores: Floats, run: Path) -> dict[str, Floats]:
+    """The scores of each of the several tasks of a run; empty where it has one."""
+    frame = RunFolder(run).table("predictions.parquet", "split")
+    if frame is None or "task" not in frame:
+        return {}
+    tasks = frame.loc[frame["split"] == "test", "task"].to_numpy()
+    return {str(task): scores[tasks == task] for task in dict.fromkeys(tasks)}
+
+
+def _sizes(by_task: Mapping[str, Floats]) -> list[int]:
+    return [len(scores) for scores in by_task.values()]
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What needs no language model.
+
+    Attributes:
+        scores: by split, metric and floor.
+        correct: whether each test row is right, by floor, then by task where they are several, else under "".
+    """
+
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
+    correct: Mapping[str, Mapping[str, Floats]]
+
+    @classmethod
+    def of(cls, task: Task) -> Floors:
+        """A linear model of word counts, and the commonest label of the training rows."""
+        scores: dict[str, dict[str, dict[str, float]]] = {}
+        correct: dict[str, dict[str, Floats]] = {}
+        for floor, splits in floor_columns(task).items():
+            word = {FLOOR: "linear", MAJORITY: "majority"}[floor]
+            for split, columns in splits.items():
+                for metric, value in metrics_of(task, columns).items():
+                    scores.setdefault(split, {}).setdefault(metric, {})[f"floor_{word}"] = value
+            if task.metric == "accuracy" and "test" in splits:
+                correct[f"floor ({word})"] = _right(task, splits["test"])
+        return cls(scores, correct)
+
+    def examples(self, backbone: str, task: str) -> list[dict[str, Any]]:
+        """Rows of the table of example scores; a floor is the same for every seed and has none."""
+        place = {"backbone": backbone, "task": task, "seed": -1, "split": "test", "metric": "accuracy"}
+        rows: list[dict[str, Any]] = []
+        for floor, by_task in self.correct.items():
+            if "" in by_task:
+                rows.append(place | {"method": floor, "scores": by_task[""]})
+                continue
+            rows += [
+                place | {"method": floor, "metric": f"{name}/accuracy", "scores": right}
+                for name, right in by_task.items()
+            ]
+            together = np.concatenate(list(by_task.values()))
+            rows.append(place | {"method": floor, "scores": together, "strata": _sizes(by_task)})
+        return rows
+
+
+def _right(task: Task, columns: Columns) -> dict[str, Floats]:
+    right = columns["correct"].astype(np.float64)
+    return {part.name: right[columns["task"] == part.name] for part in task.parts} if task.parts else {"": right}
