@@ -16,7 +16,7 @@ from tests.fuzzing.mutations import damage
 from tests.fuzzing.oracle import Ending, another_adapter, judge
 from tests.tuners.mole import trained
 
-from lamella import LamellaError, MolaConfig, MoleConfig, MolexConfig
+from lamella import LamellaError, MolaConfig, MoleConfig, MolexConfig, doctor
 
 CONFIGS = {"mola": MolaConfig, "molex": MolexConfig, "mole": MoleConfig}
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -149,4 +149,19 @@ def test_an_adapter_that_cannot_be_loaded_leaves_nothing(adapters, tmp_path):
 
     with pytest.raises(LamellaError, match=r"adapter_model\.safetensors"):
         model.load_adapter(str(broken), "second")
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("mistake", [KeyError("rank"), TypeError("no"), ValueError("no"), KeyboardInterrupt()])
+def test_a_mistake_in_the_code_is_not_told_as_a_broken_file(adapters, monkeypatch, mistake):
+    def check(*_):
+        raise mistake
+
+    (made, base), model = adapters, tiny.adapted(tiny.bert())
+    whole = made["mola"][0]
+    monkeypatch.setattr("lamella.tuners.model.check_tensors", check)
+    for use in (lambda: model.load_adapter(str(whole), "second"), lambda: doctor(whole, base)):
+        with pytest.raises(type(mistake)) as told:
+            use()
+        assert told.value is mistake
     assert list(model.peft_config) == ["default"]

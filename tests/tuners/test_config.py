@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from peft import PeftConfig
+from peft import EvaConfig, LoraConfig, PeftConfig
 
 from lamella import LamellaError, MolaConfig, MoleConfig, MolexConfig, __version__
 from lamella.tuners import config as shared
@@ -154,3 +154,14 @@ def test_and_so_is_one_of_a_method_s_own_settings(config, values):
     (key,) = values
     with pytest.raises(LamellaError, match=f"^{key}=.* must be "):
         config(**values)
+
+
+def test_what_peft_writes_of_a_lora_is_of_the_kinds_that_it_was():
+    """JSON has lists for tuples and sets, and dictionaries for configs."""
+    lora = LoraConfig(
+        layer_replication=[(0, 2), (1, 2)], target_modules=("q_proj",), layers_to_transform=(0, 1),
+        trainable_token_indices={"embed_tokens": [1]}, alora_invocation_tokens=[1, 2], rank_pattern={"q_proj": 2},
+        init_lora_weights="eva", eva_config=EvaConfig(), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    shared.check_lora(lora)
+    shared.check_lora(LoraConfig(**json.loads(json.dumps(lora.to_dict(), default=list))))

@@ -23,6 +23,7 @@ from lamella.diagnostics.weights import examine_numbers, examine_targets
 from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_json, read_tensors
 from lamella.findings import Examination
+from lamella.tuners.config import LamellaConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -115,7 +116,7 @@ def _config(folder: Path, examination: Examination) -> PeftConfig | None:
     examination.saw(f"{CONFIG}: {len(values)} keys, all known")
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # a config's own code meets values of any type
+    except _refusals(PEFT_TYPE_TO_CONFIG_MAPPING[str(kind)]) as error:
         examination.error(
             "config-invalid",
             f"a value cannot be used: {error}",
@@ -124,6 +125,14 @@ def _config(folder: Path, examination: Examination) -> PeftConfig | None:
             "correct the value",
         )
         return None
+
+
+def _refusals(method: type[PeftConfig]) -> type[Exception]:
+    """What is raised over a method's files: lamella's methods say what is wrong, and anything else is a mistake there.
+
+    PEFT's own take values of any type, and their layers raise whatever comes.
+    """
+    return LamellaError if issubclass(method, LamellaConfig) else Exception
 
 
 def _report_unknown(unknown: list[str], known: set[str], values: dict[str, Any], examination: Examination) -> None:
@@ -231,7 +240,7 @@ def load_base(config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> n
     revision = config.revision if name == config.base_model_name_or_path else None
     try:
         model: nn.Module = loader.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
-    except Exception as error:  # damaged files make libraries raise anything
+    except Exception as error:  # transformers alone runs here, and damaged files make it raise anything
         first_line = str(error).strip().split("\n")[0]
         raise LamellaError(f"The base model {name!r} could not be loaded: {first_line}") from error
     return model
@@ -275,7 +284,7 @@ def examine_fit(files: AdapterFiles, base: nn.Module, examination: Examination) 
         return False
     try:
         expected = get_peft_model_state_dict(_adapted(clone(base, on_meta=True), files.config))
-    except Exception as error:  # PEFT's configs take values of any type, and its layers raise over them
+    except _refusals(type(files.config)) as error:
         _report_misfit(f"the adapter cannot be put on {type(base).__name__}: {error}", CONFIG, examination)
         return False
     _compare(expected, files.tensors, examination)
@@ -290,7 +299,7 @@ def load_adapter(
     trainable = trainable and not files.config.is_prompt_learning
     try:
         model: PeftModel = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    except Exception as error:  # as above
+    except _refusals(type(files.config)) as error:
         lines = str(error).split("\n")[:2]  # the first of torch's only announces the others
         said = " ".join(line.strip() for line in lines) or type(error).__name__
         _report_misfit(f"it cannot be loaded on {type(base).__name__}: {said}", folder.name, examination)

@@ -47,6 +47,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in inside)
     if kind in (list, set):
         return isinstance(value, kind) and all(fits(one, inside[0]) for one in value)
+    if kind is tuple:  # a list in JSON
+        return isinstance(value, list | tuple) and len(value) == len(inside) and all(map(fits, value, inside))
     if kind is dict:
         return isinstance(value, dict) and all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
     if hint in (int, float):
@@ -66,6 +68,8 @@ def in_words(hint: Any) -> str:
         return f"one of {', '.join(map(repr, inside))}" if len(inside) > 1 else repr(inside[0])
     if kind in (list, set):
         return f"a {kind.__name__}, each entry {in_words(inside[0])}"
+    if kind is tuple:
+        return f"a list of {' and '.join(map(in_words, inside))}"
     if kind is dict:
         return "a dictionary"
     return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")

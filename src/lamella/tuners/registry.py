@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import peft.utils.transformers_weight_conversion as conversion
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from transformers.core_model_loading import WeightRenaming
 
@@ -112,21 +114,35 @@ def name_what_is_damaged() -> None:
         present = adapter_name in model.peft_config
         try:
             return original(model, model_id, adapter_name, *args, **kwargs)
-        except Exception as error:
+        except BaseException as error:
             if not isinstance(model.peft_config.get(adapter_name), LamellaConfig):
                 raise
+            reason = _damage(model, adapter_name, error)
             if not present:
                 model.delete_adapter(adapter_name)
-            named = isinstance(error, LamellaError)
-            if named or not isinstance(error, SafetensorError | OSError | KeyError | ValueError):
+            if reason is None:
                 raise
-            reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             raise UnreadableError(
                 f"The tensors of the adapter in {model_id} (adapter_model.safetensors) cannot be loaded: "
                 f"{reason.rstrip('.')}. Restore the file from a copy, or save the adapter again."
             ) from error
 
     PeftModel.load_adapter = load_adapter
+
+
+def _damage(model: PeftModel, adapter: str, error: BaseException) -> str | None:
+    """What an error says of an adapter's file; None where it comes from elsewhere, as from a mistake in the code."""
+    if isinstance(error, SafetensorError | OSError | HFValidationError):  # the last where a folder holds no weights
+        return str(error).split("\n")[0]
+    if isinstance(error, KeyError) and error.args[0] in _whole_in_file(model, adapter):
+        return f"it has no {error.args[0]}"
+    return None
+
+
+def _whole_in_file(model: PeftModel, adapter: str) -> set[str]:
+    """The names under which PEFT looks in a file for what was trained whole: heads, tokens."""
+    wrappers = (one for one in model.named_modules() if isinstance(one[1], AuxiliaryTrainingWrapper))
+    return {f"{name}.{key}" for name, module in wrappers for key in module.adapter_state_dict_load_map(adapter)}
 
 
 def rename_tensors() -> None:

@@ -10,7 +10,7 @@ from tests.pairwise import pairwise
 from tests.reference.similarity_compress import damage_between, limited, mixture
 from tests.similarity.compression.planted import captured, logits, same_state, state
 from tests.similarity.compression.test_rerouting import outputs_of
-from tests.tiny_moe import FAMILIES, inputs_for
+from tests.tiny_moe import FAMILIES, HIDDEN, inputs_for
 
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
@@ -147,3 +147,31 @@ def test_what_cannot_be_limited_is_named():
         limiting("limited already")
     other = FAMILIES["switch_transformers"]()
     limiting("not run by transformers' interface", experts=names(other), of=other, damage=random_damages(other))
+
+
+@pytest.mark.parametrize(
+    ("context", "closed"),
+    [(reroute, "limited"), (drop, "limited"), (next_choice, "limited"), (drop, "full"), (next_choice, "full")],
+)
+def test_several_sequences_in_a_row_are_refused(context, closed):
+    """They are no batch, and what one of them has of an expert would count for all."""
+    model = FAMILIES["qwen2_moe"]()
+    limit = {"limit": 2, "damage": random_damages(model)} if closed == "limited" else {"capacity": 1}
+    ids, apart = torch.arange(3, 11)[None], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    experts = names(model) if closed == "limited" else [(0, 1), (1, 2)]
+    with torch.no_grad(), context(model, experts, what=closed, **limit):
+        model(input_ids=ids, use_cache=False)
+        with pytest.raises(LamellaError, match=r"Several documents are packed into a row.*a row of its own"):
+            model(input_ids=ids, position_ids=apart, use_cache=False)
+        with pytest.raises(LamellaError, match="Continuous batching packs sequences into a row"):
+            model.generate_batch([[3, 4], [5, 6, 7]], max_new_tokens=1)
+    model(input_ids=ids, position_ids=apart, use_cache=False)
+
+
+def test_experts_outside_a_forward_of_their_model_are_not_left_unlimited():
+    model = FAMILIES["qwen2_moe"]()
+    experts = moe_layers(model)[0].experts_module
+    given = torch.randn(2, HIDDEN), torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.5)
+    limited = reroute(model, names(model), what="limited", limit=2, damage=random_damages(model))
+    with torch.no_grad(), limited, pytest.raises(LamellaError, match="outside a forward of their model"):
+        experts(*given)

@@ -10,7 +10,7 @@ from lamella.backbones.moe import (  # noqa: F401  (they register: exceptions af
     switch,
     zaya,
 )
-from lamella.backbones.moe.dispatch import Dispatch, real_tokens, tracked, watch_dispatch
+from lamella.backbones.moe.dispatch import Dispatch, SequencesApart, real_tokens, tracked, watch_dispatch
 from lamella.backbones.moe.expert import Expert
 from lamella.backbones.moe.family import FAMILIES, MoEFamily, NativeRouting, register
 from lamella.backbones.moe.finding import find_moe_layers, moe_layers
@@ -25,6 +25,7 @@ __all__ = [
     "MoEFamily",
     "MoELayer",
     "NativeRouting",
+    "SequencesApart",
     "explain_unknown",
     "find_moe_layers",
     "moe_layers",

@@ -6,6 +6,8 @@ import difflib
 import importlib.util
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -121,17 +123,14 @@ def load_backbone(
     known_revision = revision
     if name in KNOWN_BACKBONES and name != _PACKAGED:
         known_revision = ASSETS["mpnet-1" if name == "mpnet" else name].version
-    try:
+    with _loading(name):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-        loader, head = _head(name, config, task)
+    loader, head = _head(name, config, task)
+    with _loading(name):
         model, read = loader.from_pretrained(
             path, revision=revision, dtype=_DTYPES[dtype], output_loading_info=True, trust_remote_code=False, **head
         )
-    except LamellaError:
-        raise
-    except Exception as error:  # damaged files make transformers, tokenizers and safetensors raise anything
-        raise LamellaError(_not_loaded(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
@@ -233,6 +232,14 @@ def _converted_smollm2() -> Path:
         tokenizer.save_pretrained(Path(scratch) / "converted")
         publish(Path(scratch) / "converted", target)
     return target
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # damaged files make transformers, tokenizers and safetensors raise anything
+        raise LamellaError(_not_loaded(name, error)) from error
 
 
 def _not_loaded(name: str, error: Exception) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lamella.backbones.moe import Dispatch, MoELayer, watch_dispatch
+from lamella.backbones.moe import Dispatch, MoELayer, SequencesApart, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.similarity.compression.routes import Route, Work, find_experts, native_layers
-from lamella.similarity.compression.serving import Limit, serving
+from lamella.similarity.compression.serving import BATCHED, COUNTED, Limit, serving
 from lamella.similarity.pairs import Name
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def reroute(
     Closed are those whose tokens lose least by it: the sum over the batch of their squared weight times ``damage`` by
     the best other expert; each goes to the open one that does it the least damage. One forward decides for each place
     of the sequences by the tokens that stand there, padding aside, as decoding the batch token by token does. So a
-    token's output depends on its batch, not on what comes later; sequences packed into one row are no batch, and
-    nothing is closed for them. Gradients reach what the tokens went to; choosing where has none. A compiled model runs
-    its own code meanwhile.
+    token's output depends on its batch, not on what comes later; sequences packed into one row (continuous batching
+    packs them so) are no batch, and are refused. Gradients reach what the tokens went to; choosing where has none. A
+    compiled model runs its own code meanwhile.
 
     Args:
         model: one that came with its experts.
@@ -142,7 +142,7 @@ def _closing(
     layers = native_layers(model)
     find_experts(layers, overflow.experts)
     if limit is not None and damage is not None:
-        overflow = replace(overflow, limit=Limit.of(layers, overflow.experts, limit, damage))
+        overflow = replace(overflow, limit=Limit.of(layers, overflow.experts, limit, damage), apart=BATCHED)
     return overflow, layers
 
 
@@ -173,7 +173,7 @@ def _elsewhere(
 
     with ExitStack() as stack:
         if overflow.waits:
-            stack.enter_context(watch_dispatch(model, touched, note))
+            stack.enter_context(watch_dispatch(model, touched, note, overflow.apart))
         for layer in touched:
             closed = overflow.of(layer.index)
             replaced = {e: shared(layer, e) if overflow.waits else works[layer.index, e] for e in closed}
@@ -213,7 +213,10 @@ def _deciding_again(model: nn.Module, layer: MoELayer, overflow: Overflow) -> It
     def note(dispatch: Dispatch) -> None:
         closed["now"] = overflow.closed(dispatch)
 
-    with watch_dispatch(model, [layer], note), layer.family.deciding_again(layer.module, lambda: closed["now"]):
+    with (
+        watch_dispatch(model, [layer], note, overflow.apart),
+        layer.family.deciding_again(layer.module, lambda: closed["now"]),
+    ):
         yield
 
 
@@ -234,6 +237,7 @@ class Overflow:
         first: which tokens those are: the first to arrive, or those that it has the largest weights for, which a
             token later in the text can then push out.
         limit: which a batch closes; only where they are limited.
+        apart: refuses several sequences in a row, where it waits for what they are.
     """
 
     experts: Sequence[Name]
@@ -241,6 +245,7 @@ class Overflow:
     capacity: int | None = None
     first: First = "arrival"
     limit: Limit | None = None
+    apart: SequencesApart = COUNTED
 
     def __post_init__(self) -> None:
         if self.what not in get_args(What) or self.first not in get_args(First):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lamella.backbones.moe import MoELayer, real_tokens, tracked
+from lamella.backbones.moe import MoELayer, SequencesApart, real_tokens
 from lamella.backbones.moe.family import bare
 from lamella.backbones.moe.interventions import eagerly
 from lamella.backbones.offloading import onloaded
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from lamella.similarity.activations import Capture
 
+BATCHED = SequencesApart("what stands at one place in it is no batch, whose experts could be limited")
+COUNTED = SequencesApart("capacity= counts the tokens of one sequence")
 _IMPLEMENTATION = "lamella_limited"  # as the configs of models name it
 
 
@@ -169,9 +171,16 @@ def _limited_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Ten
             f"experts_implementation={_IMPLEMENTATION!r} is set by lamella.similarity.reroute for as long as it holds; "
             "load the model with another."
         )
-    known = real_tokens(serving.layer, hidden_states) if serving.layer.index in serving.limit.damage else None
-    if known is not None:
-        top_k_index = serving.limit.rerouted(serving.layer.index, top_k_index, top_k_weights, *known)
+    layer = serving.layer
+    if layer.index in serving.limit.damage:
+        known = real_tokens(layer, hidden_states)
+        if known is None:
+            raise LamellaError(
+                f"The experts of layer {layer.index} run outside a forward of their model, where nothing says which "
+                "tokens are a batch whose experts could be limited. Call the model itself."
+            )
+        BATCHED.check(layer, hidden_states)
+        top_k_index = serving.limit.rerouted(layer.index, top_k_index, top_k_weights, *known)
     return serving.original(experts, hidden_states, top_k_index, top_k_weights)
 
 
@@ -211,7 +220,7 @@ def serving(model: nn.Module, layers: Sequence[MoELayer], limit: Limit) -> Itera
     try:
         for config, _ in configs.values():
             config._experts_implementation = _IMPLEMENTATION
-        with tracked(model), eagerly():
+        with BATCHED.of(model), eagerly():
             yield
     finally:
         for config, before in configs.values():
