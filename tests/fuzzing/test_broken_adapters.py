@@ -70,7 +70,7 @@ def test_a_broken_adapter_is_named_or_makes_no_difference(adapters, tmp_path):
 
     assert not others, "\n".join(others)
     assert endings[Ending.NAMED] > 15
-    assert endings[Ending.EQUAL] > 3
+    assert endings[Ending.EQUAL]
 
 
 @pytest.mark.heavy
