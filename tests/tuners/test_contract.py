@@ -1,12 +1,21 @@
 """What PEFT asks of a method works, or is refused by one sentence that names the way, for all three methods."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from tests import tiny
 from tests.tuners.test_targets import METHODS, build
+from transformers import MambaConfig, MambaForCausalLM
 
 from lamella import LamellaError, MolaConfig, MoleConfig, MolexConfig
 
@@ -57,6 +66,24 @@ def test_a_lora_beside_a_mixture_on_other_modules() -> None:
     both = get_peft_model(lora.get_base_model(), MolaConfig(r=2, target_modules=["q_proj"]), adapter_name="mixture")
     assert isinstance(both, PeftModel)
     torch.testing.assert_close(both.eval()(**given).logits, expected)
+
+
+@pytest.mark.parametrize("put", [get_peft_model, lambda model, config: inject_adapter_in_model(config, model)])
+def test_a_lora_takes_no_name_that_a_mixture_has(put: Callable[..., object]) -> None:
+    """PEFT would replace its config: saved as that LoRA's, the experts would be lost when it is loaded."""
+    mixture = tiny.adapted(tiny.llama(), target_modules=["q_proj"])
+    base, lora = mixture.get_base_model(), LoraConfig(target_modules=["o_proj"])
+    with pytest.raises(LamellaError, match="already has an adapter called 'default', of the type LAMELLA_MOLA"):
+        put(base, lora)
+    assert isinstance(mixture.peft_config["default"], MolaConfig)
+    assert not any("lora_A" in name and "lamella" not in name for name, _ in base.named_parameters())
+    put(mixture.unload(), lora)
+
+
+def test_what_peft_refuses_inside_the_blocks_of_molex_is_a_sentence() -> None:
+    config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, state_size=2, time_step_rank=2)
+    with pytest.raises(LamellaError, match=r"cannot be put on MambaForCausalLM.*'out_proj' is incompatible"):
+        get_peft_model(MambaForCausalLM(config), MolexConfig(lora=LoraConfig(target_modules=["out_proj"])))
 
 
 def test_a_lora_beside_a_mixture_trains_and_is_saved_by_itself(tmp_path: Path) -> None:

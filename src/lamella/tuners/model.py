@@ -39,17 +39,36 @@ def _refuse_name(adapter: Any) -> None:
         )
 
 
+class Configs(dict[str, PeftConfig]):
+    """The configs of a model's adapters, by name; PEFT would let another method's take a name that is given."""
+
+    def __setitem__(self, adapter: str, config: PeftConfig) -> None:
+        if adapter in self:
+            refuse_name_of(adapter, self[adapter], config)
+        super().__setitem__(adapter, config)
+
+    def update(self, others: Mapping[str, PeftConfig]) -> None:  # type: ignore[override]
+        """Adds some, or takes others of the same methods."""
+        for adapter, config in others.items():
+            self[adapter] = config
+
+
+def refuse_name_of(adapter: str, present: PeftConfig, config: PeftConfig) -> None:
+    """Raises where an adapter of another method has the name, whose config would be replaced without a word."""
+    if present.peft_type != config.peft_type:
+        raise LamellaError(
+            f"The model already has an adapter called {adapter!r}, of the type {present.peft_type.value}. Give the one "
+            f"of the type {config.peft_type.value} another name: get_peft_model(model, config, adapter_name=...)."
+        )
+
+
 def _refuse_second(model: nn.Module, given: PeftConfig | Mapping[str, PeftConfig], adapter: str) -> None:
-    """Raises where an adapter of another method has the name, whose config PEFT would replace without a word."""
+    """The same for configs that another package keeps."""
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return  # it had adapters once
-    config = given if isinstance(given, PeftConfig) else given[adapter]
-    theirs = getattr(model, "peft_config", {}).get(adapter)
-    if theirs is not None and theirs.peft_type != config.peft_type:
-        raise LamellaError(
-            f"{type(model).__name__} already has an adapter called {adapter!r}, of the type {theirs.peft_type.value}. "
-            "Give this one another name: get_peft_model(model, config, adapter_name=...)."
-        )
+    present = getattr(model, "peft_config", {}).get(adapter)
+    if present is not None:
+        refuse_name_of(adapter, present, given if isinstance(given, PeftConfig) else given[adapter])
 
 
 def _refuse_task(model: nn.Module, task: Any) -> None:
@@ -101,6 +120,7 @@ class RoutedModel(BaseTuner):
     answer `lamella.tuners.routed.RoutedModule`; what only it can say, it says in the methods below.
     """
 
+    peft_config: dict[str, Any]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     method: ClassVar[str]
     paper: ClassVar[str] = ""  # what a model card names as the method's origin
@@ -133,6 +153,9 @@ class RoutedModel(BaseTuner):
             )
         _refuse_second(model, peft_config, adapter_name)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if set(self.peft_config) == {adapter_name}:  # the first: others share its configs, as PEFT has them
+            self.peft_config = Configs(self.peft_config)
+            model.peft_config = self.peft_config  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _refuse_name(adapter_name)

@@ -12,7 +12,7 @@ from lamella.backbones import Place, Stack, locate_stacks, width_of
 from lamella.backbones.offloading import execution_device
 from lamella.errors import LamellaError
 from lamella.findings import Examination
-from lamella.tuners.model import RoutedModel
+from lamella.tuners.model import RoutedModel, refusals_in_a_sentence
 from lamella.tuners.molex.block import CANNOT_MERGE, MolexBlock
 from lamella.tuners.molex.checks import examine_guests
 from lamella.tuners.molex.config import MolexConfig
@@ -52,7 +52,7 @@ class MolexModel(RoutedModel):
     ) -> None:
         """Checks the whole request before the first module is touched, then injects LoRA and wraps the blocks."""
         config: MolexConfig = self.peft_config[adapter_name]
-        with _bare_blocks(model):
+        with refusals_in_a_sentence(model), _bare_blocks(model):
             self._stacks = locate_stacks(model)
             self._plans = make_plans(model, config, self._stacks)
             inside, outside = ([], []) if config.lora is None else find_targets(model, config, self._stacks)
