@@ -88,6 +88,11 @@ def test_equal_parameters_matches_ranks_and_means(read):
             "expert_budget=3",
         ),
         (["search.space.lr=[1]"], {}, "methods.LoRA gives lr"),
+        (
+            ["search.space.scaling=[1]", "methods.flat.method.lora_alpha=8"],
+            {},
+            r"methods.flat gives method.lora_alpha, which search.space.scaling chooses",
+        ),
         (["search.space.epochs=[1]"], {}, "run gives epochs"),
         (["search.space.method.ranks=[1]"], {}, "none of the methods"),
         (["search.space.batch_size=[0]"], {}, "'batch_size' cannot be 0"),

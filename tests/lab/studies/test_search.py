@@ -94,6 +94,22 @@ def test_tries_that_fail_are_the_worst_and_a_search_without_a_score_says_why(sea
         job.carry_out(StudyFolder(tmp_path / "none"), [])
 
 
+def test_scaling_is_alpha_over_the_rank_of_each_method(searched):
+    study, folder = searched
+    study = study.model_copy(update={"seeds": [0], "search": search.Searched(space={"scaling": [4]})})
+    alphas = {}
+    for cell in study.cells():
+        if cell.search is None:
+            assert cell.method == "head"
+            continue
+        row = folder.row_path(cell.search.key)
+        row.parent.mkdir(parents=True, exist_ok=True)
+        row.write_text(json.dumps({"chosen": {"scaling": 4}}))
+        method = folder.chosen(cell).method
+        alphas[method.r] = method.lora_alpha
+    assert alphas == {2: 8, 8: 32}
+
+
 def test_a_study_runs_with_what_was_chosen_and_counts_the_search(searched):
     study, folder = searched
     study = study.model_copy(update={"seeds": [0], "search": study.search.model_copy(update={"tries": 2})})

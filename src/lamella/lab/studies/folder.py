@@ -23,9 +23,10 @@ from lamella.lab.methods import read_saved
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.run import RunResult, train
-from lamella.lab.runs.settings import RunSettings, changed
+from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.cells import BASE, LORA, Asked, Cell, Job, jobs_of, key_of
+from lamella.lab.studies.search import with_values
 
 _PLACES = {LORA: "runs", BASE: "bases"}
 _PLACE = re.compile(r"(?:.*/)?(runs|bases)/([0-9a-f]{16})")
@@ -65,7 +66,7 @@ class StudyFolder:
     def chosen(self, cell: Cell) -> RunSettings:
         """A cell's settings, with what its search has chosen."""
         row = None if cell.search is None else self.row(cell.search.key)
-        return cell.settings if row is None else changed(cell.settings, row["chosen"])
+        return cell.settings if row is None else with_values(cell.settings, row["chosen"])
 
     def row(self, key: str) -> dict[str, Any] | None:
         """What a finished job measured; None if it is not finished."""

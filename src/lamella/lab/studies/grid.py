@@ -22,7 +22,7 @@ from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.places import Floors, by_place, examples_of_place, metrics_of_place
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 from lamella.lab.studies.results import COSTS, examples_frame, place_of, results_frame
-from lamella.lab.studies.search import Range, Searched, has, search_of
+from lamella.lab.studies.search import ALPHA, SCALING, Range, Searched, has, search_of, with_values
 
 if TYPE_CHECKING:
     from lamella.lab.data import Task
@@ -192,11 +192,14 @@ def _check_search(grid: Grid, search: Searched) -> None:
         having = [cell.settings for cell in cells if has(cell.settings, key)]
         if not having:
             raise LamellaError(f"search.space.{key} is a setting of none of the methods: {', '.join(grid.names)}.")
+        chosen = ALPHA if key == SCALING else key
         given = [("run", grid.run), *((f"methods.{name}", one) for name, one in grid.methods.items())]
         for place, one in given:
             method = one.get("method")
-            if key in one or (isinstance(method, dict) and key.startswith("method.") and key[7:] in method):
-                raise LamellaError(f"{place} gives {key}, which search.space chooses too. Leave one of them out.")
+            if chosen in one or (isinstance(method, dict) and chosen.startswith("method.") and chosen[7:] in method):
+                raise LamellaError(
+                    f"{place} gives {chosen}, which search.space.{key} chooses too. Leave one of them out."
+                )
         if grid.budget == "equal-parameters" and key in _SIZES:
             raise LamellaError(
                 f"search.space.{key} would change how many parameters a method trains, and 'budget: equal-parameters' "
@@ -204,7 +207,7 @@ def _check_search(grid: Grid, search: Searched) -> None:
             )
         for value in [values.low, values.high] if isinstance(values, Range) else values:
             for settings in having:
-                changed(settings, {key: value})
+                with_values(settings, {key: value})
 
 
 def _budgeted(grid: Grid) -> dict[str, Method]:

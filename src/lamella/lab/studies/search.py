@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lamella.lab.studies.folder import StudyFolder
 
 SHARES = (0.25, 0.5, 1.0)  # of a run's steps that a try is trained for, round by round; half of them go on
+SCALING, ALPHA = "scaling", "method.lora_alpha"
 _DRAWN = 4  # settings drawn before the next ones are chosen by what the earlier ones scored
 
 
@@ -43,8 +44,8 @@ class Searched(Settings):
     """The section ``search`` of a recipe.
 
     Attributes:
-        space: a range or a list of values by setting, ``lr`` or, below ``method``, ``lora_alpha``; a method that lacks
-            one is searched in the others.
+        space: a range or a list of values by setting, ``lr`` or, below ``method``, ``router_aux_loss_coef``; a method
+            that lacks one is searched in the others. ``scaling`` is lora_alpha / r, whatever the rank.
         tries: settings tried for each method, on each backbone and task.
         seed: of the tries, which the study's own seeds leave out.
     """
@@ -151,17 +152,27 @@ def search_of(cell: Cell, given: Searched) -> Search | None:
 
 def has(settings: RunSettings, key: str) -> bool:
     """Whether a run's settings, or those of its method, have a key that can be searched."""
+    if key == SCALING:
+        return has(settings, ALPHA) and has(settings, "method.r")
     first, _, of_method = key.partition(".")
     if first == "method":
         return of_method in type(settings.method).model_fields
     return key in RunSettings.model_fields and key not in ("model", "task", "seed")
 
 
+def with_values(settings: RunSettings, values: Mapping[str, Any]) -> RunSettings:
+    """Settings with what a search has drawn."""
+    given = {key: value for key, value in values.items() if key != SCALING}
+    if SCALING in values:
+        given[ALPHA] = values[SCALING] * vars(settings.method)["r"]
+    return changed(settings, given)
+
+
 def _try(
     settings: RunSettings, values: Mapping[str, Any], share: float, path: Path, callbacks: Sequence[TrainerCallback]
 ) -> dict[str, Any]:
     """The score on validation rows after a share of a run, or why there is none; and the seconds it trained for."""
-    given, run = changed(settings, {**values, **_length(settings, share)}), RunFolder(path)
+    given, run = changed(with_values(settings, values), _length(settings, share)), RunFolder(path)
     try:
         metrics = run.metrics() if run.finished else train(given, path, callbacks=callbacks, score_test=False).metrics
     except LamellaError as error:
