@@ -81,6 +81,23 @@ def test_allocate_prints_the_list_and_the_sum(lamella):
     assert json.loads(out)["sum"] == 120
 
 
+def test_allocate_from_a_model_prints_a_list_to_paste(lamella, bert, questions, prose):
+    status, out, _ = lamella(
+        "allocate", "--from", bert, "--budget", "3", "--text", questions, "--text", prose, "--rows", "4"
+    )
+    assert status == 0
+    first, counted, *rest = out.splitlines()
+    assert counted == "6 experts in 2 layers"
+    assert rest[-1] == f"num_experts={[int(count) for count in first.split('-')]}"
+
+    _, out, _ = lamella("allocate", "--from", bert, "--json")
+    assert json.loads(out)["criterion"] == "heavy-tails"
+    assert json.loads(out)["sum"] == sum(json.loads(out)["experts"]) == 10
+    for words in ([], ["--from", bert, "--layers", "2"], ["4", "--layers", "2", "--criterion", "redundancy"]):
+        status, _, err = lamella("allocate", *words)
+        assert (status, "Give an allocation and --layers" in err) == (2, True)
+
+
 def test_an_error_is_printed_once_and_the_folder_not_made(lamella, bert, questions, run_folder):
     words = ["--model", bert, "--task", questions, "method=lora", "router_lr=1", "-o", run_folder]
     status, _, err = lamella("train", *words)

@@ -4,6 +4,7 @@ Every function uses plain autograd, so its gradients are the oracle's too. Shape
 ``B (E, out, r)``, router weight ``(E, in)``, ``mask (N,)``.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -119,6 +120,24 @@ def balance_of_model(routers: Sequence[tuple[object, Tensor, int, Tensor | None]
     for losses in blocks.values():
         total = total + sum(losses) / len(losses)
     return total
+
+
+def hill_exponent(W: Tensor) -> float:
+    """The exponent of the tail of a weight's spectrum, its upper half, by Hill's estimator."""
+    values = sorted((torch.linalg.svdvals(W.double()) ** 2).tolist(), reverse=True)
+    k = len(values) // 2
+    return 1 + k / sum(math.log(values[i] / values[k]) for i in range(k))
+
+
+def task_diversity(of_tasks: Sequence[Sequence[Tensor]]) -> float:
+    """One minus the mean cosine of tasks' mean representations; each task has one representation per document."""
+    means = [sum(documents) / len(documents) for documents in of_tasks]
+    cosines = [
+        float(torch.dot(means[a], means[b]) / (means[a].norm() * means[b].norm()))
+        for a in range(len(means))
+        for b in range(a)
+    ]
+    return 1 - sum(cosines) / len(cosines)
 
 
 def allocation(groups: Sequence[int], layers: int) -> list[int]:

@@ -39,7 +39,7 @@ def redundancy(model: nn.Module, adapter: str | None = None) -> "pd.DataFrame":
     if not layers:
         named = "active adapter" if adapter is None else f"adapter {adapter!r}"
         raise LamellaError(f"{type(model).__name__} has no {named} with LoRA experts, so there is nothing to compare.")
-    rows = [(layer.place.stack, layer.place.layer, layer.place.module, *_distances(layer)) for layer in layers]
+    rows = [(layer.place.stack, layer.place.layer, layer.place.module, *distances(layer)) for layer in layers]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -53,7 +53,8 @@ def lora_experts(model: nn.Module, adapter: str | None = None) -> list[RoutedLay
     return [layer for layer in layers if layer.factors]
 
 
-def _distances(layer: RoutedLayer) -> tuple[float, float]:
+def distances(layer: RoutedLayer) -> tuple[float, float]:
+    """The raw and the normalised mean distance between one module's experts, as `redundancy` has them."""
     A, B = (factor.double() for factor in layer.numbers())
     products = _inner_products(A, B)  # (E, E)
     squares = products.diagonal()  # (E,)

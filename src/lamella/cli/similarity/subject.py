@@ -61,7 +61,7 @@ def read_texts(study: Study, text: str | None, split: str, documents: int | None
     from lamella.texts import text_batches
 
     return text_batches(
-        _source(text or study.subject.text), study.tokenizer, split, study.subject.max_length,
+        text_source(text or study.subject.text), study.tokenizer, split, study.subject.max_length,
         study.subject.batch_size, documents, encoder_decoder=study.model.config.is_encoder_decoder,
     )  # fmt: skip
 
@@ -73,13 +73,14 @@ def count_tokens(model: str, text: str, split: str, documents: int | None, max_l
     from lamella.texts import text_batches
 
     batches = text_batches(
-        _source(text), AutoTokenizer.from_pretrained(model), split, max_length, limit=documents,
+        text_source(text), AutoTokenizer.from_pretrained(model), split, max_length, limit=documents,
         encoder_decoder=AutoConfig.from_pretrained(model).is_encoder_decoder,
     )  # fmt: skip
     return sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
-def _source(text: str) -> Any:
+def text_source(text: str) -> Any:
+    """What ``text_batches`` reads: a file's path, or a named task."""
     from pathlib import Path
 
     from lamella.lab.data import load_task

@@ -27,7 +27,7 @@ from lamella.tuners.config import check_lora
 from lamella.tuners.kinds import MOST
 from lamella.tuners.model import refusals_in_a_sentence
 from lamella.tuners.mola import MolaConfig
-from lamella.tuners.mola.allocation import SHAPES
+from lamella.tuners.mola.allocation import AUTO, SHAPES
 from lamella.tuners.molex import MolexConfig
 from lamella.tuners.targets import usual_lora_targets
 
@@ -51,10 +51,10 @@ class Mola(Configured):
         return Built(get_peft_model(backbone.model, self.config(**shared(backbone, task))))
 
     def mean_experts(self) -> float | None:
-        """Of its groups, or what they are scaled to; None where the experts of each layer are given."""
+        """Of its groups, or what is shared out; None where the experts of each layer are given."""
         config = self.config()
-        if not isinstance(config.num_experts, str):
-            return None
+        if not isinstance(config.num_experts, str) or config.num_experts == AUTO:
+            return config.expert_budget
         groups = SHAPES.get(config.num_experts) or tuple(map(int, config.num_experts.split("-")))
         return config.expert_budget or sum(groups) / len(groups)
 

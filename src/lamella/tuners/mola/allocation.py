@@ -8,6 +8,7 @@ from lamella.errors import LamellaError
 from lamella.tuners.kinds import MOST, Count, fits
 
 NumExperts = int | Sequence[int] | str
+AUTO = "auto"
 
 # MoLA §4.2 and its published shapes; a digit per quarter of the depth, lowest layers first.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -19,7 +20,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def allocate(num_experts: NumExperts, layers: int, expert_budget: float | None = None) -> list[int]:
+def allocate(
+    num_experts: NumExperts, layers: int, expert_budget: float | None = None, needs: Sequence[float] | None = None
+) -> list[int]:
     """Experts per layer.
 
     Layer l of L belongs to group ``l*G//L`` of a shape's G groups. With a budget the shape keeps its proportions but is
@@ -27,18 +30,23 @@ def allocate(num_experts: NumExperts, layers: int, expert_budget: float | None =
 
     Args:
         num_experts: one number for all layers; a list with one entry per layer; groups such as "2-4-6-8"; or a shape:
-            "rectangle", "triangle", "inverted-triangle", "hourglass", "diamond".
+            "rectangle", "triangle", "inverted-triangle", "hourglass", "diamond"; or "auto", in proportion to ``needs``.
         layers: how many layers there are.
-        expert_budget: mean experts per layer that a shape is scaled to; None keeps the shape's own numbers.
+        expert_budget: mean experts per layer that a shape is scaled to; None keeps the shape's own numbers. "auto"
+            shares it out.
+        needs: how much each layer needs experts, from 0, for "auto"; a layer that needs none has one.
 
     Returns:
         A list of ``layers`` positive integers.
 
     Raises:
-        LamellaError: a wrong length, an unknown shape, an entry below 1, a budget where there is no shape to scale.
+        LamellaError: a wrong length, an unknown shape, an entry below 1, a budget where there is no shape to scale,
+            "auto" without needs or without a budget.
     """
     if layers < 1:
         raise LamellaError(f"layers={layers}: an allocation needs at least one layer.")
+    if num_experts == AUTO:
+        return _scale(_needed(needs, layers), _given(expert_budget))
     if isinstance(num_experts, str):
         groups = _parse_shape(num_experts)
         if len(groups) > layers:
@@ -66,6 +74,21 @@ def allocate(num_experts: NumExperts, layers: int, expert_budget: float | None =
     return counts
 
 
+def _given(expert_budget: float | None) -> float:
+    if expert_budget is None:
+        raise LamellaError("num_experts='auto' shares a budget out; give expert_budget, the mean experts per layer.")
+    return expert_budget
+
+
+def _needed(needs: Sequence[float] | None, layers: int) -> list[float]:
+    if needs is None:
+        raise LamellaError("num_experts='auto' needs a model, or how much each of its layers needs experts.")
+    if len(needs) != layers or not all(math.isfinite(need) and need >= 0 for need in needs) or layers < 1:
+        raise LamellaError(f"needs={list(needs)} must be one number from 0 for each of {layers} layers.")
+    most = max(needs)
+    return [need / most for need in needs] if most > 0 else [1.0] * layers  # nothing speaks for one before another
+
+
 def _parse_shape(shape: str) -> tuple[int, ...]:
     if shape in SHAPES:
         return SHAPES[shape]
@@ -86,7 +109,7 @@ def _refuse_uncountable(counts: Sequence[int], given: object) -> None:
         )
 
 
-def _scale(counts: list[int], expert_budget: float) -> list[int]:
+def _scale(counts: Sequence[float], expert_budget: float) -> list[int]:
     """The same proportions with a total of ``expert_budget * layers``, by largest remainder, at least 1 each."""
     if not 1 <= expert_budget <= MOST:  # nan is neither
         raise LamellaError(f"expert_budget={expert_budget} is a mean per layer; it must be from 1 to {MOST:,}.")

@@ -1,12 +1,13 @@
 """The settings of MoLA."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lamella.errors import LamellaError
 from lamella.tuners.config import LamellaConfig, wrote_before
 from lamella.tuners.kinds import MOST, Alpha, Bounds, Coefficient, Count, Share
-from lamella.tuners.mola.allocation import SHAPES, allocate
+from lamella.tuners.mola.allocation import AUTO, SHAPES, allocate
 from lamella.tuners.registry import LamellaType
 
 
@@ -28,8 +29,10 @@ class MolaConfig(LamellaConfig):
         share_lora_a: the experts of a module share one A and differ in B alone (HydraLoRA, arXiv 2404.19245).
         fan_in_fan_out: kept for PEFT's sake: GPT-2's Conv1D is recognised, and the delta acts on activations.
         num_experts: an int; a list with one entry per block of the stack; groups such as "2-4-6-8"; or "rectangle",
-            "triangle" (8-6-4-2), "inverted-triangle" (2-4-6-8), "hourglass" (8-2-2-8), "diamond" (2-8-8-2).
-        expert_budget: mean experts per layer that a shape is scaled to.
+            "triangle" (8-6-4-2), "inverted-triangle" (2-4-6-8), "hourglass" (8-2-2-8), "diamond" (2-8-8-2); or "auto":
+            ``expert_budget`` is shared out by the tails of the base's weights (AlphaLoRA, arXiv 2410.10054), and the
+            adapter's config has the list that was found. ``lamella allocate --from`` knows other criteria.
+        expert_budget: mean experts per layer that a shape is scaled to, or that "auto" shares out.
         top_k: experts per token, an int or a list with one entry per block. Above an explicit number of experts it is
             an error; in a shape scaled by ``expert_budget`` such a layer uses all it has. With 1 the expert's weight is
             1, and the router learns by the gradient of its probability (``p / stopgrad(p)``).
@@ -88,11 +91,12 @@ class MolaConfig(LamellaConfig):
         """How experts start that do not start at zero, or at random."""
         return None if isinstance(self.init_lora_weights, bool) else self.init_lora_weights
 
-    def allocation(self, layers: int) -> tuple[list[int], list[int], list[str]]:
+    def allocation(self, layers: int, needs: Sequence[float] | None = None) -> tuple[list[int], list[int], list[str]]:
         """Experts and top-k of each block of a stack, and what had to be adjusted.
 
         Args:
             layers: blocks in the stack.
+            needs: how much each needs experts, where these are allocated by needs.
 
         Returns:
             Experts per block, top-k per block, and notes in words.
@@ -100,7 +104,7 @@ class MolaConfig(LamellaConfig):
         Raises:
             LamellaError: the allocation does not fit the stack, or a block has fewer experts than its top-k.
         """
-        experts = allocate(self.num_experts, layers, self.expert_budget)
+        experts = allocate(self.num_experts, layers, self.expert_budget, needs)
         wanted = [self.top_k] * layers if isinstance(self.top_k, int) else self.top_k
         if len(wanted) != layers:
             raise LamellaError(
@@ -128,6 +132,8 @@ class MolaConfig(LamellaConfig):
             allocate(self.num_experts, 1, self.expert_budget)
             if max(top_k) > self.num_experts > 1:
                 raise LamellaError(f"top_k={self.top_k!r} is more than num_experts={self.num_experts}.")
+        elif self.num_experts == AUTO:
+            allocate(AUTO, 1, self.expert_budget, needs=[1.0])
         elif isinstance(self.num_experts, str):
             groups = SHAPES.get(self.num_experts, ())
             allocate(self.num_experts, max(len(groups), self.num_experts.count("-") + 1), self.expert_budget)

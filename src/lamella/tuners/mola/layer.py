@@ -149,7 +149,7 @@ class MolaLinear(nn.Module, AdapterLayer):
             assert routing is not None  # the sorted form is for many experts
             dropped = self._flat(self.lamella_mola_dropout[adapter](x), dtype)
             weights, indices = routing.weights, routing.indices  # (N, k)
-            if self._starts(adapter):  # each expert's own follows it
+            if self.starts(adapter):  # each expert's own follows it
                 weights = torch.cat((weights, weights), dim=-1)  # (N, 2k)
                 indices = torch.cat((indices, indices + routing.num_experts), dim=-1)  # (N, 2k)
             A = self._all_A(adapter).to(dtype).expand(len(B), -1, -1)  # (J, r, in)
@@ -214,7 +214,7 @@ class MolaLinear(nn.Module, AdapterLayer):
             return []
         return [self._all_A(adapter).to(dtype).reshape(-1, self.in_features)]  # (J*r, in), or (r, in)
 
-    def _starts(self, adapter: str) -> tuple[Tensor, ...]:
+    def starts(self, adapter: str) -> tuple[Tensor, ...]:
         """What the experts started from and is subtracted, ``A (E, r, in)`` and ``B (E, out, r)``; or nothing."""
         if adapter not in self.lamella_mola_start_A:
             return ()
@@ -222,12 +222,12 @@ class MolaLinear(nn.Module, AdapterLayer):
 
     def _all_A(self, adapter: str) -> Tensor:
         """Of the experts and, behind them, of what is subtracted: J in all, ``(J, r, in)``; or ``(1, r, in)``."""
-        A, starts = self.lamella_mola_lora_A.of(adapter), self._starts(adapter)
+        A, starts = self.lamella_mola_lora_A.of(adapter), self.starts(adapter)
         return torch.cat((A, starts[0])) if starts else A
 
     def _up(self, adapter: str) -> Tensor:
         """B in the same order, ``(J, out, r)``."""
-        B, starts = self.lamella_mola_lora_B.of(adapter), self._starts(adapter)
+        B, starts = self.lamella_mola_lora_B.of(adapter), self.starts(adapter)
         return torch.cat((B, -starts[1])) if starts else B
 
     def _router_weight(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
@@ -327,7 +327,7 @@ class MolaLinear(nn.Module, AdapterLayer):
             ``A (E, rank, in)`` and ``B (E, out, rank)``, rank at least r.
         """
         A, B = self.mixed(adapter)
-        if not (starts := self._starts(adapter)):
+        if not (starts := self.starts(adapter)):
             return A, B
         count = len(starts[0])
         (A, start_A), (B, start_B) = A.split(count), B.split(count)
@@ -341,11 +341,11 @@ class MolaLinear(nn.Module, AdapterLayer):
         A, B = self.factors(adapter)
         if len(A) < len(B):
             return "share one A"
-        return "are differences from what they started from" if self._starts(adapter) else None
+        return "are differences from what they started from" if self.starts(adapter) else None
 
     def is_as_started(self, adapter: str) -> bool:
         """Whether experts from which something is subtracted are still what they started from."""
-        starts = self._starts(adapter)
+        starts = self.starts(adapter)
         with onloaded(*self.held(adapter)):
             return bool(starts) and all(map(torch.equal, self.factors(adapter), starts))
 
@@ -374,7 +374,7 @@ class MolaLinear(nn.Module, AdapterLayer):
         return RoutedLayer(
             self, self.name, self.place, adapter, self.lamella_mola_router[adapter], experts.num_experts, experts.top_k,
             factors=self.factors(adapter), experts=lambda: self.expert_factors(adapter), scaling=experts.scaling,
-            starts=self._starts(adapter) if experts.start == "svd" else (), loss=loss,
+            starts=self.starts(adapter) if experts.start == "svd" else (), loss=loss,
         )  # fmt: skip
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

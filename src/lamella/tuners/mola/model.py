@@ -1,5 +1,6 @@
 """MoLA as a PEFT tuner: which modules get experts, how many, and what is shared between them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,14 +8,17 @@ import torch
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
-from lamella.backbones import Place, find_place, find_stacks, rehearse, siblings_with_same_input
+from lamella.backbones import Place, find_place, find_stacks, locate_stacks, rehearse, siblings_with_same_input
+from lamella.backbones.offloading import is_offloaded
 from lamella.findings import Examination
 from lamella.tuners.bypassing import why_unfit
 from lamella.tuners.config import wrote_before
 from lamella.tuners.model import RoutedModel
+from lamella.tuners.mola.allocation import AUTO
 from lamella.tuners.mola.config import MolaConfig
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.mola.mixture import MolaMixture
+from lamella.tuners.mola.needs import heavy_tails, of_one_depth
 from lamella.tuners.summary import Summary
 from lamella.tuners.targets import (
     Selection,
@@ -46,8 +50,9 @@ class MolaModel(RoutedModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Checks the whole request before the first module is touched, injects, and connects the new layers."""
-        config: MolaConfig = self.peft_config[adapter_name]
         stacks = find_stacks(model)
+        config: MolaConfig = _allocated(self.peft_config[adapter_name], model)
+        self.peft_config[adapter_name] = config
         self._allocations = {stack.name: config.allocation(stack.depth) for stack in stacks}
         self._stacks = stacks
         linear = linear_modules(model)
@@ -149,6 +154,23 @@ class MolaModel(RoutedModel):
             notes=tuple(notes),
             trainable=sum(p.numel() for layer in layers for p in _adapter_parameters(layer, adapter_name)),
         )
+
+
+def _allocated(config: MolaConfig, model: nn.Module) -> MolaConfig:
+    """The config with the experts of each block that "auto" stands for, so that what is saved says them; else itself.
+
+    Where weights have no numbers, to be counted alone, all blocks have as many.
+    """
+    if config.num_experts != AUTO:
+        return config
+    if all(p.is_meta for p in model.parameters()) and not any(map(is_offloaded, model.modules())):
+        needs = of_one_depth({stack.name: [1.0] * stack.depth for stack in locate_stacks(model)})
+    else:
+        needs = of_one_depth(heavy_tails(model))
+    found = copy.copy(config)
+    found.num_experts, found.top_k, _ = config.allocation(len(needs), needs)
+    found.expert_budget = None
+    return found
 
 
 def _why_left_out(config: MolaConfig, has_blocks: bool) -> str | None:
