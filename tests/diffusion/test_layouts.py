@@ -11,6 +11,7 @@ from diffusers import (
     FluxPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -145,6 +146,7 @@ def wan_with_biases() -> dict[str, Tensor]:
 LAYOUTS: dict[str, tuple[str, dict[str, Tensor]]] = {
     "flux of kohya": ("flux", dict(kohya(FLUX_KOHYA, "lora_unet_{}"))),
     "flux of XLabs": ("flux", xlabs()),
+    "flux of an adapter by its name": ("flux", peft(QWEN, "transformer.{}", infix=".default_0")),
     "flux with alphas": ("flux", peft(QWEN, "transformer.{}", alpha=True)),
     "qwen of kohya": ("qwen", dict(kohya(flattened(QWEN), "lora_unet_{}"))),
     "qwen of ComfyUI": ("qwen", peft(QWEN, "diffusion_model.{}", alpha=True)),
@@ -171,6 +173,7 @@ EACH_WAY = (
     "flux of kohya",
     "flux of XLabs",
     "flux with alphas",
+    "flux of an adapter by its name",
     "qwen of kohya",
     "z-image of ComfyUI",
     "wan with biases",
@@ -207,6 +210,22 @@ def test_a_file_of_another_model_is_refused_with_the_class_that_could_not_read_i
     loras = written("wan of ComfyUI", tmp_path)
     with pytest.raises(LamellaError, match="give its path to compose_pipeline"):
         compose_pipeline(pipeline("wan"), [read_lora(path) for path in loras.values()])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_called_left_out_where_gradients_are_off(mode: Callable[[], Any], tmp_path: Path) -> None:
+    loras = written("flux of kohya", tmp_path)
+    with mode():
+        assert read_lora(loras["whole"], pipe=pipeline("flux")).skipped == ()
+
+
+@pytest.mark.parametrize("form", ["lora_unet_{}", "lora_transformer_{}"])
+def test_a_layout_that_diffusers_does_not_translate_is_named(form: str, tmp_path: Path) -> None:
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
+    pipe = SanaPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler())
+    save_file(dict(kohya(flattened(QWEN), form)), tmp_path / "lora.safetensors")
+    with pytest.raises(LamellaError, match=r"kohya's names, such as lora_.*does not translate for SanaPipeline"):
+        read_lora(tmp_path / "lora.safetensors", pipe=pipe)
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "sublayer", "block", "network"])

@@ -7,15 +7,16 @@ from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from lamella.adapters.pairs import is_part, pair, refuse_other_methods, refuse_unknown
-from lamella.adapters.peft_folder import refuse_variants, scaling_by
+from lamella.adapters.peft_folder import plain_names, refuse_variants, scaling_by
 from lamella.adapters.source import MODEL, Factors, Parsed
 from lamella.errors import LamellaError
 
-_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
 _PEFT_PREFIX = "base_model.model."
 # kohya numbers the blocks of SDXL as the original UNet does; every published Stable Diffusion UNet has two layers in a
@@ -57,11 +58,7 @@ def read_single(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who:
                 f"{who} has kohya's names, but also {len(foreign)} others, first {foreign[0]}. {_CONVERT}"
             )
         return _translated(tensors, metadata, who, _stable_diffusion(who), pipe)
-    if any(name.startswith(_PEFT_PREFIX) for name in tensors):
-        raise LamellaError(
-            f"{who} has PEFT's names, but no adapter_config.json beside it, so its scaling is unknown. Give the folder "
-            "with both."
-        )
+    _refuse_untranslated(tensors, who)
     components, constants = _components(tensors, metadata, who, {})
     return Parsed("diffusers", None, components, [], constants)
 
@@ -99,14 +96,15 @@ def _translated(
 ) -> Parsed:
     """The file as a pipeline's class reads it; what it leaves out is named."""
     _refuse_lonely_alphas(tensors, who)
-    # Copies with a gradient: what is in no translated tensor's history was left out.
-    given = {name: t.float() if name.endswith("alpha") else _traced(t) for name, t in tensors.items()}
     unet = getattr(getattr(pipe, "unet", None), "config", SimpleNamespace(layers_per_block=_LAYERS_PER_BLOCK))
     told: dict[str, Any] = {"unet_config": unet}
     if "return_alphas" in signature(translator.lora_state_dict).parameters:
         told["return_alphas"] = True
     try:
-        answer = translator.lora_state_dict(dict(given), **told)
+        with torch.inference_mode(False), torch.enable_grad():
+            # Copies with a gradient: what is in no translated tensor's history was left out.
+            given = {name: t.float() if name.endswith("alpha") else _traced(t) for name, t in tensors.items()}
+            answer = translator.lora_state_dict(dict(given), **told)
     except _WHAT_CONVERTERS_RAISE as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise LamellaError(
@@ -114,6 +112,7 @@ def _translated(
             f"{said}. {_CONVERT}"
         ) from error
     translated, alphas = answer if isinstance(answer, tuple) else (answer, None)
+    _refuse_untranslated(translated, who, translator.__name__)
     left_out = [
         (name, "diffusers has no place for it")
         for name in _unused(given, translated.values())
@@ -128,7 +127,8 @@ def _translated(
 
 
 def _traced(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_().clone()
+    plain = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return plain.requires_grad_().clone()
 
 
 def _unused(given: Mapping[str, Tensor], results: Iterable[Tensor]) -> list[str]:
@@ -166,7 +166,7 @@ def _components(
         config = configs.get(component)
         if config is not None:
             refuse_variants(config, who)
-        named = _to_peft(component, part, who)
+        named = _to_peft(component, plain_names(part, who), who)
         scaling = scaling_by(config, who) if config is not None else _one
         if alphas:
             scaling = _over_rank({name.removesuffix(".lora_A.weight"): alphas.get(id(t)) for name, t in named.items()})
@@ -222,6 +222,21 @@ def _saved_configs(metadata: Mapping[str, str], who: str) -> dict[str, LoraConfi
         raise LamellaError(
             f"{who} has a header {_DIFFUSERS_METADATA} that PEFT cannot read: {error}. {_CONVERT}"
         ) from error
+
+
+def _refuse_untranslated(names: Iterable[str], who: str, by: str = "any model") -> None:
+    """Refuses names that only a translation could make those of modules."""
+    for name in names:
+        if name.startswith(_PEFT_PREFIX):
+            raise LamellaError(
+                f"{who} has PEFT's names, but no adapter_config.json beside it, so its scaling is unknown. Give the "
+                "folder with both."
+            )
+        if name.startswith(_KOHYA):
+            raise LamellaError(
+                f"{who} has kohya's names, such as {name}, which diffusers does not translate for {by}. Convert it to "
+                "diffusers' names with the program that wrote it."
+            )
 
 
 def _refuse_lonely_alphas(tensors: Mapping[str, Tensor], who: str) -> None:

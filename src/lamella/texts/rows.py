@@ -272,6 +272,7 @@ def _numbered(tables: Mapping[str, Table]) -> tuple[dict[str, list[Row]], tuple[
     values: Sequence[Any] = sorted({row["label"] for row in training.rows} | set(range(len(training.names))))
     if len(values) < 2:
         raise LamellaError(f"{training.origin}: every row has the label {values[0]!r}. At least two labels are needed.")
+    _refuse_alike(training, [value for value in values if isinstance(value, str)])
     number = {value: index for index, value in enumerate(values)}
     for table in tables.values():
         for index, row in enumerate(table.rows):
@@ -280,6 +281,18 @@ def _numbered(tables: Mapping[str, Table]) -> tuple[dict[str, list[Row]], tuple[
                 raise table.complain(index, "label", f"{row['label']!r} is unknown: {training.origin} has {known}.")
     rows = {s: [{**row, "label": number[row["label"]]} for row in table.rows] for s, table in tables.items()}
     return rows, tuple(names.get(value, str(value)) for value in values)
+
+
+def _refuse_alike(training: Table, labels: Sequence[str]) -> None:
+    """Raises over a label that is written in two ways, which would be two classes."""
+    written: dict[str, str] = {}
+    for label in labels:
+        other = written.setdefault(" ".join(label.split()).casefold(), label)
+        if other != label:
+            raise LamellaError(
+                f"{training.origin}: the labels {other!r} and {label!r} differ in white space or capitals alone. Write "
+                "them alike, or name the two classes otherwise."
+            )
 
 
 def _label_names(tables: Mapping[str, Table]) -> dict[Any, str]:

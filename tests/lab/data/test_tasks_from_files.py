@@ -196,3 +196,10 @@ def test_folders_that_do_not_say_what_is_what(tmp_path):
 def test_a_missing_file(tmp_path):
     with pytest.raises(LamellaError, match=r"There is no file .*nope.jsonl"):
         load_task(f"file:{tmp_path}/nope.jsonl")
+
+
+@pytest.mark.parametrize("other", ["no ", " no", "NO"])
+def test_a_label_written_in_two_ways_is_named(tmp_path, other):
+    rows = [{"text": f"t{number}", "label": ("yes", "no", other)[number % 3]} for number in range(20)]
+    with pytest.raises(LamellaError, match=r"labels '.*' and '.*' differ in white space or capitals alone"):
+        load_task(write(tmp_path / "rows.jsonl", rows))
