@@ -2,11 +2,16 @@
 
 import pandas as pd
 import pytest
-from tests.lab.tiny_runs import MOLA
+from tests.lab.conftest import once
+from tests.lab.tiny_runs import MOLA, tiny_settings
 
 from lamella.errors import LamellaError
+from lamella.lab import allocation
 from lamella.lab.allocation import allocate_from
 from lamella.lab.data import load_task
+from lamella.lab.runs.run import train
+from lamella.lab.runs.trained import load_trained
+from lamella.lab.scoring import score
 
 
 @pytest.mark.parametrize("criterion", ["redundancy", "contribution"])
@@ -22,6 +27,17 @@ def test_of_a_run_the_budget_is_its_own(finished_run, criterion):
         assert list(found.needs) == pytest.approx(kept.tolist())
     else:
         assert told[-1] == (6, 6)
+
+
+def test_of_several_tasks_each_row_s_own_head_is_scored(bert, questions, pairs, tmp_path_factory, monkeypatch):
+    settings = tiny_settings(bert, f"joint:{questions}+{pairs}", MOLA)
+    run = once(tmp_path_factory, "run-together", lambda folder: train(settings, folder))
+    losses = []
+    monkeypatch.setattr(allocation, "contribution", lambda _, loss, __: losses.append(loss()) or {"": [1.0, 2.0]})
+    assert allocate_from(str(run), "contribution", rows=8).experts == (2, 4)
+    trained = load_trained(run)
+    rows, encoded = trained.rows("validation", 8)
+    assert losses == pytest.approx([score(trained.model, trained.task, rows, encoded.collator, 8).metrics["loss"]])
 
 
 def test_of_a_model_its_weights_or_what_it_makes_of_tasks(bert, questions, prose):

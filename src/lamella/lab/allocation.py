@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from lamella.diagnostics.running import loss_of
 from lamella.errors import LamellaError
 from lamella.lab.data import load_backbone
 from lamella.lab.runs.trained import load_adapted, load_trained
+from lamella.lab.scoring import score, selection
 from lamella.texts import text_batches
 from lamella.tuners.mola import allocate
 from lamella.tuners.mola.needs import Needs, contribution, distinctness, diversity, heavy_tails, of_one_depth
-
-if TYPE_CHECKING:
-    from torch import nn
 
 OF_RUNS, OF_MODELS = ("redundancy", "contribution"), ("diversity", "heavy-tails")
 
@@ -90,18 +85,15 @@ def _of_run(path: Path, criterion: str, rows: int, told: Callable[[int, int], ob
         model = load_adapted(path)
         return distinctness(model), _mean_experts(model)
     trained = load_trained(path)
-    encoded_rows, encoded = trained.rows("validation", rows)
-    batches = [
-        encoded.collator([encoded_rows[at] for at in range(start, min(start + 16, len(encoded_rows)))])
-        for start in range(0, len(encoded_rows), 16)
-    ]
-    return contribution(trained.model, lambda: _mean_loss(trained.model, batches), told), _mean_experts(trained.model)
+    chosen, encoded = trained.rows("validation", rows)
 
+    def loss() -> float:
+        scores = score(trained.model, trained.task, chosen, encoded.collator, trained.place.reading.eval_batch_size)
+        if "loss" in scores.metrics:
+            return scores.metrics["loss"]
+        return -scores.metrics[selection(trained.task).name]  # of answers that are chosen by a decoder
 
-def _mean_loss(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
-    with torch.no_grad():
-        losses = [(float(loss_of(model(**batch))), len(batch["labels"])) for batch in batches]
-    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    return contribution(trained.model, loss, told), _mean_experts(trained.model)
 
 
 def _mean_experts(model: Any) -> float:
