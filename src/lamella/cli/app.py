@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 from lamella.cli.allocate import allocate
 from lamella.cli.compare import compare
 from lamella.cli.compose import compose
+from lamella.cli.continual import continual
 from lamella.cli.demo import demo
 from lamella.cli.doctor import doctor
 from lamella.cli.evaluate import evaluate
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compose, compare, evaluate, trace, export, doctor, allocate):
+for command in (demo, train, compose, compare, continual, evaluate, trace, export, doctor, allocate):
     app.command(cls=_Command)(command)
 app.add_typer(similarity, name="similarity")
 for step in similarity.registered_commands:

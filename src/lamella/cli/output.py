@@ -93,9 +93,13 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
     for split, scores in splits.items():
         main = f"/{metrics.get('metric')}"
         if by_task := [f"{name} {_number(value)}" for name, value in scores.items() if name.endswith(main)]:
-            console.print(f"{split}: {', '.join(by_task)}", markup=False)
+            console.print(f"{split}: {', '.join(by_task)}")
     if metrics["summary"]:
         console.print(metrics["summary"])
+    if "plain_text" in metrics:
+        from lamella.lab.runs.plain_text import plain_text_sentence
+
+        console.print(plain_text_sentence(metrics["plain_text"]))
     console.print(
         f"{metrics['trainable_parameters']:,} trainable parameters, {metrics['seconds_per_step']:.2f} s per step, "
         f"{metrics['steps']} steps. The run is in {folder}"

@@ -18,13 +18,14 @@ from lamella.lab.runs.card import public_name, task_name
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.evaluating import Traced, trace
 from lamella.lab.runs.folder import RunFolder
+from lamella.lab.runs.plain_text import plain_text_sentence
 from lamella.lab.runs.run import RunResult
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.trained import redundancy_of
 from lamella.lab.studies.choices import study_choices
 from lamella.lab.studies.study import Study
 from lamella.statistics import mean_intervals
-from lamella.tracing import COLUMNS
+from lamella.tracing import FIRST_COLUMNS
 
 _MEASURED = (
     "Step time ratio, kept MB and latency were measured when the study was done, on the CPU with one thread and in "
@@ -67,12 +68,12 @@ def _redundancy(runs: Mapping[str, Path]) -> pd.DataFrame | None:
 
 
 def _routing(run: Path) -> pd.DataFrame | None:
-    return RunFolder(run).table("trace.parquet", *COLUMNS)
+    return RunFolder(run).table("trace.parquet", *FIRST_COLUMNS)
 
 
 def _by_task(runs: Mapping[str, Path]) -> pd.DataFrame | None:
     """The traces by task of runs on several tasks, with a column ``method``."""
-    frames = {method: RunFolder(run).table(BY_TASK, *COLUMNS, "task") for method, run in runs.items()}
+    frames = {method: RunFolder(run).table(BY_TASK, *FIRST_COLUMNS, "task") for method, run in runs.items()}
     there = [frame.assign(method=method) for method, frame in frames.items() if frame is not None]
     return pd.concat(there, ignore_index=True) if there else None
 
@@ -145,7 +146,11 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         by_task=_by_task({name: result.folder.path}),
         entropy=_entropy({name: result.folder.path}),
         settings=settings.model_dump(mode="json"),
-        notes=[*filter(None, [metrics["summary"]]), *metrics["notes"]],
+        notes=[
+            *filter(None, [metrics["summary"]]),
+            *([plain_text_sentence(metrics["plain_text"])] if "plain_text" in metrics else []),
+            *metrics["notes"],
+        ],
         redundancy=redundancy_of(result.folder.path),
         findings=diagnose(result).findings,
         findings_checked=True,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union, get_args, get_o
 import torch
 from peft import PeftConfig, PeftModel, TaskType
 from pydantic import Field, create_model, model_validator
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from lamella.diagnostics.adapter_folder import SavedAdapter
@@ -80,6 +80,21 @@ class Method(Settings):
         """
         return SavedAdapter.read(folder).on(backbone.model)
 
+    def taken_up(self, saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors with which training goes on from a finished run.
+
+        Args:
+            saved: of the run's adapter.
+            now: of a model that this method has built.
+
+        Raises:
+            LamellaError: they are not of one make.
+        """
+        unlike = [name for name in sorted(saved.keys() | now.keys()) if _shape(saved, name) != _shape(now, name)]
+        if unlike:
+            raise LamellaError(f"its {unlike[0]} does not fit this model. Give the run's method and sizes.")
+        return dict(saved)
+
     def mean_experts(self) -> float | None:
         """Mean number of experts per layer of a shape that can be scaled; None for other methods."""
         return None
@@ -95,6 +110,10 @@ class Method(Settings):
     def with_parameters_of(self, other: Method) -> Method:
         """The method with as many trainable parameters as another; itself where its size cannot be chosen."""
         return self
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
 
 
 class Configured(Method):
@@ -164,6 +183,17 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if factory is dataclasses.MISSING else Field(default_factory=factory)
 
 
+def registered(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        LamellaError: there is none of that name.
+    """
+    if name not in _METHODS:
+        raise LamellaError(unknown_key(name, _METHODS, "method.name=").replace("setting", "method", 1))
+    return _METHODS[name]
+
+
 def method_from(value: str | Mapping[str, Any]) -> Method:
     """The settings of a method from its name, or from a mapping of its name and settings.
 
@@ -174,9 +204,7 @@ def method_from(value: str | Mapping[str, Any]) -> Method:
         raise LamellaError(f"method is {value!r}. Write a name, such as method=mola, or settings, such as method.r=4.")
     values = {"name": value} if isinstance(value, str) else dict(value)
     name = values.setdefault("name", _DEFAULT)
-    if not isinstance(name, str) or name not in _METHODS:
-        raise LamellaError(unknown_key(str(name), _METHODS, "method.name=").replace("setting", "method", 1))
-    return _METHODS[name].parse(values, where="method.")
+    return registered(str(name)).parse(values, where="method.")
 
 
 def read_saved(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from pydantic import Field, SerializeAsAny, field_validator
+from torch import Tensor
 
 from lamella.errors import LamellaError
 from lamella.lab.methods.base import (
@@ -26,7 +29,7 @@ from lamella.lab.methods.fixed_guest import find_fixed_layer
 from lamella.tuners.config import check_lora
 from lamella.tuners.kinds import MOST
 from lamella.tuners.model import refusals_in_a_sentence
-from lamella.tuners.mola import MolaConfig
+from lamella.tuners.mola import MolaConfig, MolaLinear
 from lamella.tuners.mola.allocation import AUTO, SHAPES
 from lamella.tuners.molex import MolexConfig
 from lamella.tuners.targets import usual_lora_targets
@@ -68,6 +71,76 @@ class Mola(Configured):
                 "layer in the mean. Leave expert_budget away, or set 'budget: none'."
             )
         return self.model_copy(update={"expert_budget": mean})
+
+
+@method("mola-growing", **settings_of(MolaConfig))
+class MolaGrowing(Configured):
+    """MoLA that grows with every stage of learning tasks one after the other.
+
+    ``num_experts`` is what a stage adds to each layer. The experts of earlier stages and their rows of the routers stay
+    as they are; the new ones, which add nothing at first, train. A run on a later stage has ``start``, the run of the
+    stage before.
+    """
+
+    stage: int = Field(1, ge=1, description="how many stages there have been, this one included")
+
+    def config(self, **of_the_run: Any) -> MolaConfig:
+        """The PEFT config with the experts of all stages so far.
+
+        Raises:
+            LamellaError: the experts of a layer cannot be told from the settings alone.
+        """
+        values = self.model_dump(exclude={"name", "stage"})
+        if self.expert_budget is not None or self.num_experts == AUTO:
+            raise LamellaError("mola-growing adds as many experts at every stage: leave expert_budget and 'auto' away.")
+        if values.get("share_lora_a"):
+            raise LamellaError("mola-growing keeps earlier experts as they are, and with share_lora_a all have one A.")
+        if isinstance(values.get("init_lora_weights"), str):
+            raise LamellaError("mola-growing starts new experts at zero: leave init_lora_weights away.")
+        values["num_experts"] = _times(self.num_experts, self.stage)
+        return MolaConfig(**values, **of_the_run)
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """The mixture, in which the newest experts train alone."""
+        model = get_peft_model(backbone.model, self.config(**shared(backbone, task)))
+        for layer in model.modules():
+            if isinstance(layer, MolaLinear):
+                routers = layer.lamella_mola_router  # a layer of one expert has none
+                for tensor in (*layer.factors("default"), *routers.parameters()):
+                    _keep_first(tensor, len(tensor) * (self.stage - 1) // self.stage)
+        return Built(model)
+
+    def taken_up(self, saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The run's experts are the first of each layer; a layer that had one gets its first router."""
+        if unknown := sorted(saved.keys() - now.keys()):
+            raise LamellaError(f"its {unknown[0]} has no place in this model. Give the run's target_modules.")
+        taken = dict(now)
+        for name, old in saved.items():
+            new = now[name]
+            if old.shape[1:] != new.shape[1:] or len(old) > len(new):
+                raise LamellaError(f"its {name} does not fit this model. Give the run's sizes and the stage after it.")
+            taken[name] = torch.cat([old.to(new.dtype), new[len(old) :]])
+        return taken
+
+
+def _times(experts: Any, stages: int) -> Any:
+    if isinstance(experts, str):
+        groups = SHAPES.get(experts) or tuple(map(int, experts.split("-")))
+        return "-".join(str(count * stages) for count in groups)
+    return [count * stages for count in experts] if isinstance(experts, list) else experts * stages
+
+
+def _keep_first(tensor: Tensor, kept: int) -> None:
+    """The first ``kept`` rows get no gradient; AdamW without weight decay then leaves them as they are."""
+    if not kept or not tensor.requires_grad:
+        return
+
+    def without(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[:kept] = 0.0
+        return grad
+
+    tensor.register_hook(without)
 
 
 @method(

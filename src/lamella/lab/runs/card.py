@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -115,18 +115,32 @@ def _data(task: Task) -> str:
 
 def _scores(task: Task, metrics: Mapping[str, Any]) -> str:
     splits = {split: metrics[split] for split in ("validation", "test") if split in metrics}
-    names = list(dict.fromkeys(name for scores in splits.values() for name in scores))
+    names = list(dict.fromkeys(name for scores in splits.values() for name in scores if "/" not in name))
     floor = _floor(task)
     header = ["split", *names, *[f"{task.metric}, {FLOOR}"] * bool(floor)]
     rows = [
         [split, *(f"{scores[name]:.4f}" for name in names), *([f"{floor[split]:.4f}"] if floor else [])]
         for split, scores in splits.items()
     ]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    table = _table(header, rows)
+    if task.parts:
+        by_task = [
+            [task_name(part.name), *(_number(one.get(f"{part.name}/{task.metric}")) for one in splits.values())]
+            for part in task.parts
+        ]
+        table += f"\n\nOf each task, whose mean is above:\n\n{_table([task.metric, *splits], by_task)}"
     text = f"One run, seed {metrics['seed']}, chosen by {metrics['metric']} on validation."
     if not floor:
         text += " No linear floor was measured."
     return f"{text}\n\n{table}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def _floor(task: Task) -> dict[str, float]:

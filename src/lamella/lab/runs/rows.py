@@ -18,7 +18,7 @@ from lamella.files import atomic
 from lamella.lab.data.splitting import telling_columns
 from lamella.lab.data.task import Task
 from lamella.lab.runs.folder import ROWS, RunFolder
-from lamella.lab.runs.settings import RunSettings
+from lamella.lab.runs.settings import RunSettings, settings_of
 from lamella.lab.runs.tasks import limited, rows_used
 
 _NONE = np.empty(0, np.uint64)
@@ -167,8 +167,12 @@ def check_unchanged(run: Path, task: Task, now: Rows) -> None:
 
 
 def _of_parts(settings: RunSettings) -> dict[str, Rows | None]:
-    """The rows of the LoRAs that the run composed, by their names."""
+    """The rows of the LoRAs that the run composed, by their names, and of the runs that it went on from."""
     places = {name: Path(place) for name, place in getattr(settings.method, "adapters", {}).items()}
+    start = settings.start
+    while start is not None:
+        place = places[f"start {Path(start).name}"] = Path(start)
+        start = settings_of(place).start if (place / "run.yaml").is_file() else None
     runs = {name: place if (place / "run.yaml").is_file() else place.parent for name, place in places.items()}
     return {name: Rows.read(run) if (run / "run.yaml").is_file() else None for name, run in runs.items()}
 

@@ -26,8 +26,9 @@ from lamella.lab.runs.by_task import BY_TASK, scores_of, traced_scores
 from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
 from lamella.lab.runs.folder import RunFolder
+from lamella.lab.runs.plain_text import PlainText
 from lamella.lab.runs.rows import Rows, check_unchanged
-from lamella.lab.runs.saving import check_saved, load_weights, save_trained
+from lamella.lab.runs.saving import check_saved, go_on_from, load_weights, save_trained
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trainer import RunTrainer
@@ -127,6 +128,8 @@ class _Run:
             packing=settings.packing,
             decoder=self.backbone.decoder,
         )
+        text = settings.plain_text
+        self.plain = None if text is None or not score_test else PlainText(settings, text, self.backbone)
         self.rows, self.row_digests = _training_rows(self.encoded, self.task), Rows.of(self.task)
         if not settings.method.resumes and settings.keep == "best":
             raise LamellaError(
@@ -137,6 +140,8 @@ class _Run:
         self.built = settings.method.build(self.backbone, self.task)
         self.build_seconds = time.perf_counter() - started
         self.model: nn.Module = self.built.model
+        if settings.start is not None:
+            go_on_from(self.model, settings.method, Path(settings.start))
         refuse_longer_rows(self.model, self.encoded)
         self.watch, routing = Stopwatch(), RoutingHistory(self.model, place.path / "routing.parquet")
         self.trainer: RunTrainer | None = None  # a method that is done when it is built has nothing to train
@@ -169,6 +174,8 @@ class _Run:
         better = selection(self.task)
         before = self._scores() if better.name == "perplexity" else {}
         alpha = self._learned_alpha()
+        if self.plain is not None:
+            self.plain.measure_base(self.model)
         if self.trainer is None:
             self.model.to(self.process.device)
         else:
@@ -185,6 +192,7 @@ class _Run:
             "greater_is_better": better.greater_is_better,
             **{split: scores.metrics for split, scores in after.items()},
             **({"before": {split: scores.metrics for split, scores in before.items()}} if before else {}),
+            **({} if self.plain is None else {"plain_text": self.plain.measured(self.model)}),
             **self._costs(),
             **({"alpha": {"start": alpha, "end": self._learned_alpha()}} if alpha else {}),
             "routing": routing,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from lamella.errors import LamellaError
@@ -58,6 +59,22 @@ def load_weights(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
             "version or other settings; start the run afresh with --force."
         )
     set_peft_model_state_dict(model, weights)
+
+
+def go_on_from(model: nn.Module, method: Method, run: Path) -> None:
+    """Put the adapter and the head that a run trained into a model that is to be trained on.
+
+    Raises:
+        LamellaError: the run has no adapter, or one that the method cannot go on from.
+    """
+    folder = run / "adapter"
+    if not isinstance(model, PeftModel) or not folder.is_dir():
+        raise LamellaError(f"start names {run}, and only an adapter of a finished run can be trained on.")
+    saved, now = load_peft_weights(str(folder), device=_device(model)), get_peft_model_state_dict(model)
+    try:
+        set_peft_model_state_dict(model, method.taken_up(saved, now))
+    except LamellaError as error:
+        raise LamellaError(f"start names {run}, and {error}") from error
 
 
 def check_saved(

@@ -32,6 +32,7 @@ class RunSettings(Settings):
     method: SerializeAsAny[Method] = Field(
         default_factory=lambda: method_from("mola"), description="its name and its settings"
     )
+    start: str | None = Field(None, description="a finished run whose adapter and head are trained on")
     seed: int = Field(0, ge=0, lt=2**32, description="NumPy takes no larger one")
 
     epochs: Rate | None = Field(None, description="passes over the training rows; 1 if max_steps is absent too")
@@ -60,6 +61,9 @@ class RunSettings(Settings):
     gradient_checkpointing: bool = False
     threads: Positive | None = Field(None, description="CPU threads; torch's default if absent")
 
+    plain_text: str | None = Field(
+        None, description="language models: running text whose loss says what was forgotten of the base, such as news"
+    )
     eval_batch_size: Positive = 64
     evaluate_every: Positive | None = Field(
         None, description="steps between scores on validation, each with a checkpoint; a quarter of the run if absent"
@@ -97,7 +101,9 @@ class RunSettings(Settings):
     @property
     def digest(self) -> str:
         """Names what was asked for, wherever the model, the task and other runs' LoRAs lie now."""
-        asked = self.model_dump(mode="json", exclude={"model": True, "task": True, "method": {"adapters"}})
+        asked = self.model_dump(
+            mode="json", exclude={"model": True, "task": True, "start": True, "method": {"adapters"}}
+        )
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
     @field_validator("method", mode="before")

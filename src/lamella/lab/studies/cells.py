@@ -57,6 +57,7 @@ class Cell:
         compared_with: keys of the cells whose LoRAs its answers are compared with at once, by source.
         search: the job that chooses the settings which these ones leave open.
         part: of a run on one of several tasks alone, which one.
+        run: which of a study's runs of that method the cell is a stage of.
     """
 
     backbone: str
@@ -69,6 +70,7 @@ class Cell:
     compared_with: Mapping[str, str] = field(default_factory=dict)
     search: Search | None = None
     part: str | None = None
+    run: int = 0
 
     @property
     def seed(self) -> int:
@@ -84,7 +86,8 @@ class Cell:
     @property
     def label(self) -> str:
         """For people."""
-        return f"{self.method} on {self.part or self.task} with {self.backbone}, seed {self.seed}"
+        run = f", run {self.run}" if self.run else ""
+        return f"{self.method} on {self.part or self.task} with {self.backbone}, seed {self.seed}{run}"
 
     @cached_property
     def needs(self) -> Sequence[str]:
@@ -154,12 +157,15 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
 def key_of(settings: RunSettings, questions: Questions | None) -> str:
     """Names a run by its settings, and by what its model is asked."""
     run: Any = settings.model_dump(mode="json")
+    for later in ("start", "plain_text"):  # what earlier studies could not set leaves their cells' keys as they were
+        if run[later] is None:
+            del run[later]
     identity = run if questions is None else {"run": run, "tests": questions.tasks, "test_rows": questions.rows}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _needing(settings: RunSettings) -> Any:
-    return [settings.model, getattr(settings.method, "adapters", {})]
+    return [settings.model, settings.start or "", getattr(settings.method, "adapters", {})]
 
 
 def _texts(value: Any) -> Iterator[str]:

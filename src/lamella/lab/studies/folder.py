@@ -141,7 +141,8 @@ class StudyFolder:
         method = settings.method
         if adapters := getattr(method, "adapters", {}):
             method = method.model_copy(update={"adapters": {name: self._place(one) for name, one in adapters.items()}})
-        return settings.model_copy(update={"model": self._place(settings.model), "method": method})
+        start = None if settings.start is None else self._place(settings.start)
+        return settings.model_copy(update={"model": self._place(settings.model), "start": start, "method": method})
 
     def write_table(self, path: Path, table: pd.DataFrame) -> None:
         """Write a Parquet file, all of it or nothing."""

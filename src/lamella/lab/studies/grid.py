@@ -14,6 +14,7 @@ from lamella.errors import LamellaError
 from lamella.lab.data.derived import parts_of
 from lamella.lab.methods import Method
 from lamella.lab.metrics import METRICS
+from lamella.lab.runs.plain_text import RISE
 from lamella.lab.runs.settings import RunSettings, changed, joint_name
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import unknown_key
@@ -22,7 +23,7 @@ from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.places import Floors, by_place, examples_of_place, metrics_of_place
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 from lamella.lab.studies.results import COSTS, examples_frame, place_of, results_frame
-from lamella.lab.studies.search import ALPHA, SCALING, Range, Searched, has, search_of, with_values
+from lamella.lab.studies.search import ALPHA, SCALING, Range, Searched, has, search_of, shown, with_values
 
 if TYPE_CHECKING:
     from lamella.lab.data import Task
@@ -77,6 +78,10 @@ class Grid(StudyRecipe):
             TableOf(backbone, task, metric, f"{title}, {backbone}" if several else title, part=metric is not None)
             for backbone, task in product(self.backbones, self.tasks)
             for metric, title in [(None, task), *((f"{part}/accuracy", part) for part in parts_of(task))]
+        ] + [
+            TableOf(backbone, task, RISE, f"{RISE} ({task}{f', {backbone}' if several else ''})")
+            for backbone, task in product(self.backbones, self.tasks)
+            if "plain_text" in self.run
         ]
 
     def check(self) -> None:
@@ -298,7 +303,7 @@ def _search_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: S
     for cell in cells:
         here = (cell.backbone, cell.task) == (results.backbone, results.task)
         if here and cell.search is not None and (row := folder.row(cell.search.key)) is not None:
-            values = ", ".join(f"{key} {_shown(value)}" for key, value in row["chosen"].items())
+            values = ", ".join(f"{key} {shown(value)}" for key, value in row["chosen"].items())
             failed = sum("failed" in one for one in row["tries"])
             errors = f", {failed} tries ended in an error" if failed else ""
             name = f"{cell.method} on {cell.part}" if cell.part else cell.method
@@ -310,7 +315,3 @@ def _search_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: S
         f"method, seed {grid.search.seed}, the better half of them trained twice as long, twice; the best on "
         f"validation rows: {'; '.join(chosen.values())}."
     ]
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ import numpy as np
 from lamella.errors import UnreadableError
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_columns
 from lamella.lab.runs.folder import RunFolder
+from lamella.lab.runs.plain_text import RISE
 from lamella.lab.scoring import Columns, metrics_of
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.results import Floats, place_of
@@ -26,10 +27,10 @@ _SUMS = ("trainable_parameters", "build_seconds", "train_seconds", "tokens", "st
 
 
 def by_place(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells of each backbone, task, method and seed: one, or one for each of several tasks."""
+    """The cells of each backbone, task, method, seed and run: one, one for each of several tasks, or its stages."""
     places: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        places.setdefault(tuple(place_of(cell).values()), []).append(cell)
+        places.setdefault((*place_of(cell).values(), cell.run), []).append(cell)
     return list(places.values())
 
 
@@ -40,7 +41,10 @@ def metrics_of_place(cells: Sequence[Cell], folder: StudyFolder) -> dict[str, An
         if (row := folder.row(cell.key)) is None:
             return None
         found[cell.part] = row["metrics"]
-    return found[None] if None in found else _united({str(part): metrics for part, metrics in found.items()})
+    together = found[None] if None in found else _united({str(part): metrics for part, metrics in found.items()})
+    if "plain_text" in together and "test" in together:
+        together = together | {"test": together["test"] | {RISE: together["plain_text"]["rise"]}}
+    return together
 
 
 def _united(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -63,17 +67,19 @@ def _united(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def examples_of_place(cells: Sequence[Cell], metrics: Mapping[str, Any], folder: StudyFolder) -> list[dict[str, Any]]:
     """Rows of the table of example scores: of each of several tasks, and of the metric that the place is shown by."""
     metric, place = metrics["metric"], place_of(cells[0]) | {"split": "test"}
+    rise = [place | {"metric": RISE, "scores": [metrics["test"][RISE]]}] if RISE in metrics["test"] else []
     by_task: dict[str, Floats] = {}
     for cell in cells:
         scores = example_scores(metric, folder.run(cell.key))
         if cell.part is not None and scores is not None:
             by_task[cell.part] = scores
         elif scores is not None:
-            by_task |= _by_task(scores, folder.run(cell.key))
+            by_task |= scores_by_task(folder.run(cell.key))
     if not by_task:
         alone = scores if len(cells) == 1 and scores is not None else [metrics["test"][metric]]
-        return [place | {"metric": metric, "scores": alone}]
+        return [*rise, place | {"metric": metric, "scores": alone}]
     return [
+        *rise,
         *(place | {"metric": f"{task}/{metric}", "scores": scores} for task, scores in by_task.items()),
         place | {"metric": metric, "scores": np.concatenate(list(by_task.values())), "strata": _sizes(by_task)},
     ]
@@ -90,13 +96,13 @@ def example_scores(metric: str, run: Path) -> Floats | None:
     return frame.loc[frame["split"] == "test", column].to_numpy(np.float64)
 
 
-def _by_task(scores: Floats, run: Path) -> dict[str, Floats]:
-    """The scores of each of the several tasks of a run; empty where it has one."""
+def scores_by_task(run: Path) -> dict[str, Floats]:
+    """Whether each test example of each of several tasks was right; empty of a run on one task."""
     frame = RunFolder(run).table("predictions.parquet", "split")
-    if frame is None or "task" not in frame:
+    if frame is None or "task" not in frame or "correct" not in frame:
         return {}
-    tasks = frame.loc[frame["split"] == "test", "task"].to_numpy()
-    return {str(task): scores[tasks == task] for task in dict.fromkeys(tasks)}
+    tested = frame[frame["split"] == "test"]
+    return {str(task): own["correct"].to_numpy(np.float64) for task, own in tested.groupby("task", sort=False)}
 
 
 def _sizes(by_task: Mapping[str, Floats]) -> list[int]:

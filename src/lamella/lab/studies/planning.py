@@ -73,7 +73,8 @@ def _kind(job: Job) -> tuple[Any, ...]:
     cell = _cell(job)
     if isinstance(job, Asked):
         return (cell.backbone, "masked" if job.masked else "answers")
-    return (cell.backbone, cell.task, cell.part, *(["search"] if isinstance(job, Search) else []))
+    part = cell.part if cell.part == cell.settings.task else None  # stages of one sequence are alike
+    return (cell.backbone, cell.task, part, *(["search"] if isinstance(job, Search) else []))
 
 
 def _cell(job: Job) -> Cell:

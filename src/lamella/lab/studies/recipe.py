@@ -119,19 +119,22 @@ def read_study(recipe: str, overrides: Iterable[str] = ()) -> StudyRecipe:
 
 
 def study_of(tree: Mapping[str, Any], recipe: str = "study.yaml") -> StudyRecipe:
-    """The study that a recipe says: of composition where it has ``sources``, of methods side by side with ``methods``.
+    """The study that a recipe says: of composition where it has ``sources``, of tasks one after the other where it has
+    ``sequence``, of methods side by side with ``methods``.
 
     Raises:
         LamellaError: as `read_study`.
     """
     from lamella.lab.studies.composition import CompositionStudy
+    from lamella.lab.studies.continual import Continual
     from lamella.lab.studies.grid import Grid
 
     if "arms" in tree:
         raise LamellaError(f"The recipe '{recipe}' has 'arms', which is called 'methods' now. Rename it.")
     if not {"methods", "sources"} & set(tree) and "model" in tree:
         raise LamellaError(f"The recipe '{recipe}' is one run. Give it to `lamella train`; a study has 'methods'.")
-    study: StudyRecipe = (CompositionStudy if "sources" in tree else Grid).parse(tree)
+    kinds: dict[str, type[StudyRecipe]] = {"sources": CompositionStudy, "sequence": Continual}
+    study = next((kind for key, kind in kinds.items() if key in tree), Grid).parse(tree)
     if isinstance(study.seeds, int) and study.seeds > _MOST_SEEDS:
         raise LamellaError(
             f"seeds={study.seeds} says how many, and at most {_MOST_SEEDS:,} are planned. One seed is seeds=[7]."

@@ -168,6 +168,11 @@ def with_values(settings: RunSettings, values: Mapping[str, Any]) -> RunSettings
     return changed(settings, given)
 
 
+def shown(value: Any) -> str:
+    """A chosen value in words."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _try(
     settings: RunSettings, values: Mapping[str, Any], share: float, path: Path, callbacks: Sequence[TrainerCallback]
 ) -> dict[str, Any]:
