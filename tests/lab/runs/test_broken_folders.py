@@ -1,11 +1,13 @@
 """Whatever is broken in a folder is named: by the doctor as a finding, by all that would use it as an error."""
 
+import hashlib
 import json
 import shutil
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tests.lab.tiny_runs import MOLA
 
@@ -224,3 +226,22 @@ def test_what_a_kill_after_the_end_left_is_removed(broken):
         train(settings_of(run.path), run.path)
 
     assert not run.checkpoints.exists()
+
+
+def test_a_run_of_an_edition_with_fewer_settings_is_known_by_those_that_it_wrote(broken):
+    """Whatever a later edition adds, to a run or to its method: the digest is of what the file says."""
+
+    def earlier(run):
+        tree = yaml.safe_load((run / "run.yaml").read_text())
+        del tree["task_temperature"], tree["method"]["mixing_weights"], tree["lamella_version"]
+        asked = {key: value for key, value in tree.items() if key not in ("model", "task", "start")}
+        former = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        (run / "run.yaml").write_text(yaml.safe_dump(tree | {"lamella_version": "0.2.0.dev0"}))
+        RunFolder(run).finish(RunFolder(run).metrics(as_left=False) | {"settings": former})
+
+    run = broken(MOLA, earlier)
+    load_trained(run)
+    assert settings_of(run).digest_as_written == RunFolder(run).metrics()["settings"] != settings_of(run).digest
+    (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("max_length: ", "max_length: 1"))
+    with pytest.raises(LamellaError, match="is not as the run had it"):
+        load_trained(run)

@@ -108,7 +108,7 @@ def _examine_method(model: nn.Module, settings: RunSettings, examination: Examin
 
 
 def _examine_names(metrics: Mapping[str, Any], settings: RunSettings, examination: Examination) -> None:
-    said = {"method": settings.method.name, "seed": settings.seed, "settings": settings.digest}
+    said = {"method": settings.method.name, "seed": settings.seed, "settings": settings.digest_as_written}
     # an earlier edition kept no digest of the settings
     if unlike := [key for key, value in said.items() if metrics.get(key, value) != value]:
         examination.error(

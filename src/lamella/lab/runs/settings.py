@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_yaml
@@ -26,6 +26,8 @@ Rate = Annotated[float, Field(gt=0.0)]
 
 class RunSettings(Settings):
     """One training run."""
+
+    _written: Mapping[str, Any] | None = PrivateAttr(None)  # what its file says, where it was read from one
 
     model: str = Field("minilm", description="a demo asset, a hub id or a path")
     task: str = Field("trec", description="a named task, hub:NAME or file:ROWS; `tasks` is a list of several")
@@ -101,15 +103,38 @@ class RunSettings(Settings):
     @property
     def digest(self) -> str:
         """Names what was asked for, wherever the model, the task and other runs' LoRAs lie now."""
-        asked = self.model_dump(
+        return _digest(self._asked)
+
+    @property
+    def digest_as_written(self) -> str:
+        """The same of the settings that the run's file has, by which an edition with fewer of them named it."""
+        return _digest(_as_written(self._asked, self._asked if self._written is None else self._written))
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return self.model_dump(
             mode="json", exclude={"model": True, "task": True, "start": True, "method": {"adapters"}}
         )
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Method:
         return value if isinstance(value, Method) else method_from(value)
+
+
+def _digest(asked: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _as_written(values: dict[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of those keys, at every depth, that were written."""
+    return {
+        key: _as_written(value, written[key])
+        if isinstance(value, dict) and isinstance(written[key], Mapping)
+        else value
+        for key, value in values.items()
+        if key in written
+    }
 
 
 def joint_name(tasks: Any, where: str = "") -> str:
@@ -139,7 +164,9 @@ def settings_of(folder: Path) -> RunSettings:
             f"{path} lacks '{missing[0]}', which lamella {__version__} writes. Restore it from a copy, or run it again."
         )
     try:
-        return RunSettings.parse(read_saved(tree))
+        settings = RunSettings.parse(read_saved(tree))
+        settings._written = tree
+        return settings
     except UnreadableError:
         raise
     except LamellaError as error:

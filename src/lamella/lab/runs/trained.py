@@ -243,8 +243,10 @@ def _check_as_left(place: Place) -> None:
     if place.settings is None:
         return
     run = RunFolder(place.folder.parent)
-    if run.finished and run.metrics(as_left=False).get("settings", place.settings.digest) != place.settings.digest:
-        raise LamellaError(  # an earlier edition kept no digest of the settings
+    expected = place.settings.digest_as_written
+    # an earlier edition kept no digest of the settings
+    if run.finished and run.metrics(as_left=False).get("settings", expected) != expected:
+        raise LamellaError(
             f"{run.path / 'run.yaml'} is not as the run had it, and says how its rows are read. Restore it from a copy."
         )
     try:
