@@ -67,7 +67,7 @@ class Statements(Generic[T]):
         """Those that hold for a forward that starts here and now, the latest last."""
         if not self._said:
             return []
-        running, context = set(_running()), _HERE.get()
+        running, context = {frame: depth for depth, frame in enumerate(_running())}, _HERE.get()
         held = [
             said
             for said in tuple(self._said)
@@ -75,7 +75,9 @@ class Statements(Generic[T]):
         ]
         # A suspended generator is farther away than what runs or was said by a function.
         held.sort(key=lambda said: said.iterated_by is None or said.said_in in running)
-        return [said.what for said in held]
+        # A generator runs inside what its reader has said since.
+        inwards = iter(sorted((one for one in held if one.said_in in running), key=lambda one: -running[one.said_in]))
+        return [(next(inwards) if said.said_in in running else said).what for said in held]
 
     @contextmanager
     def saying(self, what: T) -> Iterator[None]:
@@ -116,9 +118,7 @@ def _speaker() -> tuple[FrameType, FrameType | None]:
 
 def _passes_on(frame: FrameType) -> bool:
     return _is_contextlibs(frame) or (
-        bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
-        and frame.f_back is not None
-        and _is_contextlibs(frame.f_back)
+        _is_generator(frame) and frame.f_back is not None and _is_contextlibs(frame.f_back)
     )
 
 
@@ -127,4 +127,4 @@ def _is_contextlibs(frame: FrameType) -> bool:
 
 
 def _is_generator(frame: FrameType) -> bool:
-    return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+    return bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))

@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import copy
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Barrier, Thread
@@ -105,10 +105,37 @@ def test_generators_are_each_served_by_their_own_and_may_be_closed_late(
         for one, output in zip(requests, expected, strict=True):
             assert torch.equal(next(one), output)
             assert torch.equal(run(), plain)
+    with fixed_weights(model, [0.0, 0.0, 1.0]):
+        assert torch.equal(next(requests[0]), expected[0]), "a generator is inside what its reader says"
     requests[first_closed].close()
     assert torch.equal(next(requests[1 - first_closed]), expected[1 - first_closed])
     requests[1 - first_closed].close()
     assert torch.equal(run(), plain)
+
+
+def test_an_asynchronous_generator_is_served_by_its_own_and_its_reader_is_not(model: PeftModel, run: Run) -> None:
+    """As a server that streams an answer to whoever reads it."""
+    news, code, plain = alone(model, run, NEWS), alone(model, run, CODE), run()
+
+    async def stream() -> AsyncIterator[Tensor]:
+        with fixed_weights(model, NEWS):
+            yield run()
+            await asyncio.sleep(0)
+            yield run()
+
+    async def read() -> None:
+        async for output in stream():
+            assert torch.equal(output, news)
+            assert torch.equal(run(), plain)
+        left = stream()
+        assert torch.equal(await anext(left), news)
+        with fixed_weights(model, CODE):
+            assert torch.equal(run(), code)
+            assert torch.equal(await anext(left), news)
+        assert torch.equal(run(), plain)
+        await left.aclose()
+
+    asyncio.run(read())
 
 
 def test_a_generator_may_be_run_in_other_contexts_and_threads(model: PeftModel, run: Run) -> None:
