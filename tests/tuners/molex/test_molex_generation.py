@@ -34,6 +34,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -358,3 +360,21 @@ def test_a_sequence_goes_on_only_if_its_guests_were_chosen_from_the_whole_prompt
         torch.testing.assert_close(_in_parts(model, 3, PROMPT), _in_parts(model, PROMPT))
     with lamella.prompt([6] * ROWS), pytest.raises(LamellaError, match=r"first 5 tokens, .* first 6 tokens"):
         _in_parts(model, 5, PROMPT)
+
+
+@torch.no_grad()
+def test_a_guest_reads_a_prompt_of_one_token_with_nothing_in_itself() -> None:
+    """RecurrentGemma's blocks keep states in themselves, and the guest has run as a block before."""
+    sizes = {key: value for key, value in SHAPE.items() if key not in ("head_dim", "max_position_embeddings")}
+    blocks = {"block_types": ("recurrent", "recurrent", "attention"), "lru_width": 16, "attention_window_size": 8}
+    torch.manual_seed(0)
+    base = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes | blocks))
+    _spread_out({name: p for name, p in base.named_parameters() if p.dim() > 1}, 0.2)
+    model = get_peft_model(base, MolexConfig(alpha=0.5, policy="fixed", fixed_layer=0, lora=None)).eval()
+    asked = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True}
+    ids = torch.tensor([[5], [9]])
+    cached, plain = (
+        model.generate(ids, use_cache=cache, return_dict_in_generate=True, **asked).logits for cache in (True, False)
+    )
+    torch.testing.assert_close(cached, plain)
+    assert not torch.allclose(plain[0][0], plain[0][1])

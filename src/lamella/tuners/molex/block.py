@@ -1,6 +1,7 @@
 """One block of a stack with its guests."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ from lamella.tuners.molex.choosing import (
     spread,
 )
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.molex.guests import is_checkpointed, refuse_sharded, run_guest, show_mixture
+from lamella.tuners.molex.guests import beginning, is_checkpointed, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_meta
@@ -133,20 +134,27 @@ class MolexBlock(nn.Module, AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Maps what the block maps, ``(batch, tokens, features)``, and returns what the block returns."""
         adapter = self._running()
-        if adapter is None or not self.mixtures[adapter].depth.mixes:
+        if adapter is None:
             return self.base_layer(*args, **kwargs)
-        refuse_sharded(self, self.base_layer)
         call, frame = BlockCall(self.base_layer, args, kwargs), current_frame()
+        if not self.mixtures[adapter].depth.mixes:
+            return self._run_itself(call, frame)
+        refuse_sharded(self, self.base_layer)
         call.check_states(self.name)
         slots = self._slots(adapter, call, frame)
         choice = self._choice(adapter, call.hidden_states, frame, slots)
-        output = self.base_layer(*args, **kwargs)
+        output = self._run_itself(call, frame)
         host = hidden_states_of(output)
         spans_rows = frame is not None and frame.packing.spans_rows
         mixed = self._with_guests(adapter, host, choice, call, output, slots, spans_rows)
         mixed = self._attach_losses(adapter, mixed, choice, frame)
         show_mixture(host, mixed)
         return with_hidden_states(output, mixed)
+
+    def _run_itself(self, call: BlockCall, frame: Frame | None) -> Any:
+        begins = call.cache is not None and frame is not None and frame.call.past == 0
+        with beginning(self.base_layer, call.hidden_states.shape[1] == 1) if begins else nullcontext():
+            return self.base_layer(*call.args, **call.kwargs)
 
     @property
     def name(self) -> str:

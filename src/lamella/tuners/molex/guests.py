@@ -20,6 +20,8 @@ from lamella.errors import LamellaError
 States = dict[tuple[str, str], Tensor | None]
 # Where blocks keep something, as their first runs with a cache have shown: on a prompt, and on a single token.
 _KEPT_AT: WeakKeyDictionary[nn.Module, dict[bool, set[tuple[str, str]]]] = WeakKeyDictionary()
+# What they had there before they read the sequences that they have read last, as a guest has before it reads any.
+_BEGAN_WITH: WeakKeyDictionary[nn.Module, States] = WeakKeyDictionary()
 
 
 def run_guest(
@@ -68,22 +70,36 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 @contextmanager
+def beginning(block: nn.Module, is_single: bool) -> Iterator[None]:
+    """Around a block's own first run on sequences: notes what it has in itself before, for when it is a guest."""
+    own = _attributes(block, is_single)
+    yield
+    _BEGAN_WITH[block] = {at: own.get(at) for at in _changed(block, is_single, own)}
+
+
+@contextmanager
 def _kept_apart(block: nn.Module, kept: States | None, is_single: bool) -> Iterator[None]:
     """Gives a block what it has kept as this guest, as RecurrentGemma's do, and afterwards its own back."""
     if kept is None:  # nothing goes on
         yield
         return
     own = _attributes(block, is_single)
-    for (module, name), value in kept.items():
+    for (module, name), value in (kept or _BEGAN_WITH.get(block, {})).items():
         setattr(block.get_submodule(module), name, value)
     try:
         yield
     finally:
-        changed = {at: value for at, value in _attributes(block, is_single).items() if value is not own.get(at)}
-        _KEPT_AT.setdefault(block, {}).setdefault(is_single, set()).update(changed)
-        kept.update(changed)
-        for module, name in changed:
-            setattr(block.get_submodule(module), name, own.get((module, name)))
+        kept.update(_changed(block, is_single, own))
+        for (module, name), value in own.items():
+            if getattr(block.get_submodule(module), name, None) is not value:
+                setattr(block.get_submodule(module), name, value)
+
+
+def _changed(block: nn.Module, is_single: bool, before: States) -> States:
+    """What a run has left in a block where there was something else before."""
+    changed = {at: value for at, value in _attributes(block, is_single).items() if value is not before.get(at)}
+    _KEPT_AT.setdefault(block, {}).setdefault(is_single, set()).update(changed)
+    return changed
 
 
 def _attributes(block: nn.Module, is_single: bool) -> States:
