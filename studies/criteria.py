@@ -30,6 +30,7 @@ from lamella.similarity.compression.budget import Scope
 from lamella.similarity.compression.calibration import LayerSample, layer_gradients
 from lamella.similarity.compression.compressed import DEFAULT, Report, Settings, compress_each
 from lamella.similarity.compression.criteria import CRITERIA, Ranking, find_criterion
+from lamella.similarity.compression.distillation import distil_routers
 from lamella.similarity.compression.perplexity import score
 from lamella.similarity.compression.refit import RIDGE, refit
 from lamella.similarity.swapping.scores import Batch, TextScores, evaluating
@@ -43,10 +44,8 @@ _TRAIN = 640  # documents of each domain, to draw from
 _DOCUMENTS = {"news": 12, "technical": 24, "dialogue": 60, "glosses": 60}  # to measure on; those of the last are short
 _PUBLISHED = ("reap", "hc-smoe", "frequency", "random")  # each layer loses as many, nothing is fitted
 _SCOPES: tuple[Scope, ...] = ("model", "layer")
-_CANDIDATES = (
-    ("reap", RIDGE), ("reap", 0.03), ("reap", 1.0), ("reap", 0.0), ("man", RIDGE), ("energy", RIDGE),
-    ("reconstruction", RIDGE), ("hc-smoe", RIDGE),
-)  # fmt: skip
+_CANDIDATES = ("man", "energy", "reconstruction", "hc-smoe")
+_RIDGES = (0.1, 0.3)
 _DRAWS = 2000
 
 Split = Literal["validation", "test"]
@@ -84,30 +83,42 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One sample of text, one criterion, one scope, one ridge of the refit (0 for none), and where it is measured."""
+    """One sample of text, one criterion, one scope, what follows, and where it is measured.
+
+    Attributes:
+        seed: of the sample.
+        criterion, scope: of ``compress``.
+        ridge: of the refit; 0 for none.
+        distil: passes in which routers learn.
+        split: of the documents to measure on.
+    """
 
     seed: int
     criterion: str
     scope: Scope
-    ridge: float
+    ridge: float = RIDGE
+    distil: int = 0
     split: Split = "test"
 
     @property
     def file(self) -> str:
         """Its rows."""
-        return f"{self.split}-{self.seed}-{self.scope}-{self.criterion}-{self.ridge:g}.json"
+        return f"{self.split}-{self.seed}-{self.scope}-{self.criterion}-{self.ridge:g}-{self.distil}.json"
 
 
 def cells(subject: Subject) -> Iterator[Cell]:
-    """All of them, first those by which the default was chosen, last those beside the comparison that it is for."""
-    for name, ridge in _CANDIDATES if subject.others else ():
-        yield Cell(0, name, "model", ridge, "validation")
+    """All of them: the default beside what was published, what it was chosen by, and all other criteria."""
+    if subject.others:
+        yield from (Cell(0, "reap", scope, ridge, split="validation") for scope in _SCOPES for ridge in _RIDGES)
     for seed in subject.seeds:
-        yield Cell(seed, DEFAULT, "model", RIDGE)
-        yield Cell(seed, "reap", "layer", RIDGE)
+        yield Cell(seed, DEFAULT, "model")
+        yield Cell(seed, "reap", "layer")
         yield from (Cell(seed, name, "layer", 0) for name in _PUBLISHED)
+    yield from (Cell(seed, "reap", "layer", distil=1) for seed in subject.seeds)
+    for name in _CANDIDATES if subject.others else ():
+        yield Cell(0, name, "model", split="validation")
     for seed, scope, name in product(subject.others, _SCOPES, subject.criteria):
-        yield Cell(seed, name, scope, RIDGE)
+        yield Cell(seed, name, scope)
 
 
 def run(model: str, folder: str, work: Path) -> None:
@@ -117,7 +128,8 @@ def run(model: str, folder: str, work: Path) -> None:
     network, tokenizer = backbone.model.eval(), backbone.tokenizer
     work.mkdir(parents=True, exist_ok=True)
     for line in _kept(model):  # what was measured elsewhere is not measured again
-        (work / _cell(json.loads(line)).file).write_text(line, encoding="utf-8")
+        if not _is_former(row := json.loads(line)):
+            (work / _cell(row).file).write_text(line, encoding="utf-8")
     held: dict[str, dict[str, list[Batch]]] = {}
     whole: dict[str, dict[str, TextScores]] = {}
     samples: dict[int, _Calibrated] = {}
@@ -161,7 +173,7 @@ class _Calibrated:
         return cls(network, taken, samples, layer_gradients(network, layers, texts), texts)
 
     def smaller(self, cell: Cell) -> Iterator[tuple[PreTrainedModel, Report]]:
-        """The smaller model of each budget, its down-projections fitted with the cell's ridge."""
+        """The smaller model of each budget, finished as the cell says."""
         rank = find_criterion(cell.criterion).rank
         with evaluating(self.network):
             ranked: dict[int, Ranking] = {index: rank(sample, cell.seed) for index, sample in self.samples.items()}
@@ -173,6 +185,8 @@ class _Calibrated:
                 for layer in moe_layers(small.model):
                     if layer.index in changed:
                         refit(self.samples[layer.index], layer, cell.ridge)
+            if cell.distil:
+                distil_routers(small.model, self.network, self.texts, cell.distil)
             yield small.model, small.report
 
 
@@ -205,6 +219,8 @@ def keep(model: str, work: Path) -> None:
     ROWS.mkdir(exist_ok=True)
     every = [work / cell.file for cell in dict.fromkeys(cells(SUBJECTS[model]))]
     done = [path.read_text(encoding="utf-8") for path in every if path.exists()]
+    known = {_cell(json.loads(line)) for line in done}
+    done += [line for line in _kept(model) if _is_former(row := json.loads(line)) and _cell(row) not in known]
     with gzip.GzipFile(ROWS / f"{model}.jsonl.gz", "wb", mtime=0) as file:
         file.write("\n".join(done).encode())
 
@@ -215,8 +231,15 @@ def _kept(model: str) -> list[str]:
     return gzip.decompress(path.read_bytes()).decode().splitlines() if path.exists() else []
 
 
+def _is_former(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the refit's former sums, over the text, so that it cannot be measured again."""
+    return row["ridge"] > 0 and "distil" not in row
+
+
 def _cell(row: Mapping[str, Any]) -> Cell:
-    return Cell(**{field.name: row[field.name] for field in fields(Cell)})
+    """The cell of a row; of a former one, that which takes its place."""
+    named = {field.name: row[field.name] for field in fields(Cell) if field.name in row}
+    return Cell(**named | ({"ridge": RIDGE} if _is_former(row) else {}))
 
 
 def section() -> str:
@@ -237,24 +260,29 @@ over documents alone where there is one sample. Each layer gives up its share, o
 costs weighted by the layers' gradients. The first rows have the default (`reap`, over the model, then the refit) beside
 what was published: each layer gives up as many, and nothing is fitted. `python -m studies.criteria MODEL` measures what
 is missing; `make models` builds deep-moe and smollm2-experts, the latter here with `blocks=48 held_out_blocks=4` and
-measured with one sample and the first rows alone, as it is slow."""
+measured with one sample and the first rows alone, as it is slow. Rows marked *former* are of the refit as it was, its
+sums over the text where they are over the sample now; what they compare is finished alike."""
 _CHOICE = """\
 By these rows, on validation documents and one sample, the default was chosen, with the ridge of the refit:"""
 
 
 def table(model: str, split: Split = "test") -> str:
     """The kept rows of a model as a Markdown table, with intervals over samples of text and documents."""
-    cells_of: dict[tuple[str, str, float], list[Any]] = {}
+    cells_of: dict[tuple[str, str, str], list[Any]] = {}
     for row in map(json.loads, _kept(model)):
         if row["split"] == split:
-            cells_of.setdefault((row["scope"], row["criterion"], row["ridge"]), []).append(row)
+            cells_of.setdefault((row["scope"], row["criterion"], _finish(row)), []).append(row)
     rows = []
-    for (scope, name, ridge), samples in cells_of.items():
+    for (scope, name, finish), samples in cells_of.items():
         shown = [_with_interval(samples, at, names) for at in range(len(BUDGETS)) for names in (INSIDE, OUTSIDE)]
-        finish = f"refit {ridge:g}" if ridge else ""
         rows.append([scope, name, finish, len(samples), *shown])
     heads = [f"{1 - budget:.1%} fewer, {where}" for budget in BUDGETS for where in ("in", "out")]
     return markdown(["scope", "criterion", "then", "samples", *heads], rows)
+
+
+def _finish(row: Mapping[str, Any]) -> str:
+    fitted = [f"refit {row['ridge']:g}" + (" (former)" if _is_former(row) else "")] if row["ridge"] else []
+    return ", ".join([*fitted, *(["distilled"] if row.get("distil") else [])])
 
 
 def _with_interval(samples: Sequence[Any], at: int, names: Sequence[str]) -> str:
