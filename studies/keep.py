@@ -29,7 +29,7 @@ from lamella.statistics import Contrast, contrast
 
 RECIPES = Path(__file__).parent / "recipes"
 ROWS = Path(__file__).parent / "rows"
-_OPTIONAL = ("interference", "masked", "costs", "noise")
+_OPTIONAL = ("interference", "masked", "costs", "noise", "stages")
 
 
 def study_names() -> list[str]:

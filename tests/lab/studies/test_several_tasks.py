@@ -96,6 +96,18 @@ def right_by_task(task: Task, columns: dict[str, np.ndarray]) -> dict[str, np.nd
     return {part.name: columns["correct"][columns["task"] == part.name] for part in task.parts}
 
 
+def test_a_method_over_loras_composes_those_of_the_runs_apart(written):
+    folder, tasks = written
+    words = ["methods.apart.method=lora", "methods.MOLE={method: mole, loras: apart}"]
+    cells = read_study(str(folder / "study.yaml"), words).cells()
+    apart, (mole,) = ([cell for cell in cells if cell.method == name] for name in ("apart", "MOLE"))
+
+    assert mole.settings.task == joint_name(tasks)
+    assert sorted(mole.needs) == sorted(cell.key for cell in apart)
+    with pytest.raises(LamellaError, match="must name a method with 'apart: true'"):
+        read_study(str(folder / "study.yaml"), ["methods.MOLE={method: mole, loras: together}"])
+
+
 def test_apart_needs_several_tasks(written):
     folder, tasks = written
     with pytest.raises(LamellaError, match="apart needs several tasks"):

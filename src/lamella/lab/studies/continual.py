@@ -82,7 +82,7 @@ class Continual(StudyRecipe):
     @property
     def tables(self) -> list[TableOf]:
         names = [*(measure.name for measure in MEASURES), *[RISE] * ("plain_text" in self.run)]
-        return [TableOf(self.backbone, self.title, name, f"{self.title}, {name}") for name in names]
+        return [TableOf(self.backbone, self.title, name, name) for name in names]
 
     def check(self) -> None:
         if self.reference is not None:

@@ -97,7 +97,7 @@ def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None
         keys = [cell.key for cell in firsts.values()]
         costs = known[(known["backbone"] == backbone) & known["key"].isin(keys)]
         if reference in firsts and set(costs["method"]) != set(firsts):
-            settings = {name: folder.chosen(cell) for name, cell in firsts.items()}
+            settings = {name: folder.placed(folder.chosen(cell)) for name, cell in firsts.items()}
             costs = method_costs(settings, reference, starting)
             costs.insert(1, "backbone", backbone)
             costs["key"] = keys

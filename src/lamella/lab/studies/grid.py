@@ -12,14 +12,14 @@ from pydantic import Field, field_validator
 
 from lamella.errors import LamellaError
 from lamella.lab.data.derived import parts_of
-from lamella.lab.methods import Method
+from lamella.lab.methods import Method, method_from
 from lamella.lab.metrics import METRICS
 from lamella.lab.runs.plain_text import RISE
 from lamella.lab.runs.settings import RunSettings, changed, joint_name
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import unknown_key
 from lamella.lab.scoring import selection
-from lamella.lab.studies.cells import Cell
+from lamella.lab.studies.cells import LORA, Cell
 from lamella.lab.studies.places import Floors, by_place, examples_of_place, metrics_of_place
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 from lamella.lab.studies.results import COSTS, examples_frame, place_of, results_frame
@@ -49,8 +49,8 @@ class Grid(StudyRecipe):
     tasks: list[str] = Field(min_length=1, description="a list among them is several tasks for one model")
     methods: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="by the name that tables show: 'method', any setting of its runs, and 'apart' for a run on each of "
-        "several tasks, of its share of the steps",
+        description="by the name that tables show: 'method', any setting of its runs, 'apart' for a run on each of "
+        "several tasks, of its share of the steps, and of a method over LoRAs 'loras', whose runs apart these are",
     )
     budget: Literal["equal-parameters", "equal-compute", "none"] = "none"
     match: str | None = Field(None, description="equal-parameters: the method whose size the others get")
@@ -91,7 +91,7 @@ class Grid(StudyRecipe):
         known = [key for key in RunSettings.model_fields if key not in ("model", "task", "seed")]
         places = {
             "run.": self.run,
-            **{f"methods.{name}.": _without_apart(given) for name, given in self.methods.items()},
+            **{f"methods.{name}.": _of_runs(given) for name, given in self.methods.items()},
         }
         for place, values in places.items():
             if unknown := [key for key in values if key not in known]:
@@ -109,6 +109,12 @@ class Grid(StudyRecipe):
         apart = [name for name in self.methods if self.apart(name)]
         if apart and not any(map(parts_of, self.tasks)):
             raise LamellaError(f"methods.{apart[0]}.apart needs several tasks for one model: a list among 'tasks'.")
+        for name, given in self.methods.items():
+            if "loras" in given and not (given["loras"] in apart and all(map(parts_of, self.tasks))):
+                raise LamellaError(
+                    f"methods.{name}.loras is {given['loras']!r}, and must name a method with 'apart: true', whose "
+                    "runs on each of several tasks leave LoRAs."
+                )
         if self.search is not None:
             _check_search(self, self.search)
 
@@ -118,11 +124,20 @@ class Grid(StudyRecipe):
 
     def cells(self) -> list[Cell]:
         methods = _budgeted(self)
-        cells = [
-            cell
-            for seed, backbone, task, name in product(self.seed_list, self.backbones, self.tasks, methods)
-            for cell in _cells(self, name, backbone, task, seed, methods[name])
-        ]
+        cells: list[Cell] = []
+        for seed, backbone, task in product(self.seed_list, self.backbones, self.tasks):
+            here = {
+                name: self._searched(_cells(self, name, backbone, task, seed, method))
+                for name, method in methods.items()
+            }
+            for name, given in self.methods.items():
+                if "loras" in given:
+                    composed = _composed(self, name, backbone, task, seed, here[given["loras"]])
+                    here[name] = self._searched([composed])
+            cells += [cell for name in self.methods for cell in here[name]]
+        return cells
+
+    def _searched(self, cells: list[Cell]) -> list[Cell]:
         if self.search is None:
             return cells
         return [replace(cell, search=search_of(cell, self.search)) for cell in cells]
@@ -169,12 +184,21 @@ def _cells(grid: Grid, name: str, backbone: str, task: str, seed: int, method: M
 
 
 def _settings(grid: Grid, name: str, backbone: str, task: str, seed: int, method: Method) -> RunSettings:
-    given = {key: value for key, value in _without_apart(grid.methods[name]).items() if key != "method"}
+    given = {key: value for key, value in _of_runs(grid.methods[name]).items() if key != "method"}
     return method_settings(grid.run | given | {"model": backbone, "task": task, "seed": seed, "method": method})
 
 
-def _without_apart(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if key != "apart"}
+def _composed(grid: Grid, name: str, backbone: str, task: str, seed: int, loras: Sequence[Cell]) -> Cell:
+    """A run that composes the LoRAs of runs on each of several tasks."""
+    given = grid.methods[name]["method"]
+    adapters = {f"task{number}": f"{LORA}{cell.key}" for number, cell in enumerate(loras, start=1)}
+    method = method_from({**({"name": given} if isinstance(given, str) else given), "adapters": adapters})
+    return Cell(backbone, task, name, _settings(grid, name, backbone, task, seed, method))
+
+
+def _of_runs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is no setting of a run."""
+    return {key: value for key, value in given.items() if key not in ("apart", "loras")}
 
 
 def _check_compute(grid: Grid) -> None:
@@ -217,7 +241,11 @@ def _check_search(grid: Grid, search: Searched) -> None:
 
 def _budgeted(grid: Grid) -> dict[str, Method]:
     """The methods; with equal parameters, MoLA's shapes get one mean of experts, and LoRA's rank is matched."""
-    methods = {name: RunSettings.parse({"method": given["method"]}).method for name, given in grid.methods.items()}
+    methods = {
+        name: RunSettings.parse({"method": given["method"]}).method
+        for name, given in grid.methods.items()
+        if "loras" not in given  # which LoRAs these compose is known when the runs are planned
+    }
     if grid.match is None:
         return methods
     if (mean := methods[grid.match].mean_experts()) is not None:

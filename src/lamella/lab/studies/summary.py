@@ -20,7 +20,8 @@ def summary(results: Results, shown: Sequence[str]) -> str:
 
     Where not all methods are shown there are many, and the table alone says by how much they differ.
     """
-    place = f"{results.title} with {results.backbone}"
+    title = results.task if results.title == results.metric else results.title
+    place = f"{title} with {results.backbone}"
     if not results.means:
         return f"On {place} nothing was run yet."
     means = [(name, results.means[name]) for name in shown if name in results.means]
