@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_a_state_that_is_not_saved():
     batch = tiny.batch(base)
     model = mixture(base, init_lora_weights=False)
     layer = layers_of(model)[0]
-    layer.experts["default"] = type(layer.experts["default"])(4, 1, 2, 8.0, 1e-3, 0.0)  # top-1 of the config's top-2
+    layer.experts["default"] = replace(layer.experts["default"], top_k=1)  # of the config's top-2
 
     actual = preflight(model, batch)
 

@@ -18,7 +18,7 @@ from lamella.tuners.mola.needs import contribution, distinctness, diversity, hea
 needs = st.lists(st.floats(0, 1e300) | st.sampled_from([0.0, 1.0, 1e-300]), min_size=1, max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(needs, st.integers(4, 40))
 def test_an_allocation_by_needs_sums_to_its_budget_and_follows_them(need: list[float], quarters: int) -> None:
     experts = allocate("auto", len(need), quarters / 4, need)

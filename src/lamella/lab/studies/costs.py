@@ -129,6 +129,7 @@ def _measure(measured: _Model, reference: _Model) -> dict[str, Any]:
     steps = {"measured": _train_step(measured), "reference": _train_step(reference)}
     time = 1.0 if measured is reference else ratio(time_rounds(steps, _ROUNDS, clock), "measured", "reference").median
     given = [*measured.model.parameters(), *measured.model.buffers(), *measured.training.values()]
+    measured.model.train()
     kept = kept_megabytes(lambda: _loss(measured.model, measured.training), given)
     forwards = {str(count): _forward(measured.model, batch) for count, batch in measured.latency.items()}
     seconds = time_rounds(forwards, _ROUNDS, clock)
