@@ -177,7 +177,7 @@ class _Calibrated:
         rank = find_criterion(cell.criterion).rank
         with evaluating(self.network):
             ranked: dict[int, Ranking] = {index: rank(sample, cell.seed) for index, sample in self.samples.items()}
-        settings = Settings(cell.criterion, cell.scope, refit=False, seed=cell.seed)
+        settings = Settings(cell.criterion, cell.scope, refit=False, distil=0, seed=cell.seed)
         each = compress_each(self.network, self.taken, BUDGETS, settings, self.texts, ranked, self.gradients)
         for small in each:
             changed = {index for index, _ in small.report.gone} if cell.ridge else ()

@@ -307,6 +307,7 @@ def compress_to_budgets(
         closed = _first_to_go(study, criteria[0], aligner, close)
         find_routes(_rows_of(study.folder, aligner), study.model, closed)  # one that none could replace is named now
     refused: list[str] = []
+    settings = settings.with_passes(texts)
     curve = compression_curve(
         study.model, study.capture, read_domains(domains), budgets, criteria, seeds=range(seeds), texts=texts,
         chosen_on=(study.subject.text,), settings=settings,

@@ -168,6 +168,24 @@ def test_distillation_moves_the_routers_alone_and_towards_the_whole_model():
     assert small.model.embed_tokens.weight.requires_grad
 
 
+def test_routers_learn_unasked_where_every_layer_keeps_as_many_and_there_is_text():
+    model = model_of("qwen3_moe")
+    taken, texts = captured(model), texts_of(model)
+    found = {
+        (scope, bool(given), asked): compress(model, taken, 0.75, scope=scope, texts=given, distil=asked)
+        for scope, given, asked in (
+            ("layer", texts, None),
+            ("layer", None, None),
+            ("layer", texts, 0),
+            ("model", texts, None),
+        )
+    }
+    assert [small.report.distil for small in found.values()] == [1, 0, 0, 0]
+    learned, untaught = found["layer", True, None].model, found["layer", True, 0].model
+    distil_routers(untaught, model, texts)
+    assert same_state(untaught, state(learned))
+
+
 LAYERS = {0: [0.1, 0.2], 1: [1.0, 5.0], 2: [0.3, 0.4]}
 
 

@@ -31,7 +31,10 @@ def compress(
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Fit the down-projections that are left to the whole layer.")
     ] = True,
-    distil: Annotated[int, typer.Option(min=0, help="Passes in which the routers learn from the whole model.")] = 0,
+    distil: Annotated[
+        int | None,
+        typer.Option(min=0, help="Passes in which routers learn from the whole model; 1 with scope layer if absent."),
+    ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Domains to measure on; the captured one if absent. May be repeated.")
     ] = None,
@@ -83,5 +86,6 @@ def compress(
     if save is None and (chosen := advised(curve, within)) is not None:
         typer.echo(
             f"Write that model: lamella similarity compress {study} --budget {chosen[1]:g} --criterion {chosen[0]} "
-            f"--scope {scope}{'' if refit else ' --no-refit'}{f' --distil {distil}' if distil else ''} --save FOLDER"
+            f"--scope {scope}{'' if refit else ' --no-refit'}"
+            f"{'' if distil is None else f' --distil {distil}'} --save FOLDER"
         )

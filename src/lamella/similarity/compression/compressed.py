@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,12 @@ class Settings:
     scope: Scope = "model"
     weighted: bool = True
     refit: bool = True
-    distil: int = 0
+    distil: int | None = None
     seed: int = 0
+
+    def with_passes(self, texts: Sequence[Batch] | None) -> Settings:
+        """The same, with the passes of the distillation that None stands for."""
+        return self if self.distil is not None else replace(self, distil=int(self.scope == "layer" and bool(texts)))
 
     @property
     def compares_layers(self) -> bool:
@@ -107,7 +111,7 @@ def compress(
     texts: Sequence[Batch] | None = None,
     weighted: bool = True,
     refit: bool = True,
-    distil: int = 0,
+    distil: int | None = None,
     seed: int = 0,
 ) -> Compressed:
     """A copy of the model that keeps ``budget`` of its experts.
@@ -124,7 +128,8 @@ def compress(
         weighted: whether costs are multiplied by the layer's gradient before layers are compared: squared errors by its
             mean squared norm, norms by its root. Of no effect where every layer keeps the same share.
         refit: whether the down-projections that are left are fitted anew, see ``refit``.
-        distil: passes over the texts in which the routers learn what the whole model predicts, see ``distil_routers``.
+        distil: passes over the texts in which the routers learn what the whole model predicts, see ``distil_routers``;
+            None is one pass where every layer keeps the same share and there are texts.
         seed: of random criteria.
 
     Raises:
@@ -151,6 +156,7 @@ def compress_each(
     did for the texts, where they are at hand.
     """
     check_arguments(budgets, settings, texts)
+    settings = settings.with_passes(texts)
     model = uncompiled(model)
     layers, criterion = _whole_layers(model), find_criterion(settings.criterion)
     capture.check(model)
@@ -327,7 +333,7 @@ class Report:
     """Who went, and what is left.
 
     Attributes:
-        criterion, scope, weighted, refit, distil, seed, budget: as ``compress`` was called.
+        criterion, scope, weighted, refit, distil, seed, budget: as ``compress`` was called; distil as it was done.
         action: whether experts were dropped, replaced or merged.
         experts: how many the model had.
         experts_left: how many are left, or groups of which each is stored once.

@@ -36,6 +36,8 @@ def distil_routers(
     Source: Hyeon and Do 2026, Is Retraining-Free Enough?, arXiv 2603.02217.
     """
     routers = [parameter for layer in moe_layers(small) for parameter in layer.router_module.parameters()]
+    if not routers:  # as where a token's id is its decision
+        return
     needed = {parameter: parameter.requires_grad for parameter in small.parameters()}
     for parameter in needed:
         parameter.requires_grad_(False)
