@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tests import tiny
 from transformers import (
     BertConfig,
     BertModel,
@@ -15,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lamella.backbones.loading import load_pretrained, refuse_holes
 from lamella.errors import LamellaError
 from lamella.lab.data import Task, encode, load_backbone
 from lamella.lab.data.models import is_decoder, published_name
@@ -199,3 +202,42 @@ def test_the_model_kept_in_the_package_is_found_by_name(decoder, tmp_path, monke
     assert backbone.path == str(tmp_path / "assets" / "tiny-moe")
     assert backbone.published == "tiny-moe"
     assert backbone.revision is None
+
+
+DAMAGE = {
+    "cut short": lambda folder: (folder / "model.safetensors").write_bytes(b"\x10"),
+    "no heads": lambda folder: config_changed(folder, num_attention_heads=0),
+    "another width": lambda folder: config_changed(folder, hidden_size=32),
+    "a word for a width": lambda folder: config_changed(folder, hidden_size="16"),
+    "a block's tensor lost": lambda folder: tensor_lost(folder, "model.layers.0.mlp.up_proj.weight"),
+}
+
+
+def config_changed(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def tensor_lost(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_model_is_named(tmp_path, damage):
+    tiny.llama().save_pretrained(tmp_path / "model")
+    DAMAGE[damage](tmp_path / "model")
+    with pytest.raises(LamellaError, match=f"{tmp_path / 'model'}.*(could not be loaded|is not whole.*up_proj)"):
+        load_pretrained(str(tmp_path / "model"))
+
+
+def test_a_new_head_is_no_hole_and_a_lost_tensor_is():
+    encoder, new = tiny.bert(), ("classifier.weight", "bert.pooler.dense.weight")
+    refuse_holes("bert", encoder, new)
+    with pytest.raises(LamellaError, match=r"1 tensor\(s\).*bert\.encoder\.layer\.1"):
+        refuse_holes("bert", encoder, (*new, "bert.encoder.layer.1.output.dense.bias"), new_head=True)
+    with pytest.raises(LamellaError, match=r"1 tensor\(s\).*encoder\.layer\.1"):
+        refuse_holes("bert", encoder.bert, ("pooler.dense.bias", "encoder.layer.1.output.dense.bias"))
+    with pytest.raises(LamellaError, match=r"1 tensor\(s\).*lm_head"):
+        refuse_holes("llama", tiny.llama(), ("lm_head.weight",))

@@ -98,11 +98,6 @@ UNUSABLE = {
     "LoRA under MoLA's type": ("lora", config_changed(peft_type="LAMELLA_MOLA"), "lora_dropout|bias|unknown|known"),
     "a DoRA without magnitudes": ("lora", config_changed(use_dora=True), "magnitude"),
     "trained tokens that were not saved": ("lora", config_changed(trainable_token_indices=[1, 2]), "token"),
-    "a head that the settings do not name": (
-        "lora",
-        config_changed(modules_to_save=None, task_type=None),
-        "classifier",
-    ),
     "an adapter of another method": ("lora", config_changed(peft_type="IA3"), "unknown|known|missing"),
     "weights cut short": (MOLA, cut(WEIGHTS), "adapter_model"),
     "no weights": (MOLA, lambda run: (run / WEIGHTS).unlink(), "adapter_model"),

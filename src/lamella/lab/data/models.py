@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
 )
 
-from lamella.backbones.loading import saved_class
+from lamella.backbones.loading import drawn, refuse_holes, saved_class
 from lamella.errors import LamellaError
 from lamella.lab.data.assets import ASSETS, cache_folder, fetch, joined_mpnet, publish
 from lamella.lab.data.task import Task
@@ -131,6 +131,8 @@ def load_backbone(
         model, read = loader.from_pretrained(
             path, revision=revision, dtype=_DTYPES[dtype], output_loading_info=True, trust_remote_code=False, **head
         )
+    random = drawn(read)
+    refuse_holes(name, model, random, new_head=task is not None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
@@ -143,7 +145,7 @@ def load_backbone(
         revision=known_revision or getattr(model.config, "_commit_hash", None),
         path=path,
         published=_PUBLISHED.get(name, path),
-        drawn=tuple(sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})),
+        drawn=random,
     )
 
 
