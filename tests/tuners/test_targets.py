@@ -112,7 +112,9 @@ def test_experts_in_one_tensor_that_nobody_asked_for_are_not() -> None:
             warnings.simplefilter("always")
             get_peft_model(tiny_moe.FAMILIES["qwen2_moe"](), MolaConfig(r=2, **settings))
         assert "experts" not in said(record)
-    with pytest.raises(LamellaError, match=r"'gate_proj'.*Its experts lie in model\.layers\.0\.mlp\.experts"):
+    with pytest.raises(
+        LamellaError, match=r"'gate_proj'.*Several matrices, as of experts, lie in model\.layers\.0\.mlp\.experts"
+    ):
         get_peft_model(tiny_moe.FAMILIES["mixtral"](), MolaConfig(target_modules=["gate_proj"]))
 
 

@@ -148,7 +148,7 @@ def check_targets(
         return
     modules = {name: module for name, module in _outside_adapters(model).items() if name}
     if isinstance(targets, set | list):
-        hint = f" Its experts lie in {fused[0]}, which is no linear module." if fused else ""
+        hint = f" Several matrices, as of experts, lie in {fused[0]}, which is no linear module." if fused else ""
         _refuse_misspelt("target_modules", targets, list(modules), type(model).__name__, hint=hint)
     matched = [name for name in modules if selection(name)]
     if not matched:
@@ -248,8 +248,8 @@ def _warn_of_fused(weights: Sequence[str]) -> None:
         kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", weight) for weight in weights)
         owner = weights[0].rsplit(".", 2)[-2]
         warnings.warn(
-            f"No linear module has the weights {', '.join(kinds)}, where several experts lie in one tensor: they stay "
-            f"as they are, and what is adapted beside them is not the experts. exclude_modules=[{owner!r}] says that "
+            f"No linear module has the weights {', '.join(kinds)}, where several matrices lie in one tensor, as of "
+            f"experts: they stay as they are, whatever is adapted beside them. exclude_modules=[{owner!r}] says that "
             "this is meant.",
             stacklevel=2,
         )
