@@ -194,11 +194,8 @@ def _wanted(name: str | None, trained_on: Task | None) -> Task | None:
     """The task of that name; of one that the model learned beside others, those with its rows alone."""
     if name is None or trained_on is None:
         return trained_on if name is None else load_task(name)
-    return (
-        trained_on.of_parts(own)
-        if (own := [part for part in trained_on.parts if part.name == name])
-        else load_task(name)
-    )
+    own = [part for part in trained_on.parts if part.name == name]
+    return dataclasses.replace(trained_on.of_parts(own), name=name) if own else load_task(name)
 
 
 def load_adapted(path: Path, base: str | None = None) -> PeftModel:
