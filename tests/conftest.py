@@ -37,6 +37,16 @@ def pytest_collection():
     return collected
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a file of tests has imported and kept stays too."""
+    done = yield
+    if nextitem is not None and nextitem.path != item.path and len(gc.get_objects()) > 20_000:
+        gc.collect()
+        gc.freeze()
+    return done
+
+
 @pytest.fixture(scope="session")
 def fresh():
     """Processes that have imported everything and done nothing."""
