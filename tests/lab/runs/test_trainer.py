@@ -32,6 +32,12 @@ def test_the_order_of_batches_is_not_that_of_lengths():
     assert first_of_batch != sorted(first_of_batch)
 
 
+def test_the_order_is_that_of_the_runs_there_are():
+    """An interrupted run goes on in the order that it began with, and scores on the pages stay what they are."""
+    assert order([1] * 10, 4, sort=False) == [4, 1, 7, 5, 3, 9, 0, 8, 6, 2]
+    assert order([3, 1, 2, 5, 4] * 2, 2, seed=1, epoch=2) == [1, 6, 3, 8, 9, 4, 0, 5, 2, 7]
+
+
 def test_epochs_and_seeds_differ_and_repeat():
     lengths = list(range(40))
 

@@ -36,8 +36,8 @@ class BatchOrder(Sampler[int]):
     """Order of the training rows in an epoch, a function of the seed and the epoch alone, so that a resumed run and
     every process of a parallel one see the same.
 
-    An epoch draws as many rows as there are, each task's share as `task_draws` says: the rows of a task in turn, in a
-    new order whenever all were drawn.
+    An epoch draws as many rows as there are, each task's share as `task_draws` says: all rows of a task where its share
+    is as many, otherwise its rows in turn, in a new order whenever all were drawn.
 
     With lengths, the shuffled rows are cut into stretches of 50 batches, each stretch is sorted by length, and its
     batches are shuffled again: little padding, and still a new order in every epoch.
@@ -75,12 +75,17 @@ class BatchOrder(Sampler[int]):
         for task, (count, draws) in enumerate(
             zip(self._counts, task_draws(self._counts, self._temperature), strict=True)
         ):
-            start = draws * self._epoch()
-            rounds = range(start // count, (start + draws - 1) // count + 1) if draws else range(0)
-            turns = [at for number in rounds for at in self._turn(task, number, count)]
-            drawn += [first + at for at in turns[start % count :][:draws]]
+            drawn += [first + at for at in self._of_task(task, count, draws)]
             first += count
         return drawn
+
+    def _of_task(self, task: int, count: int, draws: int) -> Sequence[int]:
+        if draws == count:
+            return range(count)
+        start = draws * self._epoch()
+        rounds = range(start // count, (start + draws - 1) // count + 1) if draws else range(0)
+        turns = [at for number in rounds for at in self._turn(task, number, count)]
+        return turns[start % count :][:draws]
 
     def _turn(self, task: int, number: int, count: int) -> list[int]:
         generator = torch.Generator().manual_seed((self._seed * 100_003 + number) * 1_009 + task)
