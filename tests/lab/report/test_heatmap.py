@@ -58,6 +58,7 @@ def test_effective_experts_are_said_once_for_each_router_where_the_trace_has_the
     known = routing.assign(effective_experts=routing["layer"].map({0: 1.5, 1: 2.0}))
     assert "count by 1.75 experts in the mean" in routing_view(known).paragraphs[0]
     assert routing_view(known).paragraphs[0].endswith("1.50 to 2.00 by router.")
+    assert "(1 / sum" not in routing_view(routing.assign(effective_experts=1.0)).paragraphs[0]
 
 
 def test_a_router_without_tokens_says_so(trace):

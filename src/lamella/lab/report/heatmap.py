@@ -159,10 +159,12 @@ def _sentences_of(frame: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _effective(chosen: pd.DataFrame) -> tuple[str, ...]:
-    """By how many experts decisions count, unless the trace is of an edition that did not keep it."""
+    """By how many experts decisions count: not where each takes one, nor of an edition that did not keep it."""
     if "effective_experts" not in chosen or chosen["effective_experts"].isna().all():
         return ()
     routers = chosen.drop_duplicates(["layer", "module"])["effective_experts"]
+    if (routers == 1).all():  # weights of several are never all the weight
+        return ()
     return (
         f"By their weights, decisions count by {routers.mean():.2f} experts in the mean (1 / sum of squared weights), "
         f"{routers.min():.2f} to {routers.max():.2f} by router.",
