@@ -18,6 +18,14 @@ def test_of_a_modules_experts_only_the_chosen_ones_are_active():
     assert active_parameters(model) == factors // 4 + routers
 
 
+def test_rows_of_one_task_are_its_first_ones_in_turn(bert, questions):
+    few = costs._untrained(tiny_settings(bert, questions, "lora", limit={"train": 5}))
+
+    rows = few.training["input_ids"].tolist()
+    assert len({tuple(row) for row in rows}) == 5
+    assert rows[5:] == rows[:3]
+
+
 def test_what_the_reference_keeps_is_measured_in_training_too(bert, questions, monkeypatch):
     training = []
     loss = costs._loss

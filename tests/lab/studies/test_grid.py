@@ -56,6 +56,12 @@ def test_the_key_names_the_settings_and_not_the_method(read):
     assert len({cell.key for cell in read().cells()}) == 8
 
 
+def test_the_key_is_that_of_the_studies_there_are(read):
+    """What a run cannot be told by default leaves the keys of those that could not be told it."""
+    first, *_ = read().cells()
+    assert first.key == "2ecad571f6728c0d"
+
+
 def test_equal_parameters_matches_ranks_and_means(read):
     grid = read(budget="equal-parameters", match="tent")
     lora, tent, flat, head = grid.cells()[:4]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # what a cell's settings hold in place of a path, before the key of the cell that makes what lies there
 LORA, BASE = "lora:", "head:"
 
+# what earlier studies could not set leaves their cells' keys as they were
+_LATER = {"start": None, "plain_text": None, "task_temperature": 1.0}
+
 
 class Job(Protocol):
     """One piece of work: done once however often it is planned, and only after what it needs."""
@@ -157,8 +160,8 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
 def key_of(settings: RunSettings, questions: Questions | None) -> str:
     """Names a run by its settings, and by what its model is asked."""
     run: Any = settings.model_dump(mode="json")
-    for later in ("start", "plain_text"):  # what earlier studies could not set leaves their cells' keys as they were
-        if run[later] is None:
+    for later, default in _LATER.items():
+        if run[later] == default:
             del run[later]
     identity = run if questions is None else {"run": run, "tests": questions.tasks, "test_rows": questions.rows}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

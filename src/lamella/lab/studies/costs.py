@@ -118,7 +118,8 @@ def _untrained(settings: RunSettings) -> _Model:
         task, backbone.tokenizer, max_length=settings.max_length, packing=settings.packing, decoder=backbone.decoder
     )
     assert encoded.train is not None  # a run of these settings was trained on it
-    rows = [encoded.train[at * len(encoded.train) // needed] for at in range(needed)]  # of all tasks, if several
+    every = len(task.tasks)  # several tasks lie one after the other, and rows of all of them are taken
+    rows = [encoded.train[at * every % len(encoded.train)] for at in range(needed)]
     model = settings.method.build(backbone, task).model
     latency = {count: encoded.collator(rows[:count]) for count in _LATENCY_ROWS}
     return _Model(model, encoded.collator(rows[: settings.batch_size]), latency)
