@@ -210,15 +210,19 @@ def metrics_of(task: Task, columns: Columns) -> dict[str, float]:
 
 
 def _over_tasks(task: Task, columns: Columns) -> dict[str, float]:
-    """Means over the tasks of what all of them have, and every metric of each as ``TASK/METRIC``.
-
-    The perplexity is that of the mean loss: the geometric mean of theirs.
-    """
     by_task: dict[str, dict[str, float]] = {}
     for part in task.parts:
         of_part = columns["task"] == part.name
         if of_part.any():
             by_task[part.name] = metrics_of(part, {name: column[of_part] for name, column in columns.items()})
+    return over_tasks(by_task)
+
+
+def over_tasks(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over the tasks of what all of them have, and every metric of each as ``TASK/METRIC``.
+
+    The perplexity is that of the mean loss: the geometric mean of theirs.
+    """
     scores = list(by_task.values())
     shared = [name for name in scores[0] if all(name in one for one in scores)]
     means = {name: float(np.mean([one[name] for one in scores])) for name in shared}

@@ -8,7 +8,7 @@ from tests.lab.tiny_runs import MOLA, tiny_settings
 
 from lamella.lab.data import load_backbone, load_task
 from lamella.lab.runs import card
-from lamella.lab.runs.card import model_card, public_name
+from lamella.lab.runs.card import model_card, public_name, task_name
 from lamella.lab.runs.floors import FLOOR
 from lamella.lab.runs.run import train
 
@@ -142,6 +142,13 @@ def test_a_path_is_told_by_its_last_part(tmp_path):
     assert public_name(str(tmp_path)) == tmp_path.name
     assert public_name("/nowhere/on/this/machine") == "machine"
     assert public_name("owner/model") == "owner/model"
+
+
+@pytest.mark.parametrize("how", ["joint", "mix", "learn:2", "learn:2/50"])
+def test_a_task_s_files_are_told_by_their_last_part(how):
+    assert task_name(f"{how}:file:/home/me/a.jsonl+text:file:/home/me/b.jsonl+trec") == (
+        f"{how}:file:a.jsonl+text:file:b.jsonl+trec"
+    )
 
 
 def test_the_card_is_there_before_the_run_counts_as_finished(bert, questions, run_folder):

@@ -9,6 +9,8 @@ from tests.lab.tiny_runs import MOLA, tiny_settings
 
 from lamella.errors import LamellaError
 from lamella.lab.data import encode, load_backbone, load_task
+from lamella.lab.methods.compositions import Target
+from lamella.lab.methods.searched import scores_on_training_rows
 from lamella.lab.pages import run_report
 from lamella.lab.report.report import render
 from lamella.lab.runs.by_task import BY_TASK, differences
@@ -216,8 +218,20 @@ def test_a_classification_becomes_a_question_for_a_decoder(llama, questions, pai
     assert found["accuracy"] == np.mean([found[f"text:{questions}/accuracy"], found[f"text:{pairs}/accuracy"]])
 
 
-def test_what_one_model_cannot_learn_is_refused(questions, prose):
+def test_a_composition_is_fitted_to_the_tasks_that_a_stage_learns(bert, questions, pairs):
+    task = load_task(f"learn:1:{questions}+{pairs}")
+    backbone = load_backbone(bert, task)
+
+    found = scores_on_training_rows(Target(backbone, task), 32, 8)(backbone.model)
+
+    assert f"{questions}/accuracy" in found
+    assert f"{pairs}/accuracy" not in found
+
+
+def test_what_one_model_cannot_learn_is_refused(questions, pairs, prose):
     with pytest.raises(LamellaError, match="classifications and classifications of pairs"):
         load_task(f"joint:{questions}+{prose}")
     with pytest.raises(LamellaError, match="each of them once"):
         load_task(f"joint:{questions}+{questions}")
+    with pytest.raises(LamellaError, match=r"Write joint:text:TASK\+text:TASK"):
+        load_task(f"text:learn:1:{questions}+{pairs}")

@@ -136,5 +136,14 @@ def test_recipes_that_do_not_fit_are_refused(bert, questions, pairs, tmp_path):
         read(methods={"MOLE": {"method": "mole", "loras": "lora"}})
     with pytest.raises(LamellaError, match=r"methods.LoRA.rehearse'"):
         read(methods={"LoRA": {"method": "lora", "rehearse": 4}})
-    with pytest.raises(LamellaError, match="weight decay would change"):
-        read(methods={"growing": {"method": "mola-growing", "weight_decay": 0.1}})
+    for decay in ("weight_decay", "router_weight_decay"):
+        with pytest.raises(LamellaError, match="weight decay would change"):
+            read(methods={"growing": {"method": "mola-growing", decay: 0.1}})
+        with pytest.raises(LamellaError, match="weight decay would change"):
+            read(methods={"growing": {"method": "mola-growing"}}, run=RUN | {decay: 0.1})
+    with pytest.raises(LamellaError, match=r"sequence has 'mix:.*cannot hold a name with '\+'"):
+        read(sequence=[f"mix:{questions}+{pairs}", questions])
+    with pytest.raises(LamellaError, match=r"method is \[1\]. Write a name"):
+        read(methods={"LoRA": {"method": [1]}})
+    with pytest.raises(LamellaError, match="num_experts='some' is not a shape"):
+        read(methods={"growing": {"method": {"name": "mola-growing", "num_experts": "some"}}})

@@ -11,6 +11,7 @@ from lamella.lab.data import Task, load_task
 from lamella.lab.runs.settings import joint_name
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.folder import StudyFolder
+from lamella.lab.studies.places import united_costs
 from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.results import results_of
 
@@ -106,6 +107,16 @@ def test_a_method_over_loras_composes_those_of_the_runs_apart(written):
     assert sorted(mole.needs) == sorted(cell.key for cell in apart)
     with pytest.raises(LamellaError, match="must name a method with 'apart: true'"):
         read_study(str(folder / "study.yaml"), ["methods.MOLE={method: mole, loras: together}"])
+    with pytest.raises(LamellaError, match="match names MOLE"):
+        read_study(str(folder / "study.yaml"), [*words, "budget=equal-parameters", "match=MOLE"])
+
+
+def test_several_runs_cost_their_sum_and_the_largest_memory():
+    one = {"build_seconds": 1.0, "train_seconds": 6.0, "tokens": 7, "steps": 4, "kept_step": 4, "peak_memory_bytes": 9}
+    costs = united_costs([one, one | {"train_seconds": 2.0, "peak_memory_bytes": 5}])
+
+    assert costs == {"build_seconds": 2.0, "train_seconds": 8.0, "tokens": 14, "steps": 8, "kept_step": 8,
+                     "seconds_per_step": 1.0, "peak_memory_bytes": 9}  # fmt: skip
 
 
 def test_apart_needs_several_tasks(written):

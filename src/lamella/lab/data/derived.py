@@ -165,8 +165,10 @@ def as_text(name: str, task: Task) -> Task:
     and the likeliest option per token is what the model answers.
 
     Raises:
-        LamellaError: it is no classification.
+        LamellaError: it is no classification, or several tasks.
     """
+    if task.parts:
+        raise LamellaError(f"{name} makes one task a question. Write joint:text:TASK+text:TASK for several.")
     if task.kind not in _CLASSES:
         raise LamellaError(f"{name} makes a classification a question, and {task.name} is a {task.kind} task.")
     options = list(task.label_names)

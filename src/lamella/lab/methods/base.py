@@ -60,6 +60,8 @@ class Method(Settings):
 
     # whether PEFT's files hold all that was trained, so that training can go on from a checkpoint
     resumes: ClassVar[bool] = True
+    # whether weight decay may shrink all that it trains
+    decays: ClassVar[bool] = True
 
     name: str
 
@@ -200,11 +202,20 @@ def method_from(value: str | Mapping[str, Any]) -> Method:
     Raises:
         LamellaError: neither of them, an unknown method, or a key that this method does not have.
     """
+    values = method_values(value)
+    return registered(values["name"]).parse(values, where="method.")
+
+
+def method_values(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The name and the settings of a method as they are given.
+
+    Raises:
+        LamellaError: it is neither a name nor a mapping.
+    """
     if not isinstance(value, str | Mapping):
         raise LamellaError(f"method is {value!r}. Write a name, such as method=mola, or settings, such as method.r=4.")
     values = {"name": value} if isinstance(value, str) else dict(value)
-    name = values.setdefault("name", _DEFAULT)
-    return registered(str(name)).parse(values, where="method.")
+    return values | {"name": str(values.get("name", _DEFAULT))}
 
 
 def read_saved(tree: Mapping[str, Any]) -> dict[str, Any]:

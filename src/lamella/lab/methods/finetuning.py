@@ -58,7 +58,7 @@ class Mola(Configured):
         config = self.config()
         if not isinstance(config.num_experts, str) or config.num_experts == AUTO:
             return config.expert_budget
-        groups = SHAPES.get(config.num_experts) or tuple(map(int, config.num_experts.split("-")))
+        groups = _groups(config.num_experts)
         return config.expert_budget or sum(groups) / len(groups)
 
     def with_mean_experts(self, mean: float, where: str) -> Method:
@@ -82,6 +82,8 @@ class MolaGrowing(Configured):
     stage before.
     """
 
+    decays: ClassVar[bool] = False
+
     stage: int = Field(1, ge=1, description="how many stages there have been, this one included")
 
     def config(self, **of_the_run: Any) -> MolaConfig:
@@ -97,7 +99,8 @@ class MolaGrowing(Configured):
             raise LamellaError("mola-growing keeps earlier experts as they are, and with share_lora_a all have one A.")
         if isinstance(values.get("init_lora_weights"), str):
             raise LamellaError("mola-growing starts new experts at zero: leave init_lora_weights away.")
-        values["num_experts"] = _times(self.num_experts, self.stage)
+        given = MolaConfig(**values, **of_the_run)  # refuses what is no number of experts
+        values["num_experts"] = _times(given.num_experts, self.stage)
         return MolaConfig(**values, **of_the_run)
 
     def build(self, backbone: Backbone, task: Task) -> Built:
@@ -123,10 +126,13 @@ class MolaGrowing(Configured):
         return taken
 
 
+def _groups(shape: str) -> tuple[int, ...]:
+    return SHAPES.get(shape) or tuple(map(int, shape.split("-")))
+
+
 def _times(experts: Any, stages: int) -> Any:
     if isinstance(experts, str):
-        groups = SHAPES.get(experts) or tuple(map(int, experts.split("-")))
-        return "-".join(str(count * stages) for count in groups)
+        return "-".join(str(count * stages) for count in _groups(experts))
     return [count * stages for count in experts] if isinstance(experts, list) else experts * stages
 
 

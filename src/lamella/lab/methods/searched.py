@@ -86,7 +86,7 @@ def scores_on_training_rows(target: Target, max_length: int, rows: int | None = 
     from lamella.lab.data import encode
 
     # multiple choice is read in another way to train on than to be scored, and that hangs on the split's name
-    task = target.task.of_each(lambda part: {"validation": part.splits["train"]})
+    task = target.task.of_each(lambda part: {"validation": part.splits["train"]} if "train" in part.splits else {})
     encoded = encode(
         task,
         target.backbone.tokenizer,

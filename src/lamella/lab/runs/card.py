@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -61,9 +62,10 @@ def public_name(name: str) -> str:
 
 def task_name(name: str) -> str:
     """A task's name without the folders of this machine."""
+    if made := re.fullmatch(r"(joint|mix|text|held|learn:[\d/]+):(.+)", name):
+        how, parts = made.groups()
+        return f"{how}:{'+'.join(map(task_name, parts.split('+')))}"
     scheme, colon, rest = name.partition(":")
-    if colon and scheme in ("joint", "mix", "learn", "text", "held"):
-        return f"{scheme}:{'+'.join(task_name(part) for part in rest.split('+'))}"
     return f"{scheme}:{Path(rest).name}" if colon and scheme == "file" else name
 
 

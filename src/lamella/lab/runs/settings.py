@@ -82,6 +82,11 @@ class RunSettings(Settings):
             )
         if self.max_steps is None and self.epochs is None:
             self.epochs = 1.0
+        if (self.weight_decay or self.router_weight_decay) and not self.method.decays:
+            raise LamellaError(
+                f"{self.method.name} keeps what earlier stages learned, and weight decay would change it. Leave "
+                "weight_decay and router_weight_decay at 0."
+            )
         return self
 
     @classmethod
@@ -92,7 +97,7 @@ class RunSettings(Settings):
         if "task" in values:
             raise LamellaError(f"The settings have task={values['task']!r} and tasks. Give one of them.")
         others = {key: value for key, value in values.items() if key != "tasks"}
-        return super().parse(others | {"task": joint_name(values["tasks"], where)}, where)
+        return super().parse(others | {"task": joint_name(values["tasks"], f"{where}tasks")}, where)
 
     @property
     def label(self) -> str:
@@ -137,16 +142,20 @@ def _as_written(values: dict[str, Any], written: Mapping[str, Any]) -> dict[str,
     }
 
 
-def joint_name(tasks: Any, where: str = "") -> str:
+def joint_name(tasks: Any, key: str = "tasks") -> str:
     """The name of several tasks as one; of one its own.
+
+    Args:
+        tasks: a list of names.
+        key: what the user's file calls it.
 
     Raises:
         LamellaError: it is no list of names.
     """
     if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) and name for name in tasks):
-        raise LamellaError(f"{where}tasks={tasks!r} must be a list of tasks, such as [trec, sst2].")
+        raise LamellaError(f"{key}={tasks!r} must be a list of tasks, such as [trec, sst2].")
     if unfit := [name for name in tasks if "+" in name]:
-        raise LamellaError(f"{where}tasks has {unfit[0]!r}, and a list of tasks cannot hold a name with '+' in it.")
+        raise LamellaError(f"{key} has {unfit[0]!r}, and a list of tasks cannot hold a name with '+' in it.")
     return tasks[0] if len(tasks) == 1 else f"{JOINT}{'+'.join(tasks)}"
 
 

@@ -12,14 +12,14 @@ from pydantic import Field
 
 from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_table
-from lamella.lab.data.derived import JOINT
 from lamella.lab.methods import ComposingMethod, Method, method_from
+from lamella.lab.methods.base import method_values, registered
 from lamella.lab.runs.plain_text import RISE
-from lamella.lab.runs.settings import RunSettings, changed
+from lamella.lab.runs.settings import RunSettings, changed, joint_name
 from lamella.lab.schema import unknown_key
 from lamella.lab.studies.cells import LORA, Cell
 from lamella.lab.studies.forgetting import MEASURES, example_scores
-from lamella.lab.studies.places import by_place, scores_by_task
+from lamella.lab.studies.places import by_place, scores_by_task, united_costs
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 from lamella.lab.studies.results import COSTS, Floats, examples_frame, results_frame
 from lamella.lab.studies.search import Searched, search_of, shown
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lamella.lab.studies.results import Results
 
 _OWN = ("method", "rehearsed", "loras")
-_SUMS = ("build_seconds", "train_seconds", "tokens", "steps", "kept_step")
 STAGES = "stages"
 
 
@@ -87,6 +86,7 @@ class Continual(StudyRecipe):
     def check(self) -> None:
         if self.reference is not None:
             check_name(self.reference, self.methods, "method for 'reference'")
+        joint_name(self.sequence, "sequence")
         for order in self.orders:
             if sorted(order) != sorted(self.sequence):
                 raise LamellaError(f"orders has {order}, which are not the tasks of the sequence in another order.")
@@ -99,6 +99,8 @@ class Continual(StudyRecipe):
             _check_composing(name, given)
         if unknown := [key for key in self.run if key not in known or key == "method"]:
             raise LamellaError(unknown_key(unknown[0], [key for key in known if key != "method"], "run."))
+        for name in self.methods:
+            _stages(self, name, tuple(self.sequence), seed=0, run=0)  # refuses settings that do not fit
 
     def cells(self) -> list[Cell]:
         return [
@@ -180,18 +182,10 @@ def _check_composing(name: str, given: Mapping[str, Any]) -> None:
             f"methods.{name} puts LoRAs of several tasks together and has no row of the earlier ones to learn their "
             "heads and routing from. Give 'rehearsed', the rows of each."
         )
-    if given.get("weight_decay") and _named(given["method"]) == "mola-growing":
-        raise LamellaError(f"methods.{name}: weight decay would change the experts that mola-growing keeps.")
 
 
 def _composes(given: Mapping[str, Any]) -> bool:
-    from lamella.lab.methods.base import registered
-
-    return issubclass(registered(_named(given["method"])), ComposingMethod)
-
-
-def _named(method: Any) -> str:
-    return str(method if isinstance(method, str) else method.get("name", ""))
+    return issubclass(registered(method_values(given["method"])["name"]), ComposingMethod)
 
 
 def _stages(study: Continual, name: str, order: tuple[str, ...], seed: int, run: int) -> list[Cell]:
@@ -218,8 +212,8 @@ def _composed_stages(study: Continual, name: str, order: tuple[str, ...], seed: 
     stages = [replace(alone[0], method=name)]
     for number in range(2, len(order) + 1):
         named = {f"task{at + 1}": f"{LORA}{cell.key}" for at, cell in enumerate(alone[:number])}
-        values = {"name": given["method"]} if isinstance(given["method"], str) else dict(given["method"])
-        settings = _settings(study, name, order, number, seed, method_from({**values, "adapters": named}), None)
+        method = method_from({**method_values(given["method"]), "adapters": named})
+        settings = _settings(study, name, order, number, seed, method, None)
         stages.append(replace(_cell(study, name, order, number, run, settings), search=None))
     return [*alone, *stages]
 
@@ -252,7 +246,7 @@ def _cell(study: Continual, name: str, order: tuple[str, ...], number: int, run:
     cell = Cell(study.backbone, study.title, name, settings, part=part, run=run)
     if study.search is None:
         return cell
-    at_once: dict[str, Any] = {"task": f"{JOINT}{'+'.join(study.sequence)}", "start": None}
+    at_once: dict[str, Any] = {"task": joint_name(study.sequence), "start": None}
     if settings.max_steps is not None:
         at_once["max_steps"] = settings.max_steps * len(study.sequence)
     searched = replace(cell, settings=changed(settings, at_once), part="all tasks at once", run=0)
@@ -277,10 +271,7 @@ def _rows(
             for one in MEASURES
         ]
     metrics = [row["metrics"] for row in done if row is not None]
-    costs = {name: metrics[-1].get(name) for name in COSTS} | {
-        name: sum(one[name] for one in metrics) for name in _SUMS
-    }
-    costs["seconds_per_step"] = costs["train_seconds"] / max(1, costs["steps"])
+    costs = {name: metrics[-1].get(name) for name in COSTS} | united_costs(metrics)
     costs["entropy"] = (metrics[-1].get("routing") or {}).get("entropy")
     search = None if place[0].search is None else folder.row(place[0].search.key)
     costs["search_seconds"] = None if search is None else search["seconds"]

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from lamella.errors import LamellaError
 from lamella.lab.data.derived import parts_of
 from lamella.lab.methods import Method, method_from
+from lamella.lab.methods.base import method_values
 from lamella.lab.metrics import METRICS
 from lamella.lab.runs.plain_text import RISE
 from lamella.lab.runs.settings import RunSettings, changed, joint_name
@@ -104,6 +105,10 @@ class Grid(StudyRecipe):
             )
         if (self.budget == "equal-parameters") != (self.match is not None):
             raise LamellaError("'budget: equal-parameters' and 'match' belong together: match names whose size counts.")
+        if self.match is not None and "loras" in self.methods[self.match]:
+            raise LamellaError(
+                f"match names {self.match}, whose size hangs on its LoRAs. Name one of the other methods."
+            )
         if self.budget != "none":
             _check_compute(self)
         apart = [name for name in self.methods if self.apart(name)]
@@ -192,7 +197,7 @@ def _composed(grid: Grid, name: str, backbone: str, task: str, seed: int, loras:
     """A run that composes the LoRAs of runs on each of several tasks."""
     given = grid.methods[name]["method"]
     adapters = {f"task{number}": f"{LORA}{cell.key}" for number, cell in enumerate(loras, start=1)}
-    method = method_from({**({"name": given} if isinstance(given, str) else given), "adapters": adapters})
+    method = method_from({**method_values(given), "adapters": adapters})
     return Cell(backbone, task, name, _settings(grid, name, backbone, task, seed, method))
 
 

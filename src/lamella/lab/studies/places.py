@@ -13,7 +13,7 @@ from lamella.errors import UnreadableError
 from lamella.lab.runs.floors import FLOOR, MAJORITY, floor_columns
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.plain_text import RISE
-from lamella.lab.scoring import Columns, metrics_of
+from lamella.lab.scoring import Columns, metrics_of, over_tasks
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.results import Floats, place_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # metrics that are the mean of a column of predictions.parquet: what a bootstrap over examples can resample
 _COLUMNS = {"accuracy": "correct", "mean_squared_error": "squared_error"}
-_SUMS = ("trainable_parameters", "build_seconds", "train_seconds", "tokens", "steps", "kept_step")
+_SUMS = ("build_seconds", "train_seconds", "tokens", "steps", "kept_step")
 
 
 def by_place(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -48,20 +48,22 @@ def metrics_of_place(cells: Sequence[Cell], folder: StudyFolder) -> dict[str, An
 
 
 def _united(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Scores of runs on one task each, as of one run on all of them; costs are sums, memory is the largest."""
+    """Scores of runs on one task each, as of one run on all of them; and what they cost together."""
     runs = list(parts.values())
     together: dict[str, Any] = {"metric": "accuracy", "greater_is_better": True}
     for split in ("validation", "test"):
         if all(split in run for run in runs):
-            shared = [name for name in runs[0][split] if all(name in run[split] for run in runs)]
-            together[split] = {name: float(np.mean([run[split][name] for run in runs])) for name in shared}
-            together[split] |= {
-                f"{part}/{name}": value for part, run in parts.items() for name, value in run[split].items()
-            }
-    together |= {name: sum(run[name] for run in runs) for name in _SUMS}
-    together["seconds_per_step"] = together["train_seconds"] / max(1, together["steps"])
-    together["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in runs)
-    return together
+            together[split] = over_tasks({part: run[split] for part, run in parts.items()})
+    together["trainable_parameters"] = sum(run["trainable_parameters"] for run in runs)
+    return together | united_costs(runs)
+
+
+def united_costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several runs cost together: sums, and the largest memory."""
+    costs: dict[str, Any] = {name: sum(run[name] for run in runs) for name in _SUMS}
+    costs["seconds_per_step"] = costs["train_seconds"] / max(1, costs["steps"])
+    costs["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in runs)
+    return costs
 
 
 def examples_of_place(cells: Sequence[Cell], metrics: Mapping[str, Any], folder: StudyFolder) -> list[dict[str, Any]]:
