@@ -45,7 +45,7 @@ _DOCUMENTS = {"news": 12, "technical": 24, "dialogue": 60, "glosses": 60}  # to 
 _PUBLISHED = ("reap", "hc-smoe", "frequency", "random")  # each layer loses as many, nothing is fitted
 _SCOPES: tuple[Scope, ...] = ("model", "layer")
 _CANDIDATES = ("man", "energy", "reconstruction", "hc-smoe")
-_RIDGES = (0.1, 0.3)
+_RIDGES = (0, 0.1, 0.3)
 _DRAWS = 2000
 
 Split = Literal["validation", "test"]
