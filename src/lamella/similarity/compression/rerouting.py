@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from lamella.backbones.moe import Dispatch, MoELayer, SequencesApart, watch_dispatch
 from lamella.errors import LamellaError
 from lamella.similarity.compression.routes import Route, Work, find_experts, native_layers
-from lamella.similarity.compression.serving import BATCHED, COUNTED, Limit, serving
+from lamella.similarity.compression.serving import BATCHED, Limit, serving
 from lamella.similarity.pairs import Name
 
 if TYPE_CHECKING:
     import pandas as pd
+
+COUNTED = SequencesApart("capacity= counts the tokens of one sequence")
 
 
 @contextmanager
@@ -142,7 +144,7 @@ def _closing(
     layers = native_layers(model)
     find_experts(layers, overflow.experts)
     if limit is not None and damage is not None:
-        overflow = replace(overflow, limit=Limit.of(layers, overflow.experts, limit, damage), apart=BATCHED)
+        overflow = replace(overflow, limit=Limit.of(layers, overflow.experts, limit, damage))
     return overflow, layers
 
 
@@ -237,7 +239,6 @@ class Overflow:
         first: which tokens those are: the first to arrive, or those that it has the largest weights for, which a
             token later in the text can then push out.
         limit: which a batch closes; only where they are limited.
-        apart: refuses several sequences in a row, where it waits for what they are.
     """
 
     experts: Sequence[Name]
@@ -245,7 +246,6 @@ class Overflow:
     capacity: int | None = None
     first: First = "arrival"
     limit: Limit | None = None
-    apart: SequencesApart = COUNTED
 
     def __post_init__(self) -> None:
         if self.what not in get_args(What) or self.first not in get_args(First):
@@ -268,6 +268,11 @@ class Overflow:
     def waits(self) -> bool:
         """Whether it is what the router decides that says what is closed to a token."""
         return self.what in ("full", "limited")
+
+    @property
+    def apart(self) -> SequencesApart:
+        """Refuses several sequences in a row, where it waits for what they are."""
+        return COUNTED if self.limit is None else BATCHED
 
     def closed(self, dispatch: Dispatch) -> Tensor:
         """Which experts are closed to each token, ``(N, E)``; of those that are full only what it chose."""

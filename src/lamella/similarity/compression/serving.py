@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lamella.similarity.activations import Capture
 
 BATCHED = SequencesApart("what stands at one place in it is no batch, whose experts could be limited")
-COUNTED = SequencesApart("capacity= counts the tokens of one sequence")
 _IMPLEMENTATION = "lamella_limited"  # as the configs of models name it
 
 
