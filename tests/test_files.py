@@ -1,10 +1,15 @@
+import errno
+import fcntl
+import os
 import shutil
+import stat
+import sys
 
 import pandas as pd
 import pytest
 
 from lamella.errors import LamellaError
-from lamella.files import atomic, read_json, read_table, read_tensors, read_yaml, write_atomic
+from lamella.files import atomic, claimed, read_json, read_table, read_tensors, read_yaml, write_atomic
 
 
 def test_a_file_appears_with_its_folder(tmp_path):
@@ -97,3 +102,28 @@ def test_a_table_without_a_column_is_named(tmp_path):
     assert read_table(tmp_path / "it", "a")["a"].tolist() == [1]
     with pytest.raises(LamellaError, match="no column 'b'"):
         read_table(tmp_path / "it", "a", "b")
+
+
+def test_a_file_is_claimed_where_only_a_writer_may_lock_it(tmp_path, monkeypatch):
+    """As NFS has it."""
+    lock = fcntl.flock
+
+    def flock(descriptor, how):
+        can_write = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and not can_write:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for path in (tmp_path / "locks" / "it", tmp_path):
+        with claimed(path) as mine, claimed(path) as again:
+            assert (mine, again) == (True, False)
+
+
+def test_where_there_are_no_locks_all_is_claimed(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with claimed(tmp_path / "locks" / "it") as mine, claimed(tmp_path) as folder:
+        assert mine
+        assert folder
+        (tmp_path / "locks" / "it").write_text("its folder is there")

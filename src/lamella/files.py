@@ -64,12 +64,16 @@ def write_atomic(path: Path, text: str) -> None:
 def claimed(path: Path) -> Iterator[bool]:
     """Whether this process alone holds a file or folder; the kernel gives the lock back however the process ends.
 
-    A file is made where there is neither.
+    A file is made where there is neither. Where the system has no such locks, as Windows has none, it is always so.
     """
-    import fcntl  # not everywhere
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield True
+        return
+    # NFS locks a file only for who may write to it.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         mine = True
         try:

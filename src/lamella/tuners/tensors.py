@@ -19,14 +19,9 @@ from lamella.tuners.bypassing import read_weight
 
 
 class _Held(nn.Module):
-    weight: nn.Parameter
-
-    def __init__(self, value: Tensor, trains: bool) -> None:
+    def __init__(self, value: Tensor) -> None:
         super().__init__()
-        if trains:
-            self.weight = nn.Parameter(value)
-        else:
-            self.register_buffer("weight", value)
+        self.weight = nn.Parameter(value)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
@@ -40,9 +35,9 @@ class AdapterTensors(nn.ModuleDict):
     ``<this>``.
     """
 
-    def put(self, adapter: str, value: Tensor, trains: bool = True) -> None:
-        """Sets an adapter's tensor, a parameter, or a buffer where it does not train."""
-        self[adapter] = _Held(value, trains)
+    def put(self, adapter: str, value: Tensor) -> None:
+        """Sets an adapter's tensor."""
+        self[adapter] = _Held(value)
 
     def of(self, adapter: str) -> nn.Parameter:
         """An adapter's tensor."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tests import tiny
 from tests.reference import mola
 from torch import nn
@@ -49,6 +49,13 @@ def test_heavy_tails_are_hills_estimator_over_a_blocks_weights(name: str) -> Non
         weights = [one for key, one in block.named_parameters() if one.dim() == 2 and key.endswith("weight")]
         exponents = [mola.hill_exponent(one.detach()) for one in weights]
         assert value == pytest.approx((sum(exponents) / len(exponents)) ** 2.5, rel=1e-3)
+
+
+def test_what_adapters_have_added_has_no_tail() -> None:
+    expected = heavy_tails(tiny.bert())
+    lora = LoraConfig(r=2, target_modules=["query"], layers_to_transform=[0])
+    assert heavy_tails(inject_adapter_in_model(lora, tiny.bert(), adapter_name="lora")) == expected
+    assert heavy_tails(tiny.adapted(tiny.bert()).get_base_model()) == expected
 
 
 def test_a_planted_tail_is_found_and_gets_fewer_experts() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella import LamellaError, MolaConfig, doctor, preflight
+from lamella.findings import Examination
 from lamella.lab.studies.costs import active_parameters
 from lamella.tuners.routed import routed_layers
 
@@ -53,6 +54,21 @@ def test_saved_and_loaded_it_is_bit_equal(option: str, tmp_path: Path) -> None:
         assert torch.equal(run(again, given), run(model, given))
     with again.disable_adapter():
         assert torch.equal(run(again, given), run(tiny.gpt2(), given))
+
+
+@pytest.mark.parametrize("start", ["svd", "goat"])
+def test_what_is_subtracted_is_as_precise_as_what_it_is_subtracted_from_and_never_trains(
+    start: str, tmp_path: Path
+) -> None:
+    tiny.adapted(tiny.bert(layers=1), init_lora_weights=start, target_modules=["query"]).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny.bert(layers=1).bfloat16(), tmp_path, is_trainable=True)
+    model.load_adapter(tmp_path, "other", is_trainable=True)
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        layer = next(module for module in model.modules() if isinstance(module, tiny.MolaLinear))
+        assert layer.is_as_started(name)
+        assert not any(one.requires_grad for one in layer.starts(name))
+        assert all(one.requires_grad for one in layer.factors(name))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -153,6 +169,9 @@ def test_the_published_start_is_the_base_in_the_mean_alone_and_the_preflight_say
     shares = [float(part) for part in re.findall(r"([0-9.]+)%", said)]
     assert shares[0] <= shares[1]
     assert 100 * share <= shares[1] + 0.01
+    examination = Examination()
+    model.base_model.examine(model, lambda: 0.0, examination)  # of a batch that goes past the adapted modules
+    assert not examination.checked
     assert not [line for line in doctor(off_start(model)).checked if "start of adapter" in line]
 
 

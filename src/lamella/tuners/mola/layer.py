@@ -79,6 +79,7 @@ class MolaLinear(nn.Module, AdapterLayer):
         self.lamella_mola_start_B = AdapterTensors()
         self.lamella_mola_router = nn.ModuleDict()
         self.lamella_mola_dropout = nn.ModuleDict()
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.experts: dict[str, _Experts] = {}
         self.balance_share: dict[str, float] = {}
         # The modules given the same input as this one, in the order they run, this one among them. A list, so that
@@ -107,8 +108,10 @@ class MolaLinear(nn.Module, AdapterLayer):
             # Where numbers are to be loaded, or there are none, none are computed.
             if not (config.inference_mode or self.get_base_layer().weight.is_meta):
                 A, B = segments(self.get_base_layer(), self.name, num_experts, config.r, config.scaling)
-            self.lamella_mola_start_A.put(adapter, A.clone(), trains=False)
-            self.lamella_mola_start_B.put(adapter, B.clone(), trains=False)
+            self.lamella_mola_start_A.put(adapter, A.clone())
+            self.lamella_mola_start_B.put(adapter, B.clone())
+            # Parameters, as the factors are, so that whatever casts these casts what is subtracted from them alike.
+            self.frozen_peft_weight_names[adapter] = ("lamella_mola_start_A", "lamella_mola_start_B")
         self.lamella_mola_lora_A.put(adapter, A)
         self.lamella_mola_lora_B.put(adapter, B)
         self.lamella_mola_dropout[adapter] = nn.Dropout(config.lora_dropout)

@@ -88,6 +88,8 @@ class MolaModel(RoutedModel):
             if self.peft_config[adapter].start != "goat" or not all(layer.is_as_started(adapter) for layer in layers):
                 continue
             shares = _shares_added(layers, run)
+            if not shares:  # the batch goes past them
+                continue
             worst = max(shares, key=shares.__getitem__)
             examination.saw(
                 f"start of adapter {adapter!r}: before training, what its modules put out is "

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,7 +44,7 @@ def heavy_tails(model: nn.Module) -> Needs:
     """
     stacks = locate_stacks(model)
     exponents: dict[tuple[str, int], list[float]] = {}
-    for name, module in model.named_modules():
+    for name, module in _of_base(model):
         place = find_place(name, stacks)
         if place is None or not isinstance(module, nn.Linear | Conv1D):
             continue
@@ -58,6 +60,18 @@ def heavy_tails(model: nn.Module) -> Needs:
                 )
     means = {block: sum(values) / len(values) for block, values in exponents.items()}
     return {stack.name: [means[stack.name, at] ** _ALPHA_POWER for at in range(stack.depth)] for stack in stacks}
+
+
+def _of_base(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A model's modules by name, without what adapters that are on it already have added."""
+    modules = dict(model.named_modules())
+    added = tuple(
+        f"{name}.{held}."
+        for name, module in modules.items()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for held in module.adapter_layer_names
+    )
+    return ((name, module) for name, module in modules.items() if not name.startswith(added))
 
 
 def _has_numbers(weight: Any) -> bool:
