@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,9 @@ from tests.lab.tiny_studies import RUN
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Task, load_task
-from lamella.lab.runs.settings import joint_name
+from lamella.lab.runs.settings import changed, joint_name
+from lamella.lab.runs.tasks import task_of
+from lamella.lab.studies import cells
 from lamella.lab.studies.cells import Cell
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.places import united_costs
@@ -44,6 +47,18 @@ def test_several_tasks_are_one_table_with_a_part_for_each(written):
         (None, False),
         *((f"{task}/accuracy", True) for task in tasks),
     ]
+
+
+def test_texts_have_no_accuracy_to_put_them_beside_others_by(written, llama, prose, monkeypatch):
+    folder, _ = written
+    cell = read_study(str(folder / "study.yaml")).cells()[-1]
+    of_texts = replace(cell, settings=changed(cell.settings, {"model": llama, "task": prose, "method": "lora"}))
+    with pytest.raises(LamellaError, match=r"put together by accuracy, and .* is a causal-lm task, which has none"):
+        of_texts.carry_out(StudyFolder(folder / "out"), [])
+    assert not (folder / "out").exists()
+    cell.check()
+    monkeypatch.setattr(cells, "task_of", lambda settings: replace(task_of(settings), metric="matthews"))
+    cell.check()
 
 
 def test_runs_on_each_task_make_one_row_beside_the_run_on_all(written):
@@ -100,7 +115,9 @@ def right_by_task(task: Task, columns: dict[str, np.ndarray]) -> dict[str, np.nd
 def test_a_method_over_loras_composes_those_of_the_runs_apart(written):
     folder, tasks = written
     words = ["methods.apart.method=lora", "methods.MOLE={method: mole, loras: apart}"]
-    cells = read_study(str(folder / "study.yaml"), words).cells()
+    grid = read_study(str(folder / "study.yaml"), words)
+    assert "whose training counts for apart" in grid.notes([], StudyFolder(folder / "out"), [])[0]
+    cells = grid.cells()
     apart, (mole,) = ([cell for cell in cells if cell.method == name] for name in ("apart", "MOLE"))
 
     assert mole.settings.task == joint_name(tasks)

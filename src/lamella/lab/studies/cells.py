@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lamella.errors import LamellaError
 from lamella.files import sha256_of
+from lamella.lab.data.task import METRICS
+from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.answers import Questions, answers, masked_answers
 
 if TYPE_CHECKING:
@@ -103,8 +106,20 @@ class Cell:
         """The key of the job after which the cell has all that tables need."""
         return self.key if self.questions is None else Asked(self).key
 
+    def check(self) -> None:
+        """Raise a LamellaError where tables put its task beside others by accuracy, and it is scored otherwise."""
+        if self.part is None:
+            return
+        task = task_of(self.settings)
+        if METRICS[task.kind] != "accuracy":  # classes have it, whatever metric a benchmark prefers
+            raise LamellaError(
+                f"Runs on each of several tasks are put together by accuracy, and {task.name} is a {task.kind} task, "
+                "which has none. Compare methods on it in a study of its own."
+            )
+
     def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
         """Train to the end, from the last checkpoint where there is one, and examine what came out."""
+        self.check()
         return folder.train(self, callbacks)
 
 

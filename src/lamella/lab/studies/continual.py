@@ -153,6 +153,8 @@ class Continual(StudyRecipe):
         for name, given in self.methods.items():
             if "rehearsed" in given:
                 lines.append(f"{name} learns {given['rehearsed']} rows of each earlier task again at every stage.")
+            if "loras" in given:
+                lines.append(f"{name}: what it costs is without the training of its LoRAs of stage 2 and later.")
         chosen = {
             cell.method: folder.row(cell.search.key) for cell in cells if cell.search is not None and cell.run == 0
         }

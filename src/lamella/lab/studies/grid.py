@@ -170,7 +170,12 @@ class Grid(StudyRecipe):
         )
 
     def notes(self, cells: Sequence[Cell], folder: StudyFolder, results: Sequence[Results]) -> list[str]:
-        return [
+        composing = [
+            f"{name}: what it costs is beside the LoRAs it puts together, whose training counts for {given['loras']}."
+            for name, given in self.methods.items()
+            if "loras" in given
+        ]
+        return composing + [
             line
             for table in results
             if not table.part

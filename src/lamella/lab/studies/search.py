@@ -117,6 +117,7 @@ class Search:
         Raises:
             LamellaError: no try came to a score, or Optuna is not installed.
         """
+        self.cell.check()
         place, settings = folder.tries(self.key), folder.placed(self.cell.settings)
         kept = place / "tries.json"
         tried: list[dict[str, Any]] = read_json(kept)["tries"] if kept.is_file() else []
