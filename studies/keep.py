@@ -26,10 +26,11 @@ from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import StudyRecipe, read_study, study_of
 from lamella.lab.studies.results import Results, results_of
 from lamella.statistics import Contrast, contrast
+from studies import depth
 
 RECIPES = Path(__file__).parent / "recipes"
 ROWS = Path(__file__).parent / "rows"
-_OPTIONAL = ("interference", "masked", "costs", "noise", "stages")
+_OPTIONAL = ("interference", "masked", "costs", "noise", "stages", "depth")
 
 
 def study_names() -> list[str]:
@@ -69,6 +70,7 @@ def keep(folder: Path, into: Path = ROWS) -> str:
     _write(into / f"{name}.parquet", rows)
     _write(into / f"{name}.examples.parquet", _shown_examples(recipe, tables["examples"]))
     tables["noise"] = _noise(folder, rows)
+    tables["depth"] = depth.measured(_reference_runs(study, recipe, rows))
     for kind in _OPTIONAL:
         _write(into / f"{name}.{kind}.parquet", tables.get(kind, pd.DataFrame()))
     return name
@@ -82,6 +84,15 @@ def _shown_examples(recipe: StudyRecipe, examples: pd.DataFrame) -> pd.DataFrame
         for task, metric in zip(examples["task"], examples["metric"], strict=True)
     ]
     return examples[shown]
+
+
+def _reference_runs(study: StudyFolder, recipe: StudyRecipe, rows: pd.DataFrame) -> dict[int, Path]:
+    """By seed, the runs that others are compared with, where these are of MoLA."""
+    kinds = {cell.method: cell.settings.method.name for cell in recipe.cells()}
+    if recipe.reference is None or kinds[recipe.reference] != "mola":
+        return {}
+    cells = rows[rows["method"] == recipe.reference].drop_duplicates("key")
+    return {int(seed): study.run(key) for seed, key in zip(cells["seed"], cells["key"], strict=True)}
 
 
 def _machine_of(run: Path) -> str:

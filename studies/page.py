@@ -10,6 +10,7 @@ import pandas as pd
 from lamella.lab.studies.composition_results import masking_table, remarks
 from lamella.lab.studies.results import Results
 from lamella.statistics import RESAMPLES, Contrast
+from studies.depth import depth_table
 from studies.keep import KeptStudy
 from studies.similarity import KeptSimilarity, similarity_section
 from studies.tables import markdown
@@ -54,6 +55,7 @@ def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilar
     shaped = [one for one in mixtures if len(one[0].named("mola")) > 1]
     controlled = [one for one in routed if _controls(one[0])]
     settings = [one for one in tables if _reference_kind(one) == "molex"]
+    allocated = [one for one in tables if _reference_kind(one) == "mola"]
     composed = [one for one in tables if _reference_kind(one) == "mole"]
     tuned = [one for one in composed if len(one[0].named("mole")) > 2]
     composed = [one for one in composed if one not in tuned]
@@ -69,6 +71,8 @@ def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilar
         "## MoLA: layer-wise LoRA experts",
         _answers("Does MoLA beat LoRA of the same size here?", mixtures, _mola_sizes),
         _answers("Does its shape along the depth matter?", shaped, _shapes),
+        _answers("Which of its settings matter?", allocated, _all),
+        _answers("What do its experts come to along the depth?", allocated, _along_depth),
         "## MOLE: trained LoRAs, composed",
         _answers("Does it beat the other ways to compose them?", [one for one in composed if not _kept(one[1])], _all),
         _answers("How much of each LoRA is kept?", [one for one in composed if _kept(one[1])], _all),
@@ -197,6 +201,16 @@ def _mola_sizes(study: KeptStudy, results: Results) -> str:
 
 def _against_reference(study: KeptStudy, results: Results, kind: str) -> str:
     return _grouped(results, [one for one in results.against_reference if one.first in study.named(kind)])
+
+
+def _along_depth(study: KeptStudy, results: Results) -> str | None:
+    depth = study.tables.get("depth")
+    if depth is None:
+        return None
+    said = "the distance between a module's experts, raw and by their size, and what the loss grows by without each"
+    return (
+        f"{results.reference}, {said}, mean (least to most) of {depth['seed'].nunique()} seeds.\n\n{depth_table(depth)}"
+    )
 
 
 def _shapes(study: KeptStudy, results: Results) -> str | None:

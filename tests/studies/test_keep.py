@@ -8,7 +8,10 @@ from studies.page import evidence_page
 from tests.lab.tiny_studies import write_study
 from tests.studies.left_studies import EXAMPLES, leave_study, write_recipe
 
+import lamella
 from lamella.errors import LamellaError
+from lamella.lab.allocation import allocate_from
+from lamella.lab.runs.trained import load_adapted
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.results import results_table
@@ -221,6 +224,8 @@ def test_the_questions_about_molex_are_answered(packaged, tmp_path):
 
 def test_a_trained_study_can_be_kept(packaged, bert, questions, tmp_path):
     write_study(packaged, bert, questions, seeds=[0], max_steps=2)
+    # whose experts are then shown along the depth
+    packaged.write_text(packaged.read_text().replace("reference: LoRA", "reference: MoLA"))
     grid = keeping.study_recipe("study")
     cells, folder = grid.cells(), StudyFolder(tmp_path / "study")
     run_cells(cells, folder)
@@ -235,7 +240,17 @@ def test_a_trained_study_can_be_kept(packaged, bert, questions, tmp_path):
         assert np.mean(list(own.values())) == table.loc[method, "mean"]
         assert [scores.mean() for scores in standing.scores[method].values()] == pytest.approx(list(own.values()))
     assert table.loc["floor (linear)", "mean"] == standing.floors["linear"]["test"]
-    assert "4 of 4 cells run" in evidence_page([found])
+    page = evidence_page([found])
+    assert "4 of 4 cells run" in page
+
+    run = folder.run(next(cell.key for cell in cells if cell.method == "MoLA"))
+    distances = lamella.redundancy(load_adapted(run)).groupby("layer")[["raw", "normalised"]].mean()
+    depth = found.tables["depth"].set_index("layer")
+    assert len(depth) == len(distances) > 1
+    for measure in ("raw", "normalised"):
+        assert depth[measure].tolist() == pytest.approx(distances[measure].tolist())
+    assert depth["contribution"].tolist() == pytest.approx(allocate_from(str(run), "contribution").needs)
+    assert f"| 0 | {depth.loc[0, 'raw']:.3f} (" in page
 
 
 def test_every_packaged_study_has_a_place(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -72,12 +72,14 @@ def _run(cells: Sequence[Cell], folder: StudyFolder, jobs: int, ray: str | None)
     from lamella.lab.studies.planning import plan
     from lamella.lab.studies.runner import run_cells
 
+    guesses: dict[tuple[Any, ...], float] = {}
+
     def starting(job: Job) -> None:
         console.print(job.label)
 
     def finished(job: Job) -> None:
-        console.print(f"{job.label}: done. {plan(cells, folder, jobs)}")
+        console.print(f"{job.label}: done. {plan(cells, folder, jobs, guesses)}")
 
-    console.print(str(plan(cells, folder, jobs)))
+    console.print(str(plan(cells, folder, jobs, guesses)))
     with Bar() as bar:
         run_cells(cells, folder, jobs, ray, [bar], starting, finished)

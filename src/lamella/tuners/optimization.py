@@ -22,7 +22,7 @@ def param_groups(
     Args:
         model: its parameters with ``requires_grad`` are grouped.
         lr: learning rate of everything but routers.
-        router_lr: learning rate of the routers; ``lr`` if absent.
+        router_lr: learning rate of the routers, 0 to leave them as they begin; ``lr`` if absent.
         weight_decay: of weight matrices outside routers; vectors (biases, norm weights) never decay.
         router_weight_decay: of router matrices.
 

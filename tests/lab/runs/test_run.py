@@ -515,6 +515,23 @@ def test_router_lr_without_a_router_is_refused(bert, questions, run_folder):
         train(tiny_settings(bert, questions, "lora", router_lr=1e-3), run_folder)
 
 
+def test_routers_with_a_rate_of_0_stay_as_they_began(bert, questions, tmp_path):
+    short, long = (
+        load_file(
+            train(
+                tiny_settings(bert, questions, "mola", router_lr=0, max_steps=steps), tmp_path / str(steps)
+            ).folder.path
+            / "adapter/adapter_model.safetensors"
+        )
+        for steps in (1, 3)
+    )
+    routers = {name for name in short if "router" in name}
+
+    assert routers
+    assert all(torch.equal(short[name], long[name]) for name in routers)
+    assert not all(torch.equal(short[name], long[name]) for name in short.keys() - routers)
+
+
 def test_the_folder_tells_what_was_run_and_not_who_ran_it(finished_run):
     run_folder = finished_run("lora").folder.path
 

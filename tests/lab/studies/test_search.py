@@ -7,7 +7,7 @@ import yaml
 from tests.lab.tiny_studies import write_study
 
 from lamella.errors import LamellaError
-from lamella.lab.studies import search
+from lamella.lab.studies import planning, search
 from lamella.lab.studies.checks import check_rows
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.planning import plan
@@ -108,6 +108,17 @@ def test_scaling_is_alpha_over_the_rank_of_each_method(searched):
         method = folder.chosen(cell).method
         alphas[method.r] = method.lora_alpha
     assert alphas == {2: 8, 8: 32}
+
+
+def test_tasks_are_read_once_for_plans_made_again(searched, monkeypatch):
+    study, folder = searched
+    guesses: dict = {}
+    first = plan(study.cells(), folder, guesses=guesses)
+    monkeypatch.setattr(planning, "task_of", None)
+
+    assert plan(study.cells(), folder, guesses=guesses) == first
+    with pytest.raises(TypeError):
+        plan(study.cells(), folder)
 
 
 def test_a_study_runs_with_what_was_chosen_and_counts_the_search(searched):

@@ -42,7 +42,9 @@ class RunSettings(Settings):
     batch_size: Positive = Field(32, description="rows per process and forward pass")
     accumulation: Positive = Field(1, description="forward passes per optimizer step")
     lr: Rate = 2e-3
-    router_lr: Rate | None = Field(None, description="learning rate of the routers; lr if absent")
+    router_lr: float | None = Field(
+        None, ge=0.0, description="learning rate of the routers, 0 to leave them; absent: lr"
+    )
     weight_decay: float = Field(0.0, ge=0.0)
     router_weight_decay: float = Field(0.0, ge=0.0)
     warmup_ratio: float = Field(0.06, ge=0.0, lt=1.0)

@@ -37,12 +37,17 @@ class Plan:
         )
 
 
-def plan(cells: Sequence[Cell], folder: StudyFolder, jobs: int = 1) -> Plan:
-    """Hours for what has no row yet, from finished jobs of the same method, else of any, else from tokens."""
+def plan(
+    cells: Sequence[Cell], folder: StudyFolder, jobs: int = 1, guesses: dict[tuple[Any, ...], float] | None = None
+) -> Plan:
+    """Hours for what has no row yet, from finished jobs of the same method, else of any, else from tokens.
+
+    Counting tokens reads every task: who plans again while cells finish gives the same ``guesses`` each time.
+    """
+    guesses = {} if guesses is None else guesses
     work = jobs_of(cells)
     rows = {job.key: folder.row(job.key) for job in work}
     timed = [(job, row["seconds"]) for job in work if (row := rows[job.key]) is not None]
-    guesses: dict[tuple[Any, ...], float] = {}
     seconds, guessed = 0.0, 0
     for job in work:
         if rows[job.key] is not None:
