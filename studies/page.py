@@ -7,7 +7,9 @@ from itertools import combinations
 
 import pandas as pd
 
+from lamella.lab.data.derived import parts_of
 from lamella.lab.studies.composition_results import masking_table, remarks
+from lamella.lab.studies.continual import Continual
 from lamella.lab.studies.results import Results
 from lamella.statistics import RESAMPLES, Contrast
 from studies.depth import depth_table
@@ -31,6 +33,7 @@ How to read it:
 - Square brackets hold 95 % intervals: paired bootstrap over test examples and seeds, the same on both sides and for all
   methods of a table, {RESAMPLES:,} draws. Where the metric is not a mean over examples only seeds are drawn. With few
   seeds such intervals are too narrow.
+- What is not significant is undecided: the study cannot tell differences smaller than about half an interval's width.
 - p is two-sided, from the same draws, corrected by Holm: over the methods of a table, or over the comparisons of an
   answer. Below 0.05 a method is called better or worse; *not significant* does not mean equal.
 - Noise is put on the test inputs by `lamella evaluate --noise`, given a study's runs, with -o in its folder `noise`.
@@ -48,7 +51,10 @@ Asked = tuple[KeptStudy, Results]
 
 def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilarity] = (), criteria: str = "") -> str:
     """The page of these studies, of these of expert similarity, and of criteria of compression, as Markdown."""
-    tables = [(study, table) for study in studies for table in study.results if table.run and not table.part]
+    run = [(study, table) for study in studies for table in study.results if table.run]
+    staged = [one for one in run if isinstance(one[0].recipe, Continual)]
+    together = [one for one in run if parts_of(one[1].task) and one not in staged]
+    tables = [one for one in run if not one[1].part and one not in staged and one not in together]
     against_lora = [one for one in tables if _reference_kind(one) == "lora"]
     routed = [one for one in against_lora if _learned(one[0])]
     mixtures = [one for one in against_lora if one[0].named("mola")]
@@ -77,6 +83,9 @@ def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilar
         _answers("Does it beat the other ways to compose them?", [one for one in composed if not _kept(one[1])], _all),
         _answers("How much of each LoRA is kept?", [one for one in composed if _kept(one[1])], _all),
         _answers("Which of its settings matter?", tuned, _mole_settings),
+        "## Several tasks" if together or staged else "",
+        _answers("Does one adapter for several tasks gain by being a mixture?", together, _all),
+        _answers("What is kept of tasks that are learned one after the other?", staged, _all),
         similarity_section(similarity),
         criteria,
         "## The studies",

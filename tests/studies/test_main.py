@@ -15,6 +15,7 @@ def page(packaged, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(command, "load_study", lambda name: keeping.load_study(name, tmp_path / "kept"))
     monkeypatch.setattr(command, "keep", lambda folder: keeping.keep(folder, tmp_path / "kept"))
     monkeypatch.setattr(command, "kept_similarity", lambda: similarity.kept_similarity(tmp_path / "none"))
+    monkeypatch.setattr(command, "section", lambda: "")
     return tmp_path / "evidence.md"
 
 
