@@ -198,6 +198,24 @@ def test_one_hot_weights_are_what_diffusers_makes_of_the_file(layout: str, tmp_p
             torch.testing.assert_close(call(composition.pipe.transformer), expected, rtol=1e-4, atol=2e-5)
 
 
+def test_alphas_that_diffusers_would_leave_out_are_refused(tmp_path: Path) -> None:
+    """Between names of kohya's kind and the pipeline's own, its converter loses them."""
+    tensors = dict(kohya(QWEN, "transformer.{}"))
+    ranks = {name: torch.tensor(2.0) if "alpha" in name else t for name, t in tensors.items()}
+    results = []
+    for name, file in (("own", tensors), ("ranks", ranks)):
+        save_file(file, tmp_path / f"{name}.safetensors")
+        theirs = pipeline("flux")
+        theirs.load_lora_weights(tmp_path / f"{name}.safetensors")
+        with torch.no_grad():
+            results.append(call_flux(theirs.transformer))
+    assert torch.equal(*results)  # as if they were the rank
+
+    with pytest.raises(LamellaError, match=r"alphas, such as transformer.*FluxPipeline.load_lora_weights leaves out"):
+        read_lora(tmp_path / "own.safetensors", pipe=pipeline("flux"))
+    assert read_lora(tmp_path / "ranks.safetensors", pipe=pipeline("flux")).skipped == ()
+
+
 def test_what_diffusers_has_no_place_for_is_named(tmp_path: Path) -> None:
     composition = compose_pipeline(pipeline("wan"), written("wan with biases", tmp_path))
     assert "skipped whole: diffusion_model.blocks.0.norm3.diff: diffusers has no place for it" in str(composition)

@@ -18,6 +18,7 @@ from lamella.errors import LamellaError
 
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
+_DOWN = re.compile(r"(.+)\.lora(?:[_.]down|_A)(?:\..+)?\.weight")
 _PEFT_PREFIX = "base_model.model."
 # kohya numbers the blocks of SDXL as the original UNet does; every published Stable Diffusion UNet has two layers in a
 # block, and a wrong guess would name blocks that the model does not have.
@@ -51,6 +52,8 @@ def read_single(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who:
     translator = _translator(pipe, tensors)
     if translator is not None:
         return _translated(tensors, metadata, who, translator, pipe)
+    if hasattr(pipe, "lora_state_dict"):
+        _refuse_dropped_alphas(tensors, who, type(pipe), pipe)
     if any(name.startswith(_KOHYA) for name in tensors):
         foreign = [name for name in tensors if not name.startswith(_KOHYA)]
         if foreign:
@@ -96,23 +99,19 @@ def _translated(
 ) -> Parsed:
     """The file as a pipeline's class reads it; what it leaves out is named."""
     _refuse_lonely_alphas(tensors, who)
-    unet = getattr(getattr(pipe, "unet", None), "config", SimpleNamespace(layers_per_block=_LAYERS_PER_BLOCK))
-    told: dict[str, Any] = {"unet_config": unet}
-    if "return_alphas" in signature(translator.lora_state_dict).parameters:
-        told["return_alphas"] = True
     try:
         with torch.inference_mode(False), torch.enable_grad():
             # Copies with a gradient: what is in no translated tensor's history was left out.
             given = {name: t.float() if name.endswith("alpha") else _traced(t) for name, t in tensors.items()}
-            answer = translator.lora_state_dict(dict(given), **told)
+            translated, alphas = _by_diffusers(given, translator, pipe)
     except _WHAT_CONVERTERS_RAISE as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise LamellaError(
             f"{who} has names such as {next(iter(tensors))}, and diffusers cannot read it for {translator.__name__}: "
             f"{said}. {_CONVERT}"
         ) from error
-    translated, alphas = answer if isinstance(answer, tuple) else (answer, None)
     _refuse_untranslated(translated, who, translator.__name__)
+    _refuse_dropped_alphas(tensors, who, translator, pipe)
     left_out = [
         (name, "diffusers has no place for it")
         for name in _unused(given, translated.values())
@@ -124,6 +123,45 @@ def _translated(
     is_kohya = any(name.startswith(_KOHYA) for name in tensors)
     components, constants = _components(translated, metadata, who, pending)
     return Parsed("kohya" if is_kohya else "diffusers", base, components, left_out, constants)
+
+
+def _by_diffusers(
+    tensors: Mapping[str, Tensor], translator: Any, pipe: Any
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A file's tensors by diffusers' names, and the alphas that were not multiplied in."""
+    unet = getattr(getattr(pipe, "unet", None), "config", SimpleNamespace(layers_per_block=_LAYERS_PER_BLOCK))
+    told: dict[str, Any] = {"unet_config": unet}
+    if "return_alphas" in signature(translator.lora_state_dict).parameters:
+        told["return_alphas"] = True
+    answer = translator.lora_state_dict(dict(tensors), **told)
+    return answer if isinstance(answer, tuple) else (answer, None)
+
+
+def _refuse_dropped_alphas(tensors: Mapping[str, Tensor], who: str, translator: Any, pipe: Any) -> None:
+    """Refuses a file that diffusers loads without its alphas.
+
+    Whether an alpha counts is seen from what becomes of the file with twice as large ones; as the rank it changes
+    nothing.
+    """
+    alphas = [name for name in tensors if name.endswith(".alpha")]
+    ranks = {match[1]: float(len(t)) for name, t in tensors.items() if (match := _DOWN.fullmatch(name))}
+    if all(float(tensors[name]) == ranks.get(name.removesuffix(".alpha")) for name in alphas):
+        return
+    answers = []
+    for factor in (1.0, 2.0):
+        given = {name: factor * t.float() if name in alphas else t.clone() for name, t in tensors.items()}
+        try:
+            translated, left = _by_diffusers(given, translator, pipe)
+        except _WHAT_CONVERTERS_RAISE:
+            return  # it would not load the file at all
+        answers.append({name: tensor for name, tensor in translated.items() if name not in alphas} | (left or {}))
+    once, twice = answers
+    if all(torch.equal(torch.as_tensor(once[name]), torch.as_tensor(twice[name])) for name in once):
+        raise LamellaError(
+            f"{who} has alphas, such as {alphas[0]}, which {translator.__name__}.load_lora_weights leaves out, so that "
+            "it is another LoRA there than it was trained as. Multiply each up factor by alpha / rank, and save the "
+            "file without alphas."
+        )
 
 
 def _traced(tensor: Tensor) -> Tensor:
@@ -240,7 +278,7 @@ def _refuse_untranslated(names: Iterable[str], who: str, by: str = "any model") 
 
 
 def _refuse_lonely_alphas(tensors: Mapping[str, Tensor], who: str) -> None:
-    modules = {name.rpartition(".lora")[0] for name in tensors if re.search(r"\.lora([_.]down|_A)", name)}
+    modules = {match[1] for name in tensors if (match := _DOWN.fullmatch(name))}
     for name in tensors:
         if name.endswith(".alpha") and name.removesuffix(".alpha") not in modules:
             raise LamellaError(
