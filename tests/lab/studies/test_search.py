@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -64,7 +65,9 @@ def test_the_better_half_goes_on_and_the_best_is_chosen(searched, monkeypatch):
     assert row["chosen"] == best["values"]
     assert {*(one["values"]["method.lora_alpha"] for one in first)} <= {4, 8, 16}
     assert all(1e-4 <= one["values"]["lr"] <= 1e-1 for one in first)
-    assert len({one["values"]["lr"] for one in first}) == 8
+    rates = [one["values"]["lr"] for one in first]
+    assert len(set(rates)) == 8
+    assert {int(4 * math.log(rate / 1e-4) / math.log(1e3)) for rate in rates[:4]} == {0, 1, 2, 3}
     assert row["metrics"]["train_seconds"] == 28.0
 
 

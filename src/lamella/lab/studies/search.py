@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field, field_validator
+from scipy.stats import qmc
 
 from lamella.errors import LamellaError
 from lamella.files import read_json, write_atomic
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 SHARES = (0.25, 0.5, 1.0)  # of a run's steps that a try is trained for, round by round; half of them go on
 SCALING, ALPHA = "scaling", "method.lora_alpha"
-_DRAWN = 4  # settings drawn before the next ones are chosen by what the earlier ones scored
+_DRAWN = 4  # settings tried before the next ones are chosen by what the earlier ones scored
 
 
 class Range(Settings):
@@ -70,7 +72,8 @@ class Search:
 
     Successive halving (Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization,
     AISTATS 2016): all tries train for a quarter of a run, the better half for half of one, the better half of these
-    for a whole one. A try that ends in an error counts as the worst. Settings are drawn by Optuna's TPE.
+    for a whole one. A try that ends in an error counts as the worst. The first settings are spread over the space, the
+    others drawn by Optuna's TPE.
 
     Attributes:
         cell: what is searched for, with the seed of the tries.
@@ -202,8 +205,15 @@ def _ranked(tried: Sequence[dict[str, Any]], higher: bool) -> list[dict[str, Any
 def _drawn(
     space: Mapping[str, Range | Sequence[Any]], tried: Sequence[Mapping[str, Any]], higher: bool, seed: int
 ) -> dict[str, Any]:
-    """The next values to try, from those tried so far alone: an interrupted search goes on as it would have."""
+    """The next values to try, from those tried so far alone: an interrupted search goes on as it would have.
+
+    The first ones are spread evenly over the space, which independent draws of so few are not.
+    """
     optuna = _optuna()
+    if len(tried) < _DRAWN:
+        even = qmc.Halton(len(space), scramble=False).random(len(tried) + 1)[-1]
+        shares = (even + np.random.default_rng(seed).random(len(space))) % 1.0
+        return {key: _at(one, float(share)) for (key, one), share in zip(space.items(), shares, strict=True)}
     distributions = {key: _distribution(optuna, one) for key, one in space.items()}
     sampler = optuna.samplers.TPESampler(seed=1000 * seed + len(tried), n_startup_trials=_DRAWN)
     study = optuna.create_study(direction="maximize" if higher else "minimize", sampler=sampler)
@@ -218,6 +228,13 @@ def _drawn(
             )
     asked = study.ask(distributions).params
     return {key: asked[key] if isinstance(one, Range) else one[asked[key]] for key, one in space.items()}
+
+
+def _at(values: Range | Sequence[Any], share: float) -> Any:
+    """The value at a share from 0 to 1 of what is tried, on a logarithmic scale where it is a range."""
+    if isinstance(values, Range):
+        return values.low * (values.high / values.low) ** share
+    return values[int(share * len(values))]
 
 
 def _distribution(optuna: Any, values: Range | Sequence[Any]) -> Any:
