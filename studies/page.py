@@ -18,6 +18,7 @@ from studies.similarity import KeptSimilarity, similarity_section
 from studies.tables import markdown
 
 _NOT_RUN = "*not run*"
+_LEARNED_NOTHING = 0.02  # above the commonest label, in accuracy
 _CONTROLS = ("random", "fixed", "self", "uniform")
 
 _HEAD = f"""# Evidence
@@ -84,7 +85,7 @@ def evidence_page(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilar
         _answers("How much of each LoRA is kept?", [one for one in composed if _kept(one[1])], _all),
         _answers("Which of its settings matter?", tuned, _mole_settings),
         "## Several tasks" if together or staged else "",
-        _answers("Does one adapter for several tasks gain by being a mixture?", together, _all),
+        _answers("Does one adapter for several tasks gain by being a mixture?", together, _at_once),
         _answers("What is kept of tasks that are learned one after the other?", staged, _all),
         similarity_section(similarity),
         criteria,
@@ -107,6 +108,17 @@ def _kept(results: Results) -> bool:
 def _all(study: KeptStudy, results: Results) -> str:
     """Every method against the reference."""
     return _grouped(results, results.against_reference)
+
+
+def _at_once(study: KeptStudy, results: Results) -> str:
+    """As above, and which runs learned nothing, since a mean over seeds hides it."""
+    floor = results.floors.get("majority", {}).get("test")
+    said = [_all(study, results)]
+    for name, values in results.values.items():
+        lost = [seed for seed, value in values.items() if floor is not None and value <= floor + _LEARNED_NOTHING]
+        if lost:
+            said.append(f"{len(lost)} of {len(values)} runs of {name} give little but the commonest label.")
+    return " ".join(said)
 
 
 def _answers(question: str, asked: Sequence[Asked], answer: Callable[[KeptStudy, Results], str | None]) -> str:

@@ -14,3 +14,10 @@ def test_the_page_is_what_the_kept_rows_say():
 
 def test_nothing_is_kept_that_no_recipe_plans():
     assert {path.name.partition(".")[0] for path in ROWS.glob("*")} <= set(study_names())
+
+
+def test_a_run_that_learned_nothing_is_told_where_a_mean_hides_it():
+    study = load_study("minilm-five-tasks")
+    (page,) = (one for one in evidence_page([study]).splitlines() if one.startswith("- joint:"))
+    assert "better than LoRA: LoRA per task" in page
+    assert page.endswith("1 of 3 runs of LoRA give little but the commonest label.")
