@@ -89,9 +89,9 @@ def _shown_examples(recipe: StudyRecipe, examples: pd.DataFrame) -> pd.DataFrame
 def _reference_runs(study: StudyFolder, recipe: StudyRecipe, rows: pd.DataFrame) -> dict[int, Path]:
     """By seed, the runs that others are compared with, where these are of MoLA."""
     kinds = {cell.method: cell.settings.method.name for cell in recipe.cells()}
-    if recipe.reference is None or kinds[recipe.reference] != "mola":
+    if kinds.get(recipe.reference_name) != "mola":
         return {}
-    cells = rows[rows["method"] == recipe.reference].drop_duplicates("key")
+    cells = rows[rows["method"] == recipe.reference_name].drop_duplicates("key")
     return {int(seed): study.run(key) for seed, key in zip(cells["seed"], cells["key"], strict=True)}
 
 

@@ -111,7 +111,7 @@ def _all(study: KeptStudy, results: Results) -> str:
 
 
 def _at_once(study: KeptStudy, results: Results) -> str:
-    """As above, and which runs learned nothing, since a mean over seeds hides it."""
+    """As `_all`, and which runs learned nothing, since a mean over seeds hides it."""
     floor = results.floors.get("majority", {}).get("test")
     said = [_all(study, results)]
     for name, values in results.values.items():

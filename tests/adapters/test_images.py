@@ -298,3 +298,12 @@ def test_without_diffusers_the_extra_is_named(written: Written, monkeypatch: pyt
     with pytest.raises(LamellaError, match=r"pip install 'lamella\[diffusion\]'"):
         read_lora(written.kohya)
     assert read_lora(written.diffusers).components["unet"]  # its names need no translation
+
+
+@pytest.mark.parametrize("ending", ["lora_{}.weight", "lora_{}", "lora_{}.default"])
+def test_an_alpha_is_one_number(ending: str, tmp_path: Path) -> None:
+    tensors = {f"unet.x.{ending.format('A')}": torch.randn(2, 8), f"unet.x.{ending.format('B')}": torch.randn(8, 2)}
+    refused(tensors | {"unet.x.alpha": torch.ones(2)}, tmp_path, "2 numbers as x.alpha")
+    save_file(tensors | {"unet.x.alpha": torch.tensor([1.0])}, tmp_path / "one.safetensors")
+    (found,) = read_lora(tmp_path / "one.safetensors").components["unet"].values()
+    assert found.scaling == 0.5

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.real
 KINDS = ("news", "dialogue", "glosses", "technical")
 
 
-@pytest.mark.heavy  # seconds; test_upcycling has the same of tiny models
 def test_upcycled_smollm2_is_smollm2():
     backbone = load_backbone("smollm2")
     model = backbone.model.requires_grad_(False).eval()

@@ -123,6 +123,8 @@ def _check(module: str, parts: Mapping[str, Tensor], who: str) -> None:
             f"{who} has {module} with A {tuple(A.shape)} and B {tuple(B.shape)}{also}, which are not A (r, in) and B "
             "(out, r). The file is incomplete or damaged; save it again."
         )
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise LamellaError(f"{who} has {parts['alpha'].numel()} numbers as {module}.alpha; a module is scaled by one.")
     for name, part in parts.items():
         if not torch.isfinite(part).all():
             said = f"lora_{name}" if name in "AB" else name

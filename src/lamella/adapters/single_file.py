@@ -18,7 +18,7 @@ from lamella.errors import LamellaError
 
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
-_DOWN = re.compile(r"(.+)\.lora(?:[_.]down|_A)(?:\..+)?\.weight")
+_DOWN = re.compile(r"(.+)\.lora(?:[_.]down|_A)(?:\..+)?")
 _PEFT_PREFIX = "base_model.model."
 # kohya numbers the blocks of SDXL as the original UNet does; every published Stable Diffusion UNet has two layers in a
 # block, and a wrong guess would name blocks that the model does not have.
@@ -145,7 +145,7 @@ def _refuse_dropped_alphas(tensors: Mapping[str, Tensor], who: str, translator: 
     """
     alphas = [name for name in tensors if name.endswith(".alpha")]
     ranks = {match[1]: float(len(t)) for name, t in tensors.items() if (match := _DOWN.fullmatch(name))}
-    if all(float(tensors[name]) == ranks.get(name.removesuffix(".alpha")) for name in alphas):
+    if all(tensors[name].flatten().tolist() == [ranks.get(name.removesuffix(".alpha"))] for name in alphas):
         return
     answers = []
     for factor in (1.0, 2.0):

@@ -146,7 +146,7 @@ def test_a_path_is_told_by_its_last_part(tmp_path):
 
 @pytest.mark.parametrize("how", ["joint", "mix", "learn:2", "learn:2/50"])
 def test_a_task_s_files_are_told_by_their_last_part(how):
-    assert task_name(f"{how}:file:/home/me/a.jsonl+text:file:/home/me/b.jsonl+trec") == (
+    assert task_name(f"{how}:file:/nowhere/a.jsonl+text:file:/nowhere/b.jsonl+trec") == (
         f"{how}:file:a.jsonl+text:file:b.jsonl+trec"
     )
 
