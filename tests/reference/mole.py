@@ -30,7 +30,14 @@ def mix(y: Tensor, x: Tensor, loras: Sequence[Lora], weights: Tensor) -> Tensor:
     return torch.stack(rows) if rows else y
 
 
-def logits(u: Tensor, modules: Sequence[Sequence[Lora]], widths: Sequence[int], e: Tensor, bias: Tensor) -> Tensor:
+def logits(
+    u: Tensor,
+    modules: Sequence[Sequence[Lora]],
+    widths: Sequence[int],
+    e: Tensor,
+    bias: Tensor,
+    scale: float | None = None,
+) -> Tensor:
     """One router's logits from one row: concatenate all outputs, normalise the whole, multiply by e.
 
     Args:
@@ -39,11 +46,15 @@ def logits(u: Tensor, modules: Sequence[Sequence[Lora]], widths: Sequence[int], 
         widths: the matrices' output widths.
         e: ``(K, K, sum of widths)``.
         bias: ``(K,)``.
+        scale: of the mean over all numbers that are read; None for their sum.
     """
     read = [
         torch.cat([output(loras[i], u, w) for loras, w in zip(modules, widths, strict=True)]) for i in range(len(e))
     ]
-    return _normalised(torch.cat(read)) @ e.flatten(1).t() + bias
+    normalised = _normalised(torch.cat(read))
+    if scale is None:
+        return normalised @ e.flatten(1).t() + bias
+    return torch.stack([scale * (normalised * row).mean() + b for row, b in zip(e.flatten(1), bias, strict=True)])
 
 
 def logits_of_all_positions(

@@ -22,6 +22,7 @@ class Unit:
     e: Tensor | None  # (K, K, widths of the readers)
     bias: Tensor  # (K,)
     tau: float = 1.0
+    scale: float | None = None
 
 
 def weights_of_row(
@@ -37,7 +38,7 @@ def weights_of_row(
             for lora in loras:
                 each = torch.stack([output(lora, token, width) for token in tokens]).mean(dim=0)
                 torch.testing.assert_close(each, output(lora, mean, width))
-        scores = logits(mean, readers, widths, unit.e, unit.bias)
+        scores = logits(mean, readers, widths, unit.e, unit.bias, unit.scale)
     grown = [float("-inf") if i in dropped else float(s) / unit.tau for i, s in enumerate(scores)]
     return torch.softmax(torch.tensor(grown, dtype=tokens.dtype), dim=0)
 

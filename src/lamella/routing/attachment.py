@@ -3,7 +3,7 @@
 Attachment: an autograd function on a tensor of the layer adds the gradient of the layer's own loss to the backward
 pass. The loss needs no way out of the model, so it also reaches trainers that build their loss from logits, and a
 checkpointed block that is recomputed attaches it anew. Its gradient is multiplied by the scale of the task loss, which
-the call learns in the same backward pass (see ``lamella.routing.context``).
+the call learns in the same backward pass (see ``lamella.routing.calls``).
 """
 
 from collections.abc import Callable, Sequence

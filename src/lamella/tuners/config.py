@@ -37,7 +37,7 @@ INSTEAD = {
 
 # What a key means that a saved config lacks, where it is not today's default: by the last version that meant it, by
 # peft_type, by key. Whoever moves a default writes the former one here.
-FORMER_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {}
+FORMER_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {"0.2.0.dev1": {"LAMELLA_MOLE": {"router_scale": None}}}
 
 
 @dataclass

@@ -151,7 +151,7 @@ def test_what_a_study_s_recipe_left_out_is_what_it_meant_then():
     assert (a.num_experts, b.num_experts, b.router_aux_loss_coef) == ("2-4-6-8", 3, 0.5)
     assert read["lora"] == {"method": {"r": 2, "lora_alpha": 16, "target_modules": "all-linear"}, "lr": 0.1}
     composed = read_saved({"arms": {"c": {"method": "uniform"}, "d": {"method": {"name": "mole", "balance_coef": 1}}}})
-    mole = {"name": "mole", "router_aux_loss_coef": 1}
+    mole = {"name": "mole", "router_aux_loss_coef": 1, "router_scale": None}
     assert composed == {"methods": {"c": {"method": "uniform"}, "d": {"method": mole}}}
     today = read_saved({"lamella_version": __version__} | first)
     assert today["methods"]["a"] == {"method": "mola"}

@@ -24,9 +24,8 @@ def units(model: torch.nn.Module, granularity: str) -> list[mole_model.Unit]:
     def unit(name: str, members: list[str], readers: list[str]) -> mole_model.Unit:
         router = routers[name]
         e = None if router.e is None else router.e.detach().double()
-        return mole_model.Unit(
-            members, readers, e, router.bias.detach().double(), float(torch.as_tensor(router.temperature()).detach())
-        )
+        tau = float(torch.as_tensor(router.temperature()).detach())
+        return mole_model.Unit(members, readers, e, router.bias.detach().double(), tau, router.scale)
 
     blocks = [f"bert.encoder.layer.{i}" for i in range(2)]
     if granularity == "matrix":

@@ -24,7 +24,8 @@ def weights_of(outputs: Sequence[Tensor], read: Tensor, router: nn.Module) -> Te
     for b in range(len(read)):
         together = torch.cat([output[b][read[b]].mean(dim=0) for output in outputs])
         normal = (together - together.mean()) / (together.var(unbiased=False) + 1e-12).sqrt()
-        rows.append(normal @ router.e.flatten(1).double().t() + router.bias.double())
+        products = normal @ router.e.flatten(1).double().t()
+        rows.append(router.scale * products / len(normal) + router.bias.double())
     return torch.softmax(torch.stack(rows) / router.temperature(), dim=-1)
 
 

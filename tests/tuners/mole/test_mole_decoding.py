@@ -115,7 +115,7 @@ def test_case_three_is_the_sum_by_hand(folder: Path) -> None:
         readers = trained.names_in(block, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
         tau = float(router.temperature().detach())
         e, bias = router.e.detach().double(), router.bias.detach().double()
-        units.append(mole_model.Unit(members, readers, e, bias, tau))
+        units.append(mole_model.Unit(members, readers, e, bias, tau, router.scale))
     ids = drawn(2, 5)
     first = torch.zeros(2, 5, dtype=torch.bool)
     first[:, :2] = True

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import lamella
 from lamella import MoleConfig, compose
 from lamella.tuners.mole import MoleLinear
+from lamella.tuners.mole.router import MoleRouter
 
 # Three LoRAs of different ranks, scalings and targets for each family.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -104,11 +105,12 @@ def sharpen(model: nn.Module, scale: float = 1.0) -> None:
     """Routers that weigh different inputs differently."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "mole_router" in name:
-                size = scale if name.endswith(".e") else 0.5
+        for router in [module for module in model.modules() if isinstance(module, MoleRouter)]:
+            for name, parameter in router.named_parameters():
+                numbers = parameter[0].numel() if name == "e" else 1
+                size = scale * numbers / router.scale if name == "e" else 0.5
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(size * drawn / max(1, parameter[0].numel() if parameter.dim() else 1) ** 0.5)
+                parameter.copy_(size * drawn / numbers**0.5)
 
 
 def alone(kind: str, path: Path, layers: int = 2, double: bool = True) -> PeftModel:

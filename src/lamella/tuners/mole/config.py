@@ -49,6 +49,8 @@ class MoleConfig(LamellaConfig):
             but their part in the router.
         form: "delta" as above; "block-delta", ``F(x) + sum_i G_i (E_i(x) - F(x))`` on the outputs of whole blocks, each
             run with one LoRA; or "published", ``F(x) + sum_i G_i E_i(x)``, which counts the input twice.
+        router_scale: the logits are ``router_scale (e . E) / n + b``, n numbers being read, so that one
+            learning rate suits models of every width; None for ``e . E + b``, as published.
         temperature: the logits are divided by it.
         learn_temperature: whether each router learns its own, starting there.
         balance: "log" as published, over all routers together; or for each router its "entropy", or the "switch" loss;
@@ -73,6 +75,7 @@ class MoleConfig(LamellaConfig):
     flatten_length: Count | None = None
     top_k: Count | None = None
     form: Literal["delta", "block-delta", "published"] = "delta"
+    router_scale: Annotated[float, Bounds(0, MOST)] | None = 1_000.0
     temperature: Annotated[float, Bounds(LOWEST_TEMPERATURE, MOST)] = 1.0
     learn_temperature: bool = True
     balance: Literal["log", "entropy", "switch", "none"] = "log"

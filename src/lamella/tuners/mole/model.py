@@ -216,7 +216,7 @@ class Composition:
         if isinstance(group, BlockGroup):
             widths = group.features
         positions = None if group.by_token else config.flatten_length
-        router = MoleRouter(count, widths, config.temperature, config.learn_temperature, positions)
+        router = MoleRouter(count, widths, config.temperature, config.learn_temperature, positions, config.router_scale)
         if not config.init_lora_weights:
             router.randomise()
         return router

@@ -24,14 +24,24 @@ class MoleRouter(nn.Module):
     ``e`` has shape ``(K, K, D)``: for each logit and LoRA, what it takes from that LoRA's outputs in the matrices that
     the group reads, D features in all; ``(K, L, K, D)`` where L positions are read. There is none where the group reads
     nothing, so that ``bias (K,)`` alone decides. ``log_temperature ()`` is learned as the factor to the initial one.
+
+    With a ``scale`` it is ``eps = scale (e . E) / n + b``, n numbers being in E. A step of Adam moves every e by the
+    learning rate, and so ``e . E`` by n times as much; the mean moves alike in models of every width.
     """
 
     def __init__(
-        self, num_loras: int, widths: int, temperature: float, learn_temperature: bool, positions: int | None = None
+        self,
+        num_loras: int,
+        widths: int,
+        temperature: float,
+        learn_temperature: bool,
+        positions: int | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.num_loras = num_loras
         self.positions = positions
+        self.scale = scale
         self.initial_temperature = temperature
         shape = (num_loras, num_loras, widths) if positions is None else (num_loras, positions, num_loras, widths)
         self.e = nn.Parameter(torch.zeros(shape)) if widths else None
@@ -41,7 +51,7 @@ class MoleRouter(nn.Module):
     def randomise(self) -> None:
         """Moves the router off zero, for tests."""
         if self.e is not None:
-            nn.init.normal_(self.e)
+            nn.init.normal_(self.e, std=1.0 if self.scale is None else self._numbers() / self.scale)
         nn.init.normal_(self.bias)
 
     def temperature(self) -> Tensor | float:
@@ -62,14 +72,14 @@ class MoleRouter(nn.Module):
         Returns:
             ``(*rows, K)`` in float32 or wider.
         """
-        bias = self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
         if self.e is None:
-            logits = bias.expand(*rows, -1)
+            bias = self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
+            products = torch.zeros_like(bias).expand(*rows, -1)
         else:
             read = read_outputs if self.positions is None else read_positions
             here = self.e.device
-            logits = read([one.to(here) for one in h], [one.on(here) for one in loras], self.e, bias)
-        return (logits / self.temperature()).to(device)
+            products = read([one.to(here) for one in h], [one.on(here) for one in loras], self.e)
+        return self._logits(products).to(device)
 
     def from_outputs(self, outputs: Tensor) -> Tensor:
         """The same from the LoRAs' outputs themselves, ``(*rows, K, D)`` or ``(*rows, positions, K, D)``."""
@@ -81,9 +91,18 @@ class MoleRouter(nn.Module):
         e = self.e.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
         read = outputs.to(e.dtype).flatten(-(e.dim() - 1))  # (*rows, D in all)
         normalised = nn.functional.layer_norm(read, read.shape[-1:], eps=1e-12)
-        logits = normalised @ e.flatten(1).t() + self.bias.to(e)
-        tau = self.temperature()
-        return logits / (tau.to(logits.device) if isinstance(tau, Tensor) else tau)
+        return self._logits(normalised @ e.flatten(1).t())
+
+    def _logits(self, products: Tensor) -> Tensor:
+        """From ``e . E (*rows, K)``: with the bias, scaled, divided by the temperature."""
+        bias, tau = self.bias.to(products), self.temperature()
+        if self.scale is not None:
+            products = products * (self.scale / self._numbers())
+        return (products + bias) / (tau.to(products.device) if isinstance(tau, Tensor) else tau)
+
+    def _numbers(self) -> int:
+        """How many are read for a decision, n."""
+        return 1 if self.e is None else self.e[0].numel()
 
     def lay_out(self, values: Tensor, real: Tensor, sequences: Sequences) -> Tensor:
         """Puts each sequence's real tokens at its first positions, zeros after them.
