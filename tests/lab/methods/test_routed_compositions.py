@@ -139,7 +139,7 @@ def test_x_lora_refuses_a_folder_without_its_classifier(build, base, questions, 
     model.save_pretrained(str(tmp_path))  # PEFT's way leaves the classifier out
     task = load_task(questions)
 
-    with pytest.raises(LamellaError, match="not an X-LoRA that lamella saved"):
+    with pytest.raises(LamellaError, match="not a composition of the kind 'xlora' that lamella saved"):
         method_from({"name": "xlora", "adapters": loras}).load(load_backbone(base, task), task, tmp_path)
 
 

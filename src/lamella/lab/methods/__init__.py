@@ -3,7 +3,7 @@
 Importing this package registers them all. Those over trained LoRAs are `ComposingMethod`s.
 """
 
-from lamella.lab.methods import merging, routed, searched, subspaces, sums
+from lamella.lab.methods import controls, learned, merging, routed, searched, subspaces, sums
 from lamella.lab.methods.base import Built, Configured, Method, method, method_from, read_saved, trainable_parameters
 from lamella.lab.methods.compositions import ComposingMethod, composition
 from lamella.lab.methods.finetuning import Lora, LoraOnly, Mola, Molex
@@ -20,6 +20,8 @@ __all__ = [
     "Mole",
     "Molex",
     "composition",
+    "controls",
+    "learned",
     "merging",
     "method",
     "method_from",

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
+from safetensors.torch import save_file
 from torch import nn
 
 from lamella.adapters import Factors, check_base, map_to, read_lora
 from lamella.errors import LamellaError
+from lamella.files import read_tensors
 from lamella.lab.methods.base import Built, Method, method, require_own_head, shared
 
 if TYPE_CHECKING:
@@ -62,6 +64,36 @@ class ComposingMethod(Method):
         """
         require_own_head(backbone, task, self.name)
         return read_loras(backbone, self.adapters)
+
+
+class RebuiltMethod(ComposingMethod):
+    """A composition that PEFT cannot load: it is built anew from its LoRAs, and what it trained is put in.
+
+    An interrupted run begins anew.
+    """
+
+    resumes: ClassVar[bool] = False
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """PEFT's files, of which the one of tensors holds what was trained."""
+        super().save(model, folder)
+        trained = {
+            name: tensor.detach().contiguous() for name, tensor in model.named_parameters() if tensor.requires_grad
+        }
+        save_file(trained, folder / "adapter_model.safetensors")
+
+    def load(self, backbone: Backbone, task: Task, folder: Path) -> nn.Module:
+        """Built anew with the saved tensors."""
+        model = self.build(backbone, task).model
+        saved = read_tensors(folder / "adapter_model.safetensors")
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if saved.keys() != wanted:
+            raise LamellaError(
+                f"{folder} is not a composition of the kind '{self.name}' that lamella saved: "
+                f"{sorted(saved.keys() ^ wanted)[0]} is missing or unknown."
+            )
+        model.load_state_dict(saved, strict=False)
+        return model
 
 
 class _Composed(ComposingMethod):

@@ -7,19 +7,18 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
+from peft import LoraConfig, XLoraConfig, get_peft_model
 from peft.tuners.lora.config import ArrowConfig
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import nn
 
 from lamella.errors import LamellaError
-from lamella.files import read_tensors
 from lamella.lab.methods.base import Built, Configured, method, require_own_head, settings_of, shared
 from lamella.lab.methods.compositions import (
     ComposingMethod,
     Loras,
     Modules,
+    RebuiltMethod,
     Target,
     composition,
     fill,
@@ -136,16 +135,14 @@ def arrow(
 
 
 @method("xlora")
-class XLora(ComposingMethod):
+class XLora(RebuiltMethod):
     """X-LoRA as PEFT has it: one linear layer gives every token its mixing weights, the same ones in all modules.
 
     A classifier on the last hidden state of a first pass gives the mixing weights of a second. It needs
-    ``input_ids``, and knows no cache. PEFT's checkpoints lack the classifier, so that an interrupted run begins anew.
+    ``input_ids``, and knows no cache. PEFT's own files lack the classifier.
 
     Source: Buehler & Buehler, X-LoRA: Mixture of Low-Rank Adapter Experts, 2024.
     """
-
-    resumes: ClassVar[bool] = False
 
     layerwise: bool = Field(False, description="whether each adapted module has its own weights")
     temperature: Temperature = 1.0
@@ -177,24 +174,3 @@ class XLora(ComposingMethod):
         for position, modules in loras.items():
             fill(backbone.model, position, modules)
         return Built(model)
-
-    def save(self, model: PeftModel, folder: Path) -> None:
-        """PEFT's files, and in them the classifier, which PEFT itself leaves out."""
-        super().save(model, folder)
-        trained = {
-            name: tensor.detach().contiguous() for name, tensor in model.named_parameters() if tensor.requires_grad
-        }
-        save_file(trained, folder / "adapter_model.safetensors")
-
-    def load(self, backbone: Backbone, task: Task, folder: Path) -> nn.Module:
-        """Built anew with the saved classifier, since PEFT would read the LoRAs in another way."""
-        model = self.build(backbone, task).model
-        saved = read_tensors(folder / "adapter_model.safetensors")
-        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if saved.keys() != wanted:
-            raise LamellaError(
-                f"{folder} is not an X-LoRA that lamella saved: {sorted(saved.keys() ^ wanted)[0]} is missing or "
-                "unknown."
-            )
-        model.load_state_dict(saved, strict=False)
-        return model

@@ -1,0 +1,72 @@
+"""What a learned composition has to beat before its trained LoRAs earn their place: random LoRAs, and one new LoRA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from pydantic import Field
+from torch import Tensor
+
+from lamella.kernels import FrozenLoras
+from lamella.lab.methods.base import Built, method, shared
+from lamella.lab.methods.compositions import Loras, Target, composition
+from lamella.lab.methods.routed import Mole
+from lamella.tuners.mole import MoleLinear
+
+if TYPE_CHECKING:
+    from lamella.lab.data import Backbone, Task
+
+
+@method("mole-random")
+class MoleOfRandomLoras(Mole):
+    """MOLE with random LoRAs in place of the given ones, of which it has the modules, the ranks and the deltas' norms.
+
+    The factors are drawn from a normal distribution, by the run's seed, and are saved with the routers.
+    """
+
+    embed_adapters: Literal[True] = Field(True, description="random LoRAs lie nowhere else")
+
+    def build(self, backbone: Backbone, task: Task) -> Built:
+        """The composition, its LoRAs drawn anew."""
+        built = super().build(backbone, task)
+        for layer in built.model.modules():
+            if isinstance(layer, MoleLinear):
+                factors = layer.frozen("default")
+                factors.A, factors.B = random_factors(FrozenLoras(factors.A, factors.B, factors.ranks))
+        return built
+
+
+@composition("fresh-lora", trains=True)
+def fresh_lora(
+    loras: Loras,
+    target: Target,
+    r: Annotated[int | None, Field(gt=0, description="the largest rank of the LoRAs if absent")] = None,
+    lora_alpha: Annotated[float | None, Field(gt=0, description="twice the rank if absent")] = None,
+) -> Built:
+    """A new LoRA in the modules that the given ones adapt, trained on the rows that routers would learn from."""
+    rank = r or max(len(factors.A) for modules in loras.values() for factors in modules.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if lora_alpha is None else lora_alpha,
+        target_modules=list(dict.fromkeys(module for modules in loras.values() for module in modules)),
+        **shared(target.backbone, target.task, train_head=False),
+    )
+    return Built(get_peft_model(target.backbone.model, config))
+
+
+def random_factors(loras: FrozenLoras) -> tuple[Tensor, Tensor]:
+    """Factors ``A (R, in)`` and ``B (out, R)`` of random LoRAs, each with the Frobenius norm of the given delta."""
+    down, up = torch.randn_like(loras.A), torch.randn_like(loras.B)  # (R, in), (out, R)
+    first = 0
+    for rank in filter(None, loras.ranks):
+        own = slice(first, first + rank)
+        up[:, own] *= _norm(loras.A[own], loras.B[:, own]) / _norm(down[own], up[:, own])
+        first += rank
+    return down, up
+
+
+def _norm(down: Tensor, up: Tensor) -> Tensor:
+    """Of the delta ``up @ down``, without building it."""
+    return ((up.T @ up) * (down @ down.T)).sum().sqrt()
