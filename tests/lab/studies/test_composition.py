@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tests.lab.studies.conftest import cell_of, run
 
@@ -17,6 +18,7 @@ from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.planning import plan
 from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.runner import run_cells
+from lamella.lab.studies.study import summarise
 
 
 def tensors(folder, cell):
@@ -169,6 +171,44 @@ def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
         assert (planned.cells, planned.done) == (18, 0)
         hours.append(planned.hours)
     assert 0 < hours[0] < hours[1]
+
+
+@pytest.fixture
+def searched(recipe, tmp_path):
+    """MOLE, uniform and TSV; MOLE's rate and TSV's coefficient are searched for."""
+    tree = yaml.safe_load(Path(recipe).read_text())
+    del tree["run"]["lr"]
+    methods = {"MOLE": tree["methods"]["MOLE"], "uniform": {"method": "uniform"}, "TSV": {"method": "tsv"}}
+    tree |= {"methods": methods, "masked": [], "head": {"lr": 5e-3}}
+    path = tmp_path / "searched.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            tree | {"search": {"tries": 2, "space": {"lr": [1e-3, 1e-2], "method": {"coefficient": [0.5, 1.0]}}}},
+            sort_keys=False,
+        )
+    )
+    return str(path)
+
+
+def test_settings_are_searched_for_once_with_the_loras_of_the_first_seed(searched, tmp_path):
+    study, cells, folder = run(searched, tmp_path / "out")
+    mole = [cell for cell in cells if cell.method == "MOLE"]
+    assert {cell.search.key for cell in mole} == {mole[0].search.key}
+    assert {tuple(cell.search.space) for cell in cells if cell.search} == {("lr",), ("method.coefficient",)}
+    assert {cell.method for cell in cells if cell.search} == {"MOLE", "TSV"}
+    assert set(mole[0].search.cell.needs) <= {cell.key for cell in cells if cell.seed == 0}
+    chosen = folder.row(mole[0].search.key)["chosen"]["lr"]
+    assert {folder.row(cell.key)["settings"]["lr"] for cell in mole} == {chosen}
+    assert any(
+        "2 tries for each method" in note and "MOLE lr" in note for note in summarise(study, cells, folder).notes
+    )
+
+
+def test_a_rate_is_given_or_searched_for(searched):
+    with pytest.raises(LamellaError, match=r"methods\.MOLE gives lr, which search\.space\.lr chooses"):
+        read_study(searched, ["methods.MOLE.lr=1e-3"])
+    with pytest.raises(LamellaError, match="one of the study's seeds"):
+        read_study(searched, ["search.seed=1"])
 
 
 @pytest.mark.parametrize(

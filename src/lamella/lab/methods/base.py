@@ -60,6 +60,8 @@ class Method(Settings):
 
     # whether PEFT's files hold all that was trained, so that training can go on from a checkpoint
     resumes: ClassVar[bool] = True
+    # whether there is anything that an optimizer would change
+    trains: ClassVar[bool] = True
     # whether weight decay may shrink all that it trains
     decays: ClassVar[bool] = True
 

@@ -145,6 +145,7 @@ def composition(
             "function": staticmethod(function),
             "parameters": frozenset(parameters),
             "loads": loads,
+            "trains": trains,
             "masked_by": None if trains else "rebuilding",
         }
         return method(name, **settings)(type(function.__name__, (_Composed,), described))

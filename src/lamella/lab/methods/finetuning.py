@@ -287,6 +287,8 @@ class Full(Method):
 class Bare(Method):
     """Nothing is added and nothing trained: what the others start from, scored as they are."""
 
+    trains: ClassVar[bool] = False
+
     def build(self, backbone: Backbone, task: Task) -> Built:
         """Raises LamellaError where the backbone has no head for the task."""
         require_own_head(backbone, task, self.name)

@@ -14,6 +14,7 @@ from lamella.lab.studies.answers import Answers, Questions, TestRows
 from lamella.lab.studies.cells import BASE, LORA, Cell
 from lamella.lab.studies.composition_results import KL, MIXTURE, measured
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
+from lamella.lab.studies.search import Searched, check_search, search_note, search_of
 
 if TYPE_CHECKING:
     from lamella.lab.studies.folder import StudyFolder
@@ -53,6 +54,9 @@ class CompositionStudy(StudyRecipe):
     fitted_on: str | None = Field(
         None,
         description="the held-out task whose training rows methods are fitted on; else the sources' validation rows",
+    )
+    search: Searched | None = Field(
+        None, description="settings that are chosen for each method that has them, with the LoRAs of the first seed"
     )
     rows: int = Field(256, gt=0, description="that methods are fitted on, unseen by LoRAs")
     test_rows: TestRows = Field(None, description="of each source and held-out task, or by their names; all if absent")
@@ -115,6 +119,9 @@ class CompositionStudy(StudyRecipe):
                 "Methods, sources and held-out tasks need different names, other than those of the LoRAs alone."
             )
         self._check_masked()
+        if self.search is not None:
+            composed = [cell for cell in self._of_seed(self.seed_list[0]) if cell.method in self.methods]
+            check_search(self.search, self.seed_list, composed, self.run, self.methods)
 
     def _check_settings(self) -> None:
         places = {"run.": self.run, "lora.": self.lora, "head.": self.head}
@@ -147,7 +154,14 @@ class CompositionStudy(StudyRecipe):
                 )
 
     def cells(self) -> list[Cell]:
-        return [cell for seed in self.seed_list for cell in self._of_seed(seed)]
+        by_seed = [self._of_seed(seed) for seed in self.seed_list]
+        return [self._searched(cell, first) for cells in by_seed for cell, first in zip(cells, by_seed[0], strict=True)]
+
+    def _searched(self, cell: Cell, first: Cell) -> Cell:
+        """The cell with the search for the same method's settings on the first seed's head and LoRAs."""
+        if self.search is None or cell.method not in self.methods:
+            return cell
+        return replace(cell, search=search_of(first, self.search))
 
     def _of_seed(self, seed: int) -> list[Cell]:
         """The head, a LoRA per source and the joint one, then the methods."""
@@ -204,8 +218,10 @@ class CompositionStudy(StudyRecipe):
             if self.fitted_on is None
             else f"{self.rows} examples of {self.fitted_on}, the same for every seed; no LoRA was trained on that task"
         )
+        chosen = None if self.search is None else search_note(self.search, cells, folder)
         return [
             f"{head} Methods are fitted on {fitted}.",
+            *([] if chosen is None else [f"With the LoRAs of the first seed, {chosen}"]),
             f"'{JOINT}' is one LoRA trained on all sources' training rows: an upper reference, not a composition.",
             "The mixture is the test rows of all sources. 'kl from own LoRA' compares, on every source's test rows, "
             f"the probabilities of a method with those of that source's LoRA alone: {compared}",

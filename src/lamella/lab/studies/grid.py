@@ -24,7 +24,7 @@ from lamella.lab.studies.cells import LORA, Cell
 from lamella.lab.studies.places import Floors, by_place, examples_of_place, metrics_of_place
 from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
 from lamella.lab.studies.results import COSTS, examples_frame, place_of, results_frame
-from lamella.lab.studies.search import ALPHA, SCALING, Range, Searched, has, search_of, shown, with_values
+from lamella.lab.studies.search import Searched, check_search, search_note, search_of
 
 if TYPE_CHECKING:
     from lamella.lab.data import Task
@@ -221,32 +221,13 @@ def _check_compute(grid: Grid) -> None:
 
 
 def _check_search(grid: Grid, search: Searched) -> None:
-    if search.seed in grid.seed_list:
+    cells = [cell for cell in grid.cells() if cell.seed == grid.seed_list[0]]
+    check_search(search, grid.seed_list, cells, grid.run, grid.methods)
+    if grid.budget == "equal-parameters" and (sizes := [key for key in search.space if key in _SIZES]):
         raise LamellaError(
-            f"search.seed={search.seed} is one of the study's seeds, whose runs are to be new to what was chosen. Give "
-            "another one."
+            f"search.space.{sizes[0]} would change how many parameters a method trains, and 'budget: equal-parameters' "
+            "keeps them equal. Leave one of them out."
         )
-    cells = [replace(cell, search=None) for cell in grid.cells() if cell.seed == grid.seed_list[0]]
-    for key, values in search.space.items():
-        having = [cell.settings for cell in cells if has(cell.settings, key)]
-        if not having:
-            raise LamellaError(f"search.space.{key} is a setting of none of the methods: {', '.join(grid.names)}.")
-        chosen = ALPHA if key == SCALING else key
-        given = [("run", grid.run), *((f"methods.{name}", one) for name, one in grid.methods.items())]
-        for place, one in given:
-            method = one.get("method")
-            if chosen in one or (isinstance(method, dict) and chosen.startswith("method.") and chosen[7:] in method):
-                raise LamellaError(
-                    f"{place} gives {chosen}, which search.space.{key} chooses too. Leave one of them out."
-                )
-        if grid.budget == "equal-parameters" and key in _SIZES:
-            raise LamellaError(
-                f"search.space.{key} would change how many parameters a method trains, and 'budget: equal-parameters' "
-                "keeps them equal. Leave one of them out."
-            )
-        for value in [values.low, values.high] if isinstance(values, Range) else values:
-            for settings in having:
-                with_values(settings, {key: value})
 
 
 def _budgeted(grid: Grid) -> dict[str, Method]:
@@ -336,20 +317,7 @@ def _budget_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: S
 
 
 def _search_notes(grid: Grid, results: Results, cells: Sequence[Cell], folder: StudyFolder) -> list[str]:
-    """What was chosen for each method, out of how many tries, and how long that took."""
-    chosen: dict[str, str] = {}
-    for cell in cells:
-        here = (cell.backbone, cell.task) == (results.backbone, results.task)
-        if here and cell.search is not None and (row := folder.row(cell.search.key)) is not None:
-            values = ", ".join(f"{key} {shown(value)}" for key, value in row["chosen"].items())
-            failed = sum("failed" in one for one in row["tries"])
-            errors = f", {failed} tries ended in an error" if failed else ""
-            name = f"{cell.method} on {cell.part}" if cell.part else cell.method
-            chosen[name] = f"{name} {values} ({row['seconds']:.0f} s{errors})"
-    if grid.search is None or not chosen:
-        return []
-    return [
-        f"Settings on {results.task} with {results.backbone} were searched alike: {grid.search.tries} tries for each "
-        f"method, seed {grid.search.seed}, the better half of them trained twice as long, twice; the best on "
-        f"validation rows: {'; '.join(chosen.values())}."
-    ]
+    """What was chosen for each method on this backbone and task."""
+    here = [cell for cell in cells if (cell.backbone, cell.task) == (results.backbone, results.task)]
+    note = None if grid.search is None else search_note(grid.search, here, folder)
+    return [] if note is None else [f"On {results.task} with {results.backbone}: {note}"]

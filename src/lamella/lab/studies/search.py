@@ -154,14 +154,74 @@ def search_of(cell: Cell, given: Searched) -> Search | None:
     return Search(replace(cell, settings=settings), space, given.tries) if space else None
 
 
+def check_search(
+    search: Searched,
+    seeds: Sequence[int],
+    cells: Sequence[Cell],
+    run: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuses a search that chooses nothing, or what is given too.
+
+    Args:
+        search: of the study.
+        seeds: the study's own.
+        cells: those that are searched for, of one seed.
+        run: settings that the recipe gives to every run.
+        methods: what it gives to each.
+
+    Raises:
+        LamellaError: its seed is one of the study's, none of the cells has a setting, one is given beside it, or a
+            value is none that the setting takes.
+    """
+    if search.seed in seeds:
+        raise LamellaError(
+            f"search.seed={search.seed} is one of the study's seeds, whose runs are to be new to what was chosen. Give "
+            "another one."
+        )
+    given = {"run": run} | {f"methods.{name}": one for name, one in methods.items()}
+    for key, values in search.space.items():
+        having = [cell.settings for cell in cells if has(cell.settings, key)]
+        if not having:
+            raise LamellaError(f"search.space.{key} is a setting of none of the methods: {', '.join(methods)}.")
+        chosen = ALPHA if key == SCALING else key
+        for place, one in given.items():
+            method = one.get("method")
+            if chosen in one or (isinstance(method, dict) and chosen.startswith("method.") and chosen[7:] in method):
+                raise LamellaError(
+                    f"{place} gives {chosen}, which search.space.{key} chooses too. Leave one of them out."
+                )
+        for value in [values.low, values.high] if isinstance(values, Range) else values:
+            for settings in having:
+                with_values(settings, {key: value})
+
+
+def search_note(search: Searched, cells: Sequence[Cell], folder: StudyFolder) -> str | None:
+    """What was chosen for each method, out of how many tries, and how long that took; None where nothing was yet."""
+    chosen: dict[str, str] = {}
+    for cell in cells:
+        if cell.search is not None and (row := folder.row(cell.search.key)) is not None:
+            values = ", ".join(f"{key} {shown(value)}" for key, value in row["chosen"].items())
+            failed = sum("failed" in one for one in row["tries"])
+            errors = f", {failed} tries ended in an error" if failed else ""
+            name = f"{cell.method} on {cell.part}" if cell.part else cell.method
+            chosen[name] = f"{name} {values} ({row['seconds']:.0f} s{errors})"
+    if not chosen:
+        return None
+    return (
+        f"settings were searched alike: {search.tries} tries for each method, seed {search.seed}, the better half of "
+        f"them trained twice as long, twice; the best on validation rows: {'; '.join(chosen.values())}."
+    )
+
+
 def has(settings: RunSettings, key: str) -> bool:
-    """Whether a run's settings, or those of its method, have a key that can be searched."""
+    """Whether a run's settings, if it trains anything, or those of its method have a key that can be searched."""
     if key == SCALING:
-        return has(settings, ALPHA) and has(settings, "method.r")
+        return has(settings, ALPHA) and getattr(settings.method, "r", None) is not None
     first, _, of_method = key.partition(".")
     if first == "method":
         return of_method in type(settings.method).model_fields
-    return key in RunSettings.model_fields and key not in ("model", "task", "seed")
+    return settings.method.trains and key in RunSettings.model_fields and key not in ("model", "task", "seed")
 
 
 def with_values(settings: RunSettings, values: Mapping[str, Any]) -> RunSettings:
