@@ -156,7 +156,7 @@ class RankSpaceInputs:
         self.loras = loras
 
     def by_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As promised; ``A x`` of all matrices comes from one GEMM."""
+        """``A x`` of all matrices comes from one GEMM."""
         if not self.loras:
             return self.router([], [], x.shape[:-1], x.device), []
         flat = x.reshape(-1, x.shape[-1]).to(self.loras[0].A.dtype)  # (N, in)
@@ -165,7 +165,7 @@ class RankSpaceInputs:
         return self.router(h, self.loras, x.shape[:-1], x.device), h
 
     def by_sequence(self, tokens: Tensor, read: Tensor, sequences: Sequences) -> Tensor:
-        """As promised; the mean of the outputs is the output of the mean, so that one row a sequence is read."""
+        """The mean of the outputs is the output of the mean, so that one row a sequence is read."""
         wide = _only(tokens, read)
         if self.router.positions is None:
             pooled = pool_mean(wide, read, sequences)  # (S, in)
@@ -183,11 +183,11 @@ class BlockOutputs:
         self.outputs = outputs  # K of (batch, tokens, features)
 
     def by_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As promised, of the outputs at x's places; no matrix is read."""
+        """Of the outputs at the places of x; no matrix is read."""
         return self.router.from_outputs(torch.stack(list(self.outputs), dim=-2)), []
 
     def by_sequence(self, tokens: Tensor, read: Tensor, sequences: Sequences) -> Tensor:
-        """As promised."""
+        """From the mean of each output over a sequence, or from all its positions."""
         wide = [_only(output, read) for output in self.outputs]
         if self.router.positions is None:
             pooled = [pool_mean(output, read, sequences) for output in wide]  # K of (S, features)
