@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from lamella.adapters import AdapterLibrary
 from lamella.backbones.moe import moe_layers
 from lamella.convert import collapse, export_experts
 from lamella.diagnostics.doctor import doctor
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lamella import lab, similarity
 
 __all__ = [
+    "AdapterLibrary",
     "CannotMergeError",
     "LamellaError",
     "MolaConfig",

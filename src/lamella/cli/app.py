@@ -21,6 +21,7 @@ from lamella.cli.demo import demo
 from lamella.cli.doctor import doctor
 from lamella.cli.evaluate import evaluate
 from lamella.cli.export import export
+from lamella.cli.library import library
 from lamella.cli.output import console
 from lamella.cli.similarity import similarity
 from lamella.cli.trace import trace
@@ -48,8 +49,9 @@ app = typer.Typer(
 )
 for command in (demo, train, compose, compare, continual, evaluate, trace, export, doctor, allocate):
     app.command(cls=_Command)(command)
+app.add_typer(library, name="library")
 app.add_typer(similarity, name="similarity")
-for step in similarity.registered_commands:
+for step in [*library.registered_commands, *similarity.registered_commands]:
     step.cls = _Command
 
 

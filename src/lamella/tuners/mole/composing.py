@@ -1,6 +1,7 @@
 """Composing trained LoRAs on a model in one call."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lamella.adapters import LoraSource, Reference, by_name, read_lora
+from lamella.adapters import AdapterLibrary, LoraSource, Reference, by_name, fit, read_lora
 from lamella.errors import LamellaError
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.plan import refuse_too_few
@@ -19,7 +20,7 @@ Lora = str | Path | Reference | LoraSource
 
 def compose(
     base: nn.Module,
-    adapters: Mapping[str, Lora] | Sequence[Lora],
+    adapters: Mapping[str, Lora] | Sequence[Lora] | AdapterLibrary,
     config: MoleConfig | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
@@ -30,7 +31,7 @@ def compose(
     Args:
         base: the model that the LoRAs were trained on.
         adapters: at least two LoRAs by name: PEFT folders, single files, hub ids, or LoRAs that were read already. In a
-            list each is called by its folder or file.
+            list each is called by its folder or file. Of a library those LoRAs that are for the model, which is said.
         config: the settings, without adapters; MoleConfig's own where None.
         adapter_name: of the composition.
 
@@ -46,7 +47,7 @@ def compose(
             f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty and give them to "
             "compose, or call get_peft_model(model, config)."
         )
-    sources = read_given(adapters)
+    sources = read_fitting(base, adapters) if isinstance(adapters, AdapterLibrary) else read_given(adapters)
     refuse_too_few([source.name for source in sources])
     config.adapters = {source.name: source for source in sources}
     model: Any = get_peft_model(base, config, adapter_name)
@@ -72,6 +73,27 @@ def refuse_other_configs(config: Any) -> None:
     """Raises where the settings are not those of MOLE."""
     if config is not None and not isinstance(config, MoleConfig):
         raise LamellaError(f"The config is a {type(config).__name__}; give a MoleConfig, or none for its defaults.")
+
+
+def read_fitting(base: nn.Module, library: AdapterLibrary) -> list[LoraSource]:
+    """Reads the LoRAs of a library that are for a model, and says which are not.
+
+    Raises:
+        LamellaError: none is.
+    """
+    misfits = fit(base, library).misfits
+    if len(misfits) == len(library):
+        raise LamellaError(
+            f"None of the library's {len(library)} LoRAs is for this model: {next(iter(misfits.values()))}"
+        )
+    if misfits:
+        name, reason = next(iter(misfits.items()))
+        warnings.warn(
+            f"{len(misfits)} of the library's {len(library)} LoRAs are left out, first {name!r}: {reason} "
+            "AdapterLibrary.only chooses others.",
+            stacklevel=3,
+        )
+    return [library.read(name) for name in library.names if name not in misfits]
 
 
 def read_given(adapters: Mapping[str, Lora] | Sequence[Lora], pipe: Any = None) -> list[LoraSource]:

@@ -1,0 +1,74 @@
+"""`lamella library`: what a folder of LoRAs holds, and which of them help a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lamella.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from lamella.adapters import AdapterLibrary
+
+library = typer.Typer(help="Folders of many LoRAs: index them, list them.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="A folder of LoRAs: PEFT folders, .safetensors files, finished runs.")]
+IndexFile = Annotated[
+    Path | None, typer.Option("--index", help="The index file, where it shall not lie in the folder.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+@library.command()
+def index(folder: Folder, index: IndexFile = None, json: Json = False) -> None:
+    """Read what is new or has changed, and write the index beside it. Says which LoRAs are left out, and why.
+
+    Example: lamella library index loras
+    """
+    opened = open_library(folder, index)
+    if json:
+        print_json({"folder": str(folder), "loras": len(opened), "left_out": opened.left_out})
+        return
+    typer.echo(f"{len(opened)} LoRAs, {len(opened.layouts)} kinds of targets and ranks. The index is {opened.path}")
+    for name, reason in opened.left_out.items():
+        typer.echo(f"left out {name}: {reason}")
+
+
+@library.command("list")
+def list_(folder: Folder, index: IndexFile = None, json: Json = False) -> None:
+    """Show each LoRA with its base, task, ranks, targets and size.
+
+    Example: lamella library list loras
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    opened = open_library(folder, index)
+    rows = [
+        {"name": one.name, "base": one.base, "task": one.task, "ranks": list(one.ranks), "targets": list(one.targets),
+         "dtype": one.dtype, "bytes": one.size, "source": one.reference.source, "sha256": one.reference.sha256}
+        for one in opened
+    ]  # fmt: skip
+    if json:
+        print_json({"folder": str(folder), "loras": rows, "left_out": opened.left_out})
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("name", "base", "task", "ranks", "targets", "size"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for one in opened:
+        ranks = ", ".join(map(str, one.ranks))
+        table.add_row(one.name, one.base or "", one.task, ranks, ", ".join(one.targets), f"{one.size / 1e6:.2f} MB")
+    console.print(table)
+    for name, reason in opened.left_out.items():
+        console.print(f"left out {name}: {reason}")
+
+
+def open_library(folder: Path, index: Path | None) -> AdapterLibrary:
+    """The library in a folder; says how far the reading is."""
+    from lamella.adapters import AdapterLibrary
+    from lamella.cli.similarity.subject import telling
+
+    with telling("indexing") as tell:
+        return AdapterLibrary(folder, index, lambda done, of: tell(f"indexing: {done} of {of} LoRAs"))

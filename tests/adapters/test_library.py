@@ -1,0 +1,200 @@
+"""A folder of LoRAs and its index: what is in it, what is left out and why, and what is read again."""
+
+import errno
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests import tiny
+
+from lamella import AdapterLibrary, LamellaError, compose
+from lamella.adapters import indexing, library, read_lora
+from lamella.adapters.card import CARD, Card
+from lamella.adapters.directions import directions
+from lamella.adapters.indexing import INDEX
+
+
+def save(folder, seed=0, model=tiny.bert, **settings):
+    torch.manual_seed(seed)
+    config = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, **settings}
+    get_peft_model(model(), LoraConfig(**config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed, name in enumerate(("code", "law", "news")):
+        save(tmp_path / "pool" / name, seed)
+    return tmp_path / "pool"
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_an_entry_says_what_a_lora_is(folder):
+    entry = AdapterLibrary(folder)["law"]
+    source = read_lora(folder / "law")
+    assert entry.reference == source.reference
+    assert (entry.ranks, entry.targets, entry.dtype, entry.format) == ((2,), ("query", "value"), "float32", "PEFT")
+    assert entry.size == (folder / "law" / "adapter_model.safetensors").stat().st_size
+    assert [shape.scaling for _, shape in entry.layout] == [4.0] * 4
+
+
+def test_the_index_holds_each_loras_directions(folder):
+    save(folder / "art", 7, r=3)  # another layout
+    for opened in (AdapterLibrary(folder), AdapterLibrary(folder)):  # read, and from the index
+        assert len(opened.layouts) == 2
+        for layout, names in opened.layouts.items():
+            for module, _ in layout:
+                expected = torch.stack([directions(opened.read(n).components["model"][module]) for n in names])
+                torch.testing.assert_close(opened.held("directions", layout, module), expected)
+
+
+def test_a_second_look_reads_only_what_changed(folder, monkeypatch):
+    AdapterLibrary(folder)
+    read = []
+    monkeypatch.setattr(library, "examine", lambda name, place: read.append(name) or indexing.examine(name, place))
+    AdapterLibrary(folder)
+    assert read == []
+    save(folder / "art", 8)
+    change(folder / "news", lambda tensors: tensors.update({k: 2 * v for k, v in tensors.items()}))
+    shutil.rmtree(folder / "code")
+    opened = AdapterLibrary(folder)
+    assert read == ["art", "news"]
+    assert opened.names == ("art", "law", "news")
+    fresh = AdapterLibrary(folder, index=folder.parent / "fresh.safetensors")
+    for layout in opened.layouts:
+        for module, _ in layout:
+            assert torch.equal(opened.held("directions", layout, module), fresh.held("directions", layout, module))
+
+
+def test_a_folder_may_move_with_its_index(folder, tmp_path, monkeypatch):
+    AdapterLibrary(folder)
+    folder.rename(tmp_path / "moved")
+    monkeypatch.setattr(library, "examine", lambda *_: pytest.fail("read again"))
+    assert AdapterLibrary(tmp_path / "moved").read("law").reference.source == str(tmp_path / "moved" / "law")
+
+
+def test_what_cannot_be_used_is_left_out_by_name_and_the_rest_is_there(folder):
+    def blow_up(tensors):
+        next(iter(tensors.values())).fill_(torch.inf)
+
+    save(folder / "infinite")
+    change(folder / "infinite", blow_up)
+    save(folder / "zero", init_lora_weights=True)
+    save(folder / "dora", use_dora=True)
+    (folder / "law.safetensors").write_bytes(b"nothing")  # and of a name that is taken
+    (folder / "old.bin").write_bytes(b"pickle")
+    (folder / "notes").mkdir()
+    (folder / "README.md").write_text("no LoRA, and not meant to be one")
+    opened = AdapterLibrary(folder)
+    assert opened.names == ("code", "law", "news")
+    said = {name: reason for name, reason in opened.left_out.items() if not name.startswith("law")}
+    assert said.keys() == {"infinite", "zero", "dora", "old", "notes"}
+    for name, words in {"infinite": "not finite", "zero": "adds nothing", "dora": "DoRA", "old": "pickle"}.items():
+        assert words in said[name]
+    assert any("Two LoRAs are called 'law'" in reason for reason in opened.left_out.values())
+    with pytest.raises(LamellaError, match=r"no LoRA 'zero' .*adds nothing"):
+        opened["zero"]
+
+
+def test_nothing_that_can_be_used_is_an_error(tmp_path):
+    with pytest.raises(LamellaError, match="is no folder"):
+        AdapterLibrary(tmp_path / "nowhere")
+    with pytest.raises(LamellaError, match="holds no LoRA that can be used"):
+        AdapterLibrary(tmp_path)
+    with pytest.raises(LamellaError, match="here a int is given"):
+        AdapterLibrary(3)
+
+
+def test_a_lora_that_changed_after_it_was_indexed_is_refused(folder):
+    opened = AdapterLibrary(folder)
+    change(folder / "law", lambda tensors: tensors.update({k: 2 * v for k, v in tensors.items()}))
+    with pytest.raises(LamellaError, match=r"'law' .*has changed since it was indexed"):
+        opened.read("law")
+    opened.read("news")
+
+
+def test_an_index_of_another_version_or_a_damaged_one_is_made_anew(folder):
+    AdapterLibrary(folder)
+    with safe_open(folder / INDEX, "pt") as file:
+        written, tensors = json.loads(file.metadata()["library"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, folder / INDEX, {"library": json.dumps({**written, "version": 7})})
+    with pytest.warns(UserWarning, match="made anew: it is of version 7"):
+        assert len(AdapterLibrary(folder)) == 3
+    (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[:100])
+    with pytest.warns(UserWarning, match="made anew: it is damaged"):
+        assert len(AdapterLibrary(folder)) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdapterLibrary(folder)
+
+
+def test_a_full_disk_leaves_no_half_written_index(folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(library, "save_file", full)
+    with pytest.warns(UserWarning, match="could not be written .*No space left"):
+        opened = AdapterLibrary(folder)
+    assert len(opened) == 3
+    assert sorted(path.name for path in folder.iterdir()) == ["code", "law", "news"]
+
+
+def test_places_by_name_and_in_a_list(folder):
+    by_name = AdapterLibrary({"mine": folder / "law", "other": folder / "news"})
+    assert by_name.names == ("mine", "other")
+    assert by_name.path is None
+    assert not (folder / INDEX).exists()
+    listed = AdapterLibrary([folder / "law", folder / "news", "nobody/nothing"])
+    assert listed.names == ("law", "news")
+    assert "nobody/nothing" in listed.left_out["nothing"]
+
+
+def test_a_card_brings_task_and_centroids_and_a_foreign_one_is_refused(folder):
+    module = "bert.encoder.layer.0.attention.self.query"
+    card = Card("law", ("yes", "no"), {module: [[1.0] * tiny.HIDDEN, [2.0] * tiny.HIDDEN]})
+    (folder / "law" / CARD).write_text(json.dumps(card.to_dict()))
+    (folder / "news" / CARD).write_text(json.dumps({**card.to_dict(), "centroids": {module: [[1.0]]}}))
+    (folder / "code" / CARD).write_text("{}")
+    save(folder / "art", 5)
+    opened = AdapterLibrary(folder)
+    assert opened["law"].task == "law"
+    assert opened.names == ("art", "law")
+    held = opened.held("centroids", opened["law"].layout, module)
+    assert held[1].tolist() == card.centroids[module]
+    assert not held[0].any()
+    assert "1 numbers" in opened.left_out["news"]
+    assert "is damaged" in opened.left_out["code"]
+
+
+def test_a_part_of_a_library(folder):
+    part = AdapterLibrary(folder).only(["news", "code"])
+    assert part.names == ("news", "code")
+    ((layout, names),) = part.layouts.items()
+    expected = torch.stack([directions(part.read(name).components["model"][layout[0][0]]) for name in names])
+    assert torch.equal(part.held("directions", layout, layout[0][0]), expected)
+    with pytest.raises(LamellaError, match=r"no LoRA 'law'\. It has news, code"):
+        part["law"]
+    with pytest.raises(LamellaError, match="No LoRA is left"):
+        part.only([])
+
+
+def test_a_library_is_composed_as_its_loras_are_and_those_of_another_base_are_left_out(folder):
+    batch = tiny.inputs(tiny.bert())
+    by_place = compose(tiny.bert(), {name: folder / name for name in ("code", "law", "news")})
+    save(folder / "art", model=tiny.llama, target_modules=["q_proj"])
+    save(folder / "wide", model=tiny.llama, target_modules=["v_proj"])
+    with pytest.warns(UserWarning, match="2 of the library's 5 LoRAs are left out, first 'art'"):
+        composed = compose(tiny.bert(), AdapterLibrary(folder))
+    assert torch.equal(composed(**batch).logits, by_place(**batch).logits)
+    with pytest.raises(LamellaError, match="None of the library's 2 LoRAs is for this model"):
+        compose(tiny.bert(), AdapterLibrary(folder).only(["art", "wide"]))

@@ -1,0 +1,20 @@
+"""How well LoRAs suit an input, as the papers say it: with whole weight matrices, one LoRA and one input at a time."""
+
+import torch
+from torch import Tensor
+
+
+def spectrum(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """SpectR: the length of what the delta makes of ``x (in,)``, over the input's own."""
+    return torch.linalg.norm(scaling * (B @ A) @ x) / torch.linalg.norm(x)
+
+
+def arrow(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Arrow: how far ``x (in,)`` lies along the first right singular vector of the delta."""
+    _, _, V = torch.linalg.svd(B @ A, full_matrices=False)
+    return torch.abs(V[0] @ x) / torch.linalg.norm(x)
+
+
+def centroids(x: Tensor, middles: Tensor) -> Tensor:
+    """ARIADNE: one and the cosine of ``x (in,)`` with the nearest of ``(c, in)``."""
+    return 1 + max(middle @ x / (torch.linalg.norm(middle) * torch.linalg.norm(x)) for middle in middles)
