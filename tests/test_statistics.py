@@ -3,10 +3,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from tests.reference.similarity_swap import ratio_draws
 
 from lamella.errors import LamellaError
-from lamella.statistics import RESAMPLES, contrast, holm, mean_intervals, paired_interval, perplexity, ratio_interval
+from lamella.statistics import (
+    RESAMPLES,
+    contrast,
+    holm,
+    mean_intervals,
+    paired_interval,
+    perplexity,
+    ratio_interval,
+    spearman,
+)
 
 
 def test_equal_scores_have_an_interval_of_zero():
@@ -82,6 +92,18 @@ def test_without_a_difference_the_p_value_is_rarely_small():
         paired_interval(*(generator.random((2, 1, 100)) < 0.7), resamples=400, seed=i).p_value for i in range(400)
     ]
     assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
+
+
+@pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
+def test_rank_correlations_of_rows_are_scipys():
+    generator = np.random.default_rng(1)
+    first, second = generator.integers(0, 3, (2, 30, 5)).astype(float)
+    first[0] = 1.0
+    slow = [spearmanr(one, other).statistic for one, other in zip(first, second, strict=True)]
+    assert np.isnan(slow[0])
+    assert spearman(first, second) == pytest.approx(np.asarray(slow), nan_ok=True)
+    against_one = [spearmanr(one, second[0]).statistic for one in first]
+    assert spearman(first, second[:1]) == pytest.approx(np.asarray(against_one), nan_ok=True)
 
 
 def test_holm_by_hand():

@@ -86,7 +86,7 @@ def contrast(
         values = _stacked([[scores[name][seed] for seed in seeds] for name in names], strata)
         if values[0].size == 1:
             continue
-        drawn = _resampled_means(values, RESAMPLES, 0, strata)  # (methods, draws)
+        drawn = resampled_means(values, strata=strata)  # (methods, draws)
         for first, second in alike:
             a, b = names.index(first), names.index(second)
             interval = _interval(float((values[a] - values[b]).mean()), drawn[a] - drawn[b])
@@ -113,7 +113,7 @@ def mean_intervals(scores: Mapping[str, BySeed], strata: Sequence[int] = ()) -> 
         values = _stacked([[scores[name][seed] for seed in seeds] for name in names], strata)
         if values[0].size == 1:
             continue
-        means = _resampled_means(values, RESAMPLES, 0, strata)
+        means = resampled_means(values, strata=strata)
         for name, mean, drawn in zip(names, values.mean((1, 2)), means, strict=True):
             interval = _interval(float(mean), drawn)
             intervals[name] = (interval.low, interval.high)
@@ -144,7 +144,7 @@ def paired_interval(
             f"and {b.shape} (seeds, examples). Score both methods on the same split with the same seeds."
         )
     difference = a - b
-    return _interval(float(difference.mean()), _resampled_means(difference[None], resamples, seed)[0], level)
+    return _interval(float(difference.mean()), resampled_means(difference[None], resamples, seed)[0], level)
 
 
 def ratio_interval(
@@ -168,9 +168,45 @@ def ratio_interval(
     """
     if not np.any(weights > 0):
         raise LamellaError("An interval of a mean per token needs at least one text with tokens, and here is none.")
-    sums, tokens = _resampled_means(np.stack([difference, weights])[:, None], resamples, seed)  # (draws,), (draws,)
+    sums, tokens = resampled_means(np.stack([difference, weights])[:, None], resamples, seed)  # (draws,), (draws,)
     counted = tokens > 0
     return _interval(float(difference.sum() / weights.sum()), sums[counted] / tokens[counted], level)
+
+
+def resampled_means(values: Floats, draws: int = RESAMPLES, seed: int = 0, strata: Sequence[int] = ()) -> Floats:
+    """Means of values (methods, seeds, examples) over drawn seeds and examples, the same for all: (methods, draws).
+
+    Of several strata as many examples are drawn of each as it has.
+    """
+    methods, seeds, examples = values.shape
+    generator = np.random.default_rng(seed)
+    flat = values.reshape(methods * seeds, examples).T
+    chunk = max(1, _CHUNK_ENTRIES // examples)
+    means = []
+    for done in range(0, draws, chunk):
+        count = min(chunk, draws - done)
+        seed_counts = _counts(generator, count, seeds)  # (draws, seeds)
+        example_counts = np.hstack(
+            [_counts(generator, count, size) for size in strata or [examples]]
+        )  # (draws, examples)
+        by_seed = (example_counts @ flat).reshape(count, methods, seeds)
+        means.append(np.einsum("dms,ds->md", by_seed, seed_counts) / (seeds * examples))
+    return np.concatenate(means, axis=1)
+
+
+def spearman(first: Floats, second: Floats) -> Floats:
+    """Rank correlation of each row of ``first`` with that of ``second``, ties in the middle; NaN where one is constant.
+
+    Args:
+        first: ``(rows, N)``, or ``(1, N)`` for the same one every time.
+        second: alike.
+    """
+    from scipy.stats import rankdata
+
+    x, y = (rankdata(side, axis=1) for side in (first, second))
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((x * y).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -210,27 +246,6 @@ def _interval(difference: float, drawn: Floats, level: float = 0.95) -> Interval
     rarer = min(int((drawn <= 0.0).sum()), int((drawn >= 0.0).sum()))
     p_value = min(1.0, 2.0 * (rarer + 1) / (len(drawn) + 1))
     return Interval(difference, float(low), float(high), level, len(drawn), p_value)
-
-
-def _resampled_means(values: Floats, draws: int, seed: int, strata: Sequence[int] = ()) -> Floats:
-    """Means of values (methods, seeds, examples) over drawn seeds and examples, the same for all: (methods, draws).
-
-    Of several strata as many examples are drawn of each as it has.
-    """
-    methods, seeds, examples = values.shape
-    generator = np.random.default_rng(seed)
-    flat = values.reshape(methods * seeds, examples).T
-    chunk = max(1, _CHUNK_ENTRIES // examples)
-    means = []
-    for done in range(0, draws, chunk):
-        count = min(chunk, draws - done)
-        seed_counts = _counts(generator, count, seeds)  # (draws, seeds)
-        example_counts = np.hstack(
-            [_counts(generator, count, size) for size in strata or [examples]]
-        )  # (draws, examples)
-        by_seed = (example_counts @ flat).reshape(count, methods, seeds)
-        means.append(np.einsum("dms,ds->md", by_seed, seed_counts) / (seeds * examples))
-    return np.concatenate(means, axis=1)
 
 
 def _counts(generator: np.random.Generator, draws: int, size: int) -> Floats:

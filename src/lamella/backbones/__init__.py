@@ -12,7 +12,7 @@ from lamella.backbones.blocks import (
     siblings_with_same_input,
 )
 from lamella.backbones.rehearsal import Rehearsal, rehearse
-from lamella.backbones.states import why_no_sequences, width_of
+from lamella.backbones.states import mean_states, why_no_sequences, width_of
 
 __all__ = [
     "BlockCall",
@@ -25,6 +25,7 @@ __all__ = [
     "hidden_states_of",
     "kinds_of_blocks",
     "locate_stacks",
+    "mean_states",
     "rehearse",
     "siblings_with_same_input",
     "why_no_sequences",

@@ -1,12 +1,13 @@
 """What flows between the blocks of a stack: how wide it is, how it is laid out, and a look at it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lamella.backbones.block_calls import hidden_states_of, parameter_names, states_without_sequences
+from lamella.backbones.block_calls import BlockCall, hidden_states_of, parameter_names, states_without_sequences
 from lamella.backbones.samples import few_inputs, try_out
 from lamella.errors import LamellaError
 
@@ -110,3 +111,41 @@ def _look_at(blocks: list[nn.Module], model: PreTrainedModel, given: dict[str, T
     hooks = blocks[0].register_forward_pre_hook(disturb, with_kwargs=True), blocks[-1].register_forward_hook(note)
     ran = try_out(model, given, *hooks)
     return Seen(begins[0], ends[0]) if ran and len(begins) == len(ends) == 1 else None
+
+
+@torch.no_grad()
+def mean_states(model: nn.Module, stack: str, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """What a stack makes of each document: the mean over its real tokens, ``(1 + blocks, documents, width)``.
+
+    First what the first block is given, then what each block puts out, all from one forward per batch, in float64.
+
+    Args:
+        model: in evaluation mode.
+        stack: its name.
+        batches: for the model, each with its ``attention_mask``.
+
+    Raises:
+        LamellaError: there is no batch.
+    """
+    states: list[Tensor] = []
+    blocks = list(model.get_submodule(stack).children())
+
+    def given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(BlockCall(block, args, kwargs).hidden_states)
+
+    hooks = [blocks[0].register_forward_pre_hook(given, with_kwargs=True)]
+    hooks += [block.register_forward_hook(lambda _, __, out: states.append(hidden_states_of(out))) for block in blocks]
+    documents = []
+    try:
+        for batch in batches:
+            states.clear()
+            model(**batch)
+            real = batch["attention_mask"].double()  # (B, T)
+            sums = torch.stack([torch.einsum("btw,bt->bw", state.double(), real) for state in states])
+            documents.append(sums / real.sum(dim=1)[:, None])  # (1 + blocks, B, width)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not documents:
+        raise LamellaError("There is no document to take states of. Give a text.")
+    return torch.cat(documents, dim=1)

@@ -23,6 +23,7 @@ from lamella.cli.evaluate import evaluate
 from lamella.cli.export import export
 from lamella.cli.library import library
 from lamella.cli.output import console
+from lamella.cli.probe import probe
 from lamella.cli.similarity import similarity
 from lamella.cli.trace import trace
 from lamella.cli.train import train
@@ -47,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compose, compare, continual, evaluate, trace, export, doctor, allocate):
+for command in (demo, train, compose, compare, continual, evaluate, trace, export, doctor, allocate, probe):
     app.command(cls=_Command)(command)
 app.add_typer(library, name="library")
 app.add_typer(similarity, name="similarity")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lamella.errors import LamellaError
 from lamella.lab.studies.layer_maps import check_decisions
+from lamella.statistics import spearman
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,27 +179,16 @@ def rank_correlation(
     if len(a) < 3:
         raise LamellaError(f"A rank correlation of {len(a)} pairs says nothing. Give at least three.")
     generator = np.random.default_rng(seed)
-    rho = float(_spearman(a[None], b[None])[0])
+    rho = float(np.nan_to_num(spearman(a[None], b[None]))[0])
     drawn, permuted = [], []
     for size in _chunks(resamples, len(a)):
         at = generator.integers(len(a), size=(size, len(a)))
-        drawn.append(_spearman(a[at], b[at]))
-        permuted.append(_spearman(a[None], generator.permuted(np.tile(b, (size, 1)), axis=1)))
-    low, high = np.quantile(np.concatenate(drawn), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+        drawn.append(spearman(a[at], b[at]))
+        permuted.append(spearman(a[None], generator.permuted(np.tile(b, (size, 1)), axis=1)))
+    low, high = np.quantile(np.nan_to_num(np.concatenate(drawn)), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     # equal ranks can give sums that differ in the last bit
-    as_large = int((np.abs(np.concatenate(permuted)) >= abs(rho) - 1e-12).sum())
+    as_large = int((np.abs(np.nan_to_num(np.concatenate(permuted))) >= abs(rho) - 1e-12).sum())
     return Correlation(rho, float(low), float(high), (as_large + 1) / (resamples + 1), len(a))
-
-
-def _spearman(a: Floats, b: Floats) -> Floats:
-    """Spearman's correlation of each row of ``a`` with that of ``b``; both (R, N) or (1, N)."""
-    from scipy.stats import rankdata
-
-    x, y = (rankdata(side, axis=1) for side in (a, b))
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    spread = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    product: Floats = (x * y).sum(1)
-    return np.divide(product, spread, out=np.zeros(len(product)), where=np.broadcast_to(spread > 0.0, product.shape))
 
 
 def _chunks(resamples: int, entries: int) -> list[int]:

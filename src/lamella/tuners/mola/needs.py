@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lamella.backbones import Stack, find_place, hidden_states_of, locate_stacks
+from lamella.backbones import find_place, locate_stacks, mean_states
 from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
 from lamella.tuners.mola.layer import MolaLinear
@@ -107,7 +107,8 @@ def diversity(model: nn.Module, tasks: Sequence[Iterable[Mapping[str, Any]]]) ->
             "representations is measured in models with one; take another criterion."
         )
     (stack,) = stacks
-    seen, *others = [_representations(model, stack, batches) for batches in tasks]  # each (blocks, documents, width)
+    # each (blocks, documents, width)
+    seen, *others = [mean_states(model, stack.name, batches)[1:] for batches in tasks]
     if others:
         seen = torch.stack([documents.mean(dim=1) for documents in (seen, *others)], dim=1)  # (blocks, tasks, width)
     if seen.shape[1] < 2:
@@ -117,27 +118,6 @@ def diversity(model: nn.Module, tasks: Sequence[Iterable[Mapping[str, Any]]]) ->
     n = seen.shape[1]
     mean = (cosines.sum(dim=(1, 2)) - n) / (n * (n - 1))
     return {stack.name: (1 - mean).clamp_min(0).tolist()}
-
-
-def _representations(model: nn.Module, stack: Stack, batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """Of each document behind each block, ``(blocks, documents, width)``, in float64."""
-    states: list[Tensor] = []
-    blocks = list(model.get_submodule(stack.name).children())
-    hooks = [block.register_forward_hook(lambda _, __, out: states.append(hidden_states_of(out))) for block in blocks]
-    documents = []
-    try:
-        for batch in batches:
-            states.clear()
-            model(**batch)
-            real = batch["attention_mask"][None, :, :, None].double()  # (1, B, T, 1)
-            stacked = torch.stack(states).double()  # (blocks, B, T, width)
-            documents.append((stacked * real).sum(dim=2) / real.sum(dim=2))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not documents:
-        raise LamellaError("There is no document to measure diversity on. Give a text.")
-    return torch.cat(documents, dim=1)
 
 
 def distinctness(model: nn.Module) -> Needs:
