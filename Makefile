@@ -29,7 +29,7 @@ check: lint types imports test
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# docs/evidence.md, from what is kept of the project's own studies: make evidence STUDIES="--add runs/trec-shapes"
+# docs/evidence.md and docs/evidence/, from what is kept of the project's own studies: make evidence STUDIES="--add runs/trec-shapes"
 evidence: .venv/installed
 	$(BIN)/python -m studies $(STUDIES)
 

@@ -1,1 +1,1 @@
-"""The project's studies: their recipes, what is kept of them, and the page docs/evidence.md."""
+"""The project's studies: their recipes, what is kept of them, and the pages of evidence."""

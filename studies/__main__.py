@@ -1,4 +1,4 @@
-"""`python -m studies`: keep studies, and write docs/evidence.md from what is kept."""
+"""`python -m studies`: keep studies, and write docs/evidence.md and docs/evidence/ from what is kept."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from pathlib import Path
 
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
-from studies.criteria import section
 from studies.keep import keep, load_study, study_names
-from studies.page import evidence_page
+from studies.overview import evidence_pages
 from studies.similarity import is_similarity, keep_similarity, kept_similarity
 
-PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit status 1 if the page is not what the kept rows say, 2 if a folder cannot be kept."""
+    """Exit status 1 if a page is not what the kept rows say, 2 if a folder cannot be kept."""
     parser = argparse.ArgumentParser("python -m studies", description=__doc__)
     parser.add_argument("--add", type=Path, action="append", default=[], metavar="FOLDER", help="a study to keep first")
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the page is another")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is another")
     given = parser.parse_args(words)
     try:
         for folder in given.add:
@@ -29,14 +28,24 @@ def main(words: list[str] | None = None) -> int:
     except LamellaError as error:
         print(error, file=sys.stderr)
         return 2
-    page = evidence_page(studies, kept_similarity(), section())
-    same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
+    pages = evidence_pages(studies, kept_similarity())
+    differing = [path for path, page in pages.items() if _text(DOCS / path) != page]
+    left = [path for path in sorted((DOCS / "evidence").glob("*.md")) if f"evidence/{path.name}" not in pages]
     if not given.check:
-        write_atomic(PAGE, page)
+        for path in differing:
+            write_atomic(DOCS / path, pages[path])
+        for old in left:
+            old.unlink()
     run, planned = sum(study.run for study in studies), sum(study.planned for study in studies)
-    said = "is what the kept rows say" if same or not given.check else "is not what the kept rows say: `make evidence`"
-    print(f"{PAGE.name} {said}; {run} of {planned} cells run.")
-    return int(given.check and not same)
+    print(f"{run} of {planned} cells run.")
+    if given.check and (differing or left):
+        print(f"Not what the kept rows say: {', '.join([*differing, *map(str, left)])}. Run `make evidence`.")
+        return 1
+    return 0
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 if __name__ == "__main__":

@@ -242,15 +242,15 @@ def _cell(row: Mapping[str, Any]) -> Cell:
     return Cell(**named | ({"ridge": RIDGE} if _is_former(row) else {}))
 
 
-def section() -> str:
-    """The section of the page of evidence, as Markdown; empty where nothing is kept."""
+def criteria_page() -> str:
+    """Docs/evidence/compression-criteria.md, as Markdown; empty where nothing is kept."""
     kept = [model for model in SUBJECTS if _kept(model)]
     if not kept:
         return ""
-    chosen = [f"**{model}**\n\n{table(model, 'validation')}" for model in kept if SUBJECTS[model].others]
-    tables = [f"**{model}**\n\n{table(model)}" for model in kept]
-    head = "### Which criterion leaves the best smaller model?"
-    return "\n\n".join([head, _INTRODUCTION, *tables, _CHOICE, *chosen])
+    chosen = [f"### {model}\n\n{table(model, 'validation')}" for model in kept if SUBJECTS[model].others]
+    tables = [f"## {model}\n\n{table(model)}" for model in kept]
+    head = "# Which criterion leaves the best smaller model?"
+    return "\n\n".join([head, _INTRODUCTION, *tables, "## How the default was chosen", _CHOICE, *chosen]) + "\n"
 
 
 _INTRODUCTION = """\
@@ -263,7 +263,7 @@ is missing; `make models` builds deep-moe and smollm2-experts, the latter here w
 measured with one sample and the first rows alone, as it is slow. Rows marked *former* are of the refit as it was, its
 sums over the text where they are over the sample now; what they compare is finished alike."""
 _CHOICE = """\
-By these rows, on validation documents and one sample, the default was chosen, with the ridge of the refit:"""
+By these rows, on validation documents and one sample, with the ridge of the refit."""
 
 
 def table(model: str, split: Split = "test") -> str:
@@ -274,7 +274,7 @@ def table(model: str, split: Split = "test") -> str:
             cells_of.setdefault((row["scope"], row["criterion"], _finish(row)), []).append(row)
     rows = []
     for (scope, name, finish), samples in cells_of.items():
-        shown = [_with_interval(samples, at, names) for at in range(len(BUDGETS)) for names in (INSIDE, OUTSIDE)]
+        shown = [_ratio_over(samples, at, names) for at in range(len(BUDGETS)) for names in (INSIDE, OUTSIDE)]
         rows.append([scope, name, finish, len(samples), *shown])
     heads = [f"{1 - budget:.1%} fewer, {where}" for budget in BUDGETS for where in ("in", "out")]
     return markdown(["scope", "criterion", "then", "samples", *heads], rows)
@@ -285,11 +285,39 @@ def _finish(row: Mapping[str, Any]) -> str:
     return ", ".join([*fitted, *(["distilled"] if row.get("distil") else [])])
 
 
-def _with_interval(samples: Sequence[Any], at: int, names: Sequence[str]) -> str:
-    """The ratio with its 95 % interval, samples of text and documents drawn with replacement, domains as they are."""
+@dataclass(frozen=True)
+class Ratio:
+    """Perplexity of the smaller model over the whole one's, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def ratios(model: str) -> dict[str, Ratio]:
+    """A quarter of the experts fewer, on domains not calibrated on: the default and what was published, by name."""
+    wanted = {"default": (DEFAULT, "model", RIDGE), "REAP with refit": ("reap", "layer", RIDGE)}
+    wanted |= {name: (name, "layer", 0) for name in _PUBLISHED}
+    kept = [row for row in map(json.loads, _kept(model)) if row["split"] == "test" and not row.get("distil")]
+    kept = [row for row in kept if not _is_former(row)]
+    found = {}
+    for name, cell in wanted.items():
+        samples = [
+            row for row in kept if (row["criterion"], row["scope"], row["ridge"]) == cell and not _is_former(row)
+        ]
+        if samples:
+            found[name] = _ratio_over(samples, BUDGETS.index(0.75), OUTSIDE)
+    return found
+
+
+def _ratio_over(samples: Sequence[Any], at: int, names: Sequence[str]) -> Ratio:
+    """At one budget; samples of text and documents are drawn with replacement, domains are as they are."""
     generator = np.random.default_rng(0)
-    ratios = [_ratio(one["rows"][at]["nats"], one["tokens"], names) for one in samples]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    each = [_ratio(one["rows"][at]["nats"], one["tokens"], names) for one in samples]
+    mean = math.exp(sum(map(math.log, each)) / len(each))
     drawn = np.zeros(_DRAWS)
     for name in names:
         nats = np.array([one["rows"][at]["nats"][name] for one in samples])  # (samples, documents)
@@ -298,7 +326,7 @@ def _with_interval(samples: Sequence[Any], at: int, names: Sequence[str]) -> str
         seeds = np.random.default_rng(1).integers(len(nats), size=(_DRAWS, len(nats)))  # the same for all domains
         drawn += (nats[seeds].mean(1)[np.arange(_DRAWS)[:, None], documents]).sum(1) / tokens[documents].sum(1)
     low, high = np.exp(np.quantile(drawn / len(names), [0.025, 0.975]))
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return Ratio(mean, float(low), float(high))
 
 
 def main(words: list[str] | None = None) -> None:

@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ def study_recipe(name: str) -> StudyRecipe:
     """The recipe of a study by its name."""
     path = RECIPES / f"{name}.yaml"
     return read_study(str(path) if path.is_file() else name)
+
+
+def purpose(name: str) -> str:
+    """The comment that a study's recipe begins with, as Markdown; its first paragraph says what is asked."""
+    own = RECIPES / f"{name}.yaml"
+    text = (own if own.is_file() else files("lamella.lab") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    comment = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in comment)
 
 
 def keep(folder: Path, into: Path = ROWS) -> str:

@@ -1,4 +1,4 @@
-"""What kept studies of expert similarity say, for docs/evidence.md."""
+"""What kept studies of expert similarity say, as a page of docs/evidence."""
 
 from __future__ import annotations
 
@@ -63,8 +63,14 @@ def kept_similarity(folder: Path = ROWS) -> list[KeptSimilarity]:
     return [KeptSimilarity(path.name, StudyFolder(path)) for path in sorted(folder.glob("*")) if is_similarity(path)]
 
 
-def similarity_section(kept: Sequence[KeptSimilarity]) -> str:
-    """The section of the page, as Markdown; empty where nothing is kept."""
+def medians(study: KeptSimilarity) -> dict[str, float]:
+    """The median normalised error of all pairs and of each control, behind the first aligner of the study."""
+    rows = next(iter(by_aligner(study.folder.table("alignment")).values()))
+    return {str(row["control"]): float(row["median"]) for row in control_table(rows).to_dict("records")}
+
+
+def similarity_page(kept: Sequence[KeptSimilarity]) -> str:
+    """Docs/evidence/expert-similarity.md, as Markdown; empty where nothing is kept."""
     if not kept:
         return ""
     questions: list[tuple[str, Callable[[KeptSimilarity], str | None]]] = [
@@ -76,18 +82,18 @@ def similarity_section(kept: Sequence[KeptSimilarity]) -> str:
         (f"How much can be merged before perplexity rises by {_WITHIN:.0%}?", _merging),
         ("Where should tokens go whose expert is gone?", _rerouting),
     ]
-    parts = ["## Expert similarity", _INTRODUCTION]
+    parts = ["# Expert similarity", _INTRODUCTION]
     for question, answer in questions:
         answers = [(one, words) for one in kept if (words := answer(one)) is not None]
         if answers:
-            parts += [f"### {question}", *(f"**{one.name}.** {words}" for one, words in answers)]
-    return "\n\n".join(parts)
+            parts += [f"## {question}", *(f"**{one.name}.** {words}" for one, words in answers)]
+    return "\n\n".join(parts) + "\n"
 
 
 _INTRODUCTION = """\
-Rows are in [studies/similarity_rows](../studies/similarity_rows), a folder per study; `lamella similarity` makes them,
-`python -m studies --add FOLDER` keeps them. The normalised error is the mean squared error of target(A(x)) on held-out
-documents over the variance of what the source puts out there: 0 is the same function, 1 is the mean."""
+Rows are in [studies/similarity_rows](../../studies/similarity_rows), a folder per study; `lamella similarity` makes
+them, `python -m studies --add FOLDER` keeps them. The normalised error is the mean squared error of target(A(x)) on
+held-out documents over the variance of what the source puts out there: 0 is the same function, 1 is the mean."""
 
 
 def _controls(study: KeptSimilarity) -> str | None:

@@ -33,7 +33,8 @@ MACHINE = {
 
 
 def write_recipe(path: Path, **changes: object) -> Grid:
-    path.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    asked = "# Are more experts better?\n#\n# Second paragraph.\n"
+    path.write_text(asked + yaml.safe_dump(STUDY | changes, sort_keys=False))
     study = read_study(str(path))
     assert isinstance(study, Grid)
     return study

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from studies.keep import keep, load_study, study_names
-from studies.page import evidence_page
+from studies.overview import evidence_pages
+from studies.page import study_page
 from tests.lab.tiny_studies import write_study
 from tests.studies.left_studies import EXAMPLES, leave_study, write_recipe
 
@@ -23,10 +24,11 @@ from studies import keep as keeping
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
     """The project's only study, called 'study', whose recipe a test writes."""
-    path = tmp_path / "recipe.yaml"
+    folder = tmp_path / "recipes"
+    folder.mkdir()
     monkeypatch.setattr(keeping, "study_names", lambda: ["study"])
-    monkeypatch.setattr(keeping, "study_recipe", lambda name: read_study(str(path)))
-    return path
+    monkeypatch.setattr(keeping, "RECIPES", folder)
+    return folder / "study.yaml"
 
 
 @pytest.fixture
@@ -76,9 +78,11 @@ def test_page_and_report_have_the_same_intervals(study):
 
 def test_the_page_says_what_was_measured(study):
     keep(*study)
-    page = evidence_page([load_study("study", study[1])])
+    pages = evidence_pages([load_study("study", study[1])], [])
+    page = pages["evidence/study.md"]
 
-    assert "| `study` | trec with minilm | 9 / 9 |" in page
+    assert "| [study](evidence/study.md) | Are more experts better? | 9 / 9 |" in pages["evidence.md"]
+    assert page.startswith("# study\n\nAre more experts better?\n\nSecond paragraph.\n\n9 of 9 cells run.")
     assert "better than LoRA: tall (+0.300 [" in page
     assert "not significantly different from LoRA: wide (+0.000 [+0.000, +0.000], p 1.000)" in page
     assert "| floor (linear) |  | 0.500 | 0.500 | 0.500 | 0.500 |" in page
@@ -91,11 +95,10 @@ def test_the_page_says_what_was_measured(study):
 
 def test_what_was_not_run_is_one_row(packaged, tmp_path):
     write_recipe(packaged)
-    page = evidence_page([load_study("study", tmp_path / "nowhere")])
+    pages = evidence_pages([load_study("study", tmp_path / "nowhere")], [])
 
-    assert "| `study` | trec with minilm | *not run* |" in page
-    assert page.count("*not run*") == 1
-    assert "### study" not in page
+    assert "| study | Are more experts better? | *not run* |" in pages["evidence.md"]
+    assert "evidence/study.md" not in pages
 
 
 def test_a_part_of_a_study_is_shown_as_a_part(packaged, tmp_path):
@@ -104,10 +107,10 @@ def test_a_part_of_a_study_is_shown_as_a_part(packaged, tmp_path):
     leave_study(tmp_path / "study", part, {"LoRA": 0.6, "tall": 0.9})
     keep(tmp_path / "study", tmp_path / "kept")
     found = load_study("study", tmp_path / "kept")
-    page = evidence_page([found])
+    page = study_page(found)
 
     assert (found.run, found.planned) == (4, 9)
-    assert "| `study` | trec with minilm | 4 / 9 |" in page
+    assert "4 of 9 cells run." in page
     assert "| tall | 2 / 3 | 0.900 |  | 0.900 | 0.900 |" in page
     assert "Not run: wide." in page
 
@@ -138,7 +141,7 @@ def test_a_method_planned_since_then_is_not_run_yet(study, packaged):
 
     found = load_study("study", study[1])
     assert (found.run, found.planned) == (9, 12)
-    assert "Not run: new." in evidence_page([found])
+    assert "Not run: new." in study_page(found)
 
 
 def test_what_is_no_finished_study_is_refused(study, tmp_path):
@@ -206,9 +209,9 @@ def test_the_questions_about_molex_are_answered(packaged, tmp_path):
         tmp_path / "study" / "noise" / "tokens" / "robustness.parquet"
     )
     keep(tmp_path / "study", tmp_path / "kept")
-    page = evidence_page([load_study("study", tmp_path / "kept")])
+    page = study_page(load_study("study", tmp_path / "kept"))
 
-    answers = {part.partition("\n")[0]: part for part in page.split("### ")[1:]}
+    answers = {part.partition("\n")[0]: part for part in page.split("## ")[1:]}
     beats = answers["Does MoLEx beat LoRA here?"]
     assert "learned is better than LoRA (+0.300 [" in beats
     assert "(accuracy, 3 seeds, 200 test examples) Below the linear floor: LoRA." in beats
@@ -219,7 +222,7 @@ def test_the_questions_about_molex_are_answered(packaged, tmp_path):
     assert "the losses of learned and random do not differ significantly (+0.000" in noise
     cost = answers["What does it cost?"]
     assert "a training step of learned takes 2.00 times LoRA's time, a forward 1.00 at batch 1; it keeps 1.00" in cost
-    assert "Which of its settings matter?" not in answers
+    assert "Which settings of MoLEx matter?" not in answers
 
 
 def test_a_trained_study_can_be_kept(packaged, bert, questions, tmp_path):
@@ -240,7 +243,7 @@ def test_a_trained_study_can_be_kept(packaged, bert, questions, tmp_path):
         assert np.mean(list(own.values())) == table.loc[method, "mean"]
         assert [scores.mean() for scores in standing.scores[method].values()] == pytest.approx(list(own.values()))
     assert table.loc["floor (linear)", "mean"] == standing.floors["linear"]["test"]
-    page = evidence_page([found])
+    page = study_page(found)
     assert "4 of 4 cells run" in page
 
     run = folder.run(next(cell.key for cell in cells if cell.method == "MoLA"))
@@ -265,5 +268,5 @@ def test_where_a_learned_alpha_went_is_kept_and_told(packaged, tmp_path):
     ends = {"alpha_start": 0.95, "alpha_end": 0.85}
     leave_study(tmp_path / "study", grid, {"MoLEx": 0.6, "learned": 0.6}, ends)
     keep(tmp_path / "study", tmp_path / "kept")
-    page = evidence_page([load_study("study", tmp_path / "kept")])
+    page = study_page(load_study("study", tmp_path / "kept"))
     assert "learned: alpha went from 0.950 to 0.850 (0.850, 0.850, 0.850 by seed)." in page

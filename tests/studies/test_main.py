@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 from tests.studies.left_studies import leave_study, write_recipe
 from tests.studies.test_keep import packaged  # noqa: F401
@@ -9,13 +11,12 @@ from studies import similarity
 
 @pytest.fixture
 def page(packaged, tmp_path, monkeypatch):  # noqa: F811
-    """Where the page of the only study lies, and nothing is kept yet."""
-    monkeypatch.setattr(command, "PAGE", tmp_path / "evidence.md")
+    """Where the overview over the only study lies, and nothing is kept yet."""
+    monkeypatch.setattr(command, "DOCS", tmp_path)
     monkeypatch.setattr(command, "study_names", lambda: ["study"])
     monkeypatch.setattr(command, "load_study", lambda name: keeping.load_study(name, tmp_path / "kept"))
     monkeypatch.setattr(command, "keep", lambda folder: keeping.keep(folder, tmp_path / "kept"))
     monkeypatch.setattr(command, "kept_similarity", lambda: similarity.kept_similarity(tmp_path / "none"))
-    monkeypatch.setattr(command, "section", lambda: "")
     return tmp_path / "evidence.md"
 
 
@@ -30,13 +31,20 @@ def test_evidence_is_written_kept_and_checked(page, packaged, tmp_path, capsys):
 
     assert command.main(["--add", str(tmp_path / "study")]) == 0
     assert "Kept: study" in capsys.readouterr().out
-    assert "better than LoRA: tall" in page.read_text()
+    of_study = tmp_path / "evidence" / "study.md"
+    assert "better than LoRA: tall" in of_study.read_text()
     assert command.main(["--check"]) == 0
 
     page.write_text(page.read_text().replace("9 / 9", "8 / 9"))
     assert command.main(["--check"]) == 1
-    assert "is not what the kept rows say" in capsys.readouterr().out
+    assert "Not what the kept rows say: evidence.md" in capsys.readouterr().out
     assert "8 / 9" in page.read_text()
+
+    assert command.main([]) == 0
+    shutil.rmtree(tmp_path / "kept")
+    assert command.main(["--check"]) == 1
+    assert command.main([]) == 0
+    assert not of_study.exists()
 
 
 def test_what_cannot_be_kept_is_status_2(page, packaged, tmp_path, capsys):  # noqa: F811

@@ -1,15 +1,16 @@
 import pytest
-from studies.__main__ import PAGE
-from studies.criteria import section
+from studies.__main__ import DOCS
+from studies.answers import answers
 from studies.keep import ROWS, load_study, study_names
-from studies.page import evidence_page
+from studies.overview import evidence_pages
 from studies.similarity import kept_similarity
 
 
 @pytest.mark.heavy  # all intervals of all studies; `.ci/run` asks it
-def test_the_page_is_what_the_kept_rows_say():
-    page = evidence_page([load_study(name) for name in study_names()], kept_similarity(), section())
-    assert PAGE.read_text(encoding="utf-8") == page, "run `make evidence`"
+def test_the_pages_are_what_the_kept_rows_say():
+    pages = evidence_pages([load_study(name) for name in study_names()], kept_similarity())
+    written = {path: (DOCS / path).read_text(encoding="utf-8") for path in pages if (DOCS / path).is_file()}
+    assert written == pages, "run `make evidence`"
 
 
 def test_nothing_is_kept_that_no_recipe_plans():
@@ -18,6 +19,6 @@ def test_nothing_is_kept_that_no_recipe_plans():
 
 def test_a_run_that_learned_nothing_is_told_where_a_mean_hides_it():
     study = load_study("minilm-five-tasks")
-    (page,) = (one for one in evidence_page([study]).splitlines() if one.startswith("- joint:"))
+    (page,) = (one for one in answers(study).splitlines() if one.startswith("- joint:"))
     assert "better than LoRA: LoRA per task" in page
     assert page.endswith("1 of 3 runs of LoRA give little but the commonest label.")

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pandas as pd
 import pytest
-from studies.similarity import keep_similarity, kept_similarity, similarity_section
+from studies.similarity import keep_similarity, kept_similarity, similarity_page
 from tests.similarity.test_reliability import KINDS, alignment, by_kind
 
 from lamella.errors import LamellaError
@@ -40,14 +40,14 @@ def compression():
 
 def page(study, tmp_path):
     keep_similarity(study, tmp_path / "kept")
-    return similarity_section(kept_similarity(tmp_path / "kept"))
+    return similarity_page(kept_similarity(tmp_path / "kept"))
 
 
 def test_only_what_was_run_is_answered(study, tmp_path):
     text = page(study, tmp_path)
     assert "**tiny.**" in text
     assert "| a random expert | 10 | 0.9" in text
-    assert "swap" not in text.lower().split("rows are in")[1].split("###")[-1]
+    assert "swap" not in text.lower().split("rows are in")[1].split("## ")[-1]
     assert "merged" not in text
     lines = text.split("\n")
     assert all(not before or before.startswith("|") for before, line in pairwise(lines) if line.startswith("|"))
@@ -98,4 +98,4 @@ def test_nothing_to_keep_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(LamellaError, match="no alignment and no swaps"):
         keep_similarity(folder, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
-    assert similarity_section(kept_similarity(tmp_path / "kept")) == ""
+    assert similarity_page(kept_similarity(tmp_path / "kept")) == ""

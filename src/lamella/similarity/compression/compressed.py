@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lamella.similarity.activations import Capture
 
-DEFAULT = "reap"  # over the model; chosen on validation documents (docs/evidence.md)
+DEFAULT = "reap"  # over the model; chosen on validation documents (docs/evidence/compression-criteria.md)
 
 
 @dataclass(frozen=True)

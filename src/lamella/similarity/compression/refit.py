@@ -8,7 +8,7 @@ from torch import Tensor
 from lamella.backbones.moe import Expert, MoELayer
 from lamella.similarity.compression.calibration import LayerSample
 
-RIDGE = 0.1  # chosen on validation documents (docs/evidence.md)
+RIDGE = 0.1  # chosen on validation documents (docs/evidence/compression-criteria.md)
 _SWEEPS = 4
 
 
