@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from lamella.backbones.modes import evaluating
 from lamella.backbones.moe import moe_layers
 from lamella.files import write_atomic
 from lamella.lab.data import load_backbone, load_task
@@ -33,7 +34,7 @@ from lamella.similarity.compression.criteria import CRITERIA, Ranking, find_crit
 from lamella.similarity.compression.distillation import distil_routers
 from lamella.similarity.compression.perplexity import score
 from lamella.similarity.compression.refit import RIDGE, refit
-from lamella.similarity.swapping.scores import Batch, TextScores, evaluating
+from lamella.similarity.swapping.scores import Batch, TextScores
 from studies.tables import markdown
 
 ROWS = Path(__file__).parent / "criteria_rows"

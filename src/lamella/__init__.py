@@ -16,6 +16,7 @@ from lamella.diagnostics.doctor import doctor
 from lamella.diagnostics.preflight import preflight
 from lamella.diffusion import compose_pipeline, load_pipeline
 from lamella.errors import CannotMergeError, LamellaError
+from lamella.retrieval import shortlist
 from lamella.routing import prompt
 from lamella.tracing import Trace, record_routing
 from lamella.tuners import (
@@ -59,6 +60,7 @@ __all__ = [
     "prompt",
     "record_routing",
     "redundancy",
+    "shortlist",
     "similarity",
 ]
 

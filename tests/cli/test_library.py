@@ -38,3 +38,21 @@ def test_a_folder_is_indexed_and_listed_with_what_is_left_out(lamella, tmp_path)
     status, _, err = lamella("library", "index", tmp_path / "nowhere")
     assert status == 2
     assert "is no folder" in err
+
+
+def test_the_loras_that_help_a_task_are_named_with_what_it_cost(lamella, bert, questions, lora_runs, tmp_path):
+    words = ["library", "shortlist", lora_runs, "--index", tmp_path / "index.safetensors", "--model", bert]
+    status, out, err = lamella(*words, "--task", questions, "-k", 1, "--examples", 12, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["names"][0] in {"first", "second"}
+    assert f"{found['cost']} examples run through the model" in " ".join(err.split())
+    assert {row["name"] for row in found["scores"]} == {*found["names"], "the base", "a random LoRA"}
+
+    status, out, _ = lamella(*words, "--task", questions, "-k", 2, "--examples", 12)
+    assert status == 0
+    assert "on these examples" in out
+
+    status, _, err = lamella(*words, "--task", questions, "-k", 3)
+    assert status == 2
+    assert "k=3" in err

@@ -18,3 +18,17 @@ def arrow(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def centroids(x: Tensor, middles: Tensor) -> Tensor:
     """ARIADNE: one and the cosine of ``x (in,)`` with the nearest of ``(c, in)``."""
     return 1 + max(middle @ x / (torch.linalg.norm(middle) * torch.linalg.norm(x)) for middle in middles)
+
+
+def successive_halving(losses: dict[str, list[float]], keep: int, first: int = 4) -> list[str]:
+    """Who is left when the worse half goes and the examples double, until all examples are used; the best first."""
+    seen = min(first, len(next(iter(losses.values()))))
+    left = list(losses)
+
+    def mean(name: str) -> float:
+        return sum(losses[name][:seen]) / seen
+
+    while seen < len(losses[left[0]]):
+        left = sorted(left, key=mean)[: max(min(keep, len(losses)), (len(left) + 1) // 2)]
+        seen = min(2 * seen, len(losses[left[0]]))
+    return sorted(left, key=mean)[:keep]

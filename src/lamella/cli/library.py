@@ -12,7 +12,7 @@ from lamella.cli.output import console, print_json
 if TYPE_CHECKING:
     from lamella.adapters import AdapterLibrary
 
-library = typer.Typer(help="Folders of many LoRAs: index them, list them.", no_args_is_help=True)
+library = typer.Typer(help="Folders of many LoRAs: index them, list them, find those that help.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="A folder of LoRAs: PEFT folders, .safetensors files, finished runs.")]
 IndexFile = Annotated[
@@ -63,6 +63,35 @@ def list_(folder: Folder, index: IndexFile = None, json: Json = False) -> None:
     console.print(table)
     for name, reason in opened.left_out.items():
         console.print(f"left out {name}: {reason}")
+
+
+@library.command()
+def shortlist(
+    folder: Folder,
+    model: Annotated[str, typer.Option(help="The LoRAs' base: a demo model, a hub id or a path.")],
+    task: Annotated[
+        str, typer.Option(help="Whose training rows are the examples: a named task, hub:NAME or file:ROWS.")
+    ],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many LoRAs are wanted.")] = 8,
+    examples: Annotated[int, typer.Option(min=4, help="Rows: half of them choose, half of them judge.")] = 64,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 128,
+    index: IndexFile = None,
+    json: Json = False,
+) -> None:
+    """Find the LoRAs with the smallest loss on a few labelled rows, beside the base and a random LoRA.
+
+    Example: lamella library shortlist loras --model smollm2 --task text:trec -k 4
+    """
+    from lamella.cli.similarity.subject import telling
+    from lamella.lab.shortlisting import shortlist_for
+
+    opened = open_library(folder, index)
+    with telling("choosing") as tell:
+        found = shortlist_for(opened, model, task, k, examples, max_length, tell, lambda words: console.print(words))
+    if json:
+        print_json(found.as_dict())
+        return
+    typer.echo(str(found))
 
 
 def open_library(folder: Path, index: Path | None) -> AdapterLibrary:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lamella.backbones.modes import evaluating
 from lamella.backbones.moe import MoELayer, NativeRouting
 from lamella.errors import LamellaError
-from lamella.similarity.swapping.scores import Batch, batch_scores, evaluating, inputs_on
+from lamella.similarity.swapping.scores import Batch, batch_scores, inputs_on
 
 if TYPE_CHECKING:
     from lamella.similarity.activations import Capture

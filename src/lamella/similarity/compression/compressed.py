@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lamella.backbones.modes import evaluating
 from lamella.backbones.moe import MoELayer, moe_layers, uncompiled
 from lamella.backbones.moe.expert import OFFLOADED, NormedExpert
 from lamella.backbones.offloading import is_offloaded
@@ -27,7 +28,7 @@ from lamella.similarity.compression.removal import without_experts
 from lamella.similarity.compression.routes import native_layers
 from lamella.similarity.matching import average
 from lamella.similarity.pairs import Name
-from lamella.similarity.swapping.scores import Batch, evaluating
+from lamella.similarity.swapping.scores import Batch
 
 if TYPE_CHECKING:
     import pandas as pd

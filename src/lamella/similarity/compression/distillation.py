@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lamella.backbones.modes import evaluating
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
-from lamella.similarity.swapping.scores import Batch, evaluating, inputs_on
+from lamella.similarity.swapping.scores import Batch, inputs_on
 
 RATE = 1e-3
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lamella.backbones.modes import evaluating
 from lamella.backbones.moe import MoELayer, SequencesApart, real_tokens
 from lamella.backbones.moe.family import bare
 from lamella.backbones.moe.interventions import eagerly
@@ -21,7 +22,6 @@ from lamella.similarity.compression.calibration import LayerSample
 from lamella.similarity.compression.criteria.replacing import replacement_damage
 from lamella.similarity.compression.routes import choose_measure, directed, native_layers
 from lamella.similarity.pairs import NAMES, Name
-from lamella.similarity.swapping.scores import evaluating
 
 if TYPE_CHECKING:
     import pandas as pd

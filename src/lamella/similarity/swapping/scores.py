@@ -1,7 +1,6 @@
 """What a model scores on each text by itself, whatever the texts beside it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lamella.backbones.modes import evaluating
 from lamella.backbones.offloading import input_device
 from lamella.errors import LamellaError
 from lamella.statistics import perplexity
@@ -149,15 +149,3 @@ def _targets(inputs: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
 def inputs_on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
     """What the model is called with: all but ``rows``, by which batches may number their texts."""
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "rows"}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; leaving gives each module the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lamella.backbones.blocks import Place
+from lamella.backbones.modes import evaluating
 from lamella.backbones.offloading import input_device
 from lamella.similarity.swapping.exchange import Aligners, swap
-from lamella.similarity.swapping.scores import Batch, evaluating, inputs_on
+from lamella.similarity.swapping.scores import Batch, inputs_on
 from lamella.similarity.swapping.units import Named, Unit, mixtures
 from lamella.tracing import NATIVE, record_routing
 

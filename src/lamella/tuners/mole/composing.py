@@ -39,7 +39,7 @@ def compose(
         LamellaError: fewer than two LoRAs, two of one name, one that cannot be read or is of another base, or settings
             that do not suit the model. The model is then as it was.
     """
-    _refuse_other_bases(base)
+    refuse_other_bases(base)
     refuse_other_configs(config)
     config = MoleConfig() if config is None else copy.deepcopy(config)
     if config.adapters:
@@ -55,7 +55,7 @@ def compose(
     return model
 
 
-def _refuse_other_bases(base: Any) -> None:
+def refuse_other_bases(base: Any) -> None:
     """Raises unless LoRAs can be composed on what was given."""
     if isinstance(base, PeftModel):
         raise LamellaError(

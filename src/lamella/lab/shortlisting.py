@@ -1,0 +1,50 @@
+"""Which LoRAs of a library help a task that the laboratory knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lamella.adapters import AdapterLibrary
+from lamella.lab.data import encode, load_backbone, load_task
+from lamella.retrieval import Shortlist, shortlist
+
+_BATCH_SIZE = 16
+
+
+def shortlist_for(
+    library: AdapterLibrary,
+    model: str,
+    task: str,
+    k: int,
+    examples: int,
+    max_length: int,
+    tell: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Shortlist:
+    """The LoRAs with the smallest loss on some training rows of a task.
+
+    Args:
+        library: the LoRAs.
+        model: their base, by name.
+        task: by name.
+        k: how many are wanted.
+        examples: how many rows, always the same ones.
+        max_length: tokens of a row, at most.
+        tell: told how far it is.
+        say: told, before it begins, what it will cost, and what a reader should know.
+
+    Raises:
+        LamellaError: as `lamella.shortlist`; or the model or the task cannot be loaded.
+    """
+    read = load_task(task)
+    backbone = load_backbone(model, read)
+    encoded = encode(
+        read, backbone.tokenizer, max_length=max_length, limit={"train": examples}, decoder=backbone.decoder
+    )
+    assert encoded.train is not None
+    rows = list(encoded.train.shuffle(seed=0))
+    batches = [encoded.collator(rows[at : at + _BATCH_SIZE]) for at in range(0, len(rows), _BATCH_SIZE)]
+    if backbone.drawn:
+        say(f"{model} has no head for {task}: its own is random, so that only LoRAs with a head of theirs can help.")
+    before = iter([say])  # the first words are the cost, which is to stay on the screen
+    return shortlist(backbone.model, library, batches, k, lambda words: next(before, tell)(words))

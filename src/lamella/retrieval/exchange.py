@@ -1,0 +1,107 @@
+"""One model, many LoRAs one after the other: exchanged in place, so that none needs a model of its own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.adapters import Factors, LoraSource, map_to
+
+
+class Exchange:
+    """The place of one LoRA on a model: ``y + s B A x`` in each module that it adapts, and its head where that fits.
+
+    Args:
+        model: the base; as it was when `installed` is left.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._factors: dict[str, Factors] = {}
+        self._heads: list[tuple[nn.Parameter, Tensor]] = []  # what stands in the place of what
+
+    @contextmanager
+    def installed(self, modules: Mapping[str, object]) -> Iterator[None]:
+        """Lets these modules, by name, add what a LoRA that is put there has for them."""
+        with ExitStack() as hooks:
+            for name in modules:
+                hooks.enter_context(self._model.get_submodule(name).register_forward_hook(_Adding(self, name)))
+            try:
+                yield
+            finally:
+                self.clear()
+
+    def put(self, source: LoraSource) -> tuple[str, ...]:
+        """Puts a LoRA in the place of the one before.
+
+        Returns:
+            What of it is not used: modules trained whole that are not of the model's shapes.
+
+        Raises:
+            LamellaError: it is not for the model.
+        """
+        mapped = map_to(self._model, source)
+        self.clear()
+        unused = []
+        for head, tensors in mapped.whole.items():
+            own = dict(self._model.get_submodule(head).named_parameters())
+            if all(name in own and own[name].shape == tensor.shape for name, tensor in tensors.items()):
+                self._heads += [_replace(own[name], tensor) for name, tensor in tensors.items()]
+            else:
+                unused.append(head)
+        self.put_factors(mapped.modules)
+        return tuple(unused)
+
+    def put_factors(self, factors: Mapping[str, Factors]) -> None:
+        """Puts factors in their modules, by the model's names."""
+        self._factors = dict(factors)
+
+    def clear(self) -> None:
+        """Leaves the base alone."""
+        self._factors = {}
+        for parameter, before in self._heads:
+            parameter.data = before
+        self._heads = []
+
+    def factors(self, module: str) -> Factors | None:
+        """What the LoRA in place has for a module."""
+        return self._factors.get(module)
+
+
+class _Adding:
+    """The hook of one module."""
+
+    def __init__(self, exchange: Exchange, name: str) -> None:
+        self._exchange, self._name = exchange, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        lora = self._exchange.factors(self._name)
+        if lora is None:
+            return y
+        x = args[0].to(lora.A.dtype)  # (*rows, in)
+        delta = nn.functional.linear(nn.functional.linear(x, lora.A.to(x.device)), lora.B.to(x.device))  # (*rows, out)
+        return y + (lora.scaling * delta).to(y.dtype)
+
+
+def _replace(parameter: nn.Parameter, tensor: Tensor) -> tuple[nn.Parameter, Tensor]:
+    before = parameter.data
+    parameter.data = tensor.to(before)
+    return parameter, before
+
+
+def random_like(factors: Mapping[str, Factors], seed: int = 0) -> dict[str, Factors]:
+    """LoRAs of the same shapes whose directions are random and whose deltas have the same norms."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for module, one in factors.items():
+        A = torch.randn(one.A.shape, generator=generator, dtype=torch.float32)
+        B = torch.randn(one.B.shape, generator=generator, dtype=torch.float32)
+        drawn[module] = Factors(A, B, one.scaling * float(_norm(one.A.float(), one.B.float()) / _norm(A, B)))
+    return drawn
+
+
+def _norm(A: Tensor, B: Tensor) -> Tensor:
+    """The Frobenius norm of ``B A``, by Gram matrices of the rank's size."""
+    return ((A @ A.t()) * (B.t() @ B)).sum().clamp_min(0).sqrt()

@@ -1,0 +1,181 @@
+"""Which LoRAs of a library help a task, by their loss on a few labelled examples, beside two controls."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lamella.adapters import AdapterLibrary, fit, map_to
+from lamella.backbones.modes import evaluating
+from lamella.errors import LamellaError
+from lamella.retrieval.examples import Batch, Examples
+from lamella.retrieval.exchange import Exchange, random_like
+from lamella.retrieval.halving import halve, passes, plan_rungs
+from lamella.statistics import Contrast, contrast, mean_intervals
+from lamella.tuners.mole.composing import refuse_other_bases
+
+BASE, RANDOM = "the base", "a random LoRA"  # the controls
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A LoRA, or a control, on the examples that did not choose it.
+
+    Attributes:
+        name: of the LoRA, "the base" or "a random LoRA".
+        loss: the mean, in nats of a label or of a label's tokens.
+        interval: its 95 % interval.
+        gain: how much less it is than the base's, with interval; None for the base itself.
+        helps: whether that is significant, Holm-corrected for all that were shortlisted.
+    """
+
+    name: str
+    loss: float
+    interval: tuple[float, float]
+    gain: Contrast | None = None
+
+    @property
+    def helps(self) -> bool:
+        """Whether its loss is below the base's, and significantly so."""
+        return self.gain is not None and self.gain.significant and self.gain.interval.difference > 0
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The LoRAs of a library that have the smallest loss; `print` it.
+
+    Attributes:
+        library: those LoRAs, the best first, to be composed.
+        scores: theirs, and those of the controls.
+        cost: how many examples have run through the model.
+        unused: LoRAs that were tried without their heads, which are of other shapes than the model's.
+        misfits: LoRAs that are not for the model, with the reason.
+    """
+
+    library: AdapterLibrary
+    scores: tuple[Scored, ...]
+    cost: int
+    unused: tuple[str, ...]
+    misfits: dict[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The LoRAs, the best first."""
+        return self.library.names
+
+    @property
+    def sentence(self) -> str:
+        """The answer in words."""
+        helping = [one.name for one in self.scores if one.helps and one.name in self.names]
+        if not helping:
+            return "None of them beats the base on these examples."
+        return f"{', '.join(helping)} {'beats' if len(helping) == 1 else 'beat'} the base on these examples."
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        rows = [
+            {"name": one.name, "loss": one.loss, "interval": one.interval, "helps": one.helps,
+             "gain": None if one.gain is None else asdict(one.gain.interval)}
+            for one in self.scores
+        ]  # fmt: skip
+        return {
+            "names": self.names, "scores": rows, "answer": self.sentence, "cost": self.cost,
+            "unused_heads": self.unused, "misfits": self.misfits,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        width = max(len(one.name) for one in self.scores)
+        lines = [f"{'':<{width}}  loss  95 % interval   below the base by"]
+        for one in self.scores:
+            low, high = one.interval
+            gain = "" if one.gain is None else f"   {one.gain.interval}"
+            lines.append(f"{one.name:<{width}}  {one.loss:.3f} [{low:.3f}, {high:.3f}]{gain}")
+        notes = []
+        if self.unused:
+            notes.append(f"tried without their heads, which do not fit the model: {', '.join(self.unused)}")
+        if self.misfits:
+            name, reason = next(iter(self.misfits.items()))
+            notes.append(f"{len(self.misfits)} LoRAs are not for this model, first {name}: {reason}")
+        return "\n".join([*lines, self.sentence, *notes])
+
+
+def shortlist(
+    base: nn.Module,
+    library: AdapterLibrary,
+    examples: Iterable[Batch],
+    k: int = 8,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Shortlist:
+    """Finds the k LoRAs of a library with the smallest loss on a task, by successive halving.
+
+    Every second example chooses; the others, which chose nothing, say how good the chosen ones are, beside the base and
+    a random LoRA of the best one's shapes and norms. LoRAs are exchanged in place.
+
+    Args:
+        base: the model that the LoRAs are for, with the head of the task.
+        library: the LoRAs; those that are not for the model are left out, and named.
+        examples: batches with labels, rows in random order; a few dozen rows.
+        k: how many are wanted.
+        tell: told what it will cost before it begins, and then how far it is.
+
+    Returns:
+        The shortlist; its ``library`` can be composed.
+
+    Raises:
+        LamellaError: fewer LoRAs than k are for the model, fewer than 4 examples, or examples without labels.
+    """
+    refuse_other_bases(base)
+    given = Examples(examples)
+    if len(given) < 4:
+        raise LamellaError(f"There are {len(given)} examples; give at least 4, of which half choose and half judge.")
+    found = fit(base, library)
+    names = [name for name in library.names if name not in found.misfits]
+    if not 1 <= k <= len(names):
+        raise LamellaError(
+            f"k={k} LoRAs are wanted of {len(names)} that are for this model"
+            f"{_why(found.misfits)}. Give a k from 1 to {len(names)}, or a larger library."
+        )
+    choosing, judging = range(0, len(given), 2), range(1, len(given), 2)
+    rungs = plan_rungs(len(names), len(choosing), k)
+    cost = passes(rungs) + (k + 2) * len(judging)
+    steps = ", ".join(f"{rung.candidates} on {rung.examples}" for rung in rungs)
+    tell(f"{len(names)} LoRAs by {len(choosing)} examples ({steps}): {cost:,} examples run through the model")
+    exchange = Exchange(base)
+    unused: dict[str, None] = {}
+    done = 0
+
+    def losses(name: str, places: Iterable[int]) -> Tensor:
+        nonlocal done
+        rows = [choosing[place] for place in places]
+        if exchange.put(library.read(name)):
+            unused[name] = None
+        done += len(rows)
+        return given.losses(base, rows)
+
+    modules = dict.fromkeys(module for names_of in found.modules.values() for module in names_of)
+    with evaluating(base), exchange.installed(modules):
+        best = halve(names, rungs, k, losses, lambda rung, name: tell(f"{done:,} of {cost:,}, now {name}"))
+        rows = list(judging)
+        judged: dict[str, Tensor] = {}
+        for name in best:
+            exchange.put(library.read(name))
+            judged[name] = given.losses(base, rows)
+        exchange.put_factors(random_like(map_to(base, library.read(best[0])).modules))
+        judged[RANDOM] = given.losses(base, rows)
+        exchange.clear()
+        judged[BASE] = given.losses(base, rows)
+    return Shortlist(library.only(best), _scored(judged), cost, tuple(unused), found.misfits)
+
+
+def _scored(losses: dict[str, Tensor]) -> tuple[Scored, ...]:
+    by_name = {name: {0: values.numpy()} for name, values in losses.items()}
+    intervals = mean_intervals(by_name)
+    gains = {one.second: one for one in contrast(by_name, [(BASE, name) for name in losses if name != BASE])}
+    return tuple(
+        Scored(name, float(values.mean()), intervals[name], gains.get(name)) for name, values in losses.items()
+    )
+
+
+def _why(misfits: dict[str, str]) -> str:
+    return f" (first misfit: {next(iter(misfits.values()))})" if misfits else ""
