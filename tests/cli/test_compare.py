@@ -27,7 +27,7 @@ def test_compare_leaves_table_and_report_and_says_what_was_not_run(lamella, reci
     assert [row["method"] for row in printed["results"][2:]] == ["MoLA", "LoRA", "again", "head"]
     assert len(pd.read_parquet(tmp_path / "out" / "results.parquet")) == 4 * 2 * 3
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Not significantly different from LoRA" in page
+    assert "not significantly different" in page
     assert "floor (majority)" in page
     for heading in ("Training", "Tokens", "Redundancy"):
         assert f">{heading}</h2>" in page

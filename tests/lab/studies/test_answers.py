@@ -184,8 +184,8 @@ def test_perplexity_and_the_mixture_follow_from_the_losses(rows):
 
 def test_the_study_speaks_of_loss(study, rows):
     assert study.not_run == []
-    assert "of mixture with" in study.summary
-    assert "mean loss over 1 seed(s): " in study.summary
+    assert study.summary.startswith("On mixture with ")
+    assert " 1 seed(s)." in study.summary
     assert any("is the backbone as it is" in note for note in study.notes)
     assert "floor" not in " ".join(study.results["method"])
     (said,) = [note for note in study.notes if note.startswith("Perplexity on the mixture")]

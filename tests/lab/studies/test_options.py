@@ -132,7 +132,7 @@ def test_scores_stand_beside_chance(ran, study, rows):
     assert rows.loc[("uniform", MIXTURE, "accuracy"), "value"] == pytest.approx(np.sum(parts) / 10)
     assert rows.loc[("a LoRA", "a", KL), "value"] == 0
     assert ("MOLE", "c", KL) not in rows.index
-    assert "chance 0.333." in study.summary
+    assert "chance 0.500" in study.summary
     assert "floor (chance)" in set(study.results["method"])
     assert any("5 examples of c, the same for every seed" in note for note in study.notes)
     assert any("sum of the log-probabilities" in note for note in study.notes)

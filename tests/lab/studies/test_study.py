@@ -60,7 +60,7 @@ def test_a_study_says_what_its_runs_say(study):
     assert rows.loc["LoRA", "difference"] == "reference"
     assert rows.loc["again", "difference"].startswith("+0.000 [+0.000, +0.000]")
     assert float(rows.loc["again", "p"]) == 1
-    assert "Not significantly different from LoRA: " in found.summary
+    assert "Against LoRA: not significantly different " in found.summary
     assert "Floors: linear 1.000" in found.summary
     assert set(found.routed_runs) == {"MoLA"}
     examples = pd.read_parquet(folder.path / "examples.parquet")

@@ -67,6 +67,11 @@ class Method(Settings):
 
     name: str
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is a mixture of which a study asks whether it earns its cost."""
+        return False
+
     def build(self, backbone: Backbone, task: Task) -> Built:
         """The backbone with everything trainable that this method trains, task head included."""
         raise NotImplementedError

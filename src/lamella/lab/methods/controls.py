@@ -28,6 +28,10 @@ class MoleOfRandomLoras(Mole):
 
     embed_adapters: Literal[True] = Field(True, description="random LoRAs lie nowhere else")
 
+    @property
+    def is_mixture(self) -> bool:
+        return False
+
     def build(self, backbone: Backbone, task: Task) -> Built:
         """The composition, its LoRAs drawn anew."""
         built = super().build(backbone, task)

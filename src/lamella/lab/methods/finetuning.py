@@ -45,6 +45,10 @@ _OF_LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "
 class Mola(Configured):
     """Layer-wise mixtures of LoRA experts; the keys are those of `lamella.MolaConfig`."""
 
+    @property
+    def is_mixture(self) -> bool:
+        return True
+
     def config(self, **of_the_run: Any) -> MolaConfig:
         """The PEFT config with these settings and those that the run adds."""
         return MolaConfig(**self.model_dump(exclude={"name"}), **of_the_run)
@@ -85,6 +89,10 @@ class MolaGrowing(Configured):
     decays: ClassVar[bool] = False
 
     stage: int = Field(1, ge=1, description="how many stages there have been, this one included")
+
+    @property
+    def is_mixture(self) -> bool:
+        return True
 
     def config(self, **of_the_run: Any) -> MolaConfig:
         """The PEFT config with the experts of all stages so far.
@@ -156,6 +164,11 @@ def _keep_first(tensor: Tensor, kept: int) -> None:
 )
 class Molex(Configured):
     """Mixtures of pretrained blocks with LoRA inside; the keys are those of `lamella.MolexConfig` and of its LoRA."""
+
+    @property
+    def is_mixture(self) -> bool:
+        # the other policies are its controls
+        return bool(self.policy == "learned")
 
     def config(self, **of_the_run: Any) -> MolexConfig:
         """The PEFT config with these settings and those that the run adds."""

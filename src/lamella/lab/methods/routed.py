@@ -44,6 +44,10 @@ class Mole(Configured, ComposingMethod):
 
     train_head: bool = Field(True, description="whether the task head learns too; else it is the backbone's")
 
+    @property
+    def is_mixture(self) -> bool:
+        return True
+
     def config(self, **of_the_run: Any) -> MoleConfig:
         """The config of these settings, without the LoRAs."""
         return MoleConfig(**self.model_dump(exclude={"name", "adapters", "train_head"}), **of_the_run)

@@ -31,7 +31,7 @@ class Report:
 
     Attributes:
         title: the page's title.
-        summary: the answer in words with its numbers, one paragraph.
+        summary: the answer in words with its numbers, a line for each paragraph.
         results: a row per method (and task): first column "method", then any columns. The plot reads "task", "metric",
             "mean", "seed 0", "seed 1", ... and "interval", a (low, high) pair around the mean; a method whose name
             holds the word "floor" is drawn as a line. A missing cell says "not run".

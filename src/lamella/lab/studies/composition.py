@@ -81,8 +81,8 @@ class CompositionStudy(StudyRecipe):
         return [*self.methods, *map(alone, self.sources), JOINT, HEAD]
 
     @property
-    def shown(self) -> list[str]:
-        return [self.reference_name, JOINT, HEAD]
+    def listed(self) -> list[str]:
+        return list(self.methods)
 
     @property
     def tests(self) -> dict[str, str]:

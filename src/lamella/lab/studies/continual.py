@@ -75,7 +75,7 @@ class Continual(StudyRecipe):
         return list(self.methods)
 
     @property
-    def shown(self) -> list[str]:
+    def listed(self) -> list[str]:
         return self.names
 
     @property

@@ -69,7 +69,7 @@ class Grid(StudyRecipe):
         return list(self.methods)
 
     @property
-    def shown(self) -> list[str]:
+    def listed(self) -> list[str]:
         return self.names
 
     @property

@@ -73,8 +73,8 @@ class StudyRecipe(Settings):
 
     @property
     @abstractmethod
-    def shown(self) -> list[str]:
-        """The methods whose means a summary gives."""
+    def listed(self) -> list[str]:
+        """The methods that the recipe names itself."""
 
     @property
     @abstractmethod

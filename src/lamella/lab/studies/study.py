@@ -29,7 +29,7 @@ class Study:
         recipe: what was planned.
         cells: of the recipe.
         folder: where they lie.
-        summary: in words.
+        summary: in words, three lines at most, the verdict first.
         results: as `results_table` gives it, of the tables that the summary speaks of.
         cost: as `cost_table` gives it.
         findings: the doctor's findings in every run, the run's label before where it is.
@@ -90,7 +90,7 @@ def summarise(recipe: StudyRecipe, cells: Sequence[Cell], folder: StudyFolder) -
         recipe=recipe,
         cells=cells,
         folder=folder,
-        summary=" ".join(summary(results, recipe.shown) for results in shown),
+        summary=summary(shown, recipe.listed, {one.method for one in cells if one.settings.method.is_mixture}),
         results=results_table(shown),
         cost=cost_table(recipe, measured.tables["results"]),
         findings=_findings(cells, folder),
