@@ -6,7 +6,7 @@ BENCH ?=
 MODEL ?= tiny-moe
 STUDIES ?=
 
-.PHONY: demo test lint types imports check bench evidence families models clean
+.PHONY: demo test lint types imports check docs bench evidence families models clean
 
 demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
@@ -26,6 +26,10 @@ imports: .venv/installed
 
 check: lint types imports test
 
+# The documentation site, in site/.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
@@ -43,7 +47,7 @@ models: .venv/installed
 	$(BIN)/python -m models $(MODEL)
 
 clean:
-	rm -rf .venv runs build src/*.egg-info .*_cache
+	rm -rf .venv runs build site src/*.egg-info .*_cache
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -58,4 +62,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What tests and checks need beside it.
 .venv/installed: .venv/demo
 	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# What the documentation site is built with.
+.venv/docs: .venv/demo
+	$(PIP) --constraint constraints.txt --editable ".[docs]"
 	touch $@

@@ -15,8 +15,8 @@ from studies.tables import markdown
 _HEAD = f"""# Evidence
 
 What the authors of the four systems say, and what was found here. `make evidence` writes this page and those it links
-from [studies/rows](../studies/rows); a test fails when they differ. A study is one recipe in
-[studies/recipes](../studies/recipes), or a packaged one: `lamella compare studies/recipes/NAME.yaml` runs it, and
+from `studies/rows` of the repository; a test fails when they differ. A study is one recipe in
+`studies/recipes`, or a packaged one: `lamella compare studies/recipes/NAME.yaml` runs it, and
 `python -m studies --add runs/NAME` keeps it here.
 
 ## Claims and verdicts

@@ -91,7 +91,7 @@ def similarity_page(kept: Sequence[KeptSimilarity]) -> str:
 
 
 _INTRODUCTION = """\
-Rows are in [studies/similarity_rows](../../studies/similarity_rows), a folder per study; `lamella similarity` makes
+Rows are in `studies/similarity_rows`, a folder per study; `lamella similarity` makes
 them, `python -m studies --add FOLDER` keeps them. The normalised error is the mean squared error of target(A(x)) on
 held-out documents over the variance of what the source puts out there: 0 is the same function, 1 is the mean."""
 

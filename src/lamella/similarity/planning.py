@@ -140,7 +140,9 @@ def plan(
         model: a model, a config, or a name or path to find a config under.
         per_expert: samples of an expert.
         tokens: of the text that will be captured; None for as many as fill the samples.
-        aligner, steps, rank: as for `align`; ``steps`` is what every pair takes if none stops early.
+        aligner: as for `align`.
+        steps: as for `align`; what every pair takes if none stops early.
+        rank: as for `align`.
         held_out: share of the samples to score on.
         per_source: targets of each source that the screen lets through; None aligns all ordered pairs.
         dtype: of the samples, "float32" or "bfloat16".
