@@ -22,7 +22,10 @@ def compare(
         str | None,
         typer.Option(help="Work on a Ray cluster in place of processes: 'auto', an address, or 'local'."),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say how many hours it will take, and stop.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Say how many hours it will take and which differences it can tell, and stop."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:

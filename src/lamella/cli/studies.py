@@ -21,15 +21,20 @@ _SHOWN = 5  # cells that were not run, with their reasons; the report names all
 
 
 def show_plan(recipe: StudyRecipe, path: Path, jobs: int, *, json: bool) -> None:
-    """Say how long the study will take."""
+    """Say how long the study will take, and which differences it can tell."""
     from lamella.lab.studies.folder import StudyFolder
-    from lamella.lab.studies.planning import plan
+    from lamella.lab.studies.planning import plan, tellable
 
-    estimate = plan(recipe.cells(), StudyFolder(path), jobs)
+    cells = recipe.cells()
+    estimate, smallest = plan(cells, StudyFolder(path), jobs), tellable(cells)
     if json:
-        print_json({"cells": estimate.cells, "done": estimate.done, "hours": estimate.hours})
-    else:
-        console.print(str(estimate))
+        hours = {"cells": estimate.cells, "done": estimate.done, "hours": estimate.hours}
+        print_json({**hours, "smallest_difference": smallest})
+        return
+    console.print(str(estimate))
+    if smallest:
+        told = ", ".join(f"{difference:.3f} on {name}" for name, difference in smallest.items())
+        console.print(f"Smallest difference in accuracy that is found in four studies of five: about {told}.")
 
 
 def run_study(

@@ -20,9 +20,9 @@ def _published(name_or_path: str) -> str:
 
 
 def _located(name: str) -> str:
-    from lamella.lab.data.models import KNOWN_BACKBONES, located
+    from lamella.lab.data.models import is_demo, located
 
-    return located(name) if name in KNOWN_BACKBONES else name
+    return located(name) if is_demo(name) else name
 
 
 def _examine_run(path: Path, *args: Any) -> None:

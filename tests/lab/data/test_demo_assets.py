@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 
+from lamella.adapters.bases import located
+from lamella.errors import LamellaError
 from lamella.lab.data import KNOWN_TASKS, encode, load_backbone, load_task
+from lamella.lab.data.models import published_name
 from lamella.texts.encoding import message_pieces
 
 pytestmark = pytest.mark.real
@@ -48,6 +51,18 @@ def test_minilm_reads_trec():
         output = backbone.model(**encoded.collator(list(encoded.train)))
     assert output.logits.shape == (8, 6)
     assert abs(output.loss.item() - math.log(6)) < 0.5  # a new head knows nothing
+
+
+def test_the_first_blocks_of_a_model_are_a_model_of_their_own():
+    whole, cut = load_backbone("minilm"), load_backbone("minilm@2")
+    ids = cut.tokenizer("Who was Galileo ?", return_tensors="pt")
+    with torch.no_grad():
+        expected = whole.model.eval()(**ids, output_hidden_states=True).hidden_states[2]
+        assert (cut.model.eval()(**ids).last_hidden_state == expected).all()
+    assert cut.published == published_name(cut.path) == "minilm@2"
+    assert located("minilm@2") == cut.path  # what an adapter on it names as its base
+    with pytest.raises(LamellaError, match="minilm has 6 blocks, so that it cannot be cut to 6"):
+        load_backbone("minilm@6")
 
 
 def test_trec_holds_out_the_same_questions_everywhere():

@@ -15,7 +15,7 @@ from lamella.errors import LamellaError
 from lamella.lab.studies.cells import jobs_of
 from lamella.lab.studies.composition import HEAD, JOINT
 from lamella.lab.studies.folder import StudyFolder
-from lamella.lab.studies.planning import plan
+from lamella.lab.studies.planning import plan, tellable
 from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.runner import run_cells
 from lamella.lab.studies.study import summarise
@@ -170,6 +170,7 @@ def test_a_plan_counts_the_time_to_answer(recipe, tmp_path):
         planned = plan(cells, StudyFolder(tmp_path))
         assert (planned.cells, planned.done) == (18, 0)
         hours.append(planned.hours)
+        assert tellable(cells) == dict.fromkeys(("a", "b", "c"), pytest.approx((0.05 * 2.8**2 / rows) ** 0.5))
     assert 0 < hours[0] < hours[1]
 
 

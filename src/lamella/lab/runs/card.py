@@ -13,7 +13,7 @@ import yaml
 from peft import PeftModel
 from torch import nn
 
-from lamella.lab.data import KNOWN_BACKBONES, Backbone, Task
+from lamella.lab.data import Backbone, Task, is_demo
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.floors import FLOOR, floor_columns
 from lamella.lab.runs.folder import environment
@@ -180,7 +180,7 @@ def _loading(model: nn.Module, backbone: Backbone, task: Task) -> str:
         f'base = {kind}.from_pretrained("{public_name(backbone.published)}"{labels})',
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
     )
-    if backbone.name not in KNOWN_BACKBONES:
+    if not is_demo(backbone.name):
         return published
     ours = _code(
         *register,
@@ -190,6 +190,8 @@ def _loading(model: nn.Module, backbone: Backbone, task: Task) -> str:
         f'base = load_backbone("{backbone.name}", load_task("{task_name(task.name)}")).model',
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
     )
+    if backbone.published == backbone.name:  # nobody else has it
+        return ours
     return f"{published}\n\nOn the very weights it was trained on ({backbone.source}):\n\n{ours}"
 
 

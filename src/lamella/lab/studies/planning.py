@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from lamella.lab.data import load_backbone
+from lamella.lab.data.task import METRICS
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.cells import Asked, Cell, Job, jobs_of
 from lamella.lab.studies.folder import StudyFolder
@@ -17,6 +18,7 @@ from lamella.lab.studies.search import Search
 # a guess only until a cell has finished: what one CPU core does with matrices of a small transformer
 _FLOPS = 3e10
 _TOKENS_PER_WORD = 1.4
+_UNLIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,26 @@ def plan(
     last = {cell.key: rows[cell.last] for cell in cells}
     done = sum(row is not None for row in last.values())
     return Plan(len(cells), len(last), done, seconds / jobs / 3600, basis)
+
+
+def tellable(cells: Sequence[Cell]) -> dict[str, float]:
+    """By what is tested and scored by accuracy, the smallest difference between two methods that a study is to find.
+
+    With a power of .8 at .05, ``2.8 sqrt(d / n)`` of n test examples (Connor, Sample size for testing differences in
+    proportions for the paired-sample design, Biometrics 1987), where d is the share of examples that the two answer
+    unlike: .05, as methods of one size do in the project's studies. Seeds are not counted: they share the examples and
+    differ themselves, and where they differ much, less is found. Before Holm's correction.
+    """
+    questions = next((cell.questions for cell in cells if cell.questions is not None), None)
+    if questions is not None:
+        tasks = questions.loaded()
+    else:
+        tasks = {name: task_of(settings) for name, settings in {cell.task: cell.settings for cell in cells}.items()}
+    return {
+        name: 2.8 * math.sqrt(_UNLIKE / len(task.splits["test"]))
+        for name, task in tasks.items()
+        if METRICS[task.kind] == "accuracy" and "test" in task.splits
+    }
 
 
 def _known(job: Job, timed: Iterable[tuple[Job, float]]) -> float | None:
