@@ -6,7 +6,7 @@ BENCH ?=
 MODEL ?= tiny-moe
 STUDIES ?=
 
-.PHONY: demo test lint types imports check docs bench evidence families models clean
+.PHONY: demo test lint types imports check docs bench evidence families models release clean
 
 demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
@@ -46,8 +46,16 @@ families: .venv/installed
 models: .venv/installed
 	$(BIN)/python -m models $(MODEL)
 
+# dist/: the wheel and the source archive, their metadata checked; tests/test_install.py installs and uses the wheel.
+release: .venv/installed
+	rm -rf dist
+	$(PIP) --constraint constraints.txt build twine
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_install.py
+
 clean:
-	rm -rf .venv runs build site src/*.egg-info .*_cache
+	rm -rf .venv runs build dist site src/*.egg-info .*_cache
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

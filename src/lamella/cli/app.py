@@ -21,6 +21,7 @@ from lamella.cli.demo import demo
 from lamella.cli.doctor import doctor
 from lamella.cli.evaluate import evaluate
 from lamella.cli.export import export
+from lamella.cli.info import info
 from lamella.cli.library import library
 from lamella.cli.output import console
 from lamella.cli.probe import probe
@@ -48,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, compose, compare, continual, evaluate, trace, export, doctor, allocate, probe):
+for command in (demo, train, compose, compare, continual, evaluate, trace, export, doctor, allocate, probe, info):
     app.command(cls=_Command)(command)
 app.add_typer(library, name="library")
 app.add_typer(similarity, name="similarity")
