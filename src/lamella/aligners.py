@@ -1,4 +1,7 @@
-"""Aligners: what stands before an expert so that it can do another expert's work."""
+"""Aligners: what stands before an expert so that it can do another expert's work.
+
+Most map a space to itself. A `TwoWayAligner` stands around a block that works in another space than its host.
+"""
 
 import math
 from collections.abc import Mapping
@@ -267,3 +270,93 @@ def make_aligner(kind: str, hidden_size: int, rank: int | None = None) -> Aligne
         LamellaError: there is no such kind, or the rank cannot be.
     """
     return aligner_class(kind)(hidden_size, aligner_rank(hidden_size, rank))
+
+
+# Of the mean variance of a feature: what a regression adds to the diagonal, so that features that hardly vary and
+# those that others say already get small weights.
+_RIDGE = 1e-3
+
+
+class TwoWayAligner(nn.Module):
+    """Linear maps between spaces of H and G dimensions: ``there(x) = D x + d``, and ``back(s) = U s`` for differences.
+
+    It starts as the identity where both have one size, otherwise with D of orthonormal rows or columns, d zero and U
+    the transpose of D; `fit` finds both by regression.
+
+    Attributes:
+        down: D and d, ``(G, H)`` and ``(G,)``.
+        up: U ``(H, G)``; without a bias, so that a block that changes nothing over there changes nothing here.
+    """
+
+    def __init__(self, here: int, there: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(here, there)
+        self.up = nn.Linear(there, here, bias=False)
+        if here == there:
+            nn.init.eye_(self.down.weight)
+        else:
+            nn.init.orthogonal_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        with torch.no_grad():
+            self.up.weight.copy_(self.down.weight.T)
+
+    def there(self, x: Tensor) -> Tensor:
+        """``(..., H) -> (..., G)``."""
+        return linear(x, self.down.weight, self.down.bias)
+
+    def back(self, step: Tensor) -> Tensor:
+        """``(..., G) -> (..., H)``."""
+        return linear(step, self.up.weight)
+
+    @torch.no_grad()
+    def fit(self, pairs: "Pairs") -> None:
+        """Sets D, d and U to the ridge regressions of pairs: of y on x, and of x on y about their means."""
+        slope, shift = pairs.regression(of_there=True)  # (G, H), (G,)
+        self.down.weight.copy_(slope)
+        self.down.bias.copy_(shift)
+        self.up.weight.copy_(pairs.regression(of_there=False)[0])
+
+    def unexplained(self, pairs: "Pairs") -> float:
+        """The part of the variance of y that ``there(x)`` leaves unexplained on these pairs."""
+        weight, bias = self.down.weight.detach().double().cpu(), self.down.bias.detach().double().cpu()
+        error = torch.cat([weight, -torch.eye(len(weight), dtype=torch.float64), bias[:, None]], dim=1)  # of (x, y, 1)
+        left = (error @ pairs.moments * error).sum()
+        return float(left / pairs.covariance()[pairs.here :, pairs.here :].trace())
+
+
+class Pairs:
+    """What regressions between two spaces need of pairs x ``(H,)`` and y ``(G,)``: sums, and sums of products.
+
+    Attributes:
+        here: H.
+        moments: sums of ``z z^T`` over the pairs, z being x, y and 1, ``(H + G + 1, H + G + 1)``, in float64.
+    """
+
+    def __init__(self, here: int, there: int) -> None:
+        self.here = here
+        self.moments = torch.zeros(here + there + 1, here + there + 1, dtype=torch.float64)
+
+    @property
+    def count(self) -> int:
+        """How many pairs."""
+        return int(self.moments[-1, -1])
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Takes in pairs, ``(N, H)`` and ``(N, G)``."""
+        z = torch.cat([x, y, torch.ones(len(x), 1, device=x.device, dtype=x.dtype)], dim=1).double().cpu()
+        self.moments += z.T @ z
+
+    def covariance(self) -> Tensor:
+        """Sums of products about the means, ``(H + G, H + G)``."""
+        sums = self.moments[-1, :-1]
+        return self.moments[:-1, :-1] - sums.outer(sums) / self.moments[-1, -1]
+
+    def regression(self, of_there: bool) -> tuple[Tensor, Tensor]:
+        """Slope and intercept of the ridge regression of y on x, or of x on y."""
+        covariance, means = self.covariance(), self.moments[-1, :-1] / self.moments[-1, -1]
+        x, y = slice(None, self.here), slice(self.here, None)
+        x, y = (x, y) if of_there else (y, x)
+        within = covariance[x, x]
+        ridge = _RIDGE * within.trace() / len(within) * torch.eye(len(within), dtype=torch.float64)
+        slope = torch.linalg.solve(within + ridge, covariance[x, y]).T
+        return slope, means[y] - slope @ means[x]

@@ -91,3 +91,14 @@ def balance(means: Sequence[Tensor], chosen: Sequence[Sequence[int]], candidates
     share = [sum(row.count(c) for row in chosen) / sum(map(len, chosen)) for c in candidates]
     probs = mean_of([mean / mean.sum() for mean in means])
     return size * sum((share[e] * probs[e] for e in range(1, size)), share[0] * probs[0])
+
+
+def of_second_model(block: Block, down: Tensor, shift: Tensor, up: Tensor) -> Block:
+    """A block of another width as a guest: what it adds to ``D x + d``, mapped back by U and added to x."""
+
+    def guest(h: Tensor) -> Tensor:
+        there = torch.stack([down @ token + shift for token in h])  # (N, G)
+        steps = block(there) - there
+        return torch.stack([token + up @ step for token, step in zip(h, steps, strict=True)])
+
+    return guest

@@ -11,6 +11,7 @@ from lamella.backbones.blocks import (
     locate_stacks,
     siblings_with_same_input,
 )
+from lamella.backbones.causality import sees_later_tokens
 from lamella.backbones.rehearsal import Rehearsal, rehearse
 from lamella.backbones.states import mean_states, why_no_sequences, width_of
 
@@ -27,6 +28,7 @@ __all__ = [
     "locate_stacks",
     "mean_states",
     "rehearse",
+    "sees_later_tokens",
     "siblings_with_same_input",
     "why_no_sequences",
     "width_of",

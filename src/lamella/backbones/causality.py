@@ -51,7 +51,7 @@ def _shown_not_causal(blocks: nn.Module, owners: list[PreTrainedModel]) -> str |
         return f"it reads {read if isinstance(read, str) else ' and '.join(read)}"
     if inmost.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return f"{inmost.config.model_type} fills in masked tokens"
-    return "a probe: earlier tokens see later ones" if _sees_later_tokens(blocks, inmost) else None
+    return "a probe: earlier tokens see later ones" if sees_later_tokens(blocks, inmost) else None
 
 
 def _says(blocks: nn.Module, name: str, value: bool) -> bool:
@@ -67,11 +67,14 @@ def _lies_in(blocks: nn.Module, around: nn.Module) -> bool:
     return any(module is blocks for module in around.modules())
 
 
-def _sees_later_tokens(blocks: nn.Module, owner: PreTrainedModel) -> bool:
-    """Whether another state of the last token before the first block changes what comes out for earlier ones."""
+def sees_later_tokens(blocks: nn.Module, owner: PreTrainedModel) -> bool | None:
+    """Whether another state of the last token before the first block changes what comes out for earlier ones.
+
+    None where that cannot be tried.
+    """
     seen = look(list(blocks.children()), owner)
     if seen is None or seen.end.dim() != 3 or len(seen.end) != 2 or seen.end.shape[1] < 2:
-        return False
+        return None
     before, after = seen.end[:, :-1].float()
     moved = (before - after).abs().max() / before.abs().max()
     return bool(moved > 10 * torch.finfo(seen.end.dtype).eps)

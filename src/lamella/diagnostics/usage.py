@@ -25,6 +25,8 @@ NEAR_ZERO = 0.05
 NEARLY_ONE = 1.05
 # an expert is missed only where it would have fired this often under even use
 _EXPECTED = 20
+# how many guests are named
+_MOST_CHOSEN = 5
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class _Judged:
     def favourite(self) -> float:
         """The part of the tokens that use its most used expert."""
         return max(self.use.shares) * self.layer.top_k
+
+    @property
+    def favourite_name(self) -> str:
+        """What that expert is called."""
+        at = max(range(len(self.use.shares)), key=lambda expert: self.use.shares[expert])
+        return self.layer.expert_names[at] if self.layer.expert_names else str(at)
 
     @property
     def silent(self) -> list[int]:
@@ -83,6 +91,7 @@ def judge_usage(uses: Iterable[RouterUse], model: nn.Module, source: str, examin
     tokens = max((one.use.tokens for one in seen), default=0)
     few = f"; {len(seen) - len(judged)} saw too few tokens to judge" if len(judged) < len(seen) else ""
     examination.saw(f"routing on {source}: {len(judged)} of {len(layers)} routers judged, {tokens:,} real tokens{few}")
+    _say_guests([one for one in judged if one.layer.chooses_blocks], examination)
     _report(judged, examination)
     _report_unused(judged, examination)
 
@@ -126,7 +135,7 @@ def _report(routers: Sequence[_Judged], examination: Examination) -> None:
             "one-guest-for-all",
             f"at {len(collapsed)} block(s) at least {min(one.favourite for one in collapsed):.1%} of inputs get the "
             "same guest",
-            [f"{one.layer.name} ({one.favourite:.1%})" for one in collapsed],
+            [f"{one.layer.name} ({one.favourite_name}, {one.favourite:.1%})" for one in collapsed],
             "the router decides nothing there: policy='fixed' with that block does the same without a router",
             "raise router_aux_loss_coef, lower router_lr, or compare with policy='fixed' and policy='random'",
         )
@@ -138,6 +147,19 @@ def _report(routers: Sequence[_Judged], examination: Examination) -> None:
             "they take memory and training time and do nothing; their last gradient may lie far back",
             balance,
         )
+
+
+def _say_guests(routers: Sequence[_Judged], examination: Examination) -> None:
+    """Which blocks are chosen most, where those of a second model are among them."""
+    named = [one for one in routers if one.layer.expert_names]
+    if not named:
+        return
+    names = named[0].layer.expert_names
+    shares = [sum(of) / len(named) for of in zip(*(one.use.shares for one in named), strict=True)]
+    first = sorted(range(len(names)), key=lambda at: -shares[at])[:_MOST_CHOSEN]
+    said = ", ".join(f"{names[at]} ({shares[at]:.0%})" for at in first)
+    of_second = sum(share for name, share in zip(names, shares, strict=True) if not name.isdigit())
+    examination.saw(f"guests: {of_second:.0%} of the choices fall on the second model's blocks; most chosen are {said}")
 
 
 def _counts_by_one(router: _Judged) -> bool:
@@ -152,7 +174,7 @@ def _report_unused(routers: Sequence[_Judged], examination: Examination) -> None
     """Trained LoRAs whose mixing weights are close to 0 wherever they are."""
     by_names: dict[tuple[str, ...], list[RouterUse]] = {}
     for one in routers:
-        if one.layer.expert_names:
+        if one.layer.expert_names and not one.layer.chooses_blocks:
             by_names.setdefault(one.layer.expert_names, []).append(one.use)
     for names, uses in by_names.items():
         means = [sum(weights) / len(uses) for weights in zip(*(use.mean_weights for use in uses), strict=True)]

@@ -48,3 +48,16 @@ def test_counting_it_needs_no_search(backbone, questions, monkeypatch):
     built = Lora(target_modules=["query"], match=method_from(FIXED)).build(backbone, load_task(questions))
 
     assert built.decided["matched_method"] == "molex"
+
+
+def test_the_aligner_of_a_second_model_is_fitted_on_training_texts(backbone, questions):
+    guests = {"name": "molex", "r": 2, "target_modules": ["query"], "guests_of": backbone.name}
+    task = load_task(questions)
+
+    built = method_from(guests).build(backbone, task)
+
+    assert built.decided["aligner_unexplained"] < 0.01, "the second model is the first one"
+    fresh = load_backbone(backbone.name, task)
+    assert not method_from(guests | {"guest_aligner": "identity"}).build(fresh, task).decided
+    counted = Lora(target_modules=["query"], match=method_from(guests)).build(load_backbone(backbone.name, task), task)
+    assert counted.decided["matched_parameters"] == built.model.get_nb_trainable_parameters()[0]

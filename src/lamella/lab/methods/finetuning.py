@@ -25,13 +25,13 @@ from lamella.lab.methods.base import (
     shared,
     trainable_parameters,
 )
-from lamella.lab.methods.fixed_guest import find_fixed_layer
+from lamella.lab.methods.fixed_guest import find_fixed_layer, training_texts
 from lamella.tuners.config import check_lora
 from lamella.tuners.kinds import MOST
 from lamella.tuners.model import refusals_in_a_sentence
 from lamella.tuners.mola import MolaConfig, MolaLinear
 from lamella.tuners.mola.allocation import AUTO, SHAPES
-from lamella.tuners.molex import MolexConfig
+from lamella.tuners.molex import MolexConfig, align_guests
 from lamella.tuners.targets import usual_lora_targets
 
 if TYPE_CHECKING:
@@ -178,15 +178,19 @@ class Molex(Configured):
     def build(self, backbone: Backbone, task: Task) -> Built:
         """The mixture; which blocks each one can choose is in the model's summary.
 
-        Policy "fixed" without a layer finds the best one on training rows; it is in ``decided``.
+        Policy "fixed" without a layer finds the best one on training rows; it is in ``decided``. So is what the aligner
+        of a second model leaves unexplained, which is fitted on texts of training rows.
         """
         config = self.config(**shared(backbone, task))
-        decided = {}
+        decided: dict[str, Any] = {}
+        on_meta = next(backbone.model.parameters()).is_meta  # only counted, and every layer counts the same
         if config.policy == "fixed" and config.fixed_layer is None:
-            on_meta = next(backbone.model.parameters()).is_meta  # only counted, and every layer counts the same
             config.fixed_layer = 0 if on_meta else find_fixed_layer(backbone, task, config)
             decided = {"fixed_layer": config.fixed_layer}
-        return Built(get_peft_model(backbone.model, config), decided)
+        model = get_peft_model(backbone.model, config)
+        if config.guests_of is not None and config.guest_aligner == "linear" and config.mixes and not on_meta:
+            decided["aligner_unexplained"] = align_guests(model, training_texts(task), backbone.tokenizer)
+        return Built(model, decided)
 
 
 @method("lora", **settings_of(LoraConfig, *_OF_LORA, "layers_to_transform"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lamella.errors import LamellaError
 from lamella.tuners.molex import MolexConfig, best_fixed_layer
 from lamella.tuners.molex.search import loss_of_model
 
@@ -39,6 +40,22 @@ def find_fixed_layer(backbone: Backbone, task: Task, config: MolexConfig) -> int
         batches = [encoded.collator(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
         return best_fixed_layer(backbone.model, batches, config, loss_of_model)
     return best_fixed_layer(backbone.model, [encoded.collator(rows)], config, probe_loss)
+
+
+def training_texts(task: Task) -> list[str]:
+    """Texts of at most 256 training rows, spread evenly, for what is fitted on texts before training.
+
+    Raises:
+        LamellaError: no column of the rows is a text.
+    """
+    rows = task.splits["train"]
+    column = next((name for name, values in rows[:1].items() if isinstance(values[0], str)), None)
+    if column is None:
+        raise LamellaError(
+            f"The rows of '{task.name}' have no column of text to fit the aligner of a second model on. Use "
+            "guest_aligner=identity, or another task."
+        )
+    return list(rows.select(range(0, len(rows), -(-len(rows) // _ROWS)))[column])
 
 
 def probe_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

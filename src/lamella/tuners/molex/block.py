@@ -14,15 +14,12 @@ from lamella.errors import CannotMergeError, LamellaError
 from lamella.routing import (
     CachedDecision,
     Frame,
-    ProjectedCosineRouter,
     Readable,
     Router,
     RouterLoss,
     Rows,
-    Sequences,
     attach,
     current_frame,
-    make_router,
 )
 from lamella.tuners.cache import recall, refuse_foreign
 from lamella.tuners.molex.cache import GuestSlots, can_extend, guest_slots, is_static
@@ -30,10 +27,12 @@ from lamella.tuners.molex.choosing import (
     Choice,
     as_routing,
     choose,
+    decides_for_something,
     draw,
     guest_weights,
     hash_sequences,
     hash_tokens,
+    new_router,
     pool_scores,
     score_candidates,
     spread,
@@ -41,6 +40,7 @@ from lamella.tuners.molex.choosing import (
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.guests import beginning, is_checkpointed, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
+from lamella.tuners.molex.second_model import SecondModel
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_meta
 
@@ -72,11 +72,13 @@ class MolexBlock(nn.Module, AdapterLayer):
     """``h' = B_t(h) + (1 - alpha) * sum_i c_i (B_i(h) - B_t(h))`` over the guests i that were chosen for h.
 
     Tensors per adapter, as a file calls them, where the block has its own: ``lamella_molex_router.weight (T, in)`` and
-    ``.bias (T,)``, and ``lamella_molex_alpha ()``, a logit. Blocks that share them find them at the first that has one.
+    ``.bias (T,)``, ``lamella_molex_alpha ()``, a logit, and ``lamella_molex_guests.aligner.down.weight (G, in)``,
+    ``down.bias (G,)`` and ``up.weight (in, G)``. Blocks that share them find them at the first that has one. T counts
+    the stack's blocks and those of a second model behind them.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("lamella_molex_router", "lamella_molex_alpha")
-    other_param_names: tuple[str, ...] = ("mixtures", "routers", "alphas")
+    adapter_layer_names: tuple[str, ...] = ("lamella_molex_router", "lamella_molex_alpha", "lamella_molex_guests")
+    other_param_names: tuple[str, ...] = ("mixtures", "routers", "alphas", "seconds")
 
     def __init__(
         self, base_layer: nn.Module, place: Place, blocks: list[nn.Module], decoder: bool, after_encoder: bool = False
@@ -90,9 +92,11 @@ class MolexBlock(nn.Module, AdapterLayer):
         self.blocks = blocks
         self.lamella_molex_router = nn.ModuleDict()
         self.lamella_molex_alpha = AdapterTensors()
+        self.lamella_molex_guests = nn.ModuleDict()
         self.mixtures: dict[str, _Mixture] = {}
         self.routers: dict[str, MolexBlock] = {}
         self.alphas: dict[str, MolexBlock] = {}
+        self.seconds: dict[str, MolexBlock] = {}
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
 
@@ -104,6 +108,7 @@ class MolexBlock(nn.Module, AdapterLayer):
         width: int,
         router_at: "MolexBlock | None",
         alpha_at: "MolexBlock | None",
+        second: "tuple[MolexBlock, SecondModel] | None" = None,
     ) -> None:
         """Gives this block the settings of an adapter, and the router and alpha that it is to hold.
 
@@ -114,6 +119,7 @@ class MolexBlock(nn.Module, AdapterLayer):
             width: features of the hidden states.
             router_at: the block that holds the router this one asks; None where none decides.
             alpha_at: the block that holds the learned alpha this one uses; None where it is fixed.
+            second: the block that holds the second model whose blocks are guests here, and that model; None without.
         """
         self.mixtures[adapter] = _Mixture(config, depth)
         if router_at is not None:
@@ -121,8 +127,12 @@ class MolexBlock(nn.Module, AdapterLayer):
         if alpha_at is not None:
             self.alphas[adapter] = alpha_at
         device, dtype = _kind_of(self.base_layer)
+        if second is not None:
+            self.seconds[adapter] = second[0]
+            if second[0] is self:
+                self.lamella_molex_guests[adapter] = second[1].to(device, dtype)
         if router_at is self:
-            router = _new_router(config, width, len(self.blocks)).to(dtype)
+            router = new_router(config, width, self._total(adapter)).to(dtype)
             self.lamella_molex_router[adapter] = router if is_meta(router) else router.to(device)
             if not config.trains_router:
                 self.frozen_peft_weight_names[adapter] = ("lamella_molex_router",)
@@ -186,9 +196,12 @@ class MolexBlock(nn.Module, AdapterLayer):
         if config.router_aux_loss_coef > 0:
             is_flat = depth.top_k == len(depth.candidates)
             loss = AttachedLoss(self.name, f"router_aux_loss_coef={config.router_aux_loss_coef:g}", is_flat=is_flat)
+        second = self.second_model(adapter)
+        own = tuple(str(index) for index in range(len(self.blocks)))
         return RoutedLayer(
             self, self.name, self.place, adapter, self.router(adapter), len(depth.candidates), depth.top_k,
-            chooses_blocks=True, learns=config.trains_router, loss=loss,
+            expert_names=() if second is None else own + second.names, chooses_blocks=True,
+            learns=config.trains_router, loss=loss,
         )  # fmt: skip
 
     def alpha(self, adapter: str, device: torch.device | None = None) -> Tensor | float:
@@ -198,6 +211,18 @@ class MolexBlock(nn.Module, AdapterLayer):
         logits = self.alphas[adapter].lamella_molex_alpha
         with onloaded(logits[adapter]):
             return torch.sigmoid(logits.of(adapter)).to(device)
+
+    def second_model(self, adapter: str) -> SecondModel | None:
+        """The second model whose blocks are guests here too; None without one."""
+        if adapter not in self.seconds:
+            return None
+        second = self.seconds[adapter].lamella_molex_guests[adapter]
+        assert isinstance(second, SecondModel)
+        return second
+
+    def _total(self, adapter: str) -> int:
+        """T, how many blocks a router scores."""
+        return len(self.blocks) + len(self.second_model(adapter) or ())
 
     def _running(self) -> str | None:
         if self.disable_adapters:
@@ -267,7 +292,7 @@ class MolexBlock(nn.Module, AdapterLayer):
             logits, picked = self._without_router(mixture, h, readable, frame)
             weights = torch.full_like(logits[:, :1], 1 / picked.shape[1]).expand(picked.shape)
         is_watched = frame is not None and bool(frame.observers)
-        every = (depth.candidates, len(self.blocks), granularity)
+        every = (depth.candidates, self._total(adapter), granularity)
         laid_out = (*h.shape[:2], sequences, granularity)
         return Choice(
             indices=spread(torch.as_tensor(depth.candidates, device=h.device)[picked], *laid_out),
@@ -275,7 +300,7 @@ class MolexBlock(nn.Module, AdapterLayer):
             without=readable.without,
             extent=readable.extent,
             routing=as_routing(logits, picked, weights, *every) if is_watched else None,
-            real=_decides_for_something(read, sequences, granularity),
+            real=decides_for_something(read, sequences, granularity),
             scores=logits if self.routed(adapter) else None,
             picked=picked,
         )
@@ -352,11 +377,9 @@ class MolexBlock(nn.Module, AdapterLayer):
         spans_rows: bool,
     ) -> Tensor:
         """Adds each chosen block's difference from this one, run on the rows in which something chose it."""
-        mixture, depth = self.mixtures[adapter], self.place.layer
+        depth = self.place.layer
         choice = choice.to(host.device)  # which need not be where the block's input is
         weights = choice.weights * (1 - self.alpha(adapter, host.device))  # (batch, k) or (batch, tokens, k)
-        frame = current_frame()
-        past = None if frame is None else frame.call.past
         mixed = host
         for guest in torch.unique(choice.indices).tolist():
             if guest == depth:
@@ -368,13 +391,7 @@ class MolexBlock(nn.Module, AdapterLayer):
                 share = share.masked_fill(choice.without, 0)
             chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
             rows = None if spans_rows or bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
-            runs_on_all = slots is not None and slots.has_all(depth, guest, len(host))
-            together = rows if call.can_cut(output) and not runs_on_all else None
-            view = None if slots is None else slots.view(depth, guest, together, len(host), past)
-            settings = mixture.config.guest_dtype, mixture.config.recompute_guest
-            kept = None if slots is None else slots.states(depth, guest)
-            states = run_guest(self.blocks[guest], call, together, view, kept, output, *settings)
-            states = states if rows is None or together is not None else states[rows]
+            states = self._run_guest(adapter, guest, rows, call, output, slots)
             share = share[..., None].to(host.dtype)  # (batch, tokens or 1, 1)
             if rows is None:
                 mixed = mixed + share * (states - host)
@@ -383,11 +400,32 @@ class MolexBlock(nn.Module, AdapterLayer):
                 mixed = add(0, rows, share[rows] * (states - host[rows]))
         return mixed
 
+    def _run_guest(
+        self, adapter: str, guest: int, rows: Tensor | None, call: BlockCall, output: Any, slots: GuestSlots | None
+    ) -> Tensor:
+        """The states that a guest makes of these rows of the block's input, ``(rows, tokens, features)``."""
+        config, second, place = self.mixtures[adapter].config, self.second_model(adapter), guest - len(self.blocks)
+        depth, batch, frame = self.place.layer, len(call.hidden_states), current_frame()
+        past = None if frame is None else frame.call.past
+        runs_on_all = slots is not None and slots.has_all(depth, guest, batch)
+        together = rows if (place >= 0 or call.can_cut(output)) and not runs_on_all else None
+        if place >= 0 and second is not None:
+            recompute = config.recompute_guest or is_checkpointed(self.base_layer)
+            view = None if slots is None else second.view(slots, depth, guest, together, batch, past)
+            states = second.run(place, call.hidden_states, together, frame, view, config.guest_dtype, recompute)
+        else:
+            view = None if slots is None else slots.view(depth, guest, together, batch, past)
+            kept = None if slots is None else slots.states(depth, guest)
+            settings = config.guest_dtype, config.recompute_guest
+            states = run_guest(self.blocks[guest], call, together, view, kept, output, *settings)
+        return states if rows is None or together is not None else states[rows]
+
     def _attach_losses(self, adapter: str, mixed: Tensor, choice: Choice, frame: Frame | None) -> Tensor:
         """The router's own loss, and a place in the graph for parameters that no guest used."""
         if not self.training or not torch.is_grad_enabled():
             return mixed
         idle: list[Tensor] = [self.alphas[adapter].lamella_molex_alpha.of(adapter)] if adapter in self.alphas else []
+        idle += self.seconds[adapter].lamella_molex_guests[adapter].parameters() if adapter in self.seconds else []
         if choice.scores is not None:
             self._check_trainable(adapter)
             if choice.scores.requires_grad:
@@ -459,19 +497,3 @@ def _kind_of(block: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = next(block.parameters())
     kinds = (parameter.dtype for parameter in block.parameters() if parameter.dtype in _PRECISIONS)
     return first.device, next(kinds, torch.float32)
-
-
-def _new_router(config: MolexConfig, width: int, blocks: int) -> Router:
-    if config.router_proj is not None:
-        return ProjectedCosineRouter(width, blocks, config.router_proj)
-    router = make_router(config.router, width, blocks, bias=config.router == "linear")
-    if config.router == "linear":
-        nn.init.normal_(router.weight, std=0.02)  # as published
-    return router
-
-
-def _decides_for_something(read: Tensor, sequences: Sequences, granularity: str) -> Tensor | None:
-    """Which decisions have a real token to read, ``(rows,)``."""
-    if granularity == "batch":
-        return None
-    return read.flatten() if granularity == "token" else sequences.total(read.long()) > 0

@@ -181,7 +181,15 @@ class GuestSlots:
         """What a guest at this depth keeps in itself, of the rows of its view."""
         return self.own.kept[depth, guest].states
 
-    def view(self, depth: int, guest: int, rows: Tensor | None, batch: int, past: int | None = None) -> Cache:
+    def view(
+        self,
+        depth: int,
+        guest: int,
+        rows: Tensor | None,
+        batch: int,
+        past: int | None = None,
+        blocks: int | None = None,
+    ) -> Cache:
         """What a guest at this depth is given as its cache; it serves one call.
 
         Args:
@@ -190,6 +198,7 @@ class GuestSlots:
             rows: (R,) int64 indices into the batch, each at most once; None for all.
             batch: rows of the batch.
             past: how many tokens of the sequences it has to have seen; None where that is unknown.
+            blocks: how many the guest's own model has; as many as the stack unless given.
 
         Raises:
             LamellaError: it has seen others, or the rows had not chosen it.
@@ -201,7 +210,7 @@ class GuestSlots:
                 "of it was filled while the adapter was off, or by a model without it. Start from an empty cache, or "
                 "pass use_cache=False."
             )
-        view = GuestView(layer, self.num_blocks)
+        view = GuestView(layer, blocks or self.num_blocks)
         if self.cross is None:
             return view
         return EncoderDecoderCache(view, GuestView(self.cross.of(depth, guest, rows, batch), self.num_blocks))

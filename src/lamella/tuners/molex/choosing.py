@@ -5,10 +5,20 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lamella.routing import Routing, Rows, Sequences, count_votes, pool_mean
+from lamella.routing import (
+    ProjectedCosineRouter,
+    Router,
+    Routing,
+    Rows,
+    Sequences,
+    count_votes,
+    make_router,
+    pool_mean,
+)
 from lamella.routing.router import Granularity
+from lamella.tuners.molex.config import MolexConfig
 
 
 @dataclass(frozen=True)
@@ -228,3 +238,20 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def decides_for_something(read: Tensor, sequences: Sequences, granularity: str) -> Tensor | None:
+    """Which decisions have a real token to read, ``(rows,)``."""
+    if granularity == "batch":
+        return None
+    return read.flatten() if granularity == "token" else sequences.total(read.long()) > 0
+
+
+def new_router(config: MolexConfig, width: int, blocks: int) -> Router:
+    """A router before training, which scores so many blocks by states of a width."""
+    if config.router_proj is not None:
+        return ProjectedCosineRouter(width, blocks, config.router_proj)
+    router = make_router(config.router, width, blocks, bias=config.router == "linear")
+    if config.router == "linear":
+        nn.init.normal_(router.weight, std=0.02)  # as published
+    return router

@@ -34,7 +34,8 @@ class MolexConfig(LamellaConfig):
         granularity: what a decision is for: a "sequence", a "token", or the whole "batch" as published, where a
             prediction depends on the other sequences of its batch.
         aggregate: how tokens' scores become one decision: their "mean", or the "mode" of their own choices.
-        candidates: "all" blocks of the same kind, those "later" in the stack, or a list of block indices.
+        candidates: "all" blocks of the same kind, those "later" in the stack, or a list of block indices. With
+            ``guests_of``, "all" has the second model's blocks too, whose indices go on from the model's own.
         router_gradient: how the task loss reaches the router: "scale" (s = p / stopgrad(p)), "straight-through"
             (s = 1 + p - stopgrad(p)), or "none" as published, where the balance loss alone trains it.
         policy: who decides: the "learned" router, or a control without one: "random" (by a hash of what the sequence
@@ -43,11 +44,18 @@ class MolexConfig(LamellaConfig):
         fixed_layer: the guest of policy "fixed"; ``lamella.tuners.molex.best_fixed_layer`` finds the best.
         prompt_tokens: on a decoder, how many first tokens decide where nothing tells the prompt (``lamella.prompt``).
         router_aux_loss_coef: coefficient of the balance loss, summed over blocks.
-        lora: the LoRA inside the blocks, with PEFT's own settings; None for none.
+        guests_of: a second pretrained model, a folder or hub id, whose blocks are guests as well, frozen and behind an
+            aligner (``lamella.tuners.molex.SecondModel``); None for the model's own blocks alone.
+        guest_aligner: "linear", two matrices that are trained, one pair for all depths and all of the second model's
+            blocks; ``lamella.tuners.molex.align_guests`` fits them on texts first. Or "identity", without parameters,
+            for a second model of the same width and basis, such as a fine-tuned copy.
+        guest_weights: "pretrained", or "random", drawn by ``seed``: a control for what the second model has learned.
+        guests_sha256: of the second model's weights; filled in, and another model is refused.
+        lora: the LoRA inside the blocks, with PEFT's own settings; None for none. The second model's have none.
         guest_dtype: "bfloat16" computes guests under autocast to it, on a CPU all but their attention; None or
             "float32" as the block itself.
         recompute_guest: guests are recomputed in the backward pass instead of kept.
-        seed: of the policy "random".
+        seed: of the policy "random", and of random ``guest_weights``.
         target_modules: not a setting of MoLEx, which takes whole blocks; the linear modules are ``lora``'s.
 
     Raises:
@@ -72,6 +80,10 @@ class MolexConfig(LamellaConfig):
     fixed_layer: Index | None = None
     prompt_tokens: Count = 4
     router_aux_loss_coef: Coefficient = 1e-3
+    guests_of: str | None = None
+    guest_aligner: Literal["linear", "identity"] = "linear"
+    guest_weights: Literal["pretrained", "random"] = "pretrained"
+    guests_sha256: str | None = None
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     guest_dtype: Literal["float32", "bfloat16"] | None = None
     recompute_guest: bool = False
@@ -128,8 +140,21 @@ class MolexConfig(LamellaConfig):
             )
         if self.fixed_layer is not None and self.policy != "fixed":
             raise LamellaError(f"fixed_layer={self.fixed_layer} has no effect with policy={self.policy!r}; drop it.")
+        self._check_guests_of()
         if self.router_proj is not None and self.router != "cosine":
             raise LamellaError(f"router_proj={self.router_proj} belongs to router='cosine', not {self.router!r}.")
+
+    def _check_guests_of(self) -> None:
+        if self.guests_of is None:
+            told = ("guests_sha256", "guest_aligner", "guest_weights")
+            idle = next((name for name in told if getattr(self, name) not in (None, "linear", "pretrained")), None)
+            if idle is not None:
+                raise LamellaError(f"{idle}={getattr(self, idle)!r} is of a second model; give guests_of, or drop it.")
+        elif self.candidates == "later":
+            raise LamellaError(
+                f"candidates='later' has no meaning for the blocks of another model, {self.guests_of!r}. Use 'all', or "
+                "list indices; the second model's go on from the model's own."
+            )
 
     def _check_lora(self) -> None:
         if self.lora is None:

@@ -1,6 +1,6 @@
 """Running another block of the stack on this block's input."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -55,13 +55,33 @@ def run_guest(
     device, is_single = call.hidden_states.device.type, call.hidden_states.shape[1] == 1
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        with _bfloat16(device) if dtype == "bfloat16" else nullcontext(), _kept_apart(block, kept, is_single):
+        with _kept_apart(block, kept, is_single):
             return hidden_states_of(block(*args, **kwargs))
 
-    with _unseen():
-        states = checkpoint(run, *args, use_reentrant=False, **kwargs) if recompute else run(*args, **kwargs)
+    states = run_apart(run, args, kwargs, device, dtype, recompute)
     host = hidden_states_of(output)
     return states.to(device=host.device, dtype=host.dtype)
+
+
+def run_apart(
+    run: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: str,
+    dtype: str | None,
+    recompute: bool,
+) -> Tensor:
+    """Runs a guest: hidden from who collects the states of blocks, perhaps under autocast, perhaps recomputed."""
+
+    def cast(*args: Any, **kwargs: Any) -> Tensor:
+        with _bfloat16(device) if dtype == "bfloat16" else nullcontext():
+            return run(*args, **kwargs)
+
+    with _unseen():
+        if recompute:
+            states: Tensor = checkpoint(cast, *args, use_reentrant=False, **kwargs)
+            return states
+        return cast(*args, **kwargs)
 
 
 def is_checkpointed(block: nn.Module) -> bool:

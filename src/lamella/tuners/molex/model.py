@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lamella.tuners.molex.checks import examine_guests
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.inner_lora import find_targets, inject_lora, lora_layers
 from lamella.tuners.molex.plan import make_plans
+from lamella.tuners.molex.second_model import load_second_model
 from lamella.tuners.molex.summarising import summarise
 from lamella.tuners.tensors import is_meta, placed
 
@@ -54,7 +56,11 @@ class MolexModel(RoutedModel):
         config: MolexConfig = self.peft_config[adapter_name]
         with refusals_in_a_sentence(model), _bare_blocks(model):
             self._stacks = locate_stacks(model)
-            self._plans = make_plans(model, config, self._stacks)
+            second = None
+            if config.guests_of is not None and config.mixes:
+                second, digest = load_second_model(config, model, self._stacks)
+                config = self.peft_config[adapter_name] = replace(config, guests_sha256=digest)
+            self._plans = make_plans(model, config, self._stacks, len(second or ()))
             inside, outside = ([], []) if config.lora is None else find_targets(model, config, self._stacks)
             self._blocks = {stack.name: list(model.get_submodule(stack.name).children()) for stack in self._stacks}
             if config.lora is not None:
@@ -63,11 +69,12 @@ class MolexModel(RoutedModel):
         self._depths = {
             f"{plan.stack.name}.{depth.index}": (plan.stack, depth) for plan in self._plans for depth in plan.depths
         }
+        self._seconds = [] if second is None else [second]  # no module of the tuner itself
         self._excluded = {name for plan in self._plans for name, _ in plan.skipped}
         self._holders: dict[tuple[str, str], MolexBlock] = {}
         # How the config's modules are matched is settled here; a file's names say no more.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        self.keep_summary(summarise(model, adapter_name, config, self._plans, inside, outside))
+        self.keep_summary(summarise(model, adapter_name, config, self._plans, inside, outside, second))
 
     @torch.no_grad()
     def alphas(self, adapter_name: str | None = None) -> dict[str, float]:
@@ -132,9 +139,11 @@ class MolexModel(RoutedModel):
         router_at = self._holder("router", peft_config.router_scope, stack, block) if depth.routes else None
         learns_alpha = depth.mixes and peft_config.alpha_mode == "learned"
         alpha_at = self._holder("alpha", peft_config.alpha_scope, stack, block) if learns_alpha else None
-        block.update_layer(adapter_name, peft_config, depth, width_of(self.model, stack.name), router_at, alpha_at)
+        seconds = [(self._holder("guests", "shared", stack, block), one) for one in self._seconds if depth.mixes]
+        width = width_of(self.model, stack.name)
+        block.update_layer(adapter_name, peft_config, depth, width, router_at, alpha_at, *seconds)
         if adapter_name not in self.active_adapters:
-            for held in (block.lamella_molex_router, block.lamella_molex_alpha):
+            for held in (block.lamella_molex_router, block.lamella_molex_alpha, block.lamella_molex_guests):
                 if adapter_name in held:
                     held[adapter_name].requires_grad_(False)
 

@@ -19,7 +19,8 @@ class Depth:
 
     Attributes:
         index: the block's index in its stack.
-        candidates: indices of the blocks that can be its guest, itself among them where that is one.
+        candidates: indices of the blocks that can be its guest, itself among them where that is one; those of a second
+            model go on from the stack's own.
         top_k: guests per decision.
         mixes: whether it has a guest at all.
         routes: whether a router decides; with a single candidate there is nothing to decide.
@@ -42,13 +43,14 @@ class StackPlan:
     notes: tuple[str, ...]
 
 
-def make_plans(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -> list[StackPlan]:
+def make_plans(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack], others: int = 0) -> list[StackPlan]:
     """Settles what happens in each stack.
 
     Args:
         model: the model, with its bare blocks in place.
         config: the settings.
         stacks: its stacks.
+        others: blocks of a second model that can be guests too.
 
     Raises:
         LamellaError: settings that do not fit this model, or that leave a router nothing to decide.
@@ -66,7 +68,7 @@ def make_plans(model: nn.Module, config: MolexConfig, stacks: Sequence[Stack]) -
     plans = [
         StackPlan(stack, (), ((stack.name, obstacles[stack.name]),), ())
         if stack.name in obstacles
-        else _plan(model, config, stack, layers)
+        else _plan(model, config, stack, layers, others)
         for stack, layers in wrapped
     ]
     _refuse_idle(config, [depth for plan in plans for depth in plan.depths])
@@ -82,14 +84,14 @@ def _why_not(model: nn.Module, stack: Stack) -> str | None:
     return why_no_sequences(model, stack.name)
 
 
-def _plan(model: nn.Module, config: MolexConfig, stack: Stack, layers: list[int]) -> StackPlan:
+def _plan(model: nn.Module, config: MolexConfig, stack: Stack, layers: list[int], others: int) -> StackPlan:
     kinds = kinds_of_blocks(model, stack)
     excluded = {layer for layer in layers if _is_excluded(config, f"{stack.name}.{layer}")}
     depths: list[Depth] = []
     skipped = [(f"{stack.name}.{layer}", "named in exclude_modules") for layer in sorted(excluded)]
     notes: list[str] = []
     for layer in [layer for layer in layers if layer not in excluded]:
-        candidates = _candidates(config, stack, kinds, layer)
+        candidates = _candidates(config, stack, kinds, layer, others)
         depth = _depth(config, layer, candidates)
         depths.append(depth)
         if config.mixes and not depth.mixes:
@@ -104,20 +106,21 @@ def _is_excluded(config: MolexConfig, name: str) -> bool:
     return not check_target_module_exists(asked, name)
 
 
-def _candidates(config: MolexConfig, stack: Stack, kinds: list[str], layer: int) -> tuple[int, ...]:
+def _candidates(config: MolexConfig, stack: Stack, kinds: list[str], layer: int, others: int) -> tuple[int, ...]:
     alike = [other for other, kind in enumerate(kinds) if kind == kinds[layer]]
+    alike += range(stack.depth, stack.depth + others)  # behind an aligner, any can run in any place
     if config.policy == "self":
         return (layer,)
     if config.policy == "fixed":
         assert config.fixed_layer is not None
-        _refuse_outside([config.fixed_layer], "fixed_layer", config.fixed_layer, stack)
+        _refuse_outside([config.fixed_layer], "fixed_layer", config.fixed_layer, stack, others)
         return tuple(other for other in alike if other == config.fixed_layer)
     if config.candidates == "all":
         return tuple(alike)
     if config.candidates == "later":
         return tuple(other for other in alike if other > layer)
     assert isinstance(config.candidates, list)
-    _refuse_outside(config.candidates, "candidates", config.candidates, stack)
+    _refuse_outside(config.candidates, "candidates", config.candidates, stack, others)
     unlike = [other for other in config.candidates if other not in alike]
     if unlike:
         raise LamellaError(
@@ -128,11 +131,13 @@ def _candidates(config: MolexConfig, stack: Stack, kinds: list[str], layer: int)
     return tuple(sorted(config.candidates))
 
 
-def _refuse_outside(indices: list[int], setting: str, value: object, stack: Stack) -> None:
-    outside = [index for index in indices if index >= stack.depth]
+def _refuse_outside(indices: list[int], setting: str, value: object, stack: Stack, others: int) -> None:
+    outside = [index for index in indices if index >= stack.depth + others]
     if outside:
+        more = f" and the second model {others}" if others else ""
         raise LamellaError(
-            f"{setting}={value!r} names block {outside[0]}, but {stack.name} has {stack.depth} blocks, counted from 0."
+            f"{setting}={value!r} names block {outside[0]}, but {stack.name} has {stack.depth} blocks{more}, counted "
+            "from 0."
         )
 
 

@@ -32,7 +32,7 @@ def best_fixed_layer(
     config: MolexConfig | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = loss_of_model,
 ) -> int:
-    """Finds the block that, as every block's guest, gives the lowest mean loss on training data.
+    """Finds the block of the model's own that, as every block's guest, gives the lowest mean loss on training data.
 
     Args:
         model: the pretrained model, before ``get_peft_model``; left as it is.
@@ -58,6 +58,10 @@ def best_fixed_layer(
         "modules_to_save": None,
         "task_type": None,
         "candidates": "all",
+        "guests_of": None,
+        "guest_aligner": "linear",
+        "guest_weights": "pretrained",
+        "guests_sha256": None,
     }
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]

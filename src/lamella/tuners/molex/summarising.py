@@ -8,6 +8,7 @@ from torch import nn
 from lamella.backbones import find_place
 from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.plan import Depth, StackPlan
+from lamella.tuners.molex.second_model import SecondModel
 from lamella.tuners.summary import Summary
 
 
@@ -18,6 +19,7 @@ def summarise(
     plans: Sequence[StackPlan],
     inside: Sequence[str],
     outside: Sequence[str],
+    second: SecondModel | None = None,
 ) -> Summary:
     """The summary of an adapter that has just been injected.
 
@@ -28,6 +30,7 @@ def summarise(
         plans: what happens in each stack.
         inside: modules that its LoRA adapts.
         outside: modules that its LoRA matches but leaves alone.
+        second: the model whose blocks are guests too; None without one.
     """
     stacks = tuple(plan.stack for plan in plans)
     modules = {stack.name: [0] * stack.depth for stack in stacks}
@@ -45,7 +48,12 @@ def summarise(
         top_k={plan.stack.name: _by_block(plan, lambda depth: depth.top_k) for plan in plans},
         modules=modules,
         skipped=tuple(skipped),
-        notes=(*_settings(config), *_candidates(config, plans), *(note for plan in plans for note in plan.notes)),
+        notes=(
+            *_settings(config),
+            *([] if second is None else second.described(stacks[0].depth)),
+            *_candidates(config, plans, len(second or ())),
+            *(note for plan in plans for note in plan.notes),
+        ),
         trainable=_trainable(model, adapter),
         unit=config.granularity,
     )
@@ -70,12 +78,12 @@ def _settings(config: MolexConfig) -> Iterator[str]:
         yield "the router is frozen as it was drawn: router_gradient='none', router_aux_loss_coef=0"
 
 
-def _candidates(config: MolexConfig, plans: Sequence[StackPlan]) -> Iterator[str]:
+def _candidates(config: MolexConfig, plans: Sequence[StackPlan], others: int) -> Iterator[str]:
     """Which blocks can be chosen, where it is not simply all of them."""
     if config.policy == "self":
         return
     for plan in plans:
-        everything = tuple(range(plan.stack.depth))
+        everything = tuple(range(plan.stack.depth + others))
         alike: dict[tuple[int, ...], list[int]] = {}
         for depth in plan.depths:
             if depth.mixes and depth.candidates != everything:
