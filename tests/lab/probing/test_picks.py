@@ -100,6 +100,8 @@ def test_what_has_no_picks_is_refused(bert, finished_run, tmp_path):
         picks_of(finished_run(MOLA).folder.path, model)
     with pytest.raises(LamellaError, match="holds no run"):
         picks_of(tmp_path, model)
+    with pytest.raises(LamellaError, match=r"picks among blocks of a second model too"):
+        picks_of(finished_run(MOLEX | {"guests_of": bert}).folder.path, model)
     with pytest.raises(LamellaError, match=r"policy='random', so that no router picks.*policy=learned"):
         picks_of(finished_run(MOLEX | {"policy": "random"}).folder.path, model)
     run = finished_run(MOLEX).folder.path

@@ -89,6 +89,11 @@ def picks_of(run: Path, model: nn.Module) -> Picks:
             f"{run} has policy={method.policy!r}, so that no router picks blocks in it. Give a run of policy=learned; "
             "random picks stand beside its own in any case."
         )
+    if method.guests_of is not None:
+        raise LamellaError(
+            f"{run} picks among blocks of a second model too, {method.guests_of}, and only {settings.model} is probed. "
+            "Give a run without guests_of."
+        )
     trace = RunFolder(run).table("trace.parquet", *FIRST_COLUMNS) if RunFolder(run).finished else None
     if trace is None or trace.empty:
         raise LamellaError(f"{run} has no trace of its picks: it is not finished, or has no guests. {way_out}")
