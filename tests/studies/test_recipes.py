@@ -145,7 +145,7 @@ def test_the_ablations_change_one_thing_each():
 
 def test_every_recipe_of_a_study_is_valid():
     names = [path.stem for path in RECIPES.glob("*.yaml")]
-    assert len(names) == 17
+    assert {"molex-trec", "molex-guests"} <= set(names), "the folder is the studies' own"
     for name in names:
         assert study_recipe(name).cells()
 
