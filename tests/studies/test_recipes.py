@@ -143,6 +143,17 @@ def test_the_ablations_change_one_thing_each():
     }
 
 
+def test_molex_by_size_searches_both_sides_alike_on_every_model():
+    cells = study_recipe("molex-size").cells()
+
+    assert list(dict.fromkeys(cell.backbone for cell in cells)) == ["minilm@3", "minilm", "mpnet"]
+    assert len(cells) == len({cell.key for cell in cells}) == 2 * 3 * 3
+    searched = {(cell.backbone, cell.method): cell.search for cell in cells}
+    assert len({search.key for search in searched.values()}) == 6
+    assert len({(search.tries, str(search.space)) for search in searched.values()}) == 1
+    assert all(cell.settings.method.match.name == "molex" for cell in cells if cell.method == "LoRA")
+
+
 def test_every_recipe_of_a_study_is_valid():
     names = [path.stem for path in RECIPES.glob("*.yaml")]
     assert {"molex-trec", "molex-guests"} <= set(names), "the folder is the studies' own"
