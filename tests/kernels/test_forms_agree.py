@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.reference import mola
 from torch import Tensor
 
-from lamella.kernels import choose_form, mix_dense, mix_reference, mix_sorted, project
+from lamella.kernels import choose_form, mix_dense, mix_few, mix_reference, mix_sorted, project
 
 SCALING = 1.75
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -128,6 +128,19 @@ def test_every_form_equals_the_loops_in_outputs_and_all_gradients(case: Case) ->
             )
 
 
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.booleans())
+def test_few_tokens_without_gradients_equal_them_too(case: Case, shares: bool) -> None:
+    leaves = case.leaves()
+    weights, indices = decide(case, leaves)
+    A = leaves["A"][:1] if shares else leaves["A"]
+    arguments = (leaves["y"], leaves["x"], weights, indices, A, leaves["B"])
+    everyone = A.expand(case.experts, -1, -1)
+    expected = mix_reference(leaves["y"], leaves["x"], everyone, leaves["B"], spread(case, weights, indices), SCALING)
+    with torch.no_grad():
+        torch.testing.assert_close(mix_few(*arguments, SCALING), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_without_tokens_keeps_its_shapes_and_gets_zero_gradients(form: str) -> None:
     case = Case(tokens=0, experts=3, top_k=2, rank=2, seed=0)
@@ -159,6 +172,8 @@ def test_one_expert_without_weights_is_plain_lora(tokens: int, rank: int, in_pla
     again = case.leaves()
     plain = again["y"] + SCALING * again["x"] @ again["A"][0].t() @ again["B"][0].t()
     torch.testing.assert_close(result, plain, **CLOSE)
+    few = mix_few(again["y"], again["x"], None, None, again["A"], again["B"], SCALING)
+    torch.testing.assert_close(few, plain, **CLOSE)
     expected = gradients(plain, again)
     for leaf in ("y", "x", "A", "B"):
         torch.testing.assert_close(actual[leaf], expected[leaf], **CLOSE)

@@ -5,6 +5,7 @@ their outputs tell a router, read in rank space.
 """
 
 from lamella.kernels.dense import mix_dense, project
+from lamella.kernels.few import FEW, mix_few
 from lamella.kernels.frozen import FrozenLoras, concatenate, leave_out_unused, mix_frozen
 from lamella.kernels.merged import forward_frozen, mix_merged, prefers_merged
 from lamella.kernels.plain import mix_plain
@@ -13,6 +14,7 @@ from lamella.kernels.reference import mix_reference
 from lamella.kernels.sorted import SORTED_ABOVE, Form, choose_form, mix_sorted
 
 __all__ = [
+    "FEW",
     "SORTED_ABOVE",
     "Form",
     "FrozenLoras",
@@ -21,6 +23,7 @@ __all__ = [
     "forward_frozen",
     "leave_out_unused",
     "mix_dense",
+    "mix_few",
     "mix_frozen",
     "mix_merged",
     "mix_plain",

@@ -40,7 +40,12 @@ def project(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         ``x @ factor.T`` for each factor, ``(N, rows_j)``: views of one product.
     """
-    product: Tensor = _Project.apply(x, *factors)
+    if not torch.is_grad_enabled():
+        if len(factors) == 1:
+            return [torch.nn.functional.linear(x, factors[0])]
+        product = torch.nn.functional.linear(x, torch.cat([*factors]))  # (N, J)
+    else:
+        product = _Project.apply(x, *factors)
     return list(product.split([len(factor) for factor in factors], dim=-1))
 
 
@@ -51,7 +56,7 @@ class _MixDense(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(h, weights, B)
         ctx.scaling = scaling
-        return target(y, in_place).addmm_(_scale_columns(h, weights, B.shape[2]), _up(B), alpha=scaling)  # (N, out)
+        return _add(y, h, weights, B, scaling, in_place)
 
     @staticmethod
     @once_differentiable
@@ -90,8 +95,13 @@ def mix_dense(
     Returns:
         ``(N, out)``; in the memory of ``y`` where ``in_place``.
     """
-    mixed: Tensor = _MixDense.apply(y, h, weights, B, scaling, in_place)
+    mix = _MixDense.apply if torch.is_grad_enabled() else _add
+    mixed: Tensor = mix(y, h, weights, B, scaling, in_place)
     return mixed
+
+
+def _add(y: Tensor, h: Tensor, weights: Tensor | None, B: Tensor, scaling: float, in_place: bool) -> Tensor:
+    return target(y, in_place).addmm_(_scale_columns(h, weights, B.shape[2]), _up(B), alpha=scaling)  # (N, out)
 
 
 def target(y: Tensor, in_place: bool) -> Tensor:

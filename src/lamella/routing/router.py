@@ -80,7 +80,8 @@ class Router(nn.Module):
             product: ``x @ weight.T`` where a caller already has it from a GEMM shared with the experts, ``(N, E)``.
         """
         if product is None:
-            product = x @ self.weight.to(x.dtype).t()  # (N, E)
+            weight = self.weight if self.weight.dtype is x.dtype else self.weight.to(x.dtype)
+            product = nn.functional.linear(x, weight)  # (N, E)
         return self._score(x, _widen(product))
 
     def _score(self, x: Tensor, product: Tensor) -> Tensor:
@@ -171,4 +172,6 @@ def make_router(
 
 
 def _widen(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32:
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lamella.backbones import Rehearsal
-from lamella.routing import current_frame
+from lamella.routing import Frame, current_frame
 
 # What is done with a module that an adapter has no effect on.
 _ONLY_READ = "reads its weight without calling it, so that an adapter there has no effect"
@@ -25,9 +25,9 @@ def read_weight(layer: Any) -> Tensor:
     return weight
 
 
-def note_call(layer: nn.Module) -> None:
+def note_call(layer: nn.Module, frame: Frame | None) -> None:
     """Notes that a layer runs in this forward."""
-    if (frame := current_frame()) is not None:
+    if frame is not None:
         frame.call.called.add(layer)
 
 

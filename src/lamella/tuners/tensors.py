@@ -41,7 +41,9 @@ class AdapterTensors(nn.ModuleDict):
 
     def of(self, adapter: str) -> nn.Parameter:
         """An adapter's tensor."""
-        return cast(_Held, self[adapter]).weight
+        held = cast(_Held, self._modules[adapter])
+        weight = held._parameters.get("weight")  # sooner found than by the attribute, which may be no parameter's
+        return held.weight if weight is None else weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter in self:  # the names of the first edition, in a whole model's state

@@ -85,6 +85,10 @@ def equals_the_loops(name: str, form: str, monkeypatch: pytest.MonkeyPatch, **co
         tiny.assert_same(actual, expected, **FLOAT64)
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         assert len(actual) == 2 + len(trained)
+        for tokens in (1, 3, 17):  # one, few and many in a forward without gradients
+            x = torch.randn(1, tokens, layer.in_features, dtype=torch.float64)
+            with torch.no_grad():
+                torch.testing.assert_close(layer.eval()(x), by_loops(layer, x), **FLOAT64)
 
 
 def test_the_scaling_is_lora_alpha_over_r_or_over_its_root() -> None:

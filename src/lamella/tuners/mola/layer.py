@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella.backbones import Place
 from lamella.backbones.offloading import onloaded
 from lamella.errors import CannotMergeError, LamellaError
-from lamella.kernels import choose_form, mix_dense, mix_sorted, project
+from lamella.kernels import FEW, choose_form, mix_dense, mix_few, mix_sorted, project
 from lamella.routing import (
     Frame,
     Projection,
@@ -124,23 +124,43 @@ class MolaLinear(nn.Module, AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""
-        note_call(self)
+        frame = current_frame()
+        note_call(self, frame)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
         for adapter in self.active_adapters:
             if adapter in self.experts:
-                y = self._add_experts(adapter, x, y)
+                y = self._add_experts(adapter, x, y, frame)
         return y
 
-    def _add_experts(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+    def _add_experts(self, adapter: str, x: Tensor, y: Tensor, frame: Frame | None) -> Tensor:
         with onloaded(*self.held(adapter)):
-            return self._mix(adapter, x, y)
+            mix = self._mix_few if self._are_few(adapter, x) else self._mix
+            return mix(adapter, x, y, frame).view(y.shape).to(y.dtype)
 
-    def _mix(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+    def _are_few(self, adapter: str, x: Tensor) -> bool:
+        """Whether tokens are so few, as in decoding, that what prepares a large GEMM costs more than it saves."""
+        if self.training or torch.is_grad_enabled():
+            return False
+        tokens, experts = x.numel() // self.in_features, self.experts[adapter]
+        return experts.start is None and (tokens == 1 or (1 < tokens <= FEW and experts.is_dense))
+
+    def _mix_few(self, adapter: str, x: Tensor, y: Tensor, frame: Frame | None) -> Tensor:
+        experts, (A, B), weights, indices = self.experts[adapter], self.factors(adapter), None, None
+        dtype = _compute_dtype(x, A)
+        flat_x, flat_y = self._flat(x, dtype), y.reshape(-1, self.out_features)  # (N, in), (N, out)
+        product = self._router_product(adapter, flat_x)  # (N, E)
+        if product is not None:
+            routing = self._decide(adapter, x, product, frame)
+            weights, indices = routing.weights, routing.indices  # (N, k)
+        if not A.dtype == y.dtype == dtype:
+            return mix_few(flat_y.to(dtype), flat_x, weights, indices, A.to(dtype), B.to(dtype), experts.scaling)
+        return mix_few(flat_y, flat_x, weights, indices, A, B, experts.scaling)
+
+    def _mix(self, adapter: str, x: Tensor, y: Tensor, frame: Frame | None) -> Tensor:
         scaling = self.experts[adapter].scaling
         dtype = _compute_dtype(x, self.lamella_mola_lora_A.of(adapter))
-        frame = current_frame()
         h, logits = self._project(adapter, x, dtype, frame)  # (N, J*r), (N, r) or None; (N, E) or None
         B = self._up(adapter).to(dtype)  # (J, out, r)
         routing = self._route(adapter, x, logits, frame)
@@ -157,7 +177,7 @@ class MolaLinear(nn.Module, AdapterLayer):
                 indices = torch.cat((indices, indices + routing.num_experts), dim=-1)  # (N, 2k)
             A = self._all_A(adapter).to(dtype).expand(len(B), -1, -1)  # (J, r, in)
             mixed = mix_sorted(flat_y.to(dtype), dropped, weights, indices, A, B, scaling, in_place)
-        return mixed.view(y.shape).to(y.dtype)
+        return mixed
 
     @property
     def _owns_its_output(self) -> bool:
@@ -165,7 +185,8 @@ class MolaLinear(nn.Module, AdapterLayer):
         return is_plain(self.base_layer)
 
     def _flat(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.reshape(-1, self.in_features).to(dtype)  # (N, in)
+        flat = x.reshape(-1, self.in_features)  # (N, in)
+        return flat if flat.dtype is dtype else flat.to(dtype)
 
     def _project(
         self, adapter: str, x: Tensor, dtype: torch.dtype, frame: Frame | None
@@ -236,7 +257,8 @@ class MolaLinear(nn.Module, AdapterLayer):
     def _router_weight(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:
         if adapter not in self.lamella_mola_router:
             return []
-        return [self._router(adapter).weight.to(dtype)]  # (E, in)
+        weight = self._router(adapter).weight  # (E, in)
+        return [weight if weight.dtype is dtype else weight.to(dtype)]
 
     def _router_product(self, adapter: str, flat_x: Tensor) -> Tensor | None:
         weight = self._router_weight(adapter, flat_x.dtype)
@@ -257,18 +279,22 @@ class MolaLinear(nn.Module, AdapterLayer):
         experts = self.experts[adapter]
         router = self._router(adapter)
         routing = router.route(router.logits(x.reshape(-1, self.in_features), product), experts.top_k)
-        observers = frame.observers if frame is not None else ()
         trains = (
             self.training
             and router.weight.requires_grad
             and (experts.router_aux_loss_coef > 0 or experts.router_z_loss_coef > 0)
         )
-        if not observers and not trains:
+        if not trains and (frame is None or not frame.observers):
             return routing
-        mask = frame.token_mask(x, self.place.reads_encoder, self.name) if frame is not None else None
-        for observe in observers:
-            observe(self, adapter, routing, mask, x.shape[:-1])
+        mask = None if frame is None else self._tell(adapter, x, routing, frame)
         return self._attach_losses(adapter, routing, mask, frame) if trains else routing
+
+    def _tell(self, adapter: str, x: Tensor, routing: Routing, frame: Frame) -> Tensor | None:
+        """Tells the observers what was decided; returns which tokens are real, ``(N,)``."""
+        mask = frame.token_mask(x, self.place.reads_encoder, self.name)
+        for observe in frame.observers:
+            observe(self, adapter, routing, mask, x.shape[:-1])
+        return mask
 
     def _attach_losses(self, adapter: str, routing: Routing, mask: Tensor | None, frame: Frame | None) -> Routing:
         refuse_reentrant_collection(frame)
@@ -354,8 +380,9 @@ class MolaLinear(nn.Module, AdapterLayer):
 
     def held(self, adapter: str) -> list[nn.Module]:
         """The modules that hold the tensors of an adapter, none of which is called."""
-        held = (getattr(self, name) for name in self.adapter_layer_names)
-        return [modules[adapter] for modules in held if adapter in modules]
+        own: Any = self._modules  # sooner asked than by attribute, at each token
+        held = (own[name]._modules.get(adapter) for name in self.adapter_layer_names)
+        return [module for module in held if module is not None]
 
     def routed(self, adapter: str) -> bool:
         """Whether this module has a router for the adapter."""

@@ -165,7 +165,7 @@ class MoleLinear(Member, AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps ``x (..., in)`` to ``(..., out)``."""
-        note_call(self)
+        note_call(self, current_frame())
         frame, y = current_frame(), None
         for adapter in [] if self.disable_adapters else self.active_adapters:
             if adapter not in self.groups:

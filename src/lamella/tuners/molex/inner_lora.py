@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lamella.backbones import Stack, find_place, rehearse
 from lamella.errors import LamellaError
+from lamella.routing import current_frame
 from lamella.tuners.bypassing import note_call, read_weight, why_unfit
 from lamella.tuners.config import wrote_before
 from lamella.tuners.molex.config import MolexConfig
@@ -35,7 +36,7 @@ class LoraLinear(Linear):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
-        note_call(self)
+        note_call(self, current_frame())
         output: Tensor = super().forward(*args, **kwargs)
         return output
 
