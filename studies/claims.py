@@ -247,7 +247,24 @@ CLAIMS = (
     ),
     Claim(_MOLEX, "so does the cosine router", "B.1", _on("molex-ablations", "cosine sigmoid", "MoLEx")),
     Claim(_MOLEX, "costs 1.83 times LoRA", "E.3", [_step_time]),
-    Claim(_MOLEX, "gains with larger models", "abstract", _on("molex-mpnet-trec molex-smollm2", "MoLEx", "LoRA")),
+    Claim(
+        _MOLEX,
+        "better than LoRA on larger models too",
+        "abstract",
+        [Compared("molex-size", "MoLEx", "LoRA", f"trec, {model}") for model in ("minilm@3", "minilm", "mpnet")],
+    ),
+    Claim(
+        _MOLEX,
+        "another model's layers are better guests than the own",
+        "left open",
+        _on("molex-guests", "MPNet's blocks", "MoLEx"),
+    ),
+    Claim(
+        _MOLEX,
+        "they are better guests than random blocks",
+        "this project",
+        _on("molex-guests", "MPNet's blocks", "random blocks"),
+    ),
     Claim(_MOLEX, "GLUE with RoBERTa, E2E with GPT-2", "tables 1, 2", cannot="neither model nor data is at hand"),
     Claim(
         _MOLA,

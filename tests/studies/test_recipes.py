@@ -105,7 +105,6 @@ def test_the_published_models_have_the_published_sizes(task):
         ("molex-trec", 5, True),
         ("molex-movies", 5, True),
         ("molex-sst2", 5, True),
-        ("molex-mpnet-trec", 3, False),
         ("molex-smollm2", 3, False),
     ],
 )
