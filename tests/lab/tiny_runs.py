@@ -34,12 +34,12 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def tiny_bert(folder: Path) -> str:
+def tiny_bert(folder: Path, layers: int = 2) -> str:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(SPECIAL + WORDS),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,

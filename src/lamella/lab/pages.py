@@ -10,7 +10,7 @@ import pandas as pd
 
 from lamella.findings import Diagnosis
 from lamella.lab.report.report import Report
-from lamella.lab.report.tokens import token_texts
+from lamella.lab.report.tokens import TokenText, token_texts
 from lamella.lab.robustness.comparison import Robustness
 from lamella.lab.runs.by_task import BY_TASK
 from lamella.lab.runs.callbacks import entropy_over_training
@@ -46,9 +46,7 @@ def study_report(title: str, study: Study, costs: pd.DataFrame) -> Report:
         routing=_over_methods({method: _routing(run) for method, run in routed.items()}),
         by_task=_by_task(routed),
         entropy=_entropy(routed),
-        texts=()
-        if traced is None or traced.tokens.empty
-        else token_texts(traced.tokens, traced.texts, traced.num_experts),
+        texts=() if traced is None else _texts(traced),
         redundancy=_redundancy(routed),
         choices=study_choices(study),
         settings=study.settings,
@@ -185,12 +183,17 @@ def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:
         by_task=None if traced.by_task is None else traced.by_task.assign(method=name),
         settings={} if (settings := traced.trained.place.settings) is None else settings.model_dump(mode="json"),
         notes=scored.notes,
-        texts=token_texts(traced.tokens, traced.texts, traced.num_experts),
+        texts=_texts(traced),
         redundancy=traced.trained.redundancy(),
         findings=diagnosis.findings,
         findings_checked=True,
         about=traced,
     )
+
+
+def _texts(traced: Traced) -> list[TokenText]:
+    """Some texts token by token; none where decisions are for whole sequences, as MoLEx's are."""
+    return [] if traced.tokens.empty else token_texts(traced.tokens, traced.texts, traced.num_experts)
 
 
 def _shown_cost(cost: pd.DataFrame) -> pd.DataFrame:
