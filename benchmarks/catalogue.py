@@ -1,6 +1,7 @@
 """Which benchmarks there are."""
 
 from benchmarks.forms import FORMS
+from benchmarks.library import LIBRARY
 from benchmarks.mola import MOLA
 from benchmarks.mole import MOLE
 from benchmarks.molex import MOLEX
@@ -12,6 +13,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mola": MOLA,
     "molex": MOLEX,
     "mole": MOLE,
+    "library": LIBRARY,
     "similarity": SIMILARITY,
     "serving": SERVING,
     "forms": FORMS,

@@ -34,21 +34,21 @@ def test_directions_are_as_long_as_the_singular_values_and_orthogonal(shape):
 
 def test_spectrum_is_the_length_of_what_a_lora_puts_out():
     expected = [[retrieval.spectrum(x, one.A, one.B, one.scaling) for one in LORAS] for x in X]
-    torch.testing.assert_close(key_named("spectrum").score(X, HELD), torch.tensor(expected))
+    torch.testing.assert_close(key_named("spectrum").scorer(HELD)(X), torch.tensor(expected))
 
 
 def test_arrow_is_the_cosine_with_the_strongest_direction():
     expected = [[retrieval.arrow(x, one.A, one.B) for one in LORAS] for x in X]
-    torch.testing.assert_close(key_named("arrow").score(X, HELD), torch.tensor(expected))
+    torch.testing.assert_close(key_named("arrow").scorer(HELD)(X), torch.tensor(expected))
 
 
 def test_centroids_take_the_nearest_and_rows_of_zeros_count_for_nothing():
     middles = torch.randn(3, 4, 10, generator=torch.Generator().manual_seed(2))
     middles[1, 2:] = 0
-    found = key_named("centroids").score(X, middles)
+    found = key_named("centroids").scorer(middles)(X)
     expected = [[retrieval.centroids(x, one[one.any(dim=1)]) for one in middles] for x in X]
     torch.testing.assert_close(found, torch.tensor(expected))
-    assert not key_named("centroids").score(X, torch.zeros(2, 1, 10)).any()
+    assert not key_named("centroids").scorer(torch.zeros(2, 1, 10))(X).any()
 
 
 def test_another_key_is_refused_with_those_that_there_are():

@@ -20,9 +20,10 @@ from lamella.adapters.indexing import INDEX
 
 
 def save(folder, seed=0, model=tiny.bert, **settings):
-    torch.manual_seed(seed)
+    base = model()
+    torch.manual_seed(seed)  # building seeds too
     config = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False, **settings}
-    get_peft_model(model(), LoraConfig(**config)).save_pretrained(folder)
+    get_peft_model(base, LoraConfig(**config)).save_pretrained(folder)
     return folder
 
 

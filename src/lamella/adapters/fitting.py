@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lamella.adapters.identity import check_base
-from lamella.adapters.indexing import Entry, Layout
+from lamella.adapters.indexing import Layout
 from lamella.adapters.library import AdapterLibrary
 from lamella.adapters.mapping import map_to
 from lamella.adapters.source import MODEL, Factors, LoraSource
@@ -26,15 +26,32 @@ class Fit:
     misfits: dict[str, str] = field(default_factory=dict)
 
 
-def outline(entry: Entry) -> LoraSource:
-    """A LoRA of which all but the numbers is known: its tensors are on the device "meta"."""
-    factors = {
-        module: Factors(torch.empty(s.r, s.in_features, device="meta"), torch.empty(s.out_features, s.r, device="meta"),
-                        s.scaling)
-        for module, s in entry.layout
-    }  # fmt: skip
-    beside = tuple((name, "left to the base") for name in entry.beside)
-    return LoraSource(entry.name, entry.reference, entry.format, entry.base, {MODEL: factors}, beside)
+@dataclass(frozen=True)
+class Outline(LoraSource):
+    """A LoRA of a library of which all but the numbers is known: its tensors are on the device "meta".
+
+    Attributes:
+        library: that has it.
+    """
+
+    library: AdapterLibrary | None = None
+
+
+def outlines(library: AdapterLibrary) -> list[Outline]:
+    """The LoRAs of a library, in order; those of one layout share their components."""
+    components = {layout: {MODEL: _without_numbers(layout)} for layout in library.layouts}
+    return [
+        Outline(one.name, one.reference, one.format, one.base, components[one.layout], (), library=library)
+        for one in library
+    ]
+
+
+def _without_numbers(layout: Layout) -> dict[str, Factors]:
+    found = {}
+    for module, (r, in_features, out_features, scaling) in layout:
+        A, B = torch.empty(r, in_features, device="meta"), torch.empty(out_features, r, device="meta")
+        found[module] = Factors(A, B, scaling)
+    return found
 
 
 def fit(model: nn.Module, library: AdapterLibrary) -> Fit:
@@ -44,6 +61,7 @@ def fit(model: nn.Module, library: AdapterLibrary) -> Fit:
     none for it.
     """
     found = Fit()
+    sources = {source.name: source for source in outlines(library)}
     for layout, names in library.layouts.items():
         reasons: dict[str | None, str | None] = {}  # by the base that is named
         firsts: dict[str | None, str] = {}
@@ -51,7 +69,7 @@ def fit(model: nn.Module, library: AdapterLibrary) -> Fit:
             entry = library[name]
             if entry.base not in reasons:
                 firsts[entry.base] = name
-                reasons[entry.base] = _place(model, outline(entry), layout, found)
+                reasons[entry.base] = _place(model, sources[name], layout, found)
             if reason := reasons[entry.base]:
                 first = firsts[entry.base]
                 found.misfits[name] = reason if name == first else f"{name!r} is like {first!r}: {reason}"

@@ -21,7 +21,7 @@ from lamella.adapters.source import LoraSource, Reference
 from lamella.errors import LamellaError
 from lamella.files import atomic
 
-Place = str | Path | Reference
+Place = str | Path | Reference | LoraSource
 _VERSION = 1
 _OPEN = 256  # LoRAs whose files stay mapped
 
@@ -174,6 +174,9 @@ class AdapterLibrary:
                 stacklevel=3,
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterLibrary":
+        return self  # a copied model has the same library, which does not change
+
     def __repr__(self) -> str:
         return f"AdapterLibrary({len(self)} LoRAs, {len(self.left_out)} left out, index {self.path})"
 
@@ -188,7 +191,7 @@ def _places(source: Any) -> tuple[dict[str, Reference], dict[str, str], Path | N
     elif isinstance(source, Mapping | Sequence):
         folder = None
         named = source.items() if isinstance(source, Mapping) else ((_stem(place), place) for place in source)
-        given = [(name, place if isinstance(place, Reference) else Reference(str(place))) for name, place in named]
+        given = [(name, _reference(place)) for name, place in named]
     else:
         raise LamellaError(
             f"A library is a folder of LoRAs, or their places, and here a {type(source).__name__} is given."
@@ -203,6 +206,12 @@ def _places(source: Any) -> tuple[dict[str, Reference], dict[str, str], Path | N
         else:
             places[name] = reference
     return places, twice, folder
+
+
+def _reference(place: Place) -> Reference:
+    if isinstance(place, LoraSource):
+        return place.reference
+    return place if isinstance(place, Reference) else Reference(str(place))
 
 
 def _refresh(places: Mapping[str, Reference], before: _Index, tell: Callable[[int, int], None]) -> _Index:
@@ -326,8 +335,8 @@ def _say_anew(path: Path, why: str) -> None:
 
 
 def _stem(place: Place) -> str:
-    named = (place.subfolder or place.source) if isinstance(place, Reference) else str(place)
-    path = Path(named)
+    reference = _reference(place)
+    path = Path(reference.subfolder or reference.source)
     return path.stem if path.suffix == ".safetensors" else path.name
 
 

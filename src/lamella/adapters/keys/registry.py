@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lamella.errors import LamellaError
 
-Score = Callable[[Tensor, Tensor], Tensor]
+Score = Callable[[Tensor], Tensor]
+MakeScore = Callable[[Tensor], Score]
 Held = Literal["directions", "centroids"]
 
 
@@ -17,24 +18,24 @@ class RetrievalKey(NamedTuple):
     Attributes:
         name: in a config.
         reads: what the index holds of each LoRA that it reads.
-        score: from inputs ``(S, in)`` and what n LoRAs have there, ``(n, rows, in)``, to scores ``(S, n)``, the larger
-            the better, 0 where a LoRA has only zeros.
+        scorer: from what n LoRAs have there, ``(n, rows, in)``, to their score of inputs: ``(S, in)`` to ``(S, n)``,
+            the larger the better, 0 where a LoRA has only zeros.
     """
 
     name: str
     reads: Held
-    score: Score
+    scorer: MakeScore
 
 
 _KEYS: dict[str, RetrievalKey] = {}
 
 
-def retrieval_key(name: str, reads: Held) -> Callable[[Score], Score]:
+def retrieval_key(name: str, reads: Held) -> Callable[[MakeScore], MakeScore]:
     """Registers the function below it as a retrieval key."""
 
-    def register(score: Score) -> Score:
-        _KEYS[name] = RetrievalKey(name, reads, score)
-        return score
+    def register(scorer: MakeScore) -> MakeScore:
+        _KEYS[name] = RetrievalKey(name, reads, scorer)
+        return scorer
 
     return register
 

@@ -2,22 +2,22 @@
 
 from torch import Tensor
 
-from lamella.adapters.keys.registry import retrieval_key
+from lamella.adapters.keys.registry import Score, retrieval_key
 
 
 @retrieval_key("spectrum", reads="directions")
-def spectrum(x: Tensor, directions: Tensor) -> Tensor:
+def spectrum(directions: Tensor) -> Score:
     """``|S_i V_i^T x| / |x|``: all directions of a LoRA count, each by its singular value.
 
     Source: SpectR (arXiv 2504.03454), where each token has a score; here a prompt's mean has.
 
     Args:
-        x: ``(S, in)``.
         directions: ``S_i V_i^T`` of n LoRAs, ``(n, r, in)``.
-
-    Returns:
-        ``(S, n)``.
     """
-    answers = x @ directions.flatten(0, 1).t()  # (S, n * r)
-    lengths: Tensor = answers.unflatten(-1, directions.shape[:2]).norm(dim=-1)  # (S, n)
-    return lengths / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    flat = directions.flatten(0, 1)  # (n * r, in)
+
+    def score(x: Tensor) -> Tensor:
+        answers = (x @ flat.t()).unflatten(-1, directions.shape[:2])  # (S, n, r)
+        return answers.square().sum(dim=-1).sqrt() / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+    return score

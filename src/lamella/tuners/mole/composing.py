@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lamella.adapters import AdapterLibrary, LoraSource, Reference, by_name, fit, read_lora
+from lamella.adapters.fitting import outlines
 from lamella.errors import LamellaError
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.plan import refuse_too_few
@@ -47,7 +48,15 @@ def compose(
             f"The config names LoRAs already ({', '.join(config.adapters)}); leave its adapters empty and give them to "
             "compose, or call get_peft_model(model, config)."
         )
-    sources = read_fitting(base, adapters) if isinstance(adapters, AdapterLibrary) else read_given(adapters)
+    sources: Sequence[LoraSource]
+    if config.shortlist is not None:
+        sources = outlines(
+            fitting(base, adapters if isinstance(adapters, AdapterLibrary) else AdapterLibrary(adapters))
+        )
+    elif isinstance(adapters, AdapterLibrary):
+        sources = [adapters.read(name) for name in fitting(base, adapters).names]
+    else:
+        sources = read_given(adapters)
     refuse_too_few([source.name for source in sources])
     config.adapters = {source.name: source for source in sources}
     model: Any = get_peft_model(base, config, adapter_name)
@@ -75,8 +84,8 @@ def refuse_other_configs(config: Any) -> None:
         raise LamellaError(f"The config is a {type(config).__name__}; give a MoleConfig, or none for its defaults.")
 
 
-def read_fitting(base: nn.Module, library: AdapterLibrary) -> list[LoraSource]:
-    """Reads the LoRAs of a library that are for a model, and says which are not.
+def fitting(base: nn.Module, library: AdapterLibrary) -> AdapterLibrary:
+    """The LoRAs of a library that are for a model; says which are not.
 
     Raises:
         LamellaError: none is.
@@ -93,7 +102,7 @@ def read_fitting(base: nn.Module, library: AdapterLibrary) -> list[LoraSource]:
             "AdapterLibrary.only chooses others.",
             stacklevel=3,
         )
-    return [library.read(name) for name in library.names if name not in misfits]
+    return library.only([name for name in library.names if name not in misfits])
 
 
 def read_given(adapters: Mapping[str, Lora] | Sequence[Lora], pipe: Any = None) -> list[LoraSource]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from lamella.adapters import LoraSource, Reference
+from lamella.adapters.keys import key_named
 from lamella.adapters.locate import exists
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
@@ -28,16 +29,23 @@ class MoleConfig(LamellaConfig):
 
     ``y = W0 x + sum_i G_i s_i B_i A_i x`` in every linear module that a LoRA adapts, with one G for each group.
 
-    A router has ``K * K * D`` parameters and a few: for each of K logits one for each output of each of the K LoRAs, D
-    in the matrices that it reads (a block: query, key and value where adapted), times the positions for "flatten". At
-    width 768 with query and value adapted, that is 98 thousand for 8 LoRAs, 25 million for 128 and 1.5 billion for
-    1,000, each of 16 bytes in training with Adam; granularity "network" has one router a stack. The summary says how
-    many parameters all routers have.
+    A published router has ``K * K * D`` parameters and a few: for each of K logits one for each output of each of the K
+    LoRAs, D in the matrices that it reads (a block: query, key and value where adapted), times the positions for
+    "flatten". At width 768 with query and value adapted, that is 98 thousand for 8 LoRAs, 25 million for 128 and 1.5
+    billion for 1,000, each of 16 bytes in training with Adam; granularity "network" has one router a stack. A shared
+    router has D parameters and two, whatever K is. The summary says how many parameters all routers have.
 
     Args:
         adapters: the LoRAs by name, in the order of the routers' logits: paths, hub ids, references
             (``{source, revision, subfolder, sha256}``), or LoRAs that were read, of which the injection leaves the
             references. ``lamella.compose`` fills it in.
+        router: "published": each logit reads the outputs of all LoRAs, with weights of its own; or "shared": each reads
+            its LoRA's own outputs and their length, with weights that are the same for all, so that LoRAs may be added
+            after training, or taken away. None is "published", and "shared" with a shortlist.
+        shortlist: how many of the K LoRAs a sequence uses; retrieval chooses them for each group by what the group is
+            given of the sequence (of a decoder's, the prompt), and the others are not read. None for all. There is no
+            balance loss then, and where nothing tells the prompt the tokens that decide run without LoRAs.
+        retrieval: the key that chooses: "spectrum", "arrow" or "centroids" (`lamella.adapters.keys`).
         granularity: what has a router of its own: each "matrix", each "sublayer" (attention, MLP), each "block", or
             the "network" (each stack of blocks: encoder, decoder).
         router_input: what of the LoRAs' outputs a router reads: their "mean" over a sequence's real tokens, those of
@@ -70,6 +78,9 @@ class MoleConfig(LamellaConfig):
     target_modules: list[str] | set[str] | str | None = None
     init_lora_weights: bool = True
     adapters: dict[str, Any] = field(default_factory=dict)
+    router: Literal["published", "shared"] | None = None
+    shortlist: Count | None = None
+    retrieval: str = "spectrum"
     granularity: Literal["matrix", "sublayer", "block", "network"] = "block"
     router_input: Literal["mean", "token", "flatten"] = "mean"
     flatten_length: Count | None = None
@@ -92,7 +103,15 @@ class MoleConfig(LamellaConfig):
             name: given if isinstance(given, LoraSource) else _as_dict(name, given)
             for name, given in self.adapters.items()
         }
+        if self.shortlist is not None and self.balance == "log":
+            self.balance = "none"  # what no sequence has on its shortlist would cost infinitely much
         self._check_together()
+        self._check_router()
+
+    @property
+    def has_shared_router(self) -> bool:
+        """Whether the routers' weights are the same for all LoRAs."""
+        return self.router == "shared" or (self.router is None and self.shortlist is not None)
 
     @property
     def references(self) -> dict[str, Reference]:
@@ -188,6 +207,28 @@ class MoleConfig(LamellaConfig):
             raise LamellaError(
                 f"form={self.form!r} runs the block with every LoRA before its router can decide, so that "
                 f"top_k={self.top_k} would spare nothing. Use form='delta', or leave top_k out."
+            )
+
+    def _check_router(self) -> None:
+        key_named(self.retrieval)
+        if self.has_shared_router and (self.form != "delta" or self.router_input == "flatten"):
+            given = f"form={self.form!r}" if self.form != "delta" else "router_input='flatten'"
+            raise LamellaError(
+                f"router='shared' reads means or tokens in rank space; {given} needs router='published'."
+            )
+        if self.shortlist is None:
+            return
+        if self.router == "published":
+            raise LamellaError(
+                "A published router reads the outputs of all LoRAs, and with a shortlist only its own are computed. "
+                "Use router='shared', or leave the shortlist out."
+            )
+        unfit = {"router_input": "mean", "balance": "none", "embed_adapters": False}
+        wrong = next((name for name, value in unfit.items() if getattr(self, name) != value), None)
+        if wrong is not None:
+            raise LamellaError(
+                f"{wrong}={getattr(self, wrong)!r} does not go with a shortlist, which is made once for a sequence "
+                f"by its mean, of LoRAs that stay in their files and need no balance. Leave {wrong} out."
             )
 
 

@@ -31,7 +31,7 @@ from lamella.tuners.cache import recall
 from lamella.tuners.mole.balancing import RouterBalance
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.plan import GroupPlan
-from lamella.tuners.mole.router import MoleRouter, RankSpaceInputs, RouterInputs
+from lamella.tuners.mole.router import GroupRouter, RankSpaceInputs, RouterInputs
 
 
 class Member(nn.Module):
@@ -101,10 +101,10 @@ class Group:
         return (self.inputs or self.members)[0]
 
     @property
-    def router(self) -> MoleRouter:
+    def router(self) -> GroupRouter:
         """The router, which may be on another device than the members."""
         router = self.owner.lamella_mole_router[self.adapter]
-        assert isinstance(router, MoleRouter)
+        assert isinstance(router, GroupRouter)
         return router
 
     def mixing_weights(self, layer: Member, x: Tensor, frame: Frame | None) -> tuple[Tensor | None, Tensor | None]:
@@ -148,11 +148,18 @@ class Group:
         if decision is None:
             self._refuse_too_early(layer)
             self._refuse_other_rows(layer, x, frame)
-            with onloaded(*(member.lamella_mole_loras[self.adapter] for member in self.inputs)):
-                inputs = RankSpaceInputs(self.router, [member.loras(self.adapter) for member in self.inputs])
-            decision = self.decide(layer, x, inputs, frame, override)
+            decision = self.decide(layer, x, self.router_inputs(override), frame, override)
         shared = None if frame is None else frame.projections.pop((layer, self.adapter), None)
         return self.fit(decision, layer, x), shared.down if shared is not None and shared.x is x else None
+
+    def router_inputs(self, override: Override) -> RouterInputs:
+        """What the router reads."""
+        with onloaded(*(member.lamella_mole_loras[self.adapter] for member in self.inputs)):
+            return RankSpaceInputs(self.router, [member.loras(self.adapter) for member in self.inputs])
+
+    def without_decision(self, override: Override, like: Tensor) -> Tensor:
+        """The weights, ``(K,)`` as ``like``, of tokens that run without the decision."""
+        return override.weights(torch.zeros_like(like), None)
 
     def _taken_before(self, layer: Member, frame: Frame) -> Decision | None:
         """The decision already taken in this call; None where the module that took it is called again."""
@@ -248,7 +255,7 @@ class Group:
             frame.call.cached[self.key] = CachedDecision((logits.detach(),), readable.extent, first)
         real = sequences.total(read.long()) > 0  # (S,)
         self._show(logits, override, real, logits.shape[:1], frame)
-        uniform = None if readable.without is None else override.weights(torch.zeros_like(logits[0]), None)
+        uniform = None if readable.without is None else self.without_decision(override, logits[0])
         weights = override.weights(logits, self.config.top_k)
         return Decision(weights, layer, x.shape[:-1], readable.without, uniform, sequences), logits, real
 
@@ -330,7 +337,7 @@ class Group:
         if frame is None or not frame.observers:
             return
         rows = override.masked(logits.detach()).flatten(0, -2)  # (N, K)
-        given, top_k = mixing_weights(rows, self.config.top_k), self.config.top_k
+        given, top_k = mixing_weights(rows, self.config.top_k), self.config.top_k or self.config.shortlist
         weights, indices = given.sort(dim=-1, descending=True, stable=True)
         used = len(self.names) if override.allowed is None else int(override.allowed.sum())
         if top_k is not None:

@@ -17,7 +17,8 @@ from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
 from lamella.tuners.bypassing import note_call
 from lamella.tuners.mole.group import Group, Member
-from lamella.tuners.mole.router import MoleRouter
+from lamella.tuners.mole.router import GroupRouter
+from lamella.tuners.mole.shelf import Shelf
 from lamella.tuners.routed import AttachedLoss, RoutedLayer
 from lamella.tuners.tensors import AdapterLayer, is_plain
 
@@ -94,7 +95,7 @@ class MoleLinear(Member, AdapterLayer):
         return self.place is not None and self.place.reads_encoder
 
     def update_layer(
-        self, adapter: str, loras: FrozenLoras, constant: Tensor | None, saved: bool, router: MoleRouter | None
+        self, adapter: str, loras: FrozenLoras, constant: Tensor | None, saved: bool, router: GroupRouter | None
     ) -> None:
         """Gives this module the LoRAs of an adapter, what they add whatever the input, and the router to hold."""
         self.lamella_mole_loras[adapter] = FrozenFactors(loras, constant, saved)
@@ -102,9 +103,25 @@ class MoleLinear(Member, AdapterLayer):
             self.lamella_mole_router[adapter] = router
         self._move_adapter_to_device_of_base_layer(adapter)
 
+    def shelve(self, adapter: str, shelf: Shelf, router: GroupRouter | None) -> None:
+        """Gives this module the LoRAs of a library, and the router to hold."""
+        self.lamella_mole_loras[adapter] = shelf
+        if router is not None:
+            self.lamella_mole_router[adapter] = router
+        self._move_adapter_to_device_of_base_layer(adapter)
+
     def frozen(self, adapter: str) -> FrozenFactors:
-        """What the LoRAs of an adapter bring, as it is stored."""
+        """What the LoRAs of an adapter bring, as it is stored.
+
+        Raises:
+            LamellaError: they were never read, or are those of a library, of which only a shortlist is in memory.
+        """
         factors = self.lamella_mole_loras[adapter]
+        if isinstance(factors, Shelf):
+            raise LamellaError(
+                f"{self.name} has a shortlist for each sequence, and its {len(factors.ranks)} LoRAs never lie side by "
+                "side in memory. Compose those that are wanted without one: lamella.compose(base, library.only(names))."
+            )
         assert isinstance(factors, FrozenFactors)
         if not factors.known:
             self._refuse_unread(adapter, factors)
@@ -127,6 +144,9 @@ class MoleLinear(Member, AdapterLayer):
 
     def adding(self, adapter: str) -> Iterator[str]:
         """The LoRAs of an adapter that add anything here."""
+        if isinstance(shelf := self.lamella_mole_loras[adapter], Shelf):  # the index leaves out what adds nothing
+            yield from (name for name, r in zip(self.groups[adapter].names, shelf.ranks, strict=True) if r)
+            return
         with onloaded(self.lamella_mole_loras[adapter]):
             stored = self.frozen(adapter)
             parts = stored.B.split(list(stored.ranks), dim=1)  # K of (out, r)
@@ -189,6 +209,8 @@ class MoleLinear(Member, AdapterLayer):
         h: Tensor | None,
     ) -> Tensor:
         """The layer's output with its weighted LoRAs, ``(*rows, out)``."""
+        if isinstance(shelf := self.lamella_mole_loras[adapter], Shelf):
+            return shelf.mix(base(rows), rows, weights)
         loras, used, constant = self.loras(adapter), weights, self.frozen(adapter).constant
         if h is None and self.groups[adapter].leaves_out(weights):
             used, loras = leave_out_unused(weights, loras)

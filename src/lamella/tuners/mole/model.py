@@ -6,7 +6,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
-from lamella.adapters import projects
+from lamella.adapters import LoraSource, projects
 from lamella.backbones import Stack, find_place, find_stacks, width_of
 from lamella.errors import LamellaError
 from lamella.findings import Examination
@@ -18,7 +18,10 @@ from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.layer import CANNOT_MERGE, MoleLinear, MoleProjection, empty
 from lamella.tuners.mole.mixture import MoleMixture
 from lamella.tuners.mole.plan import GroupPlan, Plan, make_plan, read_sources, refuse_flatten_on_decoder, warn_of_missed
-from lamella.tuners.mole.router import MoleRouter
+from lamella.tuners.mole.router import GroupRouter, MoleRouter
+from lamella.tuners.mole.shared import SharedRouter
+from lamella.tuners.mole.shelf import Stock, stock_of
+from lamella.tuners.mole.shortlisted import ShortlistGroup
 from lamella.tuners.summary import Summary
 
 
@@ -40,12 +43,17 @@ class MoleModel(RoutedModel):
         """Reads the LoRAs and checks the whole request before the first module is touched, then injects."""
         config: MoleConfig = self.peft_config[adapter_name]
         stacks = find_stacks(model)
-        sources = read_sources(config) if config.embedded is None else None
+        stock: Stock | None = None
+        sources: Sequence[LoraSource] | None = None
+        if config.shortlist is not None:
+            stock, sources = stock_of(model, config.adapters, config.retrieval, config.shortlist)
+        elif config.embedded is None:
+            sources = read_sources(config)
         plan = make_plan(model, config, sources, stacks)
         self.seen = plan.seen
-        make = self._group_maker(model, plan, adapter_name, config, stacks)
+        make = self._group_maker(model, plan, adapter_name, config, stacks, stock)
         twin = self._adapter_with_the_same_loras(adapter_name) if sources is None else None
-        self._composition = Composition(plan, adapter_name, config, stacks, make, twin)
+        self._composition = Composition(plan, adapter_name, config, stacks, make, twin, stock)
         if plan.heads:
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *plan.heads})
         if sources is not None:
@@ -125,7 +133,13 @@ class MoleModel(RoutedModel):
             self._replace_module(parent, target_name, layer, target)
 
     def _group_maker(
-        self, model: nn.Module, plan: Plan, adapter: str, config: MoleConfig, stacks: Sequence[Stack]
+        self,
+        model: nn.Module,
+        plan: Plan,
+        adapter: str,
+        config: MoleConfig,
+        stacks: Sequence[Stack],
+        stock: Stock | None,
     ) -> Callable[[GroupPlan], Group]:
         causal = {stack.name for stack in stacks if stack.causal}
 
@@ -133,6 +147,8 @@ class MoleModel(RoutedModel):
             decoder = one.place.stack in causal
             if config.router_input == "flatten" and one.input == "own" and decoder:
                 refuse_flatten_on_decoder(one.place.stack)
+            if stock is not None:
+                return ShortlistGroup(one, adapter, config, plan.names, decoder, stock.table(one.inputs))
             if config.form == "delta" or one.input == "row":
                 return Group(one, adapter, config, plan.names, decoder)
             return BlockGroup(one, adapter, config, plan.names, decoder, width_of(model, one.place.stack))
@@ -157,6 +173,7 @@ class Composition:
         stacks: the model's stacks of blocks.
         make: makes a group from its plan.
         twin: an adapter that is there already and has the same LoRAs, where the plan has none.
+        stock: the library that LoRAs are shortlisted from; None where all are composed.
     """
 
     def __init__(
@@ -167,9 +184,10 @@ class Composition:
         stacks: Sequence[Stack],
         make: Callable[[GroupPlan], Group],
         twin: str | None = None,
+        stock: Stock | None = None,
     ) -> None:
         self.plan, self.adapter, self.config, self.stacks = plan, adapter, config, stacks
-        self.twin = twin
+        self.twin, self.stock = twin, stock
         self.distinct = [make(one) for one in plan.groups]
         self._of_module = {
             name: (one, group) for one, group in zip(plan.groups, self.distinct, strict=True) for name in one.members
@@ -197,7 +215,10 @@ class Composition:
             group.inputs.append(layer)
         router = self._router(one, group) if name == (one.inputs or one.members)[0] else None
         layer.groups[self.adapter] = group
-        layer.update_layer(self.adapter, *self._brought(name, layer), self.config.embed_adapters, router)
+        if self.stock is not None:
+            layer.shelve(self.adapter, self.stock.shelf(name), router)
+        else:
+            layer.update_layer(self.adapter, *self._brought(name, layer), self.config.embed_adapters, router)
         return layer
 
     def _brought(self, name: str, layer: MoleLinear) -> tuple[FrozenLoras, Tensor | None]:
@@ -210,13 +231,18 @@ class Composition:
         loras = self.plan.loras(name) if has_factors else empty(self.plan.ranks[name], layer)
         return loras, self.plan.constant(name)
 
-    def _router(self, one: GroupPlan, group: Group) -> MoleRouter:
+    def _router(self, one: GroupPlan, group: Group) -> GroupRouter:
         config, count = self.config, len(self.plan.names)
         widths = sum(self.plan.widths[read] for read in one.inputs)
         if isinstance(group, BlockGroup):
             widths = group.features
         positions = None if group.by_token else config.flatten_length
-        router = MoleRouter(count, widths, config.temperature, config.learn_temperature, positions, config.router_scale)
+        tau = (config.temperature, config.learn_temperature)
+        router: MoleRouter | SharedRouter
+        if config.has_shared_router:
+            router = SharedRouter(count, widths, *tau, config.router_scale)
+        else:
+            router = MoleRouter(count, widths, *tau, positions, config.router_scale)
         if not config.init_lora_weights:
             router.randomise()
         return router
@@ -230,7 +256,10 @@ class Composition:
             if place is not None:
                 modules[place.stack][place.layer] += 1
         by_block = {name: [len(plan.names) if count else 0 for count in counts] for name, counts in modules.items()}
-        used = {name: [min(count, config.top_k or count) for count in counts] for name, counts in by_block.items()}
+        used = {
+            name: [min(count, config.top_k or config.shortlist or count) for count in counts]
+            for name, counts in by_block.items()
+        }
         trainable = sum(p.numel() for group in self.distinct for p in group.router.parameters())
         return Summary(
             method=f"MOLE of {len(plan.names)} LoRAs",
@@ -254,7 +283,9 @@ def numbered(names: Sequence[str]) -> str:
 def _settings(config: MoleConfig, groups: Sequence[GroupPlan], parameters: int) -> Iterator[str]:
     tau = f"temperature {config.temperature:g}{', learned' if config.learn_temperature else ''}"
     yield f"{len(groups)} routers, one for each {config.granularity}, reading by {config.router_input}, {tau}"
-    yield f"routers: {parameters:,} parameters"
+    yield f"routers: {parameters:,} parameters{', shared by all LoRAs' if config.has_shared_router else ''}"
+    if config.shortlist is not None:
+        yield f"each sequence has {config.shortlist} of {len(config.adapters)} LoRAs, retrieved by {config.retrieval}"
     if config.top_k is not None:
         yield f"of {len(config.adapters)} LoRAs the {config.top_k} with the largest weights are used"
     loss = (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lamella.adapters import (
     Factors,
     LoraSource,
+    Mapped,
     Reference,
     adds_bias,
     check_base,
@@ -249,8 +250,12 @@ def _factors(
 
     for source in {(source.format, source.base): source for source in reversed(sources)}.values():
         check_base(model, source)
+    mappings: dict[int, Mapped] = {}  # LoRAs of a library share their components
     for source in sources:
-        mapped = map_to(model, source, leave_out=selection.leaves_out)
+        is_known = id(source.components) in mappings
+        if not is_known:
+            mappings[id(source.components)] = map_to(model, source, leave_out=selection.leaves_out)
+        mapped = mappings[id(source.components)]
         excluded |= {name for name, reason in mapped.skipped if reason == LEFT_OUT}
         skipped += [(f"{source.name}: {name}", reason) for name, reason in mapped.skipped]
         for name, lora in mapped.modules.items():
@@ -264,7 +269,10 @@ def _factors(
         ranks = sorted({len(mapped.modules[name].A) for name in mapped.modules})
         renamed = f", {mapped.renamed}" if mapped.renamed else ""
         of_rank = ", ".join(map(str, ranks))
-        notes.append(f"{source.name}: {source.format} LoRA of rank {of_rank} on {len(mapped.modules)} modules{renamed}")
+        if not is_known:
+            notes.append(
+                f"{source.name}: {source.format} LoRA of rank {of_rank} on {len(mapped.modules)} modules{renamed}"
+            )
     return by_module, constants, whole
 
 

@@ -18,41 +18,22 @@ from lamella.routing import Sequences, pool_mean
 LOWEST_TEMPERATURE = 0.01
 
 
-class MoleRouter(nn.Module):
-    """``G = softmax(eps / tau)`` with ``eps = e . E + b`` (MOLE eq. 10-11), E the LoRAs' outputs, normalised together.
+class GroupRouter(nn.Module):
+    """From what the LoRAs of a group put out to their logits.
 
-    ``e`` has shape ``(K, K, D)``: for each logit and LoRA, what it takes from that LoRA's outputs in the matrices that
-    the group reads, D features in all; ``(K, L, K, D)`` where L positions are read. There is none where the group reads
-    nothing, so that ``bias (K,)`` alone decides. ``log_temperature ()`` is learned as the factor to the initial one.
-
-    With a ``scale`` it is ``eps = scale (e . E) / n + b``, n numbers being in E. A step of Adam moves every e by the
-    learning rate, and so ``e . E`` by n times as much; the mean moves alike in models of every width.
+    Attributes:
+        num_loras: K.
+        positions: of a sequence that are read, L; None where their mean is.
+        log_temperature: learned as the factor to the initial temperature, ``()``; None where it is not.
     """
 
-    def __init__(
-        self,
-        num_loras: int,
-        widths: int,
-        temperature: float,
-        learn_temperature: bool,
-        positions: int | None = None,
-        scale: float | None = None,
-    ) -> None:
+    positions: int | None = None
+
+    def __init__(self, num_loras: int, temperature: float, learn_temperature: bool) -> None:
         super().__init__()
         self.num_loras = num_loras
-        self.positions = positions
-        self.scale = scale
         self.initial_temperature = temperature
-        shape = (num_loras, num_loras, widths) if positions is None else (num_loras, positions, num_loras, widths)
-        self.e = nn.Parameter(torch.zeros(shape)) if widths else None
-        self.bias = nn.Parameter(torch.zeros(num_loras))
         self.log_temperature = nn.Parameter(torch.zeros(())) if learn_temperature else None
-
-    def randomise(self) -> None:
-        """Moves the router off zero, for tests."""
-        if self.e is not None:
-            nn.init.normal_(self.e, std=1.0 if self.scale is None else self._numbers() / self.scale)
-        nn.init.normal_(self.bias)
 
     def temperature(self) -> Tensor | float:
         """tau, exactly what the config says until it is trained."""
@@ -72,6 +53,71 @@ class MoleRouter(nn.Module):
         Returns:
             ``(*rows, K)`` in float32 or wider.
         """
+        raise NotImplementedError
+
+    def lay_out(self, values: Tensor, real: Tensor, sequences: Sequences) -> Tensor:
+        """Puts each sequence's real tokens at its first positions, zeros after them.
+
+        Args:
+            values: ``(batch, tokens, F)``.
+            real: ``(batch, tokens)``.
+            sequences: S of them, in these rows.
+
+        Returns:
+            ``(S, positions, F)``.
+
+        Raises:
+            LamellaError: a sequence is longer.
+        """
+        assert self.positions is not None
+        longest = int(sequences.total(real.long()).max()) if real.numel() else 0
+        if longest > self.positions:
+            raise LamellaError(
+                f"A sequence of {longest} tokens is longer than flatten_length={self.positions}, which the routers were"
+                " made for. Truncate it, compose with a larger flatten_length, or use router_input='mean'."
+            )
+        number = torch.arange(sequences.count, device=real.device)  # (S,)
+        place = (sequences.running(real.long()) - 1).masked_fill(~real, self.positions)  # padding is cut off again
+        place = place + sequences.spread(number) * (self.positions + 1)  # (batch, tokens)
+        laid = values.new_zeros(sequences.count * (self.positions + 1), values.shape[-1])
+        laid = laid.index_copy(0, place.flatten(), values.flatten(0, 1))
+        return laid.view(sequences.count, self.positions + 1, -1)[:, : self.positions]
+
+
+class MoleRouter(GroupRouter):
+    """``G = softmax(eps / tau)`` with ``eps = e . E + b`` (MOLE eq. 10-11), E the LoRAs' outputs, normalised together.
+
+    ``e`` has shape ``(K, K, D)``: for each logit and LoRA, what it takes from that LoRA's outputs in the matrices that
+    the group reads, D features in all; ``(K, L, K, D)`` where L positions are read. There is none where the group reads
+    nothing, so that ``bias (K,)`` alone decides. ``log_temperature ()`` is learned as the factor to the initial one.
+
+    With a ``scale`` it is ``eps = scale (e . E) / n + b``, n numbers being in E. A step of Adam moves every e by the
+    learning rate, and so ``e . E`` by n times as much; the mean moves alike in models of every width.
+    """
+
+    def __init__(
+        self,
+        num_loras: int,
+        widths: int,
+        temperature: float,
+        learn_temperature: bool,
+        positions: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__(num_loras, temperature, learn_temperature)
+        self.positions = positions
+        self.scale = scale
+        shape = (num_loras, num_loras, widths) if positions is None else (num_loras, positions, num_loras, widths)
+        self.e = nn.Parameter(torch.zeros(shape)) if widths else None
+        self.bias = nn.Parameter(torch.zeros(num_loras))
+
+    def randomise(self) -> None:
+        """Moves the router off zero, for tests."""
+        if self.e is not None:
+            nn.init.normal_(self.e, std=1.0 if self.scale is None else self._numbers() / self.scale)
+        nn.init.normal_(self.bias)
+
+    def forward(self, h: list[Tensor], loras: list[FrozenLoras], rows: torch.Size, device: torch.device) -> Tensor:
         if self.e is None:
             bias = self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
             products = torch.zeros_like(bias).expand(*rows, -1)
@@ -104,34 +150,6 @@ class MoleRouter(nn.Module):
         """How many are read for a decision, n."""
         return 1 if self.e is None else self.e[0].numel()
 
-    def lay_out(self, values: Tensor, real: Tensor, sequences: Sequences) -> Tensor:
-        """Puts each sequence's real tokens at its first positions, zeros after them.
-
-        Args:
-            values: ``(batch, tokens, F)``.
-            real: ``(batch, tokens)``.
-            sequences: S of them, in these rows.
-
-        Returns:
-            ``(S, positions, F)``.
-
-        Raises:
-            LamellaError: a sequence is longer.
-        """
-        assert self.positions is not None
-        longest = int(sequences.total(real.long()).max()) if real.numel() else 0
-        if longest > self.positions:
-            raise LamellaError(
-                f"A sequence of {longest} tokens is longer than flatten_length={self.positions}, which the routers were"
-                " made for. Truncate it, compose with a larger flatten_length, or use router_input='mean'."
-            )
-        number = torch.arange(sequences.count, device=real.device)  # (S,)
-        place = (sequences.running(real.long()) - 1).masked_fill(~real, self.positions)  # padding is cut off again
-        place = place + sequences.spread(number) * (self.positions + 1)  # (batch, tokens)
-        laid = values.new_zeros(sequences.count * (self.positions + 1), values.shape[-1])
-        laid = laid.index_copy(0, place.flatten(), values.flatten(0, 1))
-        return laid.view(sequences.count, self.positions + 1, -1)[:, : self.positions]
-
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         reads = 0 if self.e is None else self.e.shape[-1]
@@ -151,7 +169,7 @@ class RouterInputs(Protocol):
 class RankSpaceInputs:
     """The outputs ``B_i A_i x`` of some matrices that are given the same x, read without computing them."""
 
-    def __init__(self, router: MoleRouter, loras: list[FrozenLoras]) -> None:
+    def __init__(self, router: GroupRouter, loras: list[FrozenLoras]) -> None:
         self.router = router
         self.loras = loras
 
@@ -178,7 +196,8 @@ class RankSpaceInputs:
 class BlockOutputs:
     """What a whole block puts out with each of the LoRAs."""
 
-    def __init__(self, router: MoleRouter, outputs: Sequence[Tensor]) -> None:
+    def __init__(self, router: GroupRouter, outputs: Sequence[Tensor]) -> None:
+        assert isinstance(router, MoleRouter)  # no config has another for whole blocks
         self.router = router
         self.outputs = outputs  # K of (batch, tokens, features)
 

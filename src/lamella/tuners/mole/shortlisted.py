@@ -1,0 +1,79 @@
+"""Groups that choose LoRAs from a library for each sequence: retrieval picks a few of K, the router weighs those."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lamella.routing import Override, Sequences, pool_mean
+from lamella.tuners.mole.config import MoleConfig
+from lamella.tuners.mole.group import Group
+from lamella.tuners.mole.plan import GroupPlan
+from lamella.tuners.mole.router import RouterInputs
+from lamella.tuners.mole.shared import SharedRouter
+from lamella.tuners.mole.shelf import KeyTable, Shelf
+
+
+class ShortlistGroup(Group):
+    """A group of modules whose decision is for a shortlist: the logits of all other LoRAs are minus infinity."""
+
+    def __init__(
+        self, plan: GroupPlan, adapter: str, config: MoleConfig, names: Sequence[str], decoder: bool, keys: KeyTable
+    ) -> None:
+        super().__init__(plan, adapter, config, names, decoder)
+        self._keys = keys
+
+    def router_inputs(self, override: Override) -> RouterInputs:
+        """What the router reads: the outputs of the LoRAs on each sequence's shortlist."""
+        assert isinstance(self.router, SharedRouter)
+        assert self.config.shortlist is not None
+        stored = (member.lamella_mole_loras[self.adapter] for member in self.inputs)
+        shelves = [one for one in stored if isinstance(one, Shelf)]  # all of them are
+        return ShortlistedInputs(self.router, shelves, self._keys, self.config.shortlist, override.allowed)
+
+    def without_decision(self, override: Override, like: Tensor) -> Tensor:
+        """What runs without a decision has no shortlist, and so no LoRA, unless the shortlist is of all."""
+        if self.config.shortlist == len(self.names):
+            return super().without_decision(override, like)
+        return torch.zeros_like(like)
+
+
+class ShortlistedInputs:
+    """The outputs of the LoRAs on a shortlist, which the mean of what a sequence may read decides on.
+
+    Args:
+        router: weighs them.
+        shelves: the LoRAs in the matrices that are read.
+        keys: scores of all K LoRAs.
+        count: how many a sequence has on its shortlist.
+        allowed: True for the LoRAs that are not left out, ``(K,)``; None for all.
+    """
+
+    def __init__(
+        self, router: SharedRouter, shelves: Sequence[Shelf], keys: KeyTable, count: int, allowed: Tensor | None
+    ) -> None:
+        self._router, self._shelves, self._keys, self._count, self._allowed = router, shelves, keys, count, allowed
+
+    def by_token(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of modules that are given other rows than those of sequences, each row has a shortlist of its own."""
+        return self._logits(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1), []
+
+    def by_sequence(self, tokens: Tensor, read: Tensor, sequences: Sequences) -> Tensor:
+        """Logits ``(S, K)``, minus infinity for the LoRAs that are not on a sequence's shortlist."""
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).masked_fill(~read[..., None], 0)
+        pooled = pool_mean(wide, read, sequences)  # (S, in)
+        return self._logits(pooled)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """From inputs ``(S, in)`` to ``(S, K)``."""
+        scores, count = self._keys.score(x), self._count  # (S, K)
+        if self._allowed is not None:
+            allowed = self._allowed.to(scores.device)
+            scores, count = scores.masked_fill(~allowed, -torch.inf), min(count, int(allowed.sum()))
+        chosen = scores.topk(count, dim=-1).indices.sort(dim=-1).values  # (S, n)
+        taken = [shelf.take(chosen, x.device) for shelf in self._shelves]
+        h = [torch.einsum("si,snri->snr", x.to(A.dtype), A) for A, _ in taken]
+        logits = self._router.of_chosen(
+            h, [B.transpose(-1, -2) for _, B in taken], chosen.shape[:1], count, x.device
+        )  # (S, n)
+        return torch.full_like(scores, -torch.inf, dtype=logits.dtype).scatter(-1, chosen, logits)
