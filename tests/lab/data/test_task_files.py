@@ -79,6 +79,7 @@ def test_a_task_file_divides_one_file_by_groups_and_subsets(tmp_path):
         ("asset: gone\nfiles: {all: a.csv}\nkind: causal-lm", "names the asset 'gone'; known are minilm, "),
         ("files: {all: may.csv}\nkeep: {tongue: [en]}\nkind: causal-lm", "a row has no column 'tongue'"),
         ("files: {all: may.csv}\ncolumns: {note: text}\nkind: regression", "do not make a regression task"),
+        ("files: {all: may.csv}\ncolumns: {note: text}", "columns is read of a task whose kind is named"),
         ("a: [", "hotels.yaml is not valid YAML"),
     ],
 )

@@ -95,6 +95,9 @@ class TaskEntry(_Checked):
             raise ValueError("split needs a number of rows for either train or test; the other one gets the rest")
         if self.shape is not None and self.shape not in SHAPES:
             raise ValueError(f"shape {self.shape!r} is unknown; known are {', '.join(SHAPES)}")
+        explained = [key for key in ("labels", "shape", "columns", "keep", "drop_empty") if getattr(self, key)]
+        if self.kind is None and explained:
+            raise ValueError(f"{explained[0]} is read of a task whose kind is named, and kind is missing")
         return self
 
 
