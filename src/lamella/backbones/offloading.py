@@ -1,7 +1,8 @@
-"""Weights that accelerate keeps elsewhere.
+"""Weights that accelerate or FSDP2 keeps elsewhere.
 
-It brings a module's weights in when that module's forward runs, and takes them out again; until then they are on the
-meta device, without numbers. What reads the tensors of a module that it does not call brings them in with `onloaded`.
+accelerate brings a module's weights in when that module's forward runs, and takes them out again; until then they are
+on the meta device, without numbers. What reads the tensors of a module that it does not call brings them in with
+`onloaded`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def onloaded(*modules: nn.Module) -> AbstractContextManager[object]:
@@ -36,6 +38,11 @@ def _aligned(modules: Sequence[nn.Module]) -> Iterator[None]:
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where accelerate runs a module whose weights it keeps elsewhere; None for any other module."""
     return torch.device(module.__dict__["_hf_hook"].execution_device) if has_offloaded_params(module) else None
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether parts of a weight are in other processes now; FSDP2 gathers them while their module's forward runs."""
+    return isinstance(weight, DTensor)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.backbones import Place
-from lamella.backbones.offloading import onloaded
+from lamella.backbones.offloading import is_sharded, onloaded
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import FEW, choose_form, mix_dense, mix_few, mix_sorted, project
 from lamella.routing import (
@@ -226,7 +226,10 @@ class MolaLinear(nn.Module, AdapterLayer):
         return [
             layer
             for layer in after
-            if adapter in layer.experts and adapter in layer.active_adapters and not layer.disable_adapters
+            if adapter in layer.experts
+            and adapter in layer.active_adapters
+            and not layer.disable_adapters
+            and not is_sharded(layer.lamella_mola_lora_A.of(adapter))  # FSDP2 gathers a layer when its own turn comes
         ]
 
     def _read_by(self, adapter: str, dtype: torch.dtype) -> list[Tensor]:

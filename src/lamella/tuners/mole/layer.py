@@ -62,7 +62,7 @@ class MoleLinear(Member, AdapterLayer):
 
     Tensors per adapter: ``lamella_mole_loras.A (R, in)``, ``.B (out, R)`` and, where a LoRA adds something whatever the
     input, ``.constant (K, out)``, frozen; and, at the module that holds its
-    group's router, ``lamella_mole_router.e (K, K, D)``, ``.bias (K,)`` and ``.log_temperature ()``.
+    group's router, ``lamella_mole_router.e (K, K, D)``, ``.bias (K,)`` and ``.log_temperature (1,)``.
     PEFT sees from "Linear" in the class's name that a further adapter's "all-linear" means this layer too.
     """
 

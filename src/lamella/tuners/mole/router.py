@@ -4,7 +4,7 @@ Where a sum of deltas is composed, the outputs are read in rank space; where blo
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class GroupRouter(nn.Module):
     Attributes:
         num_loras: K.
         positions: of a sequence that are read, L; None where their mean is.
-        log_temperature: learned as the factor to the initial temperature, ``()``; None where it is not.
+        log_temperature: learned as the factor to the initial temperature, ``(1,)``; None where it is not.
     """
 
     positions: int | None = None
@@ -33,13 +33,19 @@ class GroupRouter(nn.Module):
         super().__init__()
         self.num_loras = num_loras
         self.initial_temperature = temperature
-        self.log_temperature = nn.Parameter(torch.zeros(())) if learn_temperature else None
+        self.log_temperature = nn.Parameter(torch.zeros(1)) if learn_temperature else None
 
     def temperature(self) -> Tensor | float:
         """tau, exactly what the config says until it is trained."""
         if self.log_temperature is None:
             return self.initial_temperature
         return (self.initial_temperature * self.log_temperature.exp()).clamp_min(LOWEST_TEMPERATURE)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(f"{prefix}log_temperature")
+        if saved is not None and saved.dim() == 0:  # as it was once; no kind of FSDP takes a tensor without dimensions
+            state_dict[f"{prefix}log_temperature"] = saved[None]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, h: list[Tensor], loras: list[FrozenLoras], rows: torch.Size, device: torch.device) -> Tensor:
         """Logits, divided by the temperature.
@@ -89,7 +95,7 @@ class MoleRouter(GroupRouter):
 
     ``e`` has shape ``(K, K, D)``: for each logit and LoRA, what it takes from that LoRA's outputs in the matrices that
     the group reads, D features in all; ``(K, L, K, D)`` where L positions are read. There is none where the group reads
-    nothing, so that ``bias (K,)`` alone decides. ``log_temperature ()`` is learned as the factor to the initial one.
+    nothing, so that ``bias (K,)`` alone decides. ``log_temperature (1,)`` is learned as the factor to the initial one.
 
     With a ``scale`` it is ``eps = scale (e . E) / n + b``, n numbers being in E. A step of Adam moves every e by the
     learning rate, and so ``e . E`` by n times as much; the mean moves alike in models of every width.
@@ -144,7 +150,7 @@ class MoleRouter(GroupRouter):
         bias, tau = self.bias.to(products), self.temperature()
         if self.scale is not None:
             products = products * (self.scale / self._numbers())
-        return (products + bias) / (tau.to(products.device) if isinstance(tau, Tensor) else tau)
+        return (products + bias) / (tau.to(products) if isinstance(tau, Tensor) else tau)
 
     def _numbers(self) -> int:
         """How many are read for a decision, n."""

@@ -74,7 +74,7 @@ class SharedRouter(GroupRouter):
             assert self.e is not None
             products = products * (self.scale / len(self.e))
         logits, tau = products + self.length.to(lengths) * lengths, self.temperature()
-        return logits / (tau.to(logits.device) if isinstance(tau, Tensor) else tau)
+        return logits / (tau.to(logits) if isinstance(tau, Tensor) else tau)
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
