@@ -24,6 +24,7 @@ from lamella.errors import LamellaError, UnreadableError
 from lamella.files import read_json, read_tensors
 from lamella.findings import Examination
 from lamella.tuners.config import LamellaConfig
+from lamella.tuners.loading import shape_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -360,9 +361,9 @@ def _adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
 def _compare(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], examination: Examination) -> None:
     missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     shapes = [
-        f"{name} is {tuple(actual[name].shape)}, on this base {tuple(tensor.shape)}"
+        f"{name} is {shape_of(actual[name])}, on this base {shape_of(tensor)}"
         for name, tensor in expected.items()
-        if name in actual and actual[name].shape != tensor.shape
+        if name in actual and shape_of(actual[name]) != shape_of(tensor)
     ]
     if shapes:
         _report_misfit(

@@ -32,9 +32,9 @@ def check_tensors(model: nn.Module, prefixes: Sequence[str], adapter: str, tenso
     both = sorted(places & set(theirs))
     missing, extra = sorted(own - set(theirs)), sorted(set(theirs) - places)
     unlike = [
-        f"{name} is {tuple(theirs[name].shape)} in the file and {tuple(state[name].shape)} in the model"
+        f"{name} is {shape_of(theirs[name])} in the file and {shape_of(state[name])} in the model"
         for name in both
-        if theirs[name].shape != state[name].shape
+        if shape_of(theirs[name]) != shape_of(state[name])
     ]
     if missing or extra or unlike:
         faults = [
@@ -58,6 +58,11 @@ def check_tensors(model: nn.Module, prefixes: Sequence[str], adapter: str, tenso
                 f"The adapter's tensor {name} holds NaN or infinity, or more than {_LARGEST:g}, and so would every "
                 "output that depends on it. Restore the file from a copy, or train again from the last good checkpoint."
             )
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Its shape; a tensor without dimensions, as a learned temperature of MOLE once was, is one of one number."""
+    return tuple(tensor.shape) or (1,)
 
 
 def _usable(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lamella import MolaConfig
 from lamella.backbones import Place
+from lamella.tuners.mola.experts import MolaExperts
 
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -89,6 +90,19 @@ def equals_the_loops(name: str, form: str, monkeypatch: pytest.MonkeyPatch, **co
             x = torch.randn(1, tokens, layer.in_features, dtype=torch.float64)
             with torch.no_grad():
                 torch.testing.assert_close(layer.eval()(x), by_loops(layer, x), **FLOAT64)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_whoever_watches_or_replaces_experts_sees_few_tokens_too(tokens: int) -> None:
+    layer = next(iter(layers_of(tiny.adapted(tiny.bert(layers=1).double()).double().eval()).values()))
+    family, seen = MolaExperts("default"), []
+    nothing = dict.fromkeys(range(3), lambda x: x.new_zeros(len(x), layer.out_features))
+    x = torch.randn(1, tokens, layer.in_features, dtype=torch.float64)
+    watched = family.watched(layer, lambda x, routing: seen.append(len(routing.indices)))
+    with torch.no_grad(), watched, family.replaced(layer, nothing):
+        y = layer(x)
+    assert seen == [tokens]
+    torch.testing.assert_close(y, layer.base_layer(x), rtol=0, atol=1e-12)
 
 
 def test_the_scaling_is_lora_alpha_over_r_or_over_its_root() -> None:

@@ -19,6 +19,7 @@ from lamella.diagnostics.adapter_folder import SavedAdapter
 from lamella.errors import LamellaError
 from lamella.lab.schema import Settings, unknown_key
 from lamella.tuners.config import FORMER_DEFAULTS, RENAMED
+from lamella.tuners.loading import shape_of
 from lamella.version import FIRST_VERSION, __version__, defaults_of, is_version
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ class Method(Settings):
         return self
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return shape_of(tensors[name]) if name in tensors else None
 
 
 class Configured(Method):

@@ -150,9 +150,8 @@ class MolaLinear(nn.Module, AdapterLayer):
         experts, (A, B), weights, indices = self.experts[adapter], self.factors(adapter), None, None
         dtype = _compute_dtype(x, A)
         flat_x, flat_y = self._flat(x, dtype), y.reshape(-1, self.out_features)  # (N, in), (N, out)
-        product = self._router_product(adapter, flat_x)  # (N, E)
-        if product is not None:
-            routing = self._decide(adapter, x, product, frame)
+        routing = self._route(adapter, x, self._router_product(adapter, flat_x), frame)
+        if routing is not None:
             weights, indices = routing.weights, routing.indices  # (N, k)
         if not A.dtype == y.dtype == dtype:
             return mix_few(flat_y.to(dtype), flat_x, weights, indices, A.to(dtype), B.to(dtype), experts.scaling)
