@@ -18,6 +18,7 @@ from lamella.lab.studies.recipe import read_study
 from lamella.lab.studies.results import results_table
 from lamella.lab.studies.runner import run_cells
 from lamella.lab.studies.study import summarise
+from studies import criteria
 from studies import keep as keeping
 
 
@@ -28,6 +29,7 @@ def packaged(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(keeping, "study_names", lambda: ["study"])
     monkeypatch.setattr(keeping, "RECIPES", folder)
+    monkeypatch.setattr(criteria, "ROWS", tmp_path / "none")
     return folder / "study.yaml"
 
 
