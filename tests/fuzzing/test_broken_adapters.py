@@ -89,6 +89,16 @@ def config_with(**values):
     return lambda config, tensors: config.update(values)
 
 
+def inside(**values):
+    """Of the LoRA inside MoLEx; None takes a key out."""
+
+    def edit(config, tensors):
+        gone = {key for key, value in values.items() if value is None}
+        config["lora"] = {key: value for key, value in (config["lora"] | values).items() if key not in gone}
+
+    return edit
+
+
 def tensor(part, change, name=lambda name: name):
     def edit(config, tensors):
         first = next(one for one in tensors if part in one)
@@ -114,10 +124,13 @@ BROKEN = {
         "without a place",
     ),
     "a word for a truth value": ("mola", config_with(use_rslora="false"), "use_rslora"),
-    "a word for a truth value inside": ("molex", config_with(lora={"use_rslora": "false"}), "use_rslora"),
+    "a word for a truth value inside": ("molex", inside(use_rslora="false"), "use_rslora"),
     "NaN in a learned alpha": ("molex", tensor("alpha", lambda t: t * float("nan")), "alpha.*NaN"),
     "NaN as a setting": ("mola", config_with(lora_alpha=float("nan")), "lora_alpha"),
     "no scaling": ("mola", config_without("lora_alpha"), "lacks 'lora_alpha'"),
+    "no scaling inside": ("molex", inside(lora_alpha=None), r"lacks 'lora\.lora_alpha'"),
+    "no target inside": ("molex", inside(target_modules=None), r"lacks 'lora\.target_modules'"),
+    "no rank inside, by another PEFT": ("molex", inside(r=None, peft_version="0.20.0"), r"lacks 'lora\.r'"),
     "no mode of alpha": ("molex", config_without("alpha"), "lacks 'alpha'"),
     "another method": ("mola", config_with(peft_type="LORA"), "none of its methods"),
     "ranks of fewer LoRAs": ("mole", lambda config, tensors: config["adapters"].popitem(), "embedded has 3 ranks"),

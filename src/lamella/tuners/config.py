@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -121,12 +121,17 @@ class LamellaConfig(PeftConfig):
         if not is_version(writer):
             raise LamellaError(f"lamella_version={writer!r} in {folder} must be a version, such as {__version__!r}.")
         settings = {f.name for f in fields(cls)} - {f.name for f in fields(PeftConfig)}
-        if missing := sorted(settings - set(renamed)) if writer == __version__ else []:
-            raise UnreadableError(
-                f"The adapter_config.json in {folder} lacks {missing[0]!r}, which lamella {__version__} writes, and "
-                "its default may be another value than what was trained. Restore the file from a copy."
-            )
+        refuse_missing(settings - set(renamed) if writer == __version__ else (), f"lamella {__version__}", folder)
         return defaults_of(writer, FORMER_DEFAULTS, values["peft_type"]) | renamed | {"lamella_version": writer}
+
+
+def refuse_missing(missing: Collection[str], writer: str, folder: Path) -> None:
+    """Raises where keys are missing that a writer of the config in a folder always writes."""
+    if missing:
+        raise UnreadableError(
+            f"The adapter_config.json in {folder} lacks {min(missing)!r}, which {writer} writes, and its default may "
+            "be another value than what was trained. Restore the file from a copy."
+        )
 
 
 # What PEFT's hints leave open: its layers take any alpha.

@@ -171,7 +171,13 @@ def test_a_cache_that_cannot_be_extended_is_not_gone_on_with() -> None:
 def test_an_adapter_that_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     tiny.molex(tiny.llama(layers=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    saved = json.loads(path.read_text())
+    lora = (
+        {**saved["lora"], **change["lora"]}
+        if isinstance(change.get("lora"), dict)
+        else change.get("lora", saved["lora"])
+    )
+    path.write_text(json.dumps({**saved, **change, "lora": lora}))
     with pytest.raises(LamellaError, match=message):
         PeftModel.from_pretrained(tiny.llama(layers=4), tmp_path)
 

@@ -2,17 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import peft
 from peft import LoraConfig
 
 from lamella.errors import LamellaError
-from lamella.tuners.config import LamellaConfig, check_lora, of_lora, unknown_keys, wrote_before
+from lamella.tuners.config import LamellaConfig, check_lora, of_lora, refuse_missing, unknown_keys, wrote_before
 from lamella.tuners.kinds import Bounds, Coefficient, Count, Index
 from lamella.tuners.registry import LamellaType
 
 # What belongs to the whole adapter, or would change the base model's own weights or number of blocks.
 _NOT_INSIDE = ("task_type", "modules_to_save", "layer_replication", "trainable_token_indices", "loftq_config")
+# What every PEFT writes of a LoRA that changes what it computes.
+_OF_ANY_PEFT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules")
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal")
 
 
@@ -104,6 +108,16 @@ class MolexConfig(LamellaConfig):
             lora = self.lora.to_dict()
             values["lora"] = {key: sorted(v) if isinstance(v, set) else v for key, v in lora.items()}
         return values
+
+    @classmethod
+    def read_saved(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """As every method's; nothing of the LoRA inside may be missing either."""
+        read = super().read_saved(values, folder)
+        if isinstance(lora := read.get("lora"), Mapping):
+            # another PEFT may know settings that this one does not, or the other way round
+            always = set(LoraConfig().to_dict()) if lora.get("peft_version") == peft.__version__ else set(_OF_ANY_PEFT)
+            refuse_missing({f"lora.{key}" for key in always - set(lora)}, "PEFT", folder)
+        return read
 
     @property
     def mixes(self) -> bool:
