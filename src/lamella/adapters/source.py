@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from peft import LoraConfig
 from torch import Tensor
 
@@ -50,6 +51,19 @@ class Factors(NamedTuple):
     A: Tensor
     B: Tensor
     scaling: float
+
+
+def random_factors(A: Tensor, B: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Factors of the same shapes from a normal distribution, in float32; their delta ``B A`` has the same length."""
+    drawn_A = torch.randn(A.shape, generator=generator)
+    drawn_B = torch.randn(B.shape, generator=generator)
+    longer = _length(A.float().cpu(), B.float().cpu()) / _length(drawn_A, drawn_B)
+    return drawn_A, longer * drawn_B
+
+
+def _length(A: Tensor, B: Tensor) -> Tensor:
+    """The Frobenius norm of ``B A``, by Gram matrices of the rank's size."""
+    return ((A @ A.t()) * (B.t() @ B)).sum().clamp_min(0).sqrt()
 
 
 class EmbeddingFactors(Factors):

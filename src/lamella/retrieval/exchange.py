@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.adapters import Factors, LoraSource, map_to
+from lamella.adapters.source import random_factors
 
 
 class Exchange:
@@ -94,14 +95,4 @@ def _replace(parameter: nn.Parameter, tensor: Tensor) -> tuple[nn.Parameter, Ten
 def random_like(factors: Mapping[str, Factors], seed: int = 0) -> dict[str, Factors]:
     """LoRAs of the same shapes whose directions are random and whose deltas have the same norms."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = {}
-    for module, one in factors.items():
-        A = torch.randn(one.A.shape, generator=generator, dtype=torch.float32)
-        B = torch.randn(one.B.shape, generator=generator, dtype=torch.float32)
-        drawn[module] = Factors(A, B, one.scaling * float(_norm(one.A.float(), one.B.float()) / _norm(A, B)))
-    return drawn
-
-
-def _norm(A: Tensor, B: Tensor) -> Tensor:
-    """The Frobenius norm of ``B A``, by Gram matrices of the rank's size."""
-    return ((A @ A.t()) * (B.t() @ B)).sum().clamp_min(0).sqrt()
+    return {module: Factors(*random_factors(one.A, one.B, generator), one.scaling) for module, one in factors.items()}

@@ -9,7 +9,7 @@ from lamella.errors import LamellaError
 from lamella.kernels import FrozenLoras
 from lamella.lab.data import load_backbone, load_task
 from lamella.lab.methods import method_from, trainable_parameters
-from lamella.lab.methods.controls import random_factors
+from lamella.lab.methods.controls import random_loras
 from lamella.lab.runs.run import train
 
 QUERY = QUERIES.format(1)
@@ -39,7 +39,7 @@ def reloaded(model, adapters, base, questions, folder, **method):
 def test_random_loras_keep_each_deltas_norm_and_nothing_else():
     torch.manual_seed(1)
     given = FrozenLoras(torch.randn(5, 7), torch.randn(6, 5), (2, 0, 3))
-    drawn = random_factors(given)
+    drawn = random_loras(given)
     for columns in (slice(0, 2), slice(2, 5)):
         own = given.B[:, columns] @ given.A[columns]
         other = drawn[1][:, columns] @ drawn[0][columns]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import Field
 from torch import Tensor
 
+from lamella.adapters.source import random_factors
 from lamella.kernels import FrozenLoras
 from lamella.lab.methods.base import Built, method, shared
 from lamella.lab.methods.compositions import Loras, Target, composition
@@ -38,7 +38,7 @@ class MoleOfRandomLoras(Mole):
         for layer in built.model.modules():
             if isinstance(layer, MoleLinear):
                 factors = layer.frozen("default")
-                factors.A, factors.B = random_factors(FrozenLoras(factors.A, factors.B, factors.ranks))
+                factors.A, factors.B = random_loras(FrozenLoras(factors.A, factors.B, factors.ranks))
         return built
 
 
@@ -60,17 +60,12 @@ def fresh_lora(
     return Built(get_peft_model(target.backbone.model, config))
 
 
-def random_factors(loras: FrozenLoras) -> tuple[Tensor, Tensor]:
-    """Factors ``A (R, in)`` and ``B (out, R)`` of random LoRAs, each with the Frobenius norm of the given delta."""
-    down, up = torch.randn_like(loras.A), torch.randn_like(loras.B)  # (R, in), (out, R)
+def random_loras(loras: FrozenLoras) -> tuple[Tensor, Tensor]:
+    """Factors ``A (R, in)`` and ``B (out, R)`` of random LoRAs, each as long as the given one."""
+    down, up = loras.A.clone(), loras.B.clone()  # (R, in), (out, R)
     first = 0
     for rank in filter(None, loras.ranks):
         own = slice(first, first + rank)
-        up[:, own] *= _norm(loras.A[own], loras.B[:, own]) / _norm(down[own], up[:, own])
+        down[own], up[:, own] = random_factors(loras.A[own], loras.B[:, own])  # (r, in), (out, r)
         first += rank
     return down, up
-
-
-def _norm(down: Tensor, up: Tensor) -> Tensor:
-    """Of the delta ``up @ down``, without building it."""
-    return ((up.T @ up) * (down @ down.T)).sum().sqrt()

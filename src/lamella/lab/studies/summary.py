@@ -38,7 +38,7 @@ def summary(tables: Sequence[Results], listed: Sequence[str], mixtures: Collecti
     elsewhere: dict[str, list[str]] = {}
     for table in others:
         if set(pair) <= set(table.means):
-            elsewhere.setdefault(_outcome(table, pair), []).append(table.title)
+            elsewhere.setdefault(_outcome(table, table.contrasts([pair])), []).append(table.title)
     lines = [verdict(first, pair), _others(first)]
     if elsewhere:
         said = "; ".join(f"{word} on {', '.join(titles)}" for word, titles in elsewhere.items())
@@ -87,7 +87,7 @@ def verdict(results: Results, pair: tuple[str, str]) -> str:
     one = found[0]
     low, high = (f"{bound:+.3f}" for bound in (one.interval.low, one.interval.high))
     figures += f" (difference {one.interval.difference:+.3f}, 95 % interval {low} to {high})"
-    match _outcome(results, pair):
+    match _outcome(results, found):
         case "better":
             return f"On {place} {mixture} is better than {other}: {figures}."
         case "undecided":
@@ -96,9 +96,8 @@ def verdict(results: Results, pair: tuple[str, str]) -> str:
             return f"On {place} {mixture} does not earn its cost: {figures}."
 
 
-def _outcome(results: Results, pair: tuple[str, str]) -> str:
-    """Better, worse, undecided where a difference that matters is not excluded, else no better."""
-    found = results.contrasts([pair])
+def _outcome(results: Results, found: Sequence[Contrast]) -> str:
+    """Better, worse, undecided where a difference that matters is not excluded or none was tested, else no better."""
     if not found:
         return "undecided"
     one = found[0]

@@ -13,7 +13,7 @@ class SharedRouter(GroupRouter):
 
     ``E_i (D,)`` are the outputs of LoRA i in the matrices that the group reads, normalised by themselves, and ``|E_i|``
     is their length before that, which is the LoRA's retrieval key *spectrum* but for what is the same for all. ``e``
-    has shape ``(D,)`` and ``length ()``: there is no K in them, so that a LoRA may be added after training, or taken
+    has shape ``(D,)`` and ``length (1,)``: there is no K in them, so that a LoRA may be added after training, or taken
     away. The rest is as in `MoleRouter`.
     """
 
@@ -23,7 +23,7 @@ class SharedRouter(GroupRouter):
         super().__init__(num_loras, temperature, learn_temperature)
         self.scale = scale
         self.e = nn.Parameter(torch.zeros(widths)) if widths else None
-        self.length = nn.Parameter(torch.zeros(()))
+        self.length = nn.Parameter(torch.zeros(1))
 
     def randomise(self) -> None:
         """Moves the router off zero, for tests."""

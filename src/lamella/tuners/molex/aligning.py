@@ -1,7 +1,7 @@
 """Fitting the aligner of a second model's guests before training, on words that both models read."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from lamella.adapters.bases import located
 from lamella.aligners import Pairs
 from lamella.backbones import BlockCall
+from lamella.backbones.modes import evaluating
 from lamella.errors import LamellaError
 from lamella.tuners.molex.block import MolexBlock
 
@@ -52,7 +53,7 @@ def align_guests(model: PeftModel, texts: Iterable[str], tokenizer: Any) -> floa
     here, there = second.aligner.down.in_features, second.aligner.down.out_features
     fitted, held_out = Pairs(here, there), Pairs(here, there)
     own = [host.base_layer for host in hosts]
-    with _evaluating(model), _evaluating(second.model), model.disable_adapter():
+    with evaluating(model), evaluating(second.model), model.disable_adapter():
         for at, text in enumerate(texts):
             pairs = held_out if at % _HELD_OUT == _HELD_OUT - 1 else fitted
             ours, ends = _states(model, own, tokenizer, text)
@@ -88,14 +89,3 @@ def _states(
 def _same_depth(depth: int, blocks: int, others: int) -> int:
     """The block of another stack that lies as far along it."""
     return round(depth * (others - 1) / max(blocks - 1, 1))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
