@@ -321,7 +321,12 @@ CLAIMS = (
         "this project",
         [Compared("minilm-continual", "MoLA growing", "LoRA", measure) for measure in ("OP", "PD")],
     ),
-    Claim(_MOLA, "gains more from a start at the weight's singular vectors", "table 9"),
+    Claim(
+        _MOLA,
+        "gains from a start at the weight's singular vectors",
+        "GOAT, 2502.16894",
+        [Compared("mola-claims", start, "5-5-5-5", called=start) for start in ("goat", "svd")],
+    ),
     Claim(
         _MOLE,
         "better than the LoRAs' mean",

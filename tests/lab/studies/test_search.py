@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +71,18 @@ def test_the_better_half_goes_on_and_the_best_is_chosen(searched, monkeypatch):
     assert row["metrics"]["train_seconds"] == 28.0
 
 
+@pytest.mark.parametrize("tries", [2, 7])
+def test_few_tries_are_whole_runs_each_so_that_no_quarter_of_one_decides_alone(searched, monkeypatch, tries):
+    study, folder = searched
+    job = replace(study.cells()[0].search, tries=tries)
+    runs = Runs()
+    monkeypatch.setattr(search, "train", runs)
+    row = job.carry_out(folder, [])
+    assert [steps for steps, _ in runs.steps] == [job.cell.settings.max_steps] * tries
+    assert job.runs == tries
+    assert row["chosen"] == max(row["tries"], key=lambda one: one["validation"])["values"]
+
+
 def test_an_interrupted_search_ends_as_it_would_have(searched, monkeypatch, tmp_path):
     study, folder = searched
     job = study.cells()[0].search
@@ -135,7 +147,7 @@ def test_a_study_runs_with_what_was_chosen_and_counts_the_search(searched):
         row, found = folder.row(cell.key), folder.row(cell.search.key)
         assert row["settings"]["lr"] == found["chosen"]["lr"]
         tried = [one["validation"] for one in found["tries"] if one["share"] == 1.0]
-        assert len(tried) == 1
+        assert len(tried) == 2
         assert not list(folder.tries(cell.search.key).glob("*/adapter"))
     shown = summarise(study, cells, folder)
     assert any("2 tries for each method" in note for note in shown.notes)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lamella.lab.studies.folder import StudyFolder
 
 SHARES = (0.25, 0.5, 1.0)  # of a run's steps that a try is trained for, round by round; half of them go on
+HALVED = 8  # tries from which on halving leaves two of them to be told apart by whole runs
 SCALING, ALPHA = "scaling", "method.lora_alpha"
 _DRAWN = 4  # settings tried before the next ones are chosen by what the earlier ones scored
 
@@ -70,10 +71,11 @@ class Searched(Settings):
 class Search:
     """The job of finding settings for a method on a task: those that score best on validation rows.
 
-    Successive halving (Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization,
-    AISTATS 2016): all tries train for a quarter of a run, the better half for half of one, the better half of these
-    for a whole one. A try that ends in an error counts as the worst. The first settings are spread over the space, the
-    others drawn by Optuna's TPE.
+    Eight tries or more by successive halving (Jamieson and Talwalkar, Non-stochastic Best Arm Identification and
+    Hyperparameter Optimization, AISTATS 2016): all train for a quarter of a run, the better half for half of one, the
+    better half of these for a whole one. Fewer train for a whole one each: quarters of runs, which high learning rates
+    win, would decide alone. A try that ends in an error counts as the worst. The first settings are spread over the
+    space, the others drawn by Optuna's TPE.
 
     Attributes:
         cell: what is searched for, with the seed of the tries.
@@ -106,8 +108,8 @@ class Search:
     @property
     def rounds(self) -> Iterator[tuple[float, int]]:
         """The share of a run that each round trains for, and how many tries are in it."""
-        for at, share in enumerate(SHARES):
-            yield share, max(1, self.tries >> at)
+        for at, share in enumerate(SHARES if self.tries >= HALVED else SHARES[-1:]):
+            yield share, self.tries >> at
 
     @property
     def runs(self) -> float:
@@ -208,9 +210,10 @@ def search_note(search: Searched, cells: Sequence[Cell], folder: StudyFolder) ->
             chosen[name] = f"{name} {values} ({row['seconds']:.0f} s{errors})"
     if not chosen:
         return None
+    how = "the better half of them trained twice as long, twice" if search.tries >= HALVED else "each a whole run"
     return (
-        f"settings were searched alike: {search.tries} tries for each method, seed {search.seed}, the better half of "
-        f"them trained twice as long, twice; the best on validation rows: {'; '.join(chosen.values())}."
+        f"settings were searched alike: {search.tries} tries for each method, seed {search.seed}, {how}; the best on "
+        f"validation rows: {'; '.join(chosen.values())}."
     )
 
 
