@@ -4,6 +4,7 @@ Imports no lamella. Hooks on a plain model's linear modules add ``sum_i G_i s_i 
 unit's readers decides the unit's G.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,15 @@ class Unit:
     bias: Tensor  # (K,)
     tau: float = 1.0
     scale: float | None = None
+    score: str = "softmax"
 
 
 def weights_of_row(
     tokens: Tensor, readers: Sequence[Sequence[Lora]], widths: Sequence[int], unit: Unit, dropped: Sequence[int] = ()
 ) -> Tensor:
-    """G of one sequence from the tokens ``(T, in)`` that its decision reads: mean output of each LoRA, then softmax."""
+    """G of one sequence from the tokens ``(T, in)`` that its decision reads: mean output of each LoRA, then softmax,
+    or a gate for each from 0 to 2.
+    """
     if unit.e is None:
         scores = unit.bias
     else:
@@ -40,6 +44,8 @@ def weights_of_row(
                 torch.testing.assert_close(each, output(lora, mean, width))
         scores = logits(mean, readers, widths, unit.e, unit.bias, unit.scale)
     grown = [float("-inf") if i in dropped else float(s) / unit.tau for i, s in enumerate(scores)]
+    if unit.score == "sigmoid":
+        return torch.tensor([2 / (1 + math.exp(-value)) for value in grown], dtype=tokens.dtype)
     return torch.softmax(torch.tensor(grown, dtype=tokens.dtype), dim=0)
 
 

@@ -178,7 +178,8 @@ def _report_unused(routers: Sequence[_Judged], examination: Examination) -> None
             by_names.setdefault(one.layer.expert_names, []).append(one.use)
     for names, uses in by_names.items():
         means = [sum(weights) / len(uses) for weights in zip(*(use.mean_weights for use in uses), strict=True)]
-        parts = {name: mean * len(names) for name, mean in zip(names, means, strict=True)}  # of an even share
+        even = sum(means) / len(names) or 1.0  # 1/K, but for gates, which need not sum to 1
+        parts = {name: mean / even for name, mean in zip(names, means, strict=True)}
         if unused := {name: part for name, part in parts.items() if part < DEAD_SHARE}:
             examination.warning(
                 "lora-never-counts",

@@ -4,7 +4,15 @@ from lamella.routing.attachment import attach, refuse_reentrant_collection
 from lamella.routing.balance import CollectedLoss, RouterLoss, balance_gradient, balance_loss, z_gradient, z_loss
 from lamella.routing.calls import CallListener, RoutedCall, RouterKey, Scale
 from lamella.routing.context import Frame, collect_losses, current_frame, in_frame, prompt
-from lamella.routing.decision import CachedDecision, Decision, Override, Projection, SharedDecision, mixing_weights
+from lamella.routing.decision import (
+    CachedDecision,
+    Decision,
+    Override,
+    Projection,
+    Score,
+    SharedDecision,
+    mixing_weights,
+)
 from lamella.routing.documents import Rows, Sequences
 from lamella.routing.generating import Asked
 from lamella.routing.pooling import count_votes, pool_mean, pool_mode
@@ -41,6 +49,7 @@ __all__ = [
     "Routing",
     "Rows",
     "Scale",
+    "Score",
     "Sequences",
     "SharedDecision",
     "attach",

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lamella.routing.documents import Sequences
+
+Score = Literal["softmax", "sigmoid"]
 
 
 class Projection(NamedTuple):
@@ -24,16 +26,21 @@ class Projection(NamedTuple):
     scores: Tensor | None = None
 
 
-def mixing_weights(logits: Tensor, top_k: int | None) -> Tensor:
-    """The softmax over the ``top_k`` largest of ``logits (..., K)``, zero for the rest; over all K where it is None.
+def mixing_weights(logits: Tensor, top_k: int | None, score: Score = "softmax") -> Tensor:
+    """The weights of the ``top_k`` largest of ``logits (..., K)``, zero for the rest; of all K where it is None.
+
+    By "softmax" they are shares of 1 among those k; by "sigmoid" gates ``2 sigmoid(logit)``, each by itself between 0
+    and 2, and 1 at a logit of 0.
 
     Those that tie with the last of them count too: no expert is preferred for its number, and routers that still are
-    zero give all the same weight. A single expert's weight is 1 whatever its logit, which would tell its router
+    zero give all the same weight. A single expert's share is 1 whatever its logit, which would tell its router
     nothing; its gradient is that of ``p / stopgrad(p)``, p its softmax over all, as in MoLEx.
     """
     if top_k is None or top_k >= logits.shape[-1]:
-        return torch.softmax(logits, dim=-1)
+        return torch.softmax(logits, dim=-1) if score == "softmax" else 2 * torch.sigmoid(logits)
     rest = logits < logits.topk(top_k, dim=-1).values[..., -1:]
+    if score == "sigmoid":
+        return 2 * torch.sigmoid(logits).masked_fill(rest, 0)
     weights = torch.softmax(logits.masked_fill(rest, -torch.inf), dim=-1)
     if top_k > 1:
         return weights
@@ -60,9 +67,9 @@ class Override:
         pairs = ((self.allowed, other.allowed), (self.fixed, other.fixed))
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
-    def weights(self, logits: Tensor, top_k: int | None) -> Tensor:
+    def weights(self, logits: Tensor, top_k: int | None, score: Score) -> Tensor:
         """The weights of the experts that are not left out, of the ``top_k`` best of them where it is given."""
-        return mixing_weights(self.masked(logits), top_k)
+        return mixing_weights(self.masked(logits), top_k, score)
 
     def masked(self, logits: Tensor) -> Tensor:
         """Minus infinity for the experts that are left out."""

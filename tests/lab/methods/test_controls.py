@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.lab.tiny_loras import QUERIES, deltas, factors, inputs, logits_with, save_lora
+from tests.lab.tiny_loras import deltas, inputs, logits_with, save_lora
 from tests.lab.tiny_runs import tiny_settings
 
 from lamella.errors import LamellaError
@@ -11,8 +11,6 @@ from lamella.lab.data import load_backbone, load_task
 from lamella.lab.methods import method_from, trainable_parameters
 from lamella.lab.methods.controls import random_loras
 from lamella.lab.runs.run import train
-
-QUERY = QUERIES.format(1)
 
 
 @pytest.fixture
@@ -95,27 +93,17 @@ def test_learned_weights_start_as_the_mean_and_are_saved_as_one_lora(build, base
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_gate_is_a_sigmoid_of_what_the_loras_make_of_a_token(build, base, questions, loras, tmp_path):
+def test_gates_are_mole_with_a_gate_for_each_lora_matrix_and_token(build, base, questions, loras, tmp_path):
     model = build(loras, name="gates")
-    half = {module: sum(deltas(place)[module] for place in loras.values()) / 2 for module in deltas(loras["a"])}
-    torch.testing.assert_close(logits(model), logits_with(base, questions, half), rtol=1e-4, atol=1e-5)
-    layer = model.get_base_model().get_submodule(QUERY)
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "gate" in name:
-            torch.nn.init.normal_(parameter)
-    gate, seen = layer.lora_B["default"], []
-    hook = layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
-    logits(model)
-    hook.remove()
-    x, found = seen[0]
-    down = torch.cat([factors(place)[QUERY][0] for place in loras.values()])  # (R, in)
-    gates = torch.sigmoid(x @ down.T @ gate.gate.T + gate.gate_bias)  # (batch, tokens, K)
-    assert (gates.sum(-1) - 1).abs().max() > 0.1
-    outputs = torch.stack([x @ deltas(place)[QUERY].T for place in loras.values()], dim=-1)  # (batch, tokens, out, K)
-    plain = load_backbone(base, load_task(questions)).model.get_submodule(QUERY)
-    with torch.no_grad():
-        torch.testing.assert_close(found, plain(x) + (outputs * gates[:, :, None]).sum(-1), rtol=1e-4, atol=1e-4)
+    total = {module: sum(deltas(place)[module] for place in loras.values()) for module in deltas(loras["a"])}
+    torch.testing.assert_close(logits(model), logits_with(base, questions, total), rtol=1e-4, atol=1e-5)
+    config = model.peft_config["default"]
+    assert (config.granularity, config.router_input, config.score) == ("matrix", "token", "sigmoid")
+    assert {name.split(".")[-3] for name, one in model.named_parameters() if one.requires_grad} == {
+        "lamella_mole_router"
+    }
+    for parameter in (one for one in model.parameters() if one.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1)
     again = reloaded(model, loras, base, questions, tmp_path / "saved", name="gates")
     assert torch.equal(logits(again), logits(model))
 

@@ -58,18 +58,21 @@ def test_every_router_gets_a_gradient_and_nothing_else_does(
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "granularity", "balance"),
+    ("kind", "mode", "granularity", "balance", "router_input"),
     [
-        ("bert", "reentrant", "network", "log"), ("bert", "non-reentrant", "matrix", "entropy"),
-        ("llama", "reentrant", "matrix", "log"), ("llama", "non-reentrant", "network", "entropy"),
-        ("t5", "reentrant", "network", "entropy"), ("t5", "non-reentrant", "block", "log"),
-        ("t5", "reentrant", "sublayer", "log"),
+        ("bert", "reentrant", "network", "log", "mean"), ("bert", "non-reentrant", "matrix", "entropy", "mean"),
+        ("llama", "reentrant", "matrix", "log", "mean"), ("llama", "non-reentrant", "network", "entropy", "mean"),
+        ("t5", "reentrant", "network", "entropy", "mean"), ("t5", "non-reentrant", "block", "log", "mean"),
+        ("t5", "reentrant", "sublayer", "log", "mean"), ("t5", "reentrant", "network", "log", "token"),
+        ("t5", "non-reentrant", "network", "entropy", "token"),
     ],
 )  # fmt: skip
-def test_checkpointing_changes_no_gradient(kind: str, mode: str, granularity: str, balance: str, folder: Path) -> None:
+def test_checkpointing_changes_no_gradient(
+    kind: str, mode: str, granularity: str, balance: str, router_input: str, folder: Path
+) -> None:
     results = []
     for each in ("none", mode):
-        model = composition(kind, folder, granularity=granularity, balance=balance)
+        model = composition(kind, folder, granularity=granularity, balance=balance, router_input=router_input)
         if MODES[each] is not None:
             model.gradient_checkpointing_enable(MODES[each])
             model.enable_input_require_grads()

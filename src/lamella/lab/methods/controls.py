@@ -1,4 +1,4 @@
-"""What a learned composition has to beat before its trained LoRAs earn their place: random LoRAs, and one new LoRA."""
+"""What a learned composition has to beat: random LoRAs, one new LoRA, and weights that need not sum to 1."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ class MoleOfRandomLoras(Mole):
                 factors = layer.frozen("default")
                 factors.A, factors.B = random_loras(FrozenLoras(factors.A, factors.B, factors.ranks))
         return built
+
+
+@method("gates")
+class Gates(Mole):
+    """MOLE without what ties its weights: in each matrix a gate for every LoRA, for every token, each by itself."""
+
+    granularity: Literal["matrix"] = "matrix"
+    router_input: Literal["token"] = "token"
+    score: Literal["sigmoid"] = "sigmoid"
+    balance: Literal["none"] = "none"
+    train_head: Literal[False] = Field(False, description="the head is the backbone's")
+
+    @property
+    def is_mixture(self) -> bool:
+        return False
 
 
 @composition("fresh-lora", trains=True)

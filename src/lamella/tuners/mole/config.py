@@ -13,6 +13,7 @@ from lamella.adapters.keys import key_named
 from lamella.adapters.locate import exists
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
+from lamella.routing import Score
 from lamella.tuners.config import LamellaConfig
 from lamella.tuners.kinds import MOST, Bounds, Coefficient, Count, Index
 from lamella.tuners.mole.router import LOWEST_TEMPERATURE
@@ -59,6 +60,10 @@ class MoleConfig(LamellaConfig):
             run with one LoRA; or "published", ``F(x) + sum_i G_i E_i(x)``, which counts the input twice.
         router_scale: the logits are ``router_scale (e . E) / n + b``, n numbers being read, so that one
             learning rate suits models of every width; None for ``e . E + b``, as published.
+        score: what becomes of the logits: "softmax", weights that sum to 1 and start at the LoRAs' mean, as published;
+            or "sigmoid", a gate for each LoRA by itself, ``2 sigmoid(logit)`` between 0 and 2, which starts at 1, so
+            that the LoRAs start at their sum. With ``top_k`` the largest gates stay as they are, and so do the others
+            where LoRAs are dropped. Gates do not compete, and have no balance loss.
         temperature: the logits are divided by it.
         learn_temperature: whether each router learns its own, starting there.
         balance: "log" as published, over all routers together; or for each router its "entropy", or the "switch" loss;
@@ -87,6 +92,7 @@ class MoleConfig(LamellaConfig):
     top_k: Count | None = None
     form: Literal["delta", "block-delta", "published"] = "delta"
     router_scale: Annotated[float, Bounds(0, MOST)] | None = 1_000.0
+    score: Score = "softmax"
     temperature: Annotated[float, Bounds(LOWEST_TEMPERATURE, MOST)] = 1.0
     learn_temperature: bool = True
     balance: Literal["log", "entropy", "switch", "none"] = "log"
@@ -103,8 +109,8 @@ class MoleConfig(LamellaConfig):
             name: given if isinstance(given, LoraSource) else _as_dict(name, given)
             for name, given in self.adapters.items()
         }
-        if self.shortlist is not None and self.balance == "log":
-            self.balance = "none"  # what no sequence has on its shortlist would cost infinitely much
+        if self.balance == "log" and (self.shortlist is not None or self.score == "sigmoid"):
+            self.balance = "none"  # what is on no shortlist would cost infinitely much, and gates do not sum to 1
         self._check_together()
         self._check_router()
 
@@ -207,6 +213,12 @@ class MoleConfig(LamellaConfig):
             raise LamellaError(
                 f"form={self.form!r} runs the block with every LoRA before its router can decide, so that "
                 f"top_k={self.top_k} would spare nothing. Use form='delta', or leave top_k out."
+            )
+        unfit = "balance" if self.balance != "none" else "form" if self.form == "published" else None
+        if self.score == "sigmoid" and unfit is not None:
+            raise LamellaError(
+                f"{unfit}={getattr(self, unfit)!r} is for weights that sum to 1, and score='sigmoid' weighs each LoRA "
+                f"by itself. Leave {unfit} out, or use score='softmax'."
             )
 
     def _check_router(self) -> None:

@@ -73,6 +73,7 @@ class Group:
         self.place: Place = plan.place
         self.name = plan.name
         self.input = plan.input
+        self.spans_blocks = plan.spans_blocks
         self.adapter = adapter
         self.key = (adapter, plan.name)
         self.config = config
@@ -159,7 +160,7 @@ class Group:
 
     def without_decision(self, override: Override, like: Tensor) -> Tensor:
         """The weights, ``(K,)`` as ``like``, of tokens that run without the decision."""
-        return override.weights(torch.zeros_like(like), None)
+        return override.weights(torch.zeros_like(like), None, self.config.score)
 
     def _taken_before(self, layer: Member, frame: Frame) -> Decision | None:
         """The decision already taken in this call; None where the module that took it is called again."""
@@ -213,7 +214,7 @@ class Group:
         if pays:
             trains = any(parameter.requires_grad for parameter in self.router.parameters())
             decision = replace(decision, weights=self.balance.attach(decision.weights, logits, real, trains, frame))
-        if self.place.module == "network":
+        if self.spans_blocks:
             decision = self._share(decision, frame)
         frame.decisions[self.key] = decision
         return decision
@@ -236,7 +237,11 @@ class Group:
                 frame.projections[member, self.adapter] = Projection(x, h)
         mask = None if frame is None else frame.token_mask(x, self.input == "encoder", layer.name)
         self._show(logits, override, mask, x.shape[:-1], frame)
-        return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, mask
+        return (
+            Decision(override.weights(logits, self.config.top_k, self.config.score), layer, x.shape[:-1]),
+            logits,
+            mask,
+        )
 
     def _decide_by_sequence(
         self, layer: Member, x: Tensor, inputs: RouterInputs, frame: Frame | None, override: Override
@@ -247,7 +252,11 @@ class Group:
         cached = recall(frame, self.key, tokens, self.decoder, first) if frame is not None and travels else None
         if cached is not None:
             logits = cached.tensors[0].to(x.device)
-            return Decision(override.weights(logits, self.config.top_k), layer, x.shape[:-1]), logits, None
+            return (
+                Decision(override.weights(logits, self.config.top_k, self.config.score), layer, x.shape[:-1]),
+                logits,
+                None,
+            )
         readable = self.readable(tokens, layer, frame)
         read, sequences = readable.read, readable.sequences
         logits = inputs.by_sequence(tokens, read, sequences)  # (S, K)
@@ -256,7 +265,7 @@ class Group:
         real = sequences.total(read.long()) > 0  # (S,)
         self._show(logits, override, real, logits.shape[:1], frame)
         uniform = None if readable.without is None else self.without_decision(override, logits[0])
-        weights = override.weights(logits, self.config.top_k)
+        weights = override.weights(logits, self.config.top_k, self.config.score)
         return Decision(weights, layer, x.shape[:-1], readable.without, uniform, sequences), logits, real
 
     def as_sequences(self, layer: Member, x: Tensor, frame: Frame | None) -> Tensor:
@@ -337,7 +346,10 @@ class Group:
         if frame is None or not frame.observers:
             return
         rows = override.masked(logits.detach()).flatten(0, -2)  # (N, K)
-        given, top_k = mixing_weights(rows, self.config.top_k), self.config.top_k or self.config.shortlist
+        score, top_k = self.config.score, self.config.top_k or self.config.shortlist
+        given = mixing_weights(rows, self.config.top_k, score)
+        if score == "sigmoid":  # so that their softmax are the gates' shares
+            rows = nn.functional.logsigmoid(rows)
         weights, indices = given.sort(dim=-1, descending=True, stable=True)
         used = len(self.names) if override.allowed is None else int(override.allowed.sum())
         if top_k is not None:

@@ -282,7 +282,8 @@ def numbered(names: Sequence[str]) -> str:
 
 def _settings(config: MoleConfig, groups: Sequence[GroupPlan], parameters: int) -> Iterator[str]:
     tau = f"temperature {config.temperature:g}{', learned' if config.learn_temperature else ''}"
-    yield f"{len(groups)} routers, one for each {config.granularity}, reading by {config.router_input}, {tau}"
+    gates = ", gates from 0 to 2" if config.score == "sigmoid" else ""
+    yield f"{len(groups)} routers, one for each {config.granularity}, reading by {config.router_input}, {tau}{gates}"
     yield f"routers: {parameters:,} parameters{', shared by all LoRAs' if config.has_shared_router else ''}"
     if config.shortlist is not None:
         yield f"each sequence has {config.shortlist} of {len(config.adapters)} LoRAs, retrieved by {config.retrieval}"

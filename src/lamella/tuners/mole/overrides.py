@@ -19,7 +19,8 @@ Weights = Mapping[str, float] | Sequence[Mapping[str, float]] | Sequence[float] 
 def masked_experts(model: nn.Module, drop: Sequence[str]) -> Iterator[None]:
     """Leaves some LoRAs out: the others' weights grow in proportion, as if the dropped logits were minus infinity.
 
-    The routers go on reading all LoRAs, and nothing is retrained (MOLE, section 3.4). It holds for what is called from
+    Gates (``score="sigmoid"``) of the others stay as they are. The routers go on reading all LoRAs, and nothing is
+    retrained (MOLE, section 3.4). It holds for what is called from
     inside the ``with`` statement, and not for other threads, coroutines and generators. A thread that is started inside
     takes part if it is started with a copy of the context (``contextvars.copy_context().run``).
 

@@ -59,9 +59,14 @@ class GroupPlan:
     balance_share: float = 1.0
 
     @property
+    def spans_blocks(self) -> bool:
+        """Whether its decision is for several blocks."""
+        return self.place.module.startswith("network")
+
+    @property
     def name(self) -> str:
         """The group's dotted name in the model."""
-        if self.place.module.startswith("network"):
+        if self.spans_blocks:
             return f"{self.place.stack}.{self.place.module}"
         inside = "" if self.place.module == "block" else f".{self.place.module}"
         return f"{self.place.stack}.{self.place.layer}{inside}" if self.place.stack else self.place.module
