@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import warnings
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
-from lamella import AdapterLibrary, LamellaError, compose
+from lamella import AdapterLibrary, LamellaError, MoleConfig, compose
 from lamella.adapters import indexing, library, read_lora
 from lamella.adapters.card import CARD, Card
 from lamella.adapters.directions import directions
@@ -160,21 +161,75 @@ def test_places_by_name_and_in_a_list(folder):
     assert "nobody/nothing" in listed.left_out["nothing"]
 
 
-def test_a_card_brings_task_and_centroids_and_a_foreign_one_is_refused(folder):
-    module = "bert.encoder.layer.0.attention.self.query"
-    card = Card("law", ("yes", "no"), {module: [[1.0] * tiny.HIDDEN, [2.0] * tiny.HIDDEN]})
-    (folder / "law" / CARD).write_text(json.dumps(card.to_dict()))
-    (folder / "news" / CARD).write_text(json.dumps({**card.to_dict(), "centroids": {module: [[1.0]]}}))
-    (folder / "code" / CARD).write_text("{}")
-    save(folder / "art", 5)
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+def card(base=None, module=QUERY, width=tiny.HIDDEN):
+    texts = torch.full((1, tiny.HIDDEN), 3.0)
+    return Card("law", ("yes", "no"), base, 2, {module: torch.tensor([[1.0] * width, [2.0] * width])}, texts)
+
+
+def test_a_card_brings_task_labels_and_what_retrieval_reads(folder):
+    card().save(folder / "law")
+    save(folder / "art", 5, target_modules=["query"])  # another layout, none of which has a card
     opened = AdapterLibrary(folder)
-    assert opened["law"].task == "law"
-    assert opened.names == ("art", "law")
-    held = opened.held("centroids", opened["law"].layout, module)
-    assert held[1].tolist() == card.centroids[module]
-    assert not held[0].any()
-    assert "1 numbers" in opened.left_out["news"]
-    assert "is damaged" in opened.left_out["code"]
+    assert (opened["law"].task, opened["law"].labels) == ("law", ("yes", "no"))
+    assert opened.cards_left_out == {}
+    for library_ in (opened, AdapterLibrary(folder)):  # read, and from the index
+        layout = opened["law"].layout
+        held = library_.held("centroids", layout, QUERY)
+        at = library_.layouts[layout].index("law")
+        assert torch.equal(held[at], card().centroids[QUERY])
+        assert not held[:at].any()
+        assert torch.equal(library_.held("texts", layout, "")[at, :1], card().texts)
+        assert not library_.held("texts", layout, "")[:at].any()
+        assert not library_.held("texts", opened["art"].layout, "").any()
+
+
+def _without(key):
+    def edit(path):
+        values = json.loads(path.read_text())
+        del values[key]
+        path.write_text(json.dumps(values))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: path.write_text('{"version": 1'), "JSON"),
+        (lambda path: path.write_text("[]"), "holds list"),
+        (_without("inputs"), "is damaged"),
+        (lambda path: path.write_text(path.read_text().replace("1.0", "NaN")), "is damaged"),
+        (lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": 9')), "of version 9"),
+        (_without("version"), "of version None"),
+        (lambda path: card(base="other/model").save(path.parent), "of the base other/model, and the LoRA of None"),
+        (lambda path: card(width=7).save(path.parent), "of 7 numbers for .*query, which has 16 inputs"),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_named_and_its_lora_is_there_by_its_weights(folder, spoil, words):
+    card().save(folder / "law")
+    spoil(folder / "law" / CARD)
+    opened = AdapterLibrary(folder)
+    assert opened.names == ("code", "law", "news")
+    assert opened["law"].task == ""
+    assert list(opened.cards_left_out) == ["law"]
+    assert re.search(words, opened.cards_left_out["law"])
+    assert str(folder / "law" / CARD) in opened.cards_left_out["law"]
+    assert AdapterLibrary(folder).cards_left_out == opened.cards_left_out  # from the index
+    with pytest.raises(LamellaError, match=r"3 of 3 have none, first 'code'"):
+        compose(tiny.bert(), opened, MoleConfig(shortlist=1, retrieval="centroids"))
+    compose(tiny.bert(), opened, MoleConfig(shortlist=1, retrieval="spectrum"))
+    card().save(folder / "law")
+    assert AdapterLibrary(folder).cards_left_out == {}
+
+
+def test_a_card_is_none_of_the_single_files_beside_it(folder, tmp_path):
+    shutil.copy(folder / "law" / "adapter_model.safetensors", folder / "alone.safetensors")
+    card().save(folder)
+    opened = AdapterLibrary(folder)
+    assert opened["law"].task == ""
 
 
 def test_a_part_of_a_library(folder):

@@ -1,10 +1,13 @@
 """`lamella library`."""
 
 import json
+import shutil
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tests import tiny
+
+from lamella.adapters.card import CARD
 
 
 def save(folder, seed):
@@ -56,3 +59,42 @@ def test_the_loras_that_help_a_task_are_named_with_what_it_cost(lamella, bert, q
     status, _, err = lamella(*words, "--task", questions, "-k", 3)
     assert status == 2
     assert "k=3" in err
+
+
+def test_examples_give_a_lora_its_card(lamella, bert, questions, lora_runs, tmp_path):
+    pool = tmp_path / "pool"
+    for name in ("first", "second"):
+        shutil.copytree(lora_runs / name / "adapter", pool / name)
+    trained = (pool / "first" / CARD).read_text()
+    (pool / "first" / CARD).unlink()
+    (pool / "second" / CARD).write_text("{}")
+    save(pool / "homeless", 0)
+
+    status, out, _ = lamella("library", "index", pool)
+    assert status == 0
+    assert "without its card second" in out
+
+    status, out, err = lamella("library", "index", pool, "--examples", f"first={questions}")
+    assert status == 0, err
+    assert "first: card: one pass of the base over 48 of 48 training rows took" in " ".join(err.split())
+    written = json.loads((pool / "first" / CARD).read_text())
+    for one, other in zip(written["inputs"], json.loads(trained)["inputs"], strict=True):
+        assert one["modules"] == other["modules"]
+        torch.testing.assert_close(
+            torch.tensor(one["centroids"]), torch.tensor(other["centroids"]), rtol=1e-2, atol=1e-3
+        )
+
+    status, out, _ = lamella("library", "list", pool, "--json")
+    listed = {one["name"]: one for one in json.loads(out)["loras"]}
+    assert (listed["first"]["task"], listed["second"]["task"]) == ("file:questions", "")
+    assert listed["first"]["labels"]
+
+    for wrong, words in [
+        ("first", "write --examples NAME=TASK"),
+        ("third=trec", "no LoRA 'third'"),
+        (f"homeless={questions}", "has no folder with an adapter_config.json that names its base"),
+        ("first=file:nowhere.jsonl", "nowhere.jsonl"),
+    ]:
+        status, _, err = lamella("library", "index", pool, "--examples", wrong)
+        assert status == 2
+        assert words in " ".join(err.split())

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lamella.adapters.card import CARD, read_card
+from lamella.adapters.card import CARD, Card, read_card
 from lamella.adapters.directions import directions
 from lamella.adapters.locate import CONFIG, exists, locate
 from lamella.adapters.read import read_lora
@@ -17,6 +18,8 @@ from lamella.errors import LamellaError
 
 INDEX = "lamella_library.safetensors"
 _READ_AS_LORA = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+WHOLE = ""  # in place of a module's name: what is held of the LoRA as a whole
 
 Stamp = list[list[Any]]  # of each file: its name, size in bytes and time of change
 
@@ -46,6 +49,8 @@ class Entry:
         size: of its files, in bytes.
         dtype: of its numbers.
         task: what its card says it was trained for; empty without one.
+        labels: the words of that task's labels.
+        card_fault: why there is a card that is not used; empty where there is none such.
         beside: what it holds besides factors of linear modules, such as a head; a library composes without it.
         stamp: of its files, by which a change is noticed.
     """
@@ -58,6 +63,8 @@ class Entry:
     size: int
     dtype: str
     task: str
+    labels: tuple[str, ...]
+    card_fault: str
     beside: tuple[str, ...]
     stamp: Stamp
 
@@ -79,14 +86,15 @@ class Entry:
     def from_dict(cls, written: Mapping[str, Any], layouts: Sequence[Layout]) -> "Entry":
         """The way back."""
         values = {**written, "reference": Reference(**written["reference"]), "layout": layouts[written["layout"]]}
-        return cls(**{**values, "beside": tuple(values["beside"])})
+        return cls(**{**values, "labels": tuple(values["labels"]), "beside": tuple(values["beside"])})
 
 
 class Held(NamedTuple):
-    """What retrieval reads of one LoRA, by module: ``(r, in)`` and ``(c, in)``."""
+    """What retrieval reads of one LoRA, by module ``(r, in)`` and ``(c, in)``, and as a whole ``(c, features)``."""
 
     directions: dict[str, Tensor]
     centroids: dict[str, Tensor]
+    texts: dict[str, Tensor]
 
 
 def places_in(folder: Path) -> Iterator[tuple[str, Reference]]:
@@ -133,19 +141,28 @@ def examine(name: str, reference: Reference) -> tuple[Entry, Held]:
         (module, Shape(len(one.A), one.A.shape[1], len(one.B), one.scaling)) for module, one in factors.items()
     )
     weights = locate(replace(source.reference, sha256=None)).weights
-    card = read_card(weights.parent)
+    card, fault = _card(weights.parent, source, layout)
     entry = Entry(
         name, source.reference, source.format, source.base, layout, weights.stat().st_size,
-        str(next(iter(factors.values())).A.dtype).removeprefix("torch."), card.task, _beside(source, factors), stamp,
+        str(next(iter(factors.values())).A.dtype).removeprefix("torch."), card.task, card.labels, fault,
+        _beside(source, factors), stamp,
     )  # fmt: skip
-    middles = {module: card.tensor(module, shape.in_features) for module, shape in layout}
-    for (module, shape), found in zip(layout, middles.values(), strict=True):
-        if found.shape[1] != shape.in_features:
-            raise LamellaError(
-                f"{source.described} has a {CARD} whose centroids of {module} have {found.shape[1]} numbers, and the "
-                f"module {shape.in_features} inputs. It is another LoRA's; delete it."
-            )
-    return entry, Held({module: directions(one) for module, one in factors.items()}, middles)
+    centroids = {module: card.centroids.get(module, torch.zeros(1, shape.in_features)) for module, shape in layout}
+    texts = torch.zeros(1, 0) if card.texts is None else card.texts
+    return entry, Held({module: directions(one) for module, one in factors.items()}, centroids, {WHOLE: texts})
+
+
+def _card(folder: Path, source: LoraSource, layout: Layout) -> tuple[Card, str]:
+    """A LoRA's card, and why it does without the one that lies there; an empty one where there is none."""
+    path = folder / CARD
+    if source.format != "PEFT" or not path.is_file():  # a folder of single files is none of theirs
+        return Card(), ""
+    try:
+        card = read_card(path)
+        card.refuse_other(path, source.base, {module: shape.in_features for module, shape in layout})
+    except LamellaError as error:
+        return Card(), f"{error} Its LoRA is known by its weights alone, until the card is whole, written anew or gone."
+    return card, ""
 
 
 def linear_factors(source: LoraSource) -> dict[str, Factors]:

@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.adapters.indexing import INDEX, Entry, Held, Layout, Shape, examine, places_in, stamp_of
+from lamella.adapters.indexing import INDEX, WHOLE, Entry, Held, Layout, Shape, examine, places_in, stamp_of
 from lamella.adapters.read import read_lora
 from lamella.adapters.source import LoraSource, Reference
 from lamella.errors import LamellaError
 from lamella.files import atomic
 
 Place = str | Path | Reference | LoraSource
-_VERSION = 1
+_VERSION = 2
 _OPEN = 256  # LoRAs whose files stay mapped
 
 
@@ -90,6 +90,11 @@ class AdapterLibrary:
             self._save()
 
     @property
+    def cards_left_out(self) -> dict[str, str]:
+        """By name, LoRAs that lie beside a card which is not used, each with the reason."""
+        return {entry.name: entry.card_fault for entry in self if entry.card_fault}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The LoRAs, in order."""
         return self._names
@@ -150,9 +155,9 @@ class AdapterLibrary:
         """What the index holds of one module, ``(n, rows, in)``, in the order of ``layouts[layout]``.
 
         Args:
-            kind: "directions", the rows of ``S V^T`` (`lamella.adapters.directions`), or "centroids".
+            kind: "directions", the rows of ``S V^T`` (`lamella.adapters.directions`), "centroids" or "texts".
             layout: one of them.
-            module: as the LoRAs of this layout name it.
+            module: as the LoRAs of this layout name it; "" of texts.
         """
         stacked = self._index.held[kind, layout, module]
         rows = [self._index.rows[name] for name in self.layouts[layout]]
@@ -253,11 +258,12 @@ def _rows(index: _Index, names: Mapping[str, Entry]) -> dict[str, Held]:
     for name, entry in index.entries.items():
         row = counts[entry.layout] = counts.get(entry.layout, -1) + 1
         if name in names:
-            parts = [
-                {module: index.held[kind, entry.layout, module][row] for module, _ in entry.layout}
-                for kind in Held._fields
-            ]
-            found[name] = Held(*parts)
+            found[name] = Held(
+                *(
+                    {module: index.held[kind, entry.layout, module][row] for module in _modules(kind, entry.layout)}
+                    for kind in Held._fields
+                )
+            )
     return found
 
 
@@ -267,11 +273,18 @@ def _stacked(entries: Mapping[str, Entry], rows: Mapping[str, Held]) -> dict[tup
         by_layout.setdefault(entry.layout, []).append(rows[name])
     held: dict[tuple[str, Layout, str], Tensor] = {}
     for layout, of in by_layout.items():
-        for module, _ in layout:
-            for kind in Held._fields:
+        for kind in Held._fields:
+            for module in _modules(kind, layout):
                 parts = [getattr(one, kind)[module] for one in of]
-                held[kind, layout, module] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # (n, rows, in)
+                widest = max(part.shape[1] for part in parts)  # texts of a LoRA without a card have no width
+                wide = [torch.nn.functional.pad(part, (0, widest - part.shape[1])) for part in parts]
+                held[kind, layout, module] = torch.nn.utils.rnn.pad_sequence(wide, batch_first=True)  # (n, rows, in)
     return held
+
+
+def _modules(kind: str, layout: Layout) -> list[str]:
+    """Of which modules something of a kind is held."""
+    return [WHOLE] if kind == "texts" else [module for module, _ in layout]
 
 
 def _write_index(path: Path, index: _Index) -> None:

@@ -22,18 +22,42 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 
 
 @library.command()
-def index(folder: Folder, index: IndexFile = None, json: Json = False) -> None:
+def index(
+    folder: Folder,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TASK",
+            help="Write the card of a LoRA from the training rows of a named task, hub:NAME or file:ROWS.",
+        ),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example, at most.")] = 128,
+    index: IndexFile = None,
+    json: Json = False,
+) -> None:
     """Read what is new or has changed, and write the index beside it. Says which LoRAs are left out, and why.
 
-    Example: lamella library index loras
+    What `lamella train` trains has a card, by which "centroids" and "text" retrieve; examples give one to others.
+
+    Example: lamella library index loras --examples law=file:law.jsonl
     """
     opened = open_library(folder, index)
+    for given in examples or ():
+        name, _, task = given.partition("=")
+        _write_card(opened, name, task, max_length)
+    if examples:
+        opened = open_library(folder, index)
     if json:
-        print_json({"folder": str(folder), "loras": len(opened), "left_out": opened.left_out})
+        print_json(
+            {"folder": str(folder), "loras": len(opened), "left_out": opened.left_out,
+             "cards_left_out": opened.cards_left_out}
+        )  # fmt: skip
         return
     typer.echo(f"{len(opened)} LoRAs, {len(opened.layouts)} kinds of targets and ranks. The index is {opened.path}")
     for name, reason in opened.left_out.items():
         typer.echo(f"left out {name}: {reason}")
+    for name, reason in opened.cards_left_out.items():
+        typer.echo(f"without its card {name}: {reason}")
 
 
 @library.command("list")
@@ -47,7 +71,8 @@ def list_(folder: Folder, index: IndexFile = None, json: Json = False) -> None:
 
     opened = open_library(folder, index)
     rows = [
-        {"name": one.name, "base": one.base, "task": one.task, "ranks": list(one.ranks), "targets": list(one.targets),
+        {"name": one.name, "base": one.base, "task": one.task, "labels": list(one.labels),
+         "ranks": list(one.ranks), "targets": list(one.targets),
          "dtype": one.dtype, "bytes": one.size, "source": one.reference.source, "sha256": one.reference.sha256}
         for one in opened
     ]  # fmt: skip
@@ -92,6 +117,15 @@ def shortlist(
         print_json(found.as_dict())
         return
     typer.echo(str(found))
+
+
+def _write_card(opened: AdapterLibrary, name: str, task: str, max_length: int) -> None:
+    from lamella.errors import LamellaError
+    from lamella.lab.lora_cards import write_card
+
+    if not name or not task:
+        raise LamellaError(f"'{name}{task}' names no examples; write --examples NAME=TASK, as in law=file:law.jsonl.")
+    write_card(opened, name, task, max_length, lambda words: console.print(f"{name}: {words}"))
 
 
 def open_library(folder: Path, index: Path | None) -> AdapterLibrary:

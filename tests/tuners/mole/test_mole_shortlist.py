@@ -13,6 +13,7 @@ from tests.tuners.mole.trained import lora, loras
 
 import lamella
 from lamella import AdapterLibrary, LamellaError, MoleConfig, compose
+from lamella.adapters.card import Card
 from lamella.kernels import concatenate
 from lamella.kernels.chosen import mix_chosen, read_own, read_own_of_all
 from lamella.tuners.mole import MoleLinear
@@ -243,8 +244,8 @@ def test_centroids_retrieve_by_the_card(tmp_path):
             for part in ("query", "value"):
                 module = f"bert.encoder.layer.{layer}.attention.self.{part}"
                 if any(module in name for name in _tensors(path)):
-                    middles[module] = torch.eye(tiny.HIDDEN)[at : at + 1].tolist()
-        (path / "lamella_card.json").write_text(json.dumps({"task": "t", "labels": [], "centroids": middles}))
+                    middles[module] = torch.eye(tiny.HIDDEN)[at : at + 1]
+        Card("t", centroids=middles).save(path)
     library = AdapterLibrary(tmp_path)
     model = composed("bert", library, shortlist=1, retrieval="centroids")
     given = tiny.inputs(tiny.bert())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lamella.adapters.card import CARD
 from lamella.errors import LamellaError, UnreadableError
 from lamella.files import UNFINISHED, claimed, read_json, read_table, sha256_of, write_atomic
 from lamella.lab.runs.settings import RunSettings, settings_of
@@ -33,6 +34,7 @@ _STATE = "trainer_state.json"  # of a checkpoint
 _MEASURED = ("model", "task", "method", "seed", "metric", "steps", "trainable_parameters", "notes")
 ROWS = "rows.parquet"
 ADDED = "was not there"
+_CARDS = ("README.md", CARD)
 _PLACES = ("base_model_name_or_path", "adapters")
 _RESULTS = (
     "predictions.parquet",
@@ -252,9 +254,9 @@ def _fault(checkpoint: Path) -> str | None:
 
 
 def _digests(folder: Path, *parts: str) -> dict[str, str]:
-    """SHA-256 of each file in these parts of a folder, but for the card, which people may write on."""
+    """SHA-256 of each file in these parts of a folder, but for the cards, which people may write on or anew."""
     files = {file for part in parts for file in (folder / part, *(folder / part).rglob("*")) if file.is_file()}
-    return {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files) if file.name != "README.md"}
+    return {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files) if file.name not in _CARDS}
 
 
 def _digest(file: Path) -> str:

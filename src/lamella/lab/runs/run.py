@@ -17,10 +17,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
+from lamella.adapters.card import CARD
 from lamella.diagnostics.preflight import FirstStep, peak_memory, reset_peak_memory
 from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
+from lamella.lab.lora_cards import adapted_by_lora, measure_card
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.by_task import BY_TASK, scores_of, traced_scores
 from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
@@ -278,6 +280,8 @@ class _Run:
         batch = self.encoded.collator([self.rows[i] for i in range(min(4, len(self.rows)))])
         method = self.settings.method
         equal, loaded = check_saved(self.model, method, self.place, self.settings.model, self.task, batch)
+        if self.trainer is not None and (modules := adapted_by_lora(loaded)):
+            self._write_card(loaded, modules)
         if lora_experts(loaded):
             with atomic(self.place.path / "redundancy.parquet") as path:
                 redundancy(loaded).to_parquet(path)
@@ -285,6 +289,18 @@ class _Run:
         self.place.remove_checkpoints()
         logger.info("finished")
         return loaded
+
+    def _write_card(self, loaded: PeftModel, modules: Sequence[str]) -> None:
+        """Write what a library retrieves a LoRA by, beside it; say so where the base cannot be read."""
+        named, rows, collator = {name: name for name in modules}, self.rows, self.encoded.collator
+        try:
+            with loaded.disable_adapter():
+                base = loaded.get_base_model()
+                card = measure_card(base, named, self.task, rows, collator, self.backbone.published, logger.info)
+        except LamellaError as error:
+            logger.info("no %s was written: %s", CARD, error)
+            return
+        card.save(self.place.path / "adapter")
 
     def _log_start(self) -> None:
         trained = trainable_parameters(self.model)

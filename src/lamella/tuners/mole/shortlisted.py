@@ -1,17 +1,45 @@
 """Groups that choose LoRAs from a library for each sequence: retrieval picks a few of K, the router weighs those."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lamella.routing import Override, Sequences, pool_mean
+from lamella.routing import Frame, Override, Sequences, pool_mean
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.group import Group
 from lamella.tuners.mole.plan import GroupPlan
 from lamella.tuners.mole.router import RouterInputs
 from lamella.tuners.mole.shared import SharedRouter
 from lamella.tuners.mole.shelf import KeyTable, Shelf
+
+
+def embedding_of(model: Any) -> nn.Module | None:
+    """What embeds the tokens by which a model decides; None of a model without, or whose decoder reads another text."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    find = getattr(model, "get_input_embeddings", None)
+    return None if find is None else find()
+
+
+def text_of(embedding: nn.Module, frame: Frame | None, read: Tensor, sequences: Sequences) -> Tensor | None:
+    """Text embeddings of sequences, ``(S, features)``: each the mean of the model's embeddings of the tokens it reads.
+
+    Args:
+        embedding: of tokens.
+        frame: the running stack's.
+        read: which tokens those are, ``(batch, tokens)``.
+        sequences: S of them.
+
+    Returns:
+        None where the stack is given other tokens than those, so that nothing says which they are.
+    """
+    given = None if frame is None else frame.given
+    if given is None or given.shape[:2] != read.shape:
+        return None
+    embedded = given if given.is_floating_point() else embedding(given)  # (batch, tokens, features)
+    return pool_mean(embedded.float().masked_fill(~read[..., None], 0), read, sequences)
 
 
 class ShortlistGroup(Group):
