@@ -186,6 +186,46 @@ def test_a_forward_that_reads_the_weight_of_an_adapted_module_is_refused() -> No
         model(torch.randn(2, 4))
 
 
+class Beside(nn.Module):
+    """It calls a layer, asks its weight for its kind, and may compute with it too."""
+
+    def __init__(self, computes: bool) -> None:
+        super().__init__()
+        self.up, self.computes = nn.Linear(4, 4), computes
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x.to(self.up.weight.dtype).view(-1, self.up.weight.shape[1]))
+        return h + x @ torch.cat([self.up.weight, self.up.weight])[:4].t() if self.computes else h
+
+
+def test_so_is_one_that_calls_it_too_and_none_that_looks_at_it() -> None:
+    x, config = torch.randn(2, 4), MolaConfig(r=2, target_modules=["up"])
+    model = get_peft_model(nn.Sequential(Beside(computes=False)), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        model.eval()(x)
+    part = model.base_model.model[0]
+    part.forward = lambda x: part.up.weight.dtype  # nor one that asks a layer which does not run
+    model(x)
+    model = get_peft_model(nn.Sequential(Beside(computes=True)), config)
+    with pytest.warns(UserWarning, match="Beside calls its up, .* and also computes with its weight"):
+        model(x).sum().backward()
+    with pytest.raises(LamellaError, match="Beside calls its up"), torch.inference_mode():
+        model.eval()(x)
+
+
+def test_what_a_first_forward_shows_of_it_is_refused_before() -> None:
+    base = tiny.bert()
+    part = base.bert.encoder.layer[1].intermediate
+    part.forward = lambda h: nn.functional.gelu(part.dense(h) + nn.functional.linear(h, part.dense.weight))
+    with pytest.raises(LamellaError, match=r"intermediate\.dense cannot be adapted: the model calls it and computes"):
+        get_peft_model(base, MolaConfig(r=2, target_modules=["intermediate.dense"]))
+    with pytest.warns(UserWarning, match=r"does not adapt bert\.encoder\.layer\.1\.intermediate\.dense"):
+        model = get_peft_model(base, MolaConfig(r=2))
+    model(**tiny.batch(base)).loss.backward()
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -182,13 +182,13 @@ def _of_tokens(model: nn.Module, name: str, tokens: Tokens, modules: Modules, so
 
 
 def _tied_to(model: nn.Module, embedding: nn.Module) -> list[str]:
-    """The modules whose weight is the embedding's own, as PEFT finds them."""
+    """The modules whose weight is the embedding's own, as PEFT finds them, by the names that they have without it."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return []
     assert isinstance(model, PreTrainedModel)
     if BaseTunerLayer.get_base_layer(model.get_input_embeddings()) is not embedding:
         return []
-    return list(_get_module_names_tied_with_embedding(model))
+    return [name.removesuffix(".base_layer") for name in _get_module_names_tied_with_embedding(model)]
 
 
 def _beside_factors(

@@ -12,7 +12,7 @@ from lamella.backbones.blocks import (
     siblings_with_same_input,
 )
 from lamella.backbones.causality import sees_later_tokens
-from lamella.backbones.rehearsal import Rehearsal, rehearse
+from lamella.backbones.rehearsal import Rehearsal, computes, rehearse
 from lamella.backbones.states import mean_states, why_no_sequences, width_of
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Place",
     "Rehearsal",
     "Stack",
+    "computes",
     "find_blocks",
     "find_place",
     "find_stacks",

@@ -1,13 +1,14 @@
 """In which order the linear modules of a model run, and on which rows: seen in one forward of a few tokens."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lamella.backbones.blocks import Stack, find_place
 from lamella.backbones.samples import BATCH, few_inputs, try_out
@@ -23,7 +24,9 @@ class Rehearsal:
         other_sequences: the same of those whose rows were not some for each of those sequences, one after another.
         turned: of those that ran, whether they were given tokens before sequences.
         other_outputs: of those that ran, the ones that put out something else than a tensor.
-        only_read: those that did not run, though something took their weights: what is put around them has no effect.
+        only_read: those that did not run, though something computed with their weights: what is put around them has no
+            effect.
+        also_read: those that ran, and whose weights something else computed with too.
     """
 
     order: tuple[str, ...] = ()
@@ -32,6 +35,7 @@ class Rehearsal:
     turned: Mapping[str, bool] = field(default_factory=dict)
     other_outputs: frozenset[str] = field(default_factory=frozenset)
     only_read: frozenset[str] = field(default_factory=frozenset)
+    also_read: frozenset[str] = field(default_factory=frozenset)
 
     def sort(self, names: Sequence[str]) -> list[str]:
         """The names in the order in which they ran; behind them those that did not run, as they were."""
@@ -59,8 +63,9 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
     rows: dict[str, torch.Size] = {}  # of what a linear module or a block was given first, by its name, in that order
     blocks = [f"{stack.name}.{at}" for stack in stacks for at in range(stack.depth)]
     other: set[str] = set()
-    read = _Reads({id(model.get_submodule(name).weight): name for name in linear})
+    read = _Reads(model, linear)
     hooks = [one for name in (*blocks, *linear) for one in _watch(model.get_submodule(name), name, rows, other)]
+    hooks += read.hooks()
     if not try_out(model, given, *hooks, read):
         return Rehearsal()
     order = tuple(name for name in rows if name not in blocks)
@@ -73,21 +78,43 @@ def rehearse(model: nn.Module, stacks: Sequence[Stack], linear: Sequence[str]) -
         {name: rows[name][1:] == (BATCH,) for name in order},
         frozenset(other - {*blocks}),
         frozenset(read.names - rows.keys()),
+        frozenset(read.names & rows.keys()),
     )
 
 
 class _Reads(TorchFunctionMode):
-    """Notes whose weights torch's functions are given."""
+    """Notes with whose weights anything is computed while no module that has them, as tied ones do, runs."""
 
-    def __init__(self, weights: dict[int, str]) -> None:
+    def __init__(self, model: nn.Module, linear: Sequence[str]) -> None:
         super().__init__()
-        self._weights = weights
+        self._names: dict[int, list[str]] = {}
+        for name in linear:
+            self._names.setdefault(id(model.get_submodule(name).weight), []).append(name)
+        leaves = (module for module in model.modules() if not any(module.children()))
+        self._having = [module for module in leaves if any(id(one) in self._names for one in module.parameters())]
+        self._running: list[nn.Module] = []
         self.names: set[str] = set()
 
+    def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Has the modules say when they run."""
+        for module in self._having:
+            yield module.register_forward_pre_hook(lambda module, _: self._running.append(module))
+            yield module.register_forward_hook(lambda *_: self._running.pop() and None)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (*args, *(kwargs or {}).values())
-        self.names.update(self._weights[id(one)] for one in given if id(one) in self._weights)
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        own = {id(parameter) for module in self._running for parameter in module.parameters()}
+        given = [one for one in tree_leaves((args, kwargs)) if id(one) in self._names and id(one) not in own]
+        if given and computes(func, given, output):
+            self.names.update(name for one in given for name in self._names[id(one)])
+        return output
+
+
+def computes(func: Any, weights: Sequence[Tensor], output: Any) -> bool:
+    """Whether a function of torch makes something of weights, and not only tells their kind, shape or place."""
+    if func is Tensor.data.__get__ or any(output is weight for weight in weights):  # as in moving where it is already
+        return False
+    return any(isinstance(one, Tensor) for one in tree_leaves(output))
 
 
 def _watch(

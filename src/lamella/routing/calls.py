@@ -112,7 +112,8 @@ class RoutedCall:
         overrides: what holds in place of the routers, by adapter.
         decisions: those that blocks of different stacks share.
         balances: losses that all routers of an adapter have in common, by adapter.
-        read: layers whose weight a module around them has read, which may have multiplied by it itself.
+        used: layers with whose weight something around them has computed.
+        read: layers whose weight a module around them has read, which may have computed with it itself.
         called: layers that have run.
     """
 
@@ -137,6 +138,7 @@ class RoutedCall:
     overrides: dict[str, Override] = field(default_factory=dict)
     decisions: dict[RouterKey, SharedDecision] = field(default_factory=dict)
     balances: dict[str, JointBalance] = field(default_factory=dict)
+    used: list[nn.Module] = field(default_factory=list)
     read: list[nn.Module] = field(default_factory=list)
     called: set[nn.Module] = field(default_factory=set)
 

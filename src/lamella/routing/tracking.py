@@ -140,19 +140,21 @@ class CallTracker(TrackedModel):
 
 
 def _refuse_bypassed(model: nn.Module, call: RoutedCall) -> None:
-    """Raises where a layer's weight was read and the layer did not run: what it adds is missing.
+    """Raises where something else computed with a layer's weight: what the layer adds is missing there.
 
     In training that is a warning: some models do so by themselves there and call it in evaluation (Gemma 3n).
     """
-    bypassed = next((layer for layer in call.read if layer not in call.called), None)
+    bypassed = next(iter(call.used + [layer for layer in call.read if layer not in call.called]), None)
     if bypassed is None:
         return
     around, _, name = next(name for name, module in model.named_modules() if module is bypassed).rpartition(".")
+    is_called = bypassed in call.called
+    untrained = "" if is_called or not bypassed.training else " and is not trained"
     said = (
-        f"{type(model.get_submodule(around)).__name__} has not called its {name}, which has an adapter, but read its "
-        "weight, as a fast path or a kernel does that multiplies by it itself: the adapter has no effect there"
-        f"{' and is not trained' if bypassed.training else ''}. Switch that off, or adapt the model without {name} "
-        "(exclude_modules)."
+        f"{type(model.get_submodule(around)).__name__} {'calls its' if is_called else 'has not called its'} {name}, "
+        f"which has an adapter, {'and also computes with its' if is_called else 'but read its'} weight, as a fast path "
+        f"or a kernel does that multiplies by it itself: the adapter has no effect there{untrained}. Switch that off, "
+        f"or adapt the model without {name} (exclude_modules)."
     )
     if not bypassed.training:
         raise LamellaError(said)

@@ -1,28 +1,55 @@
 """Modules that no adapter can act on, first those whose weight is read by what does not call them."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lamella.backbones import Rehearsal
+from lamella.backbones import Rehearsal, computes
 from lamella.routing import Frame, current_frame
 
-# What is done with a module that an adapter has no effect on.
+# What is done with a module that an adapter has no effect on, or not all of it.
 _ONLY_READ = "reads its weight without calling it, so that an adapter there has no effect"
+_ALSO_READ = "calls it and computes with its weight beside that, where an adapter has no effect"
 _MORE = "it puts out more than a tensor, to which an adapter could add"  # such as a router that chooses, too
 
 
-def read_weight(layer: Any) -> Tensor:
-    """A layer's weight, for a module around it. Where that has not called the layer in a forward, it is refused.
+class _Watched(Tensor):
+    """A layer's weight that says when something is computed with it; what comes of that is not watched."""
 
-    Not where it is known from the beginning that the layer is never called (``is_watched``).
+    _used: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            output = func(*args, **(kwargs or {}))
+        weights = [one for one in tree_leaves((args, kwargs)) if isinstance(one, _Watched)]
+        if computes(func, weights, output):
+            for weight in weights:
+                weight._used()
+        return output
+
+
+def read_weight(layer: Any) -> Tensor:
+    """A layer's weight, for a module around it. Where that computes with it in a forward, it is refused.
+
+    Not where it is known from the beginning that the layer is never called (``is_watched``). Of a weight that cannot
+    be watched, such as a quantised one, it is refused where the layer is not called beside that.
     """
     weight: Tensor = BaseTunerLayer.weight.fget(layer)
     frame, is_on = current_frame(), layer.is_watched and not layer.disable_adapters
-    if frame is not None and is_on and {*layer.active_adapters} & {*layer._all_available_adapter_names()}:
+    if frame is None or not is_on or not {*layer.active_adapters} & {*layer._all_available_adapter_names()}:
+        return weight
+    if type(weight) is not nn.Parameter or torch.compiler.is_compiling():
         frame.call.read.append(layer)
-    return weight
+        return weight
+    watched = weight.as_subclass(_Watched)
+    watched.__dict__.update(vars(weight), _used=partial(frame.call.used.append, layer), _is_param=True)
+    return watched
 
 
 def note_call(layer: nn.Module, frame: Frame | None) -> None:
@@ -36,7 +63,7 @@ def why_unfit(model: nn.Module, seen: Rehearsal) -> dict[str, str]:
     attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     of_torch = {f"{name}.out_proj".removeprefix("."): f"MultiheadAttention {_ONLY_READ}" for name in attentions}
     of_model = dict.fromkeys(seen.only_read, f"the model {_ONLY_READ}") | dict.fromkeys(seen.other_outputs, _MORE)
-    return of_model | of_torch
+    return dict.fromkeys(seen.also_read, f"the model {_ALSO_READ}") | of_model | of_torch
 
 
 def leave_fast_paths(model: nn.Module) -> None:

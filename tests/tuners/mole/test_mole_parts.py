@@ -136,6 +136,16 @@ def test_one_hot_weights_are_the_lora_with_everything_that_was_trained(kind: str
         torch.testing.assert_close(output(model, inputs), output(make(), inputs))
 
 
+def test_a_second_composition_has_the_tokens_of_tied_embeddings_too(tmp_path: Path) -> None:
+    loras = two("tied tokens", tmp_path)
+    model = compose(tied_llama(), loras)
+    first = output(model, TEXT)
+    model.save_pretrained(tmp_path / "saved")
+    model.load_adapter(tmp_path / "saved", "second")
+    model.set_adapter("second")
+    assert torch.equal(output(model, TEXT), first)
+
+
 @pytest.mark.parametrize("kind", ["all biases", "a convolution"])
 def test_the_parts_train_their_routers_and_are_saved_and_embedded(kind: str, tmp_path: Path) -> None:
     make, inputs, _ = CASES[kind]
