@@ -44,6 +44,44 @@ def refused(reference: Path | str, *said: str) -> None:
         assert words in message
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "16"},
+        {"r": "2"},
+        {"use_rslora": "false"},
+        {"alpha_pattern": None},
+        {"alpha_pattern": {"query": "3"}},
+        {"rank_pattern": {"query": 2.0}},
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_kind_are_named(fields: dict[str, object], folder: Path) -> None:
+    configure(folder, **fields)
+    refused(folder, next(iter(fields)), "in its config, which must be")
+
+
+def test_an_alpha_beside_the_tensors_that_the_config_contradicts(folder: Path) -> None:
+    beside = {f"{QUERY}.alpha": torch.tensor(8.0)}  # as the config has it, which PEFT reads
+    change(folder, lambda tensors: tensors.update(beside))
+    assert read_lora(folder).components["model"][QUERY.removeprefix("base_model.model.")].scaling == 4
+    change(folder, lambda tensors: tensors.update({f"{QUERY}.alpha": torch.tensor(2.0)}))
+    refused(folder, "query.alpha", "a scaling of 1, where its config says 4")
+
+
+def test_a_lora_that_is_multiplied_by_zero_adds_nothing(folder: Path) -> None:
+    configure(folder, lora_alpha=0)
+    with pytest.warns(UserWarning, match="adds nothing"):
+        read_lora(folder)
+
+
+def test_tensors_of_modules_that_the_config_does_not_adapt_are_named(folder: Path) -> None:
+    configure(folder, layers_to_transform=[1])
+    with pytest.warns(UserWarning, match=r"LoRAs of 1 modules that its config does not adapt, .*layer\.0\..*query"):
+        map_to(tiny.bert(), read_lora(folder))
+
+
 @pytest.mark.parametrize("suffix", ["bin", "pt", "ckpt", "pth"])
 def test_a_pickle_is_never_opened(suffix: str, tmp_path: Path) -> None:
     class Bomb:

@@ -83,6 +83,15 @@ def test_rows_of_several_documents_each(model: PeftModel) -> None:
     torch.testing.assert_close(logits(model, input_ids=ids, position_ids=positions), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("hides", [-1e4, -1e9, float("-inf")])
+def test_masks_that_are_added_hide_by_whatever_large_number(hides: float) -> None:
+    model, given, attends = tiny.molex(tiny.llama(layers=3)), documents(), block_diagonal()
+    said = {"position_ids": packed(given)["position_ids"]}
+    said["attention_mask"] = torch.zeros(attends.shape).masked_fill(~attends, hides)
+    actual = logits(model, input_ids=torch.cat(given, dim=1), **said)
+    torch.testing.assert_close(actual, alone(model, given), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_documents_beside_padding(side: str) -> None:
     model = tiny.molex(tiny.llama(layers=3))

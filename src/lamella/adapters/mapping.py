@@ -122,6 +122,7 @@ def map_to(
             constants[ours] = constants[ours] + constant if ours in constants else constant
     if not renamed:
         _warn_of_missing(source, [name for name in _missing(source.config, mapped, modules) if not leave_out(name)])
+        _warn_of_more(source, [names[name] for name in factors if not _is_asked_for(source.config, names[name])])
     return Mapped(mapped, constants, whole, skipped, renamed)
 
 
@@ -222,7 +223,7 @@ def _values(tensor: Tensor) -> Tensor:
 
 def _missing(config: LoraConfig | None, mapped: Mapping[str, Factors], modules: Modules) -> list[str]:
     """What the config adapts and the file lacks."""
-    if config is None or not config.target_modules or config.target_modules == "all-linear":
+    if config is None or not _says_what(config):
         return []
     adapters = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
     return [
@@ -231,9 +232,20 @@ def _missing(config: LoraConfig | None, mapped: Mapping[str, Factors], modules: 
         if name not in mapped
         and fan(module) is not None
         and not name.startswith(adapters)
-        and (match := check_target_module_exists(config, name))
-        and not isinstance(match, _ExcludedModule)
+        and _is_asked_for(config, name)
     ]
+
+
+def _says_what(config: LoraConfig) -> bool:
+    return bool(config.target_modules) and config.target_modules != "all-linear"
+
+
+def _is_asked_for(config: LoraConfig | None, name: str) -> bool:
+    """Whether a config adapts a module, or does not say; what is tied to such a module counts with it."""
+    if config is None or config.ensure_weight_tying or not _says_what(config):
+        return True
+    match = check_target_module_exists(config, name)
+    return bool(match) and not isinstance(match, _ExcludedModule)
 
 
 def _warn_of_missing(source: LoraSource, missing: list[str]) -> None:
@@ -241,6 +253,16 @@ def _warn_of_missing(source: LoraSource, missing: list[str]) -> None:
         warnings.warn(
             f"{source.described} has nothing for {len(missing)} modules that its config says it adapts, first "
             f"{', '.join(missing[:3])}: the file is incomplete, or was meant so. There it adds nothing.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_more(source: LoraSource, more: list[str]) -> None:
+    if more:
+        warnings.warn(
+            f"{source.described} has LoRAs of {len(more)} modules that its config does not adapt, first "
+            f"{', '.join(more[:3])}. They are composed as all others are, where PEFT leaves them out: exclude_modules "
+            "does that here, or the config is not the one that was saved with the file.",
             stacklevel=3,
         )
 

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from lamella.adapters.locate import CONFIG, read_json
-from lamella.adapters.pairs import pair, refuse_other_methods, refuse_unknown
+from lamella.adapters.pairs import Pairs, pair, refuse_other_methods, refuse_unknown
 from lamella.adapters.source import MODEL, Parsed, Tokens
 from lamella.errors import LamellaError
 
@@ -27,6 +27,8 @@ _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta
 _ORIGINALS = re.compile(r".+\.(original_module\..+|trainable_tokens_original(\.[^.]+)?)")
 # Initialisations that take part of the base weight into the LoRA, so that it fits no base but the one they left.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What a string or a number in place of true or false would turn on, whatever it says.
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "use_qalora")
 # Fields under which a LoRA computes something else than W x + s B A x.
 _VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
              "layer_replication")  # fmt: skip
@@ -41,7 +43,9 @@ def read_peft(folder: Path, tensors: Mapping[str, Tensor], who: str) -> Parsed:
     config = _config(folder, who)
     refuse_other_methods(tensors, who)
     refuse_variants(config, who)
-    pairs = pair(plain_names(tensors, who), scaling_by(config, who), who)
+    named, scaling = plain_names(tensors, who), scaling_by(config, who)
+    pairs = pair(named, scaling, who)
+    _refuse_other_alphas(named, pairs, scaling, who)
     rest = pairs.rest
     skipped = [(key, "the base's own, untrained") for key in rest if _ORIGINALS.fullmatch(key)]
     tokens = {match["module"]: key for key in rest if (match := _TOKENS.fullmatch(key))}
@@ -86,6 +90,8 @@ def plain_names(tensors: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
 def scaling_by(config: LoraConfig, who: str) -> Callable[[str, int], float]:
     """The scaling that PEFT gives a module: alpha and rank by their patterns, ``alpha / r`` or ``alpha / sqrt(r)``."""
 
+    _check_kinds(config, who)
+
     def scaling(module: str, r: int) -> float:
         expected = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
         if expected != r:
@@ -97,6 +103,18 @@ def scaling_by(config: LoraConfig, who: str) -> Callable[[str, int], float]:
         return float(alpha / (math.sqrt(r) if config.use_rslora else r))
 
     return scaling
+
+
+def _refuse_other_alphas(
+    named: Mapping[str, Tensor], pairs: Pairs, scaling: Callable[[str, int], float], who: str
+) -> None:
+    """Raises where an alpha beside the tensors, which PEFT does not read, is another than the config's."""
+    for module, lora in pairs.modules.items():
+        if f"{module}.alpha" in named and not math.isclose(lora.scaling, by_config := scaling(module, len(lora.A))):
+            raise LamellaError(
+                f"{who} has {module}.alpha in its file, a scaling of {lora.scaling:g}, where its config says "
+                f"{by_config:g}. Remove the one that is wrong; PEFT itself reads the config."
+            )
 
 
 def refuse_variants(config: LoraConfig, who: str) -> None:
@@ -136,6 +154,25 @@ def _config(folder: Path, who: str) -> LoraConfig:
         raise LamellaError(f"{who} has an adapter_config.json that PEFT refuses: {error}") from error
     assert isinstance(config, LoraConfig)
     return config
+
+
+def _check_kinds(config: LoraConfig, who: str) -> None:
+    """Raises unless what a scaling is made of is of the right kind, at which PEFT does not look."""
+    given: dict[str, object] = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    wrong = [(name, value, "an object") for name, value in given.items() if not isinstance(value, dict)]
+    ranks = {"r": config.r, **_each("rank_pattern", config.rank_pattern)}
+    alphas = {"lora_alpha": config.lora_alpha, **_each("alpha_pattern", config.alpha_pattern)}
+    wrong += [(name, r, "a whole number") for name, r in ranks.items() if type(r) is not int]
+    wrong += [(name, one, "a number") for name, one in alphas.items() if type(one) not in (int, float)]
+    wrong += [(n, v, "true or false") for n in _SWITCHES if type(v := getattr(config, n, False)) is not bool]
+    for name, value, kind in wrong:
+        raise LamellaError(
+            f"{who} has {name}={value!r} in its config, which must be {kind}. Restore the one that was saved with it."
+        )
+
+
+def _each(name: str, pattern: object) -> dict[str, object]:
+    return {f"{name}[{key!r}]": value for key, value in pattern.items()} if isinstance(pattern, dict) else {}
 
 
 def _is_whole(key: str, config: LoraConfig) -> bool:

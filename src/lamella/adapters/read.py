@@ -63,7 +63,7 @@ def read_lora(
     )  # fmt: skip
     if source.is_zero:
         warnings.warn(
-            f"{who} adds nothing: A or B is zero in all its modules, as before the first step of training.",
+            f"{who} adds nothing: A, B or alpha is zero in all its modules, as B is before the first step of training.",
             stacklevel=2,
         )
     return source

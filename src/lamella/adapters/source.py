@@ -149,7 +149,7 @@ class LoraSource:
         """Whether it adds nothing at all, as before its first step of training."""
         factors = [one for modules in self.components.values() for one in modules.values()]
         constants = [one for modules in self.constants.values() for one in modules.values()]
-        silent = all(not one.B.any() or not one.A.any() for one in factors)
+        silent = all(not one.scaling or not one.B.any() or not one.A.any() for one in factors)
         return silent and not self.whole and not self.tokens and not any(bool(one.any()) for one in constants)
 
 

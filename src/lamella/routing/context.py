@@ -203,7 +203,8 @@ class Frame:
             found = self._turned(found, new, name)
         if found is None and not of_encoder:
             found = self._subsampled(mask, x)
-        if found is None and name is not None and not bool(mask.all()):
+        is_pooled = x.shape[:-1] == mask.shape[:1]  # one row for each sequence, as what a classifier reads
+        if found is None and name is not None and not is_pooled and not bool(mask.all()):
             self.call.tracker.say_once(
                 "other rows",
                 f"{name} is given {tuple(x.shape[:-1])} rows, which are not one for each of {tuple(mask.shape)} tokens "

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HIDES = -1e3  # added to a score, in whatever precision: e^-1000 is nothing, and masks have -1e4, -1e9, the least number
+
 
 def rows_of_mask(mask: Tensor, rows: torch.Size) -> Tensor | None:
     """A mask ``(batch, tokens)`` laid out as a module's rows; None where those are not one for each token.
@@ -35,7 +37,7 @@ def expanded_mask(mask: Any) -> Tensor | None:
         mask = create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_indices.device)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return None
-    attends = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    attends = mask > _HIDES if mask.is_floating_point() else mask.bool()
     return attends.any(dim=1)
 
 
