@@ -26,6 +26,8 @@ _NUMBERS: dict[type[int | float | str], re.Pattern[str]] = {
     float: re.compile(r"-?(0|[1-9]\d*)(\.\d*)?([eE][+-]?\d+)?", re.ASCII),
 }
 
+_MISSING = frozenset({"", "nan", "na", "n/a", "<na>", "null", "none"})  # as programs write a cell without a value
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".txt")
 
 
@@ -89,7 +91,7 @@ def _read_jsonl(text: str, name: str) -> list[Row]:
     rows = []
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_each_once)
         except (ValueError, RecursionError) as error:
             why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             said = "is empty" if not line.strip() else f"is not JSON ({why})"
@@ -98,6 +100,14 @@ def _read_jsonl(text: str, name: str) -> list[Row]:
             raise LamellaError(f"{name}, row {number} is a {type(row).__name__}. Each line must hold one JSON object.")
         rows.append(row)
     return rows
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return row
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -124,8 +134,11 @@ def read_csv(path: Path) -> list[Row]:
             )
     table: list[Row] = [dict(zip(header, cells, strict=True)) for cells in rows]
     labels = [row["label"] for row in table] if "label" in header else []
-    kind = next((kind for kind, written in _NUMBERS.items() if labels and all(map(written.fullmatch, labels))), str)
-    return [{**row, "label": kind(row["label"])} for row in table] if labels else table
+    told = [label for label in labels if label.strip().casefold() not in _MISSING]
+    kind = next((kind for kind, written in _NUMBERS.items() if told and all(map(written.fullmatch, told))), str)
+    if kind is not str:  # beside numbers such a word is none
+        return [{**row, "label": kind(row["label"]) if row["label"].strip().casefold() not in _MISSING else None} for row in table]
+    return table
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ FORMS: dict[TaskKind, tuple[tuple[str, ...], ...]] = {
     "seq2seq": (("source", "target"),),
 }
 LABELLED: frozenset[str] = frozenset({"classification", "pair-classification", "multiple-choice", "regression"})
+_MANY = 10  # labels that few rows may have
 _FIRST_TO_FIT: tuple[TaskKind, ...] = (
     "causal-lm",
     "seq2seq",
@@ -102,6 +103,7 @@ def read_columns(tables: Mapping[str, Table]) -> tuple[TaskKind, dict[str, list[
     first = next(iter(tables.values()))
     present = {column for row in first.rows for column in row}
     kind = _kind(first.origin, present)
+    _refuse_misnamed(first.origin, present)
     if kind in ("classification", "pair-classification") and _floats(tables):
         _refuse_whole_floats(tables)
         kind, present = "regression", present - {"text"} | {"text1"}
@@ -116,6 +118,8 @@ def read_columns(tables: Mapping[str, Table]) -> tuple[TaskKind, dict[str, list[
                 _check_input(table, index, column, row.get(column))
     named = " and ".join(columns) + (" and label" if kind in LABELLED else "")
     notes = [f"read as {kind}, from the columns {named}"]
+    if unread := present - {*columns, "label", "label_name"}:
+        notes.append(f"columns that are not read: {_list(unread)}")
     rows, names = _labels(kind, tables)
     return kind, rows, names, notes
 
@@ -139,14 +143,21 @@ def check_published(kind: TaskKind, table: Table, label_names: Sequence[str]) ->
             raise table.complain(index, "label", f"{row['label']!r} is none of 0 to {len(label_names) - 1}.")
 
 
-def _kind(origin: str, present: set[str]) -> TaskKind:
+def _first_to_fit(present: set[str]) -> TaskKind | None:
     for kind in _FIRST_TO_FIT:
         # text with a label is classification; text without one is prose
         form = input_columns(kind, present)
         if form and not (kind == "causal-lm" and form == ("text",) and "label" in present):
-            if kind in LABELLED and "label" not in present:
-                raise LamellaError(f"{origin} has the columns {_list(present)} but no 'label' column.")
             return kind
+    return None
+
+
+def _kind(origin: str, present: set[str]) -> TaskKind:
+    kind = _first_to_fit(present)
+    if kind is not None:
+        if kind in LABELLED and "label" not in present:
+            raise LamellaError(f"{origin} has the columns {_list(present)} but no 'label' column.")
+        return kind
     if present.issuperset(("text1", "label")):
         return "regression"
     wanted = "; ".join(
@@ -156,6 +167,16 @@ def _kind(origin: str, present: set[str]) -> TaskKind:
     raise LamellaError(
         f"{origin} has the columns {_list(present)}, which fit no task. Rename them to fit one. {wanted}."
     )
+
+
+def _refuse_misnamed(origin: str, present: set[str]) -> None:
+    """Raises over a column without which the rows are another task, and which is almost called as it has to be."""
+    known = {"label", *(column for forms in FORMS.values() for form in forms for column in form)}
+    for column in sorted(map(str, present - known)):
+        plain = column.strip().casefold()
+        meant = next((name for name in (plain, plain.removesuffix("s")) if name in known - present), None)
+        if meant is not None and _first_to_fit(present | {meant}) != _first_to_fit(present):
+            raise LamellaError(f"{origin} has a column {column!r}, which is read if it is called {meant!r}. Rename it.")
 
 
 def _list(columns: set[Any]) -> str:
@@ -169,11 +190,11 @@ def _floats(tables: Mapping[str, Table]) -> bool:
 def _refuse_whole_floats(tables: Mapping[str, Table]) -> None:
     """Labels such as 0.0 and 1.0 may be classes, as pandas writes them beside a gap, or amounts."""
     labels = [row.get("label") for table in tables.values() for row in table.rows]
-    whole = {label for label in labels if isinstance(label, float) and label.is_integer()}
-    if whole.issuperset(labels):
-        origin, seen = next(iter(tables.values())).origin, ", ".join(map(str, sorted(whole)[:5]))
+    if all(isinstance(label, int) or (isinstance(label, float) and label.is_integer()) for label in labels):
+        origin = next(iter(tables.values())).origin
+        seen = ", ".join(map(str, sorted({label for label in labels if isinstance(label, float)})[:5]))
         raise LamellaError(
-            f"{origin}: all labels are whole numbers written with a point ({seen}), which may be classes or amounts. "
+            f"{origin}: all labels are whole numbers, written with a point ({seen}), which may be classes or amounts. "
             "Write classes as 0, 1, ... or as names; for amounts describe the file in a task's YAML with "
             "kind: regression."
         )
@@ -257,7 +278,7 @@ def _check_label(kind: TaskKind, table: Table, index: int, row: Row, first: Any)
         raise table.complain(
             index, "label", f"{label!r} mixes with labels like {first!r}. Use text or numbers throughout."
         )
-    if kind == "regression" and (isinstance(label, str) or not math.isfinite(label)):
+    if kind == "regression" and (isinstance(label, str) or not abs(label) <= sys.float_info.max):
         raise table.complain(index, "label", f"{label!r} is not a finite number.")
     if kind == "multiple-choice":
         count = len(row["choices"])
@@ -273,6 +294,11 @@ def _numbered(tables: Mapping[str, Table]) -> tuple[dict[str, list[Row]], tuple[
     if len(values) < 2:
         raise LamellaError(f"{training.origin}: every row has the label {values[0]!r}. At least two labels are needed.")
     _refuse_alike(training, [value for value in values if isinstance(value, str)])
+    if len(values) > max(_MANY, len(training.rows) // 2) and not training.names:
+        raise LamellaError(
+            f"{training.origin}: {len(training.rows)} rows have {len(values)} labels, such as {values[0]!r} and "
+            f"{values[1]!r}, so that there are no classes. Write amounts as numbers with a point, as 1.5."
+        )
     number = {value: index for index, value in enumerate(values)}
     for table in tables.values():
         for index, row in enumerate(table.rows):

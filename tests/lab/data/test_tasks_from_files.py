@@ -115,7 +115,12 @@ QUESTION = {"question": "q", "choices": ["a", "b"], "label": 0}
         ([QUESTION, {**QUESTION, "choices": ["a"]}], "row 2, column 'choices': needs a list of at least two texts"),
         ([*GOOD, {"text": "a\ud83d", "label": 0}], "row 11, column 'text': letter 2 is half of a surrogate pair"),
         ([{"messages": [{"role": "assistant", "content": "\udc80"}]}], "row 1, column 'messages': letter 10 is half"),
-        ([{**row, "label": float(row["label"])} for row in GOOD], "whole numbers written with a point (0.0, 1.0)"),
+        ([{**row, "label": float(row["label"])} for row in GOOD], "whole numbers, written with a point (0.0, 1.0)"),
+        ([*GOOD, {"text": "a", "label": 1.0}], "whole numbers, written with a point (1.0)"),
+        ([*GOOD, {"text": "a", "label": 0.5}, {"text": "b", "label": 10**400}], "row 12, column 'label': 1000"),
+        ([{**row, "label": -1} for row in GOOD], "rows.jsonl: every row has the label -1, which stands for none"),
+        ([{"text": f"t{n}", "Labels": n % 2} for n in range(10)], "has a column 'Labels', which is read if it is called"),
+        ([{"text": f"t{n}", "label": f"{n},5"} for n in range(20)], "20 rows have 20 labels, such as '0,5' and '1,5'"),
         ([{"messages": CHAT[:1]}], "row 1, column 'messages': no assistant turn"),
         ([{"messages": [{"role": "user"}]}], "row 1, column 'messages': needs a list of"),
         (GOOD[:2], "rows.jsonl has too few different rows"),
@@ -149,7 +154,10 @@ def test_a_bad_row_is_named(tmp_path, rows, message):
         ("rows.csv", b'text,label\n"a,0\nb,1\n', "rows.csv, line 3 cannot be read as CSV"),
         ("rows.csv", b"text,label\n\xe9,0\n", "rows.csv, line 2 cannot be read as UTF-8"),
         ("rows.csv", b"", "rows.csv has no rows"),
-        ("rows.csv", b"text,label\na,0.0\nb,1.0\n", "whole numbers written with a point (0.0, 1.0)"),
+        ("rows.csv", b"text,label\na,0.0\nb,1.0\n", "whole numbers, written with a point (0.0, 1.0)"),
+        ("rows.csv", b"text,label\na,0\nb,NaN\n", "rows.csv, row 2, column 'label': missing, null or empty"),
+        ("rows.csv", b"text, label\na,0\nb,1\n", "has a column ' label', which is read if it is called 'label'"),
+        ("rows.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "rows.jsonl, row 1 is not JSON ('label' is there twice)"),
         ("rows.xlsx", b"", "rows.xlsx is none of .jsonl, .jsonl.gz, .csv, .csv.gz, .parquet"),
     ],
 )
@@ -163,6 +171,11 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 def test_labels_made_of_digits_are_names(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{n},{'007' if n % 2 else '7'}\n" for n in range(20)))
     assert load_task(f"file:{tmp_path}/rows.csv").label_names == ("007", "7")
+
+
+def test_a_column_that_nothing_turns_on_may_be_called_as_it_likes(tmp_path):
+    rows = [{**row, "Source": "web", "id": number} for number, row in enumerate(GOOD)]
+    assert "columns that are not read: Source, id" in load_task(write(tmp_path / "rows.jsonl", rows)).notes
 
 
 def test_a_text_longer_than_the_standard_reader_allows(tmp_path):

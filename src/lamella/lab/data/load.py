@@ -171,6 +171,8 @@ def _by_columns(raw: Raw) -> tuple[TaskKind, Splits, tuple[str, ...], list[str]]
             "task would be another. Add the column, or take it out of every split."
         )
     labelled = {split: rows for split, rows in raw.splits.items() if any(row.get("label") != -1 for row in rows)}
+    if not labelled:
+        raise LamellaError(f"{next(iter(raw.origins.values()))}: every row has the label -1, which stands for none.")
     tables = {split: Table(raw.origins[split], rows, raw.names) for split, rows in labelled.items()}
     kind, splits, label_names, notes = read_columns(tables)
     unlabelled = [split for split in raw.splits if split not in labelled]
