@@ -37,7 +37,6 @@ EXPLAINED: dict[str, dict[str, str]] = {
     "mole": {
         "test_disable_adapters": "a new composition is the mean of its LoRAs, and not the base",
         "test_only_params_are_updated": "the LoRAs are frozen, and belong to the method",
-        "test_save_load_roundtrip_fsdp_wrapped": "FSDP takes no scalars, such as a learned temperature",
         "test_training_decoders_gradient_checkpointing/tiny-random-OPT": "squares behind a norm have a constant sum, "
         "so that the gradients are rounding, 1e-8 or exactly 0",
     },
