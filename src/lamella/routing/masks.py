@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HIDES = -1e3  # added to a score, in whatever precision: e^-1000 is nothing, and masks have -1e4, -1e9, the least number
+_HIDES = (
+    -1e3
+)  # added to a score, in whatever precision: e^-1000 is nothing, and masks have -1e4, -1e9, the least number
 
 
 def rows_of_mask(mask: Tensor, rows: torch.Size) -> Tensor | None:

@@ -137,7 +137,10 @@ def read_csv(path: Path) -> list[Row]:
     told = [label for label in labels if label.strip().casefold() not in _MISSING]
     kind = next((kind for kind, written in _NUMBERS.items() if told and all(map(written.fullmatch, told))), str)
     if kind is not str:  # beside numbers such a word is none
-        return [{**row, "label": kind(row["label"]) if row["label"].strip().casefold() not in _MISSING else None} for row in table]
+        return [
+            {**row, "label": kind(row["label"]) if row["label"].strip().casefold() not in _MISSING else None}
+            for row in table
+        ]
     return table
 
 

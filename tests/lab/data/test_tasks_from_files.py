@@ -119,7 +119,7 @@ QUESTION = {"question": "q", "choices": ["a", "b"], "label": 0}
         ([*GOOD, {"text": "a", "label": 1.0}], "whole numbers, written with a point (1.0)"),
         ([*GOOD, {"text": "a", "label": 0.5}, {"text": "b", "label": 10**400}], "row 12, column 'label': 1000"),
         ([{**row, "label": -1} for row in GOOD], "rows.jsonl: every row has the label -1, which stands for none"),
-        ([{"text": f"t{n}", "Labels": n % 2} for n in range(10)], "has a column 'Labels', which is read if it is called"),
+        ([{"text": f"t{n}", "Labels": n % 2} for n in range(10)], "column 'Labels', which is read if it is called"),
         ([{"text": f"t{n}", "label": f"{n},5"} for n in range(20)], "20 rows have 20 labels, such as '0,5' and '1,5'"),
         ([{"messages": CHAT[:1]}], "row 1, column 'messages': no assistant turn"),
         ([{"messages": [{"role": "user"}]}], "row 1, column 'messages': needs a list of"),
@@ -157,7 +157,7 @@ def test_a_bad_row_is_named(tmp_path, rows, message):
         ("rows.csv", b"text,label\na,0.0\nb,1.0\n", "whole numbers, written with a point (0.0, 1.0)"),
         ("rows.csv", b"text,label\na,0\nb,NaN\n", "rows.csv, row 2, column 'label': missing, null or empty"),
         ("rows.csv", b"text, label\na,0\nb,1\n", "has a column ' label', which is read if it is called 'label'"),
-        ("rows.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "rows.jsonl, row 1 is not JSON ('label' is there twice)"),
+        ("rows.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "row 1 is not JSON ('label' is there twice)"),
         ("rows.xlsx", b"", "rows.xlsx is none of .jsonl, .jsonl.gz, .csv, .csv.gz, .parquet"),
     ],
 )
