@@ -105,14 +105,14 @@ class _Reads(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         own = {id(parameter) for module in self._running for parameter in module.parameters()}
         given = [one for one in tree_leaves((args, kwargs)) if id(one) in self._names and id(one) not in own]
-        if given and computes(func, given, output):
+        if given and computes(given, output):
             self.names.update(name for one in given for name in self._names[id(one)])
         return output
 
 
-def computes(func: Any, weights: Sequence[Tensor], output: Any) -> bool:
-    """Whether a function of torch makes something of weights, and not only tells their kind, shape or place."""
-    if func is Tensor.data.__get__ or any(output is weight for weight in weights):  # as in moving where it is already
+def computes(weights: Sequence[Tensor], output: Any) -> bool:
+    """Whether a function of torch made something of weights, and did not only tell their kind, shape or place."""
+    if any(output is weight for weight in weights):  # as in moving one to where it is already
         return False
     return any(isinstance(one, Tensor) for one in tree_leaves(output))
 

@@ -28,7 +28,7 @@ class _Watched(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             output = func(*args, **(kwargs or {}))
         weights = [one for one in tree_leaves((args, kwargs)) if isinstance(one, _Watched)]
-        if computes(func, weights, output):
+        if computes(weights, output):
             for weight in weights:
                 weight._used()
         return output
