@@ -1,5 +1,6 @@
 """Modules that are given other rows than ``(sequences, tokens)``: padding is followed to them, or it is said."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import (
     Siglip2VisionModel,
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
+    XLMConfig,
+    XLMForSequenceClassification,
     XLNetConfig,
     XLNetForSequenceClassification,
 )
@@ -102,6 +105,21 @@ def test_what_is_not_shown_is_said_once_by_name() -> None:
     assert not warned(mola(unknown, "layer_1"), padded(3, 6))
     for make, target in ((xlnet, "layer_1"), (tiny.bert, "query"), (tiny.bert, "pooler.dense"), (tiny.llama, "q_proj")):
         assert not warned(mola(make().eval(), target), padded(5, 5))
+
+
+def test_what_may_say_by_another_name_which_tokens_are_padding_is_refused_or_said() -> None:
+    sizes = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "dropout": 0.0, "attention_dropout": 0.0, "num_labels": 3}
+    base = XLMForSequenceClassification(XLMConfig(vocab_size=tiny.VOCAB, **sizes)).eval()
+    given = padded(3, 6)
+    lengths = {"input_ids": given["input_ids"], "lengths": given["attention_mask"].sum(dim=1)}
+    model = tiny.molex(copy.deepcopy(base))
+    with torch.no_grad():
+        model(**given)
+        model(given["input_ids"], lengths=torch.full((3,), 6))
+        with pytest.raises(LamellaError, match=r"XLMModel is given 'lengths', which may say .* attention_mask"):
+            model(**lengths)
+    with pytest.warns(UserWarning, match=r"XLMModel is given 'lengths', .* balance loss and trace count them"):
+        balance(mola(base, "q_lin"), lengths)
 
 
 def test_frames_of_sound_have_the_mask_that_the_model_makes_of_its_samples() -> None:

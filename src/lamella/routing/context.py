@@ -22,9 +22,11 @@ from lamella.routing.balance import CollectedLoss
 from lamella.routing.calls import Observer, RoutedCall, RouterKey, TrackedModel
 from lamella.routing.decision import Decision, Projection
 from lamella.routing.documents import Documents, Packing, Rows, Sequences, watch_for_mixing
-from lamella.routing.masks import real_by_block, rows_of_mask
+from lamella.routing.masks import hides_some, real_by_block, rows_of_mask
 from lamella.routing.prompt import Generation, Prompt, Readable, find_readable, prompt_of, say_unknown
 from lamella.routing.statements import Statements
+
+_SAY_IT = "Give the model an attention_mask, 1 for real tokens, under that name, or batches without padding."
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class Frame:
         given: what the stack was given to read: token ids, embeddings or pixels.
         width: how many token ids the stack itself was given per row; None where it was given something else.
         packing: what its arguments say of the documents in its rows.
+        unread: arguments that may say which tokens are padding, and are not understood, by name.
         projections: what one layer computed for a sibling with the same input, by that layer and adapter.
         decisions: those that several layers of the stack share.
         alone: where a block runs with one expert at a time, for which router and which expert this run is.
@@ -59,6 +62,7 @@ class Frame:
     given: Tensor | None = None
     width: int | None = None
     packing: Packing = field(default_factory=lambda: Packing({}))
+    unread: Mapping[str, Tensor] = field(default_factory=dict)
     projections: dict[tuple[nn.Module, str], Projection] = field(default_factory=dict)
     decisions: dict[RouterKey, Decision] = field(default_factory=dict)
     alone: tuple[RouterKey, int] | None = None
@@ -111,6 +115,8 @@ class Frame:
         """Raises where padding would be read, since nobody knows which tokens the rows of ``x`` are."""
         mask = self.mask
         if mask is None:
+            if (unread := self._not_understood(x.shape[:2])) is not None:
+                raise LamellaError(f"{unread}, and a decision for a whole sequence is not to read it. {_SAY_IT}")
             return
         tokens = self._new_tokens(mask, of_encoder=False).shape
         is_turned = len(set(tokens)) == 2 and x.shape[:2] == tokens[::-1]
@@ -121,6 +127,13 @@ class Frame:
             f"{tuple(mask.shape)} tokens (sequences, tokens), so that padding would be read. Give batches without "
             "padding, or decide by token (granularity='token', router_input='token')."
         )
+
+    def _not_understood(self, rows: torch.Size) -> str | None:
+        """In words, whether an argument that is not understood may say that some of these rows are padding."""
+        unread = next((name for name, value in self.unread.items() if hides_some(value, rows)), None)
+        if unread is None:
+            return None
+        return f"{type(self.stack).__name__} is given {unread!r}, which may say that some tokens are padding"
 
     def sequences(self, x: Tensor) -> Sequences:
         """The sequences of ``x (batch, tokens, features)``.
@@ -196,6 +209,8 @@ class Frame:
         """
         mask = self.encoder_mask if of_encoder else self.mask
         if mask is None:
+            if name is not None and self.unread and (unread := self._not_understood(x.shape[:-1])) is not None:
+                self.call.tracker.say_once("unread", f"{unread}, and balance loss and trace count them. {_SAY_IT}")
             return None
         new = self._new_tokens(mask, of_encoder)
         found = rows_of_mask(new, x.shape[:-1])

@@ -10,6 +10,12 @@ _HIDES = (
     -1e3
 )  # added to a score, in whatever precision: e^-1000 is nothing, and masks have -1e4, -1e9, the least number
 
+# Of what else is called a mask, what says nothing of padding.
+_OTHER_MASKS = frozenset({
+    "completion_mask", "assistant_masks", "loss_mask", "special_tokens_mask", "global_attention_mask", "head_mask",
+    "perm_mask", "bool_masked_pos", "mask_time_indices", "encoder_attention_mask", "decoder_attention_mask",
+})  # fmt: skip
+
 
 def rows_of_mask(mask: Tensor, rows: torch.Size) -> Tensor | None:
     """A mask ``(batch, tokens)`` laid out as a module's rows; None where those are not one for each token.
@@ -56,6 +62,28 @@ def real_by_expanded(mask: Any) -> Tensor | None:
         return attended
     so_far = int(attended.any(dim=0).nonzero().max()) + 1 if bool(attended.any()) else 0
     return attended[:, :so_far]
+
+
+def other_masks(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What may say which tokens are padding, by another name and in another way than ``attention_mask``: XLM's lengths.
+
+    A mask of tokens, or a number of tokens for each sequence; none where there is an attention mask.
+    """
+    if arguments.get("attention_mask") is not None:
+        return {}
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    masks = {name: value for name, value in tensors.items() if "mask" in name and value.dim() == 2}
+    lengths = {
+        name: value for name, value in tensors.items() if name.endswith(("lengths", "lens")) and value.dim() == 1
+    }
+    return {name: value for name, value in (masks | lengths).items() if name not in _OTHER_MASKS}
+
+
+def hides_some(value: Tensor, rows: torch.Size) -> bool:
+    """Whether one of `other_masks` is of rows ``(batch, tokens)`` and may hide some of them."""
+    if value.dim() == 1:
+        return len(value) == rows[0] and not bool((value == rows[1]).all())
+    return value.shape in (rows, rows[::-1]) and bool((value != value[:1, :1]).any())
 
 
 def real_by_block(mask: Any, states: Tensor) -> Tensor | None:

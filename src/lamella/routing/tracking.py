@@ -31,7 +31,7 @@ from lamella.routing.context import (
 from lamella.routing.decision import Decision
 from lamella.routing.documents import Packing
 from lamella.routing.generating import unwrap_generation, wrap_generation
-from lamella.routing.masks import real_by_expanded
+from lamella.routing.masks import other_masks, real_by_expanded
 from lamella.routing.prompt import find_given
 
 _SAID_ELSEWHERE = {
@@ -297,7 +297,11 @@ def _frame_of_stack(call: RoutedCall, stack: nn.Module, arguments: Mapping[str, 
         given = parent.given
     ids = arguments.get("input_ids")
     width = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
-    return Frame(call, real, encoder_real, parent, stack=stack, given=given, width=width, packing=Packing(arguments))
+    unread = other_masks(arguments) or ({} if parent is None or mask is not None else dict(parent.unread))
+    packing = Packing(arguments)
+    return Frame(
+        call, real, encoder_real, parent, stack=stack, given=given, width=width, packing=packing, unread=unread
+    )
 
 
 @functools.lru_cache(maxsize=256)
