@@ -52,6 +52,6 @@ def test_centroids_take_the_nearest_and_rows_of_zeros_count_for_nothing():
 
 
 def test_another_key_is_refused_with_those_that_there_are():
-    with pytest.raises(LamellaError, match="'magic' is not one of arrow, centroids, spectrum"):
+    with pytest.raises(LamellaError, match="'magic' is not one of arrow, centroids, spectrum, text"):
         key_named("magic")
-    assert retrieval_keys() == ["arrow", "centroids", "spectrum"]
+    assert retrieval_keys() == ["arrow", "centroids", "spectrum", "text"]

@@ -218,7 +218,7 @@ def test_a_card_that_cannot_be_used_is_named_and_its_lora_is_there_by_its_weight
     assert re.search(words, opened.cards_left_out["law"])
     assert str(folder / "law" / CARD) in opened.cards_left_out["law"]
     assert AdapterLibrary(folder).cards_left_out == opened.cards_left_out  # from the index
-    with pytest.raises(LamellaError, match=r"3 of 3 have none, first 'code'"):
+    with pytest.raises(LamellaError, match=r"3 of 3 have none to read, first 'code'"):
         compose(tiny.bert(), opened, MoleConfig(shortlist=1, retrieval="centroids"))
     compose(tiny.bert(), opened, MoleConfig(shortlist=1, retrieval="spectrum"))
     card().save(folder / "law")

@@ -97,6 +97,11 @@ class Held(NamedTuple):
     texts: dict[str, Tensor]
 
 
+def held_of(kind: str, layout: Layout) -> list[str]:
+    """Of which modules something of a kind is held."""
+    return [WHOLE] if kind == "texts" else [module for module, _ in layout]
+
+
 def places_in(folder: Path) -> Iterator[tuple[str, Reference]]:
     """The LoRAs that lie in a folder, by name: folders, files of their own, and the adapters of finished runs."""
     for path in sorted(folder.iterdir()):

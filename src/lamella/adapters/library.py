@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.adapters.indexing import INDEX, WHOLE, Entry, Held, Layout, Shape, examine, places_in, stamp_of
+from lamella.adapters.indexing import INDEX, Entry, Held, Layout, Shape, examine, held_of, places_in, stamp_of
 from lamella.adapters.read import read_lora
 from lamella.adapters.source import LoraSource, Reference
 from lamella.errors import LamellaError
@@ -260,7 +260,7 @@ def _rows(index: _Index, names: Mapping[str, Entry]) -> dict[str, Held]:
         if name in names:
             found[name] = Held(
                 *(
-                    {module: index.held[kind, entry.layout, module][row] for module in _modules(kind, entry.layout)}
+                    {module: index.held[kind, entry.layout, module][row] for module in held_of(kind, entry.layout)}
                     for kind in Held._fields
                 )
             )
@@ -274,17 +274,12 @@ def _stacked(entries: Mapping[str, Entry], rows: Mapping[str, Held]) -> dict[tup
     held: dict[tuple[str, Layout, str], Tensor] = {}
     for layout, of in by_layout.items():
         for kind in Held._fields:
-            for module in _modules(kind, layout):
+            for module in held_of(kind, layout):
                 parts = [getattr(one, kind)[module] for one in of]
                 widest = max(part.shape[1] for part in parts)  # texts of a LoRA without a card have no width
                 wide = [torch.nn.functional.pad(part, (0, widest - part.shape[1])) for part in parts]
                 held[kind, layout, module] = torch.nn.utils.rnn.pad_sequence(wide, batch_first=True)  # (n, rows, in)
     return held
-
-
-def _modules(kind: str, layout: Layout) -> list[str]:
-    """Of which modules something of a kind is held."""
-    return [WHOLE] if kind == "texts" else [module for module, _ in layout]
 
 
 def _write_index(path: Path, index: _Index) -> None:

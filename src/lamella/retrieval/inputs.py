@@ -15,7 +15,8 @@ from lamella.retrieval.examples import Batch
 from lamella.routing import Frame, RoutedCall, Rows, Sequences, current_frame, find_tracker, pool_mean, untrack_calls
 from lamella.tuners.model import track
 from lamella.tuners.mole.plan import GroupPlan, plan_groups
-from lamella.tuners.mole.shortlisted import embedding_of, text_of
+from lamella.tuners.mole.shelf import embedding_of
+from lamella.tuners.mole.shortlisted import text_of
 
 _TEXT = ""  # no module's name
 

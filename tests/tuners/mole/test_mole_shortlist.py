@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests import tiny
 from tests.reference import retrieval
 from tests.reference.shared_router import logits_of
-from tests.tuners.mole.trained import lora, loras
+from tests.tuners.mole.trained import NAMES, lora, loras
 
 import lamella
 from lamella import AdapterLibrary, LamellaError, MoleConfig, compose
@@ -253,8 +253,92 @@ def test_centroids_retrieve_by_the_card(tmp_path):
         logits(model, given)
     assert shown[0][1].indices.shape == (3, 1)
     (tmp_path / "bert-news" / "lamella_card.json").unlink()
-    with pytest.raises(LamellaError, match="1 of 3 have none, first 'bert-news'"):
+    with pytest.raises(LamellaError, match="1 of 3 have none to read, first 'bert-news'"):
         compose(tiny.bert(), AdapterLibrary(tmp_path), MoleConfig(shortlist=1, retrieval="centroids"))
+
+
+@pytest.fixture(scope="module")
+def texted(tmp_path_factory):
+    """LoRAs with cards: each was trained on rows of one word."""
+
+    def make(kind):
+        folder = tmp_path_factory.mktemp(f"texted-{kind}")
+        embed = tiny.build(kind, layers=2).get_input_embeddings().weight.detach()
+        for at in range(3):
+            Card("t", texts=embed[WORDS[at]][None]).save(lora(kind, folder, at))
+        return AdapterLibrary(folder)
+
+    return make
+
+
+WORDS = (5, 9, 11)
+
+
+def of_words(kind, rows=((5, 5, 5, 11), (9, 9, 5, 9), (11, 11, 9, 11))):
+    ids = torch.tensor([[*row, 0] for row in rows])
+    return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("granularity", ["block", "network"])
+def test_text_retrieves_by_the_words_of_the_prompt_in_every_block(kind, granularity, texted):
+    library = texted(kind)
+    model = composed(kind, library, shortlist=1, retrieval="text", granularity=granularity)
+    names = [name.rpartition("-")[2] for name in library.names]
+    expected = [names.index(NAMES[at]) for at in range(3)]
+    given = of_words(kind)
+    with tiny.watch(model) as shown, lamella.prompt([4, 4, 4]):
+        logits(model, given)
+    groups = [one for one in shown if "pooler" not in one[0].module]
+    assert groups
+    for _, routing, *_ in groups:
+        assert routing.indices.flatten().tolist() == expected
+    if kind == "llama":  # what comes after the prompt says nothing
+        given["input_ids"][:, 1:] = 9
+        with tiny.watch(model) as shown, lamella.prompt([1, 1, 1]):
+            logits(model, given)
+        assert all(routing.indices.flatten().tolist() == expected for _, routing, *_ in shown)
+        embedded = model.get_input_embeddings()(given["input_ids"])
+        with lamella.prompt([1, 1, 1]):
+            said = model(inputs_embeds=embedded, attention_mask=given["attention_mask"]).logits
+            torch.testing.assert_close(said, logits(model, given))
+
+
+def test_text_is_decided_once_and_goes_with_the_cache_and_into_checkpointed_blocks(texted):
+    library = texted("llama")
+    model = composed("llama", library, shortlist=1, retrieval="text")
+    given = of_words("llama", rows=((5, 5, 5, 5), (9, 9, 9, 9)))
+    given = {name: value[:, :4] for name, value in given.items()}
+    said = [model.generate(**given, max_new_tokens=5, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert said[0].tolist() == said[1].tolist()
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(logits(copied, given), logits(model, given))
+    gradients = []
+    labels = given["input_ids"].clone()
+    labels[:, :2] = -100
+    model = composed("llama", library, shortlist=2, retrieval="text").train()
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**given, labels=labels).loss.backward()
+        gradients.append(tiny.gradients(model, "lamella_mole_router"))
+    tiny.assert_same(*gradients)
+
+
+def test_what_has_no_text_to_retrieve_by_is_refused(texted, pools, tmp_path):
+    config = MoleConfig(shortlist=1, retrieval="text")
+    with pytest.raises(LamellaError, match="reads a LoRA's card, and 6 of 6 have none to read"):
+        compose(tiny.bert(), pools("bert"), config)
+    with pytest.raises(LamellaError, match="or is an encoder-decoder"):
+        compose(tiny.build("t5", layers=2), pools("t5"), config)
+    for at in range(2):
+        Card("t", texts=torch.ones(1, 3)).save(lora("bert", tmp_path, at))
+    with pytest.raises(LamellaError, match="text embeddings of 3 numbers, and the model's have 16"):
+        compose(tiny.bert(), AdapterLibrary(tmp_path), config)
+    model = compose(tiny.bert(), texted("bert"), config)
+    with pytest.raises(LamellaError, match="nothing says which text its tokens are"):
+        model.get_base_model().bert.encoder.layer[0].attention.self.query(torch.ones(1, 2, tiny.HIDDEN))
 
 
 def _tensors(path):
@@ -299,7 +383,7 @@ def test_what_does_not_go_with_a_shortlist_is_refused(pools):
         ({"balance": "switch"}, "balance='switch' does not go"),
         ({"embed_adapters": True}, "embed_adapters=True does not go"),
         ({"form": "block-delta"}, "needs router='published'"),
-        ({"retrieval": "magic"}, "'magic' is not one of arrow, centroids, spectrum"),
+        ({"retrieval": "magic"}, "'magic' is not one of arrow, centroids, spectrum, text"),
     ]:
         with pytest.raises(LamellaError, match=words):
             MoleConfig(shortlist=2, **wrong)

@@ -15,6 +15,11 @@ def centroids(centroids: Tensor) -> Score:
         centroids: means of the base's inputs over groups of a LoRA's training rows, of n LoRAs, ``(n, c, in)``; rows of
             zeros where a LoRA has fewer.
     """
+    return nearest(centroids)
+
+
+def nearest(centroids: Tensor) -> Score:
+    """1 and the cosine with the nearest of each LoRA's ``(n, c, in)``; 0 where those are zeros."""
     unit = nn.functional.normalize(centroids, dim=-1)  # (n, c, in)
     missing = ~centroids.any(dim=-1)  # (n, c)
 

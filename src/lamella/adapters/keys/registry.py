@@ -9,11 +9,11 @@ from lamella.errors import LamellaError
 
 Score = Callable[[Tensor], Tensor]
 MakeScore = Callable[[Tensor], Score]
-Held = Literal["directions", "centroids"]
+Held = Literal["directions", "centroids", "texts"]
 
 
 class RetrievalKey(NamedTuple):
-    """A score of LoRAs for an input of one module.
+    """A score of LoRAs for an input of one module, or for the text embedding of a sequence where it reads "texts".
 
     Attributes:
         name: in a config.

@@ -46,7 +46,9 @@ class MoleConfig(LamellaConfig):
         shortlist: how many of the K LoRAs a sequence uses; retrieval chooses them for each group by what the group is
             given of the sequence (of a decoder's, the prompt), and the others are not read. None for all. There is no
             balance loss then, and where nothing tells the prompt the tokens that decide run without LoRAs.
-        retrieval: the key that chooses: "spectrum", "arrow" or "centroids" (`lamella.adapters.keys`).
+        retrieval: the key that chooses (`lamella.adapters.keys`): "spectrum" or "arrow", by the LoRAs' weights; or by
+            their cards "centroids", or "text", by which all groups of a sequence have one shortlist (modules outside
+            the blocks, of whose rows nothing says what text they are of, have one by "spectrum").
         granularity: what has a router of its own: each "matrix", each "sublayer" (attention, MLP), each "block", or
             the "network" (each stack of blocks: encoder, decoder).
         router_input: what of the LoRAs' outputs a router reads: their "mean" over a sequence's real tokens, those of

@@ -149,11 +149,11 @@ class Group:
         if decision is None:
             self._refuse_too_early(layer)
             self._refuse_other_rows(layer, x, frame)
-            decision = self.decide(layer, x, self.router_inputs(override), frame, override)
+            decision = self.decide(layer, x, self.router_inputs(override, frame), frame, override)
         shared = None if frame is None else frame.projections.pop((layer, self.adapter), None)
         return self.fit(decision, layer, x), shared.down if shared is not None and shared.x is x else None
 
-    def router_inputs(self, override: Override) -> RouterInputs:
+    def router_inputs(self, override: Override, frame: Frame | None) -> RouterInputs:
         """What the router reads."""
         with onloaded(*(member.lamella_mole_loras[self.adapter] for member in self.inputs)):
             return RankSpaceInputs(self.router, [member.loras(self.adapter) for member in self.inputs])

@@ -20,7 +20,7 @@ from lamella.tuners.mole.mixture import MoleMixture
 from lamella.tuners.mole.plan import GroupPlan, Plan, make_plan, read_sources, refuse_flatten_on_decoder, warn_of_missed
 from lamella.tuners.mole.router import GroupRouter, MoleRouter
 from lamella.tuners.mole.shared import SharedRouter
-from lamella.tuners.mole.shelf import Stock, stock_of
+from lamella.tuners.mole.shelf import Stock, embedding_of, stock_of
 from lamella.tuners.mole.shortlisted import ShortlistGroup
 from lamella.tuners.summary import Summary
 
@@ -148,7 +148,8 @@ class MoleModel(RoutedModel):
             if config.router_input == "flatten" and one.input == "own" and decoder:
                 refuse_flatten_on_decoder(one.place.stack)
             if stock is not None:
-                return ShortlistGroup(one, adapter, config, plan.names, decoder, stock.table(one.inputs))
+                keys = stock.table(one.inputs, of_sequences=one.input != "row")
+                return ShortlistGroup(one, adapter, config, plan.names, decoder, keys, embedding_of(model))
             if config.form == "delta" or one.input == "row":
                 return Group(one, adapter, config, plan.names, decoder)
             return BlockGroup(one, adapter, config, plan.names, decoder, width_of(model, one.place.stack))

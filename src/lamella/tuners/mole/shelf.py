@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from lamella.adapters import AdapterLibrary, LoraSource, Reference, fit
 from lamella.adapters.fitting import Outline, outlines
-from lamella.adapters.indexing import Layout, linear_factors
+from lamella.adapters.indexing import WHOLE, Layout, held_of, linear_factors
 from lamella.adapters.keys import RetrievalKey, key_named
 from lamella.adapters.keys.registry import Score
 from lamella.errors import LamellaError
 from lamella.kernels.chosen import mix_chosen
 
+WITHOUT_TEXT = "spectrum"  # the key of rows of which nothing says what text they are of
 _HELD = 32  # LoRAs of a module that are kept at hand, or as many as a batch has on its shortlists
+
+
+def embedding_of(model: Any) -> nn.Module | None:
+    """What embeds the tokens by which a model decides; None of a model without, or whose decoder reads another text."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    find = getattr(model, "get_input_embeddings", None)
+    return None if find is None else find()
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,23 @@ class Stock:
         }
         return Shelf(self.library, [theirs[name] for name in self.library.names])
 
-    def table(self, modules: Sequence[str]) -> "KeyTable":
-        """What retrieval reads of the LoRAs in some of the model's modules."""
+    def table(self, modules: Sequence[str], of_sequences: bool) -> "KeyTable":
+        """What retrieval reads of the LoRAs in some of the model's modules.
+
+        Args:
+            modules: what a group reads.
+            of_sequences: whether it is given sequences; of other rows nothing says which text they are of.
+        """
+        key = self.key if of_sequences or self.key.reads != "texts" else key_named(WITHOUT_TEXT)
         places = {name: place for place, name in enumerate(self.library.names)}
         parts = []
-        for module in modules:
+        for module in [WHOLE] if key.reads == "texts" else modules:
             for layout, names in self.library.layouts.items():
-                if (theirs := self.modules[layout].get(module)) is not None:
+                theirs = WHOLE if module == WHOLE else self.modules[layout].get(module)
+                if theirs is not None:
                     indices = torch.tensor([places[name] for name in names])
-                    parts.append((indices, self.library.held(self.key.reads, layout, theirs)))
-        return KeyTable(self.key, len(self.library), parts)
+                    parts.append((indices, self.library.held(key.reads, layout, theirs)))
+        return KeyTable(key, len(self.library), parts)
 
 
 def stock_of(
@@ -64,7 +80,8 @@ def stock_of(
         wanted: LoRAs of a shortlist.
 
     Raises:
-        LamellaError: fewer LoRAs than that, one that cannot be read or is of another base, or no centroids to read.
+        LamellaError: fewer LoRAs than that, one that cannot be read or is of another base, no card to read, or a model
+            of whose texts nothing can be read.
     """
     given = list(adapters.values())
     opened = next((one.library for one in given if isinstance(one, Outline)), None)
@@ -81,8 +98,10 @@ def stock_of(
     found = fit(model, library)
     if found.misfits:
         raise LamellaError(next(iter(found.misfits.values())))
-    if key.reads == "centroids":
-        _refuse_no_centroids(library)
+    if key.reads == "texts":
+        _refuse_no_texts(model, library)
+    if key.reads != "directions":
+        _refuse_no_cards(library, key)
     more = [entry for entry in library if entry.beside]
     if more:
         warnings.warn(
@@ -93,22 +112,41 @@ def stock_of(
     return Stock(library, found.modules, key), list(outlines(library))
 
 
-def _refuse_no_centroids(library: AdapterLibrary) -> None:
-    without = [
-        name
-        for layout, names in library.layouts.items()
-        for name, *each in zip(names, *(library.held("centroids", layout, m) for m, _ in layout), strict=True)
-        if not any(bool(one.any()) for one in each)
-    ]
-    if without:
+def _refuse_no_texts(model: nn.Module, library: AdapterLibrary) -> None:
+    """Raises where a model has no text embeddings, or others than the cards."""
+    embedding = embedding_of(model)
+    if embedding is None:
         raise LamellaError(
-            f"retrieval='centroids' reads the centroids of a LoRA's card, and {len(without)} of {len(library)} have "
-            f"none, first {without[0]!r}. Choose 'spectrum' or 'arrow', which read weights, or leave it out."
+            f"retrieval='text' reads the embeddings of a prompt's tokens, and {type(model).__name__} has none, or is "
+            "an encoder-decoder, whose decoder is given other tokens. Choose 'centroids', 'spectrum' or 'arrow'."
+        )
+    width = getattr(embedding, "embedding_dim", None)
+    for layout, names in library.layouts.items():
+        has = library.held("texts", layout, WHOLE).shape[-1]
+        if has and width is not None and has != width:
+            raise LamellaError(
+                f"Cards of {names[0]!r} and LoRAs like it have text embeddings of {has} numbers, and the model's have "
+                f"{width}: they are of another base. Write them anew (lamella library index, --examples NAME=TASK)."
+            )
+
+
+def _refuse_no_cards(library: AdapterLibrary, key: RetrievalKey) -> None:
+    """Raises where LoRAs have no card for a key that reads it, or none that can be used."""
+    without = []
+    for layout, names in library.layouts.items():
+        held = [library.held(key.reads, layout, module) for module in held_of(key.reads, layout)]  # (n, rows, in) each
+        without += [name for at, name in enumerate(names) if not any(bool(one[at].any()) for one in held)]
+    if without:
+        why = library.cards_left_out.get(without[0], "")
+        raise LamellaError(
+            f"retrieval={key.name!r} reads a LoRA's card, and {len(without)} of {len(library)} have none to read, "
+            f"first {without[0]!r}{f' ({why})' if why else ''}. Write one (lamella library index FOLDER --examples "
+            "NAME=TASK); or choose 'spectrum' or 'arrow', which read weights, or leave the LoRA out."
         )
 
 
 class KeyTable:
-    """The retrieval keys of K LoRAs in the modules that a group reads.
+    """The retrieval keys of K LoRAs in the modules that a group reads, or of their texts.
 
     Args:
         key: the score.
@@ -119,6 +157,11 @@ class KeyTable:
     def __init__(self, key: RetrievalKey, count: int, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._key, self._count, self._parts = key, count, parts
         self._scorers: tuple[torch.device, list[tuple[Tensor, Score]]] | None = None
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether what is scored is a text embedding, and not a module's input."""
+        return self._key.reads == "texts"
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
