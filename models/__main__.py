@@ -1,105 +1,12 @@
-"""`python -m models NAME [KEY=VALUE]...`: make a mixture of experts to study, and say how good it is.
+"""`python -m models`; torch is imported when Ctrl-C is in hand."""
 
-tiny-moe is trained from scratch on four kinds of prose; so is deep-moe, with twice the layers and experts.
-smollm2-experts is SmolLM2 with experts of which it is known what each was trained on. switch-trec classifies questions.
-The folder holds the model as transformers saves it, and log.json.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback
-
-from lamella.cli.output import console
-from lamella.cli.progress import Bar
-from lamella.errors import LamellaError
-from lamella.lab.quiet import quiet_libraries
-from lamella.lab.runs.settings import override, read_recipe
-from lamella.lab.schema import Settings
-from models.building import Made, keep, refuse_existing
-from models.settings import SmolExpertsSettings, SwitchSettings, TinyMoeSettings
-from models.smollm2_experts import make_smollm2_experts
-from models.switch import make_switch
-from models.tiny_moe import make_tiny_moe
-
-MODELS: dict[str, tuple[type[Settings], Callable[[Any, Sequence[TrainerCallback]], Made]]] = {
-    "tiny-moe": (TinyMoeSettings, make_tiny_moe),
-    "deep-moe": (TinyMoeSettings, make_tiny_moe),
-    "smollm2-experts": (SmolExpertsSettings, make_smollm2_experts),
-    "switch-trec": (SwitchSettings, make_switch),
-}
-RECIPES = Path(__file__).parent / "recipes"
+from lamella_command import take_over
 
 
-def build(
-    name: str,
-    folder: Path,
-    changes: Iterable[str] = (),
-    *,
-    force: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> dict[str, Any]:
-    """Make a model by its recipe and keep it, with its tokenizer and log, in transformers' form.
+def _run() -> None:
+    from models.command import main
 
-    Args:
-        name: one of `MODELS`.
-        folder: appears when it is complete.
-        changes: ``key=value`` words, in place of the recipe's values.
-        force: replace what lies there.
-        callbacks: told of each training.
-
-    Returns:
-        What is in log.json. ``failed`` says what the model should be and is not.
-
-    Raises:
-        LamellaError: folder taken, unfit settings, or texts that cannot be had.
-    """
-    kind, make = MODELS[name]
-    tree = read_recipe(str(RECIPES / f"{name}.yaml"))
-    override(tree, changes)
-    settings = kind.parse(tree)
-    refuse_existing(folder, force=force)
-    return keep(make(settings, callbacks), name, settings, folder)
+    raise SystemExit(main())
 
 
-def main(words: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the model is not what its recipe promises, 2 something given cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
-    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes to the settings of recipes/NAME.yaml")
-    parser.add_argument("-o", "--output", type=Path, help="folder; runs/NAME if absent")
-    parser.add_argument("--force", action="store_true", help="replace what lies in that folder")
-    given = parser.parse_args(words)
-    folder = given.output or Path("runs") / given.name
-    quiet_libraries()
-    try:
-        with Bar() as bar:
-            log = build(given.name, folder, given.changes, force=given.force, callbacks=[bar])
-    except LamellaError as error:
-        print(error, file=sys.stderr)
-        return 2
-    _show(log, folder)
-    return 1 if log["failed"] else 0
-
-
-def _show(log: dict[str, Any], folder: Path) -> None:
-    """The figures of the log that are one number each, what failed, and where the model lies."""
-    for figure in ("test_perplexity", "test_accuracy"):
-        for name, value in log.get(figure, {}).items():
-            overall = value["all"] if isinstance(value, dict) else value
-            console.print(f"{figure.replace('_', ' ')} of {name}: {overall:.4g}", highlight=False)
-    console.print(f"smallest share of an expert in its layer: {log['smallest_share']:.3f}", highlight=False)
-    for sentence in log["failed"]:
-        console.print(sentence, style="red", highlight=False)
-    console.print(f"{sum(log['seconds'].values()):.0f} s. The model is in {folder}", highlight=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+take_over(_run)

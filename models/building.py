@@ -16,6 +16,7 @@ from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.lab.runs.folder import environment
 from lamella.lab.schema import Settings
+from lamella.progress import working
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Clock:
     def part(self, name: str) -> Iterator[None]:
         """Counts what runs inside."""
         began = time.perf_counter()
-        yield
+        with working(name):
+            yield
         self.seconds[name] = round(time.perf_counter() - began, 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -12,12 +12,13 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
 from transformers.trainer_callback import ProgressCallback
 
+from lamella.lab.runs.callbacks import Steps
+from lamella.progress import working
 from models.muon import Muon
 from models.settings import Schedule
 
@@ -33,7 +34,6 @@ def fit(
     seed: int,
     balance: Callable[[Any, Columns], Tensor] | None = None,
     watch: Callable[[], dict[str, float]] | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> Curve:
     """Train what is trainable on the rows, in an order that the seed decides.
 
@@ -44,12 +44,11 @@ def fit(
         seed: of the order, and of what the model draws at random in training.
         balance: what is added to the loss of a batch, from the model's outputs with ``router_logits`` and its inputs.
         watch: measured at each log beside the training loss, such as a perplexity on text that is held out.
-        callbacks: told of the training, such as a progress bar.
 
     Returns:
         Per log: ``step``, ``loss`` (mean since the last log, without what ``balance`` added) and what ``watch`` gave.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, working("training", unit="steps") as work:
         trainer = _Fitter(
             schedule,
             balance,
@@ -58,7 +57,7 @@ def fit(
             args=_arguments(schedule, scratch, seed, use_cache=model.config.use_cache),
             train_dataset=[dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
             data_collator=default_data_collator,
-            callbacks=list(callbacks),
+            callbacks=[Steps(work)],
         )
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Task, load_backbone
@@ -22,7 +22,7 @@ Weights: TypeAlias = list[dict[str, Tensor]]  # the MLPs' state dicts, one per l
 _CHARACTERS = 8  # more than a token of prose has
 
 
-def make_smollm2_experts(settings: SmolExpertsSettings, callbacks: Sequence[TrainerCallback] = ()) -> Made:
+def make_smollm2_experts(settings: SmolExpertsSettings) -> Made:
     """Train two experts for each kind of prose on halves of its documents, put them together and train their routers.
 
     What enters the trained layers never changes, so it is computed once; each step runs those layers alone.
@@ -46,14 +46,14 @@ def make_smollm2_experts(settings: SmolExpertsSettings, callbacks: Sequence[Trai
     curves: dict[str, Curve] = {}
     with clock.part("experts"):
         for name, columns in halves.items():
-            curves[name] = _train_expert(dense, copied, columns, settings, callbacks)
+            curves[name] = _train_expert(dense, copied, columns, settings)
             trained.append(_weights(dense))
             log["test_perplexity"][name] = _perplexities(dense, test)
     for layer, block in enumerate(mixture.model.layers[-count:]):
         put_experts(block.mlp.experts, [expert[layer] for expert in trained])
     last = last_layers(mixture, count)
     with clock.part("routers"):
-        curves["routers"] = _train_routers(last, halves, settings, callbacks)
+        curves["routers"] = _train_routers(last, halves, settings)
     mixture.to(torch.bfloat16).float()  # figures of the experts that are kept
     log["test_perplexity"]["mixture"] = _perplexities(last, test)
     log["shares"] = expert_shares(last, _joined(test), settings.top_k)
@@ -99,13 +99,12 @@ def _train_expert(
     copied: Weights,
     columns: Columns,
     settings: SmolExpertsSettings,
-    callbacks: Sequence[TrainerCallback],
 ) -> Curve:
     """Train the MLPs of the last layers on one half of one kind, from the pretrained ones; they stay in ``dense``."""
     for layer, weights in zip(dense.model.layers, copied, strict=True):
         layer.mlp.load_state_dict(weights)
         layer.mlp.requires_grad_(True)
-    curve = fit(dense, columns, settings.experts, seed=settings.seed, callbacks=callbacks)
+    curve = fit(dense, columns, settings.experts, seed=settings.seed)
     dense.requires_grad_(False)
     return curve
 
@@ -120,7 +119,6 @@ def _train_routers(
     last: PreTrainedModel,
     halves: Mapping[str, Columns],
     settings: SmolExpertsSettings,
-    callbacks: Sequence[TrainerCallback],
 ) -> Curve:
     """Train the routers alone, on all halves together."""
     last.requires_grad_(False)
@@ -130,7 +128,7 @@ def _train_routers(
     def balance(outputs: Any, _: Columns) -> Tensor:
         return settings.router_aux_loss_coef * routers_balance(outputs.router_logits, settings.top_k)
 
-    return fit(last, _joined(halves), settings.routers, seed=settings.seed, balance=balance, callbacks=callbacks)
+    return fit(last, _joined(halves), settings.routers, seed=settings.seed, balance=balance)
 
 
 def _joined(parts: Mapping[str, Columns]) -> Columns:

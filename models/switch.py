@@ -6,7 +6,7 @@ answer is the label whose token has the largest logit there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
-    TrainerCallback,
     set_seed,
 )
 
@@ -32,7 +31,7 @@ from models.scores import smallest
 from models.settings import SwitchSettings
 
 
-def make_switch(settings: SwitchSettings, callbacks: Sequence[TrainerCallback] = ()) -> Made:
+def make_switch(settings: SwitchSettings) -> Made:
     """Train the tokenizer and the classifier; score it beside the linear floor and the commonest label."""
     task, clock = load_task(settings.task, seed=settings.seed), Clock()
     if task.kind != "classification":
@@ -54,7 +53,6 @@ def make_switch(settings: SwitchSettings, callbacks: Sequence[TrainerCallback] =
             seed=settings.seed,
             balance=balance,
             watch=lambda: {"validation_accuracy": _accuracy(model, rows["validation"], labels)},
-            callbacks=callbacks,
         )
     accuracy = {"model": _accuracy(model, rows["test"], labels)}
     for floor, predictions in floor_predictions(task).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
-    TrainerCallback,
     set_seed,
 )
 
@@ -29,7 +27,7 @@ from models.settings import TinyMoeSettings
 _WATCHED = 32  # blocks of each kind, of the validation rows, on which the trainings are watched
 
 
-def make_tiny_moe(settings: TinyMoeSettings, callbacks: Sequence[TrainerCallback] = ()) -> Made:
+def make_tiny_moe(settings: TinyMoeSettings) -> Made:
     """Train the tokenizer, the mixture and the dense model; score them on test documents."""
     clock = Clock()
     with clock.part("tokenizer and texts"):
@@ -43,7 +41,7 @@ def make_tiny_moe(settings: TinyMoeSettings, callbacks: Sequence[TrainerCallback
     nll, curves = _floors(rows["labels"], test, settings.vocabulary), {}
     for name, model in models.items():
         with clock.part(name):
-            curves[name] = _train(model, rows, watched, settings, callbacks, balanced=name == "mixture")
+            curves[name] = _train(model, rows, watched, settings, balanced=name == "mixture")
         model.to(torch.bfloat16).float()  # figures are those of the weights that are kept
         nll[name] = _scored(model, test)
     made, sizes = models["mixture"], {name: model.num_parameters() for name, model in models.items()}
@@ -69,7 +67,6 @@ def _train(
     rows: Columns,
     watched: dict[str, Tensor],
     settings: TinyMoeSettings,
-    callbacks: Sequence[TrainerCallback],
     *,
     balanced: bool,
 ) -> Curve:
@@ -87,7 +84,6 @@ def _train(
         seed=settings.seed,
         balance=balance if balanced else None,
         watch=watch,
-        callbacks=callbacks,
     )
 
 

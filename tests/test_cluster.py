@@ -31,10 +31,10 @@ __all__ = ["bert", "questions", "study"]
 class Mortal(Cell):
     """Its first worker is killed while it trains."""
 
-    def carry_out(self, folder, callbacks):
+    def carry_out(self, folder):
         if not folder.run(self.key).exists():
             threading.Thread(target=_kill_when_it_trains, args=(folder.run(self.key),), daemon=True).start()
-        return super().carry_out(folder, callbacks)
+        return super().carry_out(folder)
 
 
 def _kill_when_it_trains(run):
@@ -52,7 +52,7 @@ class Dying:
     label: str = "what kills"
     needs: Sequence[str] = ()
 
-    def carry_out(self, folder, callbacks):
+    def carry_out(self, folder):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

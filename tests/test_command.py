@@ -1,5 +1,6 @@
 """The start of the command, beside the package."""
 
+import signal
 import sys
 
 import pytest
@@ -17,7 +18,9 @@ def start(monkeypatch, capsys):
             lamella_command.main()
         return exit_.value.code or 0, *capsys.readouterr()
 
-    return run
+    before = signal.getsignal(signal.SIGINT)
+    yield run
+    signal.signal(signal.SIGINT, before)  # which the command has taken over
 
 
 def test_what_is_missing_is_named_with_what_to_install(start, monkeypatch):
@@ -26,14 +29,6 @@ def test_what_is_missing_is_named_with_what_to_install(start, monkeypatch):
     status, out, err = start("--help")
     assert (status, out) == (2, "")
     assert err == "The lamella command needs pandas, rich, not installed here: pip install 'lamella[lab]'.\n"
-
-
-def test_an_interruption_of_the_first_moments_is_a_sentence(start, monkeypatch):
-    def interrupted(name):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(lamella_command, "find_spec", interrupted)
-    assert start("train") == (130, "", "Interrupted before anything began.\n")
 
 
 def test_a_library_that_is_loaded_stays_as_it_is(start):

@@ -96,6 +96,16 @@ def test_completion_loads_no_torch(monkeypatch):
     assert "torch loaded: False" in done.stderr
 
 
+def test_completion_is_shown_and_installed(monkeypatch, tmp_path):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # else the shell is that of the tests
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "_LAMELLA_COMPLETE=complete_zsh" in command("--show-completion", "zsh").stdout
+    assert command("--install-completion", "bash").returncode == 0
+    script = tmp_path / ".bash_completions" / "lamella.sh"
+    assert "_LAMELLA_COMPLETE=complete_bash" in script.read_text()
+    assert str(script) in (tmp_path / ".bashrc").read_text()
+
+
 def test_a_command_whose_words_are_not_understood_loads_no_torch():
     misspelt = command("allocate", "2-4", "--layer", "4")
     assert misspelt.returncode == 2

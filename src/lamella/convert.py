@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lamella.errors import LamellaError
+from lamella.progress import counted
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.routed import LoraMixture
 from lamella.tuners.tensors import placed
@@ -103,7 +104,7 @@ def collapse(model: PeftModel, batches: Iterable[Batch], rank: int | None = None
         fit = _moments(model, mixture, fitted)
         test = _moments(model, mixture, measured) if held_out else fit
         factors, per_module = {}, {}
-        for name in mixture.layers:
+        for name in counted(mixture.layers, "fitting", "modules"):
             A, B = mixture.factors(name)
             T = fit[name].map()
             lost, total = test[name].lost(T, B)
@@ -185,7 +186,7 @@ def _moments(model: PeftModel, mixture: LoraMixture, batches: list[dict[str, Any
     """What each module's rank space sees on the batches."""
     moments = {name: _Moments(len(mixture.factors(name)[0])) for name in mixture.layers}
     with mixture.watched(lambda name, h, u: moments[name].add(h, u)):
-        for batch in batches:
+        for batch in counted(batches, "reading", "batches"):
             model(**batch)
     return moments
 
@@ -242,7 +243,7 @@ def _output_error(
     model: PeftModel, layers: list[BaseTunerLayer], collapsed: PeftModel, batches: list[dict[str, Any]]
 ) -> float:
     lost = effect = 0.0
-    for batch in batches:
+    for batch in counted(batches, "measuring what is lost", "batches"):
         mixture, plain = _output(model, batch), _output(collapsed, batch)
         with _without_experts(layers):
             base = _output(model, batch)

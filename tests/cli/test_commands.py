@@ -159,7 +159,7 @@ def test_an_interruption_is_a_sentence_and_status_130(lamella, monkeypatch):
         monkeypatch.setattr(f"{place}.{attribute}", interrupted)
         status, out, err = lamella("train")
         assert (status, out) == (130, "")
-        assert err.startswith("Interrupted.")
+        assert err.startswith("Interrupted: a run is kept up to its last checkpoint")
         assert len(err.splitlines()) == 1
 
 

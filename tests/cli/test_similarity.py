@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from lamella.cli import main
 from lamella.cli.output import print_json
 from lamella.cli.similarity.subject import open_study, placed, read_texts
+from lamella.progress import listening
+from lamella.similarity.activations import Capture
 from lamella.similarity.alignment import sweep
 from lamella.similarity.swapping import routing_shift
 
@@ -323,3 +326,68 @@ def test_what_cannot_be_used_is_named(words, sentence, tmp_path, monkeypatch, ca
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(monkeypatch, *words, *extra) == 2
     assert sentence in said(capsys)
+
+
+STEPS = {
+    "align": (["--steps", 2, "--seeds", 1, "--same-layer"], "alignment"),
+    "swap": (["--unit", "router", "--documents", 4], "swap"),
+    "compress": (["--budget", 0.75, "--criterion", "reap", "--criterion", "random", "--documents", 4], "compression"),
+}
+PIECES = {"align": "tiles", "swap": "swaps", "compress": "models", "capture": "documents"}
+
+
+def interrupt_first(step, words, monkeypatch, capsys):
+    """Ctrl-C after the first piece of a step; what is said, and how much a second start counts as done before."""
+
+    def listen(work):
+        if work.unit == PIECES[step] and work.done:
+            signal.raise_signal(signal.SIGINT)
+
+    with listening(listen):
+        assert run(monkeypatch, step, *words) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    seen = []
+    with listening(lambda work: work.unit == PIECES[step] and seen.append((work.done, work.total))):
+        assert run(monkeypatch, step, *words) == 0
+    return " ".join(err.split()), seen
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_goes_on_where_ctrl_c_stopped_it(step, study, tmp_path, monkeypatch, capsys):
+    words, table = STEPS[step]
+    whole = shutil.copytree(study, tmp_path / "whole")
+    assert run(monkeypatch, step, whole, *words) == 0
+    capsys.readouterr()
+    said, seen = interrupt_first(step, [study, *words], monkeypatch, capsys)
+    assert said.startswith("Interrupted: ")
+    assert said.endswith("kept, and the same command goes on from there.")
+    assert seen[0][0] == 2
+    assert seen[-1][0] == seen[-1][1]
+    of_both = [pd.read_parquet(place / f"{table}.parquet") for place in (study, whole)]
+    pd.testing.assert_frame_equal(*of_both)
+
+
+def test_a_capture_goes_on_where_ctrl_c_stopped_it(whole, text, tmp_path, monkeypatch, capsys):
+    for name in ("SECONDS", "_SHARE"):
+        monkeypatch.setattr(f"lamella.similarity.activations.checkpoints.{name}", 0.0)
+    words = [whole[0], "--text", text, "-o", tmp_path / "study", "--per-expert", 48]
+    said, seen = interrupt_first("capture", words, monkeypatch, capsys)
+    assert said.startswith("Interrupted: the capture is kept up to its last checkpoint")
+    assert seen[0][0] == 16  # the second batch of eight
+    there, here = (Capture.load(place / "capture") for place in (whole[1], tmp_path / "study"))
+    assert here.manifest == there.manifest
+
+
+def test_another_text_is_measured_anew(study, text, tmp_path, monkeypatch):
+    words = [*STEPS["compress"][0][:4], "--documents", 4]
+    assert run(monkeypatch, "compress", study, *words) == 0
+    seen = []
+    with listening(lambda work: work.unit == "models" and seen.append(work.done)):
+        assert run(monkeypatch, "compress", study, *words) == 0
+        assert seen == []
+        other = "\n\n".join(reversed(text.read_text().split("\n\n")))
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / text.name).write_text(f"w5 w6 w7\n\n{other}")
+        assert run(monkeypatch, "compress", study, *words, "--text", tmp_path / "other" / text.name) == 0
+    assert seen == [1]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from lamella.errors import LamellaError
 from lamella.lab.data import load_task
 from models import corpus
-from models.__main__ import MODELS, RECIPES, build, main
+from models.command import MODELS, RECIPES, build, main
 from models.corpus import documents, token_blocks, train_tokenizer
 from models.scores import model_nll, perplexities
 from models.switch import label_tokens

@@ -10,6 +10,7 @@ from tests.reference.retrieval import successive_halving
 
 from lamella import AdapterLibrary, LamellaError, MolaConfig, compose, shortlist
 from lamella.adapters import fit, map_to, read_lora
+from lamella.progress import listening
 from lamella.retrieval.examples import Examples
 from lamella.retrieval.exchange import Exchange, random_like
 from lamella.retrieval.halving import halve, passes, plan_rungs
@@ -121,13 +122,17 @@ def test_the_shortlist_has_the_loras_that_teach_the_labels_and_says_so(tmp_path)
     regressor.classifier.weight.data *= 3
     regressor.classifier.bias.data *= 3
     told = []
-    found = shortlist(regressor, opened, batches, k=2, tell=told.append)
+    seen = []
+    with listening(lambda work: seen.append((work.done, work.total))):
+        found = shortlist(regressor, opened, batches, k=2, say=told.append)
+    assert seen[-1] == (found.cost, found.cost)
     assert found.names[0] == "lora-3"
     assert found.scores[0].loss < 1e-8
     assert found.scores[0].helps
     assert found.sentence.startswith("lora-3")
-    assert "examples run through the model" in told[0]
-    assert f"{found.cost:,}" in told[0]
+    (cost,) = told
+    assert "examples run through the model" in cost
+    assert f"{found.cost:,}" in cost
     assert [one.name for one in found.scores] == [*found.names, "a random LoRA", "the base"]
     assert not found.scores[-1].helps
     assert "lora-3" in str(found)

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from lamella.adapters.read import read_lora
 from lamella.adapters.source import LoraSource, Reference
 from lamella.errors import LamellaError
 from lamella.files import atomic
+from lamella.progress import counted
 
 Place = str | Path | Reference | LoraSource
 _VERSION = 2
@@ -64,7 +65,6 @@ class AdapterLibrary:
             hub ids among them.
         index: the index file of a source that is no folder, or where the folder cannot be written; None keeps it in
             the folder, or, where there is none, in memory alone.
-        tell: told how many of how many LoRAs have been read.
 
     Raises:
         LamellaError: there is no such folder, or no LoRA that can be used.
@@ -74,20 +74,21 @@ class AdapterLibrary:
         self,
         source: str | Path | Mapping[str, Place] | Sequence[Place],
         index: str | Path | None = None,
-        tell: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         places, twice, folder = _places(source)
         self.path = Path(index) if index is not None else None if folder is None else folder / INDEX
         before = _read_index(self.path)
-        self._index = _refresh(places, before, tell)
+        self._index, interruption = _refresh(places, before)
         self.left_out = {**twice, **{name: why for name, (why, _) in self._index.left_out.items()}}
         self._names = tuple(self._index.entries)
         self._mapped: OrderedDict[str, LoraSource] = OrderedDict()
-        if not self._names:
+        if not self._names and interruption is None:
             reason = next(iter(self.left_out.values()), "it is empty.")
             raise LamellaError(f"{_called(source)} holds no LoRA that can be used: {reason}")
         if self._index is not before:
             self._save()
+        if interruption is not None:
+            raise interruption
 
     @property
     def cards_left_out(self) -> dict[str, str]:
@@ -219,23 +220,24 @@ def _reference(place: Place) -> Reference:
     return place if isinstance(place, Reference) else Reference(str(place))
 
 
-def _refresh(places: Mapping[str, Reference], before: _Index, tell: Callable[[int, int], None]) -> _Index:
-    """The index of what lies there now; the very same where nothing has changed."""
+def _refresh(places: Mapping[str, Reference], before: _Index) -> tuple[_Index, KeyboardInterrupt | None]:
+    """The index of what lies there now, the very same where nothing has changed; and what ended the reading early."""
     stamps = {name: stamp_of(reference) for name, reference in places.items()}
     kept = {name: e for name, e in before.entries.items() if name in places and _is_same(e, places[name], stamps[name])}
     refused = {name: (why, at) for name, (why, at) in before.left_out.items() if at and at == stamps.get(name)}
     new = [name for name in places if name not in kept and name not in refused]
     read: dict[str, tuple[Entry, Held]] = {}
-    for number, name in enumerate(new):
-        tell(number, len(new))
-        try:
-            read[name] = examine(name, places[name])
-        except (LamellaError, OSError) as error:
-            refused[name] = str(error), stamps[name]
-    if new:
-        tell(len(new), len(new))
+    interruption = None
+    try:
+        for name in counted(new, "indexing", "LoRAs"):
+            try:
+                read[name] = examine(name, places[name])
+            except (LamellaError, OSError) as error:
+                refused[name] = str(error), stamps[name]
+    except KeyboardInterrupt as error:  # what was read is not to be read again
+        interruption = error
     if not read and len(kept) == len(before.entries) and refused == before.left_out:
-        return before
+        return before, interruption
     rows = {**_rows(before, kept), **{name: held for name, (_, held) in read.items()}}
     layouts: dict[Layout, Layout] = {}  # each once, so that LoRAs of one layout share it
     entries = {}
@@ -243,7 +245,7 @@ def _refresh(places: Mapping[str, Reference], before: _Index, tell: Callable[[in
         if name in rows:
             entry = kept[name] if name in kept else read[name][0]
             entries[name] = replace(entry, layout=layouts.setdefault(entry.layout, entry.layout))
-    return _Index(entries, refused, _stacked(entries, rows))
+    return _Index(entries, refused, _stacked(entries, rows)), interruption
 
 
 def _is_same(entry: Entry, reference: Reference, stamp: list[Any]) -> bool:

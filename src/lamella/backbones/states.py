@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lamella.backbones.block_calls import BlockCall, hidden_states_of, parameter_names, states_without_sequences
 from lamella.backbones.samples import few_inputs, try_out
 from lamella.errors import LamellaError
+from lamella.progress import counted
 
 
 def models_around(model: nn.Module, stack: str) -> Iterator[PreTrainedModel]:
@@ -137,7 +138,7 @@ def mean_states(model: nn.Module, stack: str, batches: Iterable[Mapping[str, Any
     hooks += [block.register_forward_hook(lambda _, __, out: states.append(hidden_states_of(out))) for block in blocks]
     documents = []
     try:
-        for batch in batches:
+        for batch in counted(batches, "reading", "batches"):
             states.clear()
             model(**batch)
             real = batch["attention_mask"].double()  # (B, T)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 
 
 def allocate(
@@ -35,17 +36,16 @@ def allocate(
     import lamella
 
     if source is not None and num_experts is None and layers is None:
-        from lamella.cli.similarity.subject import telling, text_source
+        from lamella.cli.similarity.subject import text_source
         from lamella.lab.allocation import allocate_from
 
-        with telling("measuring") as tell:
+        with showing("measuring"):
             found = allocate_from(
                 source,
                 criterion,
                 texts=[text_source(one) for one in text or ()],
                 budget=budget,
                 rows=rows,
-                told=lambda done, of: tell(f"{done} of {of} experts"),
             )
         experts = list(found.experts)
         facts = {"criterion": found.criterion, "needs": list(found.needs)}

@@ -22,25 +22,46 @@ from lamella.cli.doctor import doctor
 from lamella.cli.evaluate import evaluate
 from lamella.cli.export import export
 from lamella.cli.info import info
+from lamella.cli.interruption import interruptible
 from lamella.cli.library import library
 from lamella.cli.output import console
 from lamella.cli.probe import probe
+from lamella.cli.progress import showing
 from lamella.cli.similarity import similarity
 from lamella.cli.trace import trace
 from lamella.cli.train import train
 from lamella.errors import LamellaError
+
+_GOES_ON = "the same command goes on from there"
+_OF_A_RUN = f"a run is kept up to its last checkpoint, and {_GOES_ON}"
+_OF_A_STUDY = f"finished cells are kept, others up to their last checkpoint, and {_GOES_ON}"
+_NOTHING_KEPT = "nothing was written, and the same command begins anew"
+_KEPT = {
+    "train": _OF_A_RUN,
+    "compose": _OF_A_RUN,
+    "compare": _OF_A_STUDY,
+    "continual": _OF_A_STUDY,
+    "demo": _OF_A_STUDY,
+    "library index": f"the LoRAs that were read are in the index, and {_GOES_ON}",
+    "similarity capture": f"the capture is kept up to its last checkpoint, and {_GOES_ON}",
+    "similarity compress": f"smaller models that were measured are kept, and {_GOES_ON}",
+    "similarity align": f"finished tiles are kept, and {_GOES_ON}",
+    "similarity swap": f"swaps that were measured are kept, and {_GOES_ON}",
+}
 
 
 class _Command(TyperCommand):
     """A command whose words are understood, and which therefore loads the library before it runs."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with showing("loading the library"):
             ctx.obj()
-            with _libraries_quiet():
-                return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _stop("Interrupted. What was finished is saved; the same command goes on from there.", 130)
+            from lamella.lab.quiet import quiet_libraries
+        group = {"library": "library ", "similarity": "similarity "}.get(ctx.parent.info_name, "")
+        kept = _KEPT.get(f"{group}{self.name}", _NOTHING_KEPT)
+        with interruptible(f"Interrupted: {kept}."), _warnings_shown():
+            quiet_libraries()
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -88,21 +109,18 @@ def main(load_library: Callable[[], None] = lambda: None) -> None:
         _stop(f"{error.filename} could not be read or written: {error.strerror}. What was finished before is intact.")
 
 
-def _stop(sentence: str, status: int = 2) -> NoReturn:
+def _stop(sentence: str) -> NoReturn:
     print(textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
 @contextmanager
-def _libraries_quiet() -> Iterator[None]:
-    """People see warnings; the rest is in each run's log. Libraries' bars and reports would break up the output."""
+def _warnings_shown() -> Iterator[None]:
+    """People see warnings; the rest is in each run's log."""
     from rich.logging import RichHandler
-
-    from lamella.lab.quiet import quiet_libraries
 
     handler = RichHandler(logging.WARNING, console=console, show_time=False, show_path=False)
     logging.getLogger().addHandler(handler)
-    quiet_libraries()
     try:
         yield
     finally:

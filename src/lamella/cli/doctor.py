@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 
 
 def doctor(
@@ -23,7 +24,8 @@ def doctor(
     """
     from lamella.diagnostics.doctor import doctor as examine
 
-    diagnosis = examine(path, base)
+    with showing("examining"):
+        diagnosis = examine(path, base)
     if json:
         print_json(diagnosis.as_dict())
     else:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lamella.cli.output import console, print_json, show_noise, show_scores
+from lamella.cli.progress import showing
 
 
 def evaluate(
@@ -52,7 +53,8 @@ def evaluate(
             "Several runs, --sigma and --seeds belong to an evaluation under noise. Name the noise with --noise "
             "embedding, tokens or pgd, or evaluate one run without them."
         )
-    scored = evaluated(paths[0], task, split, base)
+    with showing("evaluating"):
+        scored = evaluated(paths[0], task, split, base)
     if output is not None:
         scored.save_examples(output)
     if json:
@@ -76,11 +78,12 @@ def _under_noise(
     if output is not None:
         check_folder(output)
     strengths = None if sigma is None else strengths_of(sigma)
-    with console.status("reading") as status:
-        measured = robustness(paths, noise, strengths, **what, starting=status.update)
+    with showing("evaluating"):
+        measured = robustness(paths, noise, strengths, **what)
+        if output is not None:
+            page = write_report(robustness_report(measured), output / "report.html")
+            measured.save(output)
     if output is not None:
-        page = write_report(robustness_report(measured), output / "report.html")
-        measured.save(output)
         console.print(f"Report: {page}")
     if json:
         print_json(measured.as_dict())

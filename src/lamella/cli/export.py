@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 
 
 def export(
@@ -32,11 +33,12 @@ def export(
         raise LamellaError("Say what to write: either --experts or --collapse.")
     if experts and (rank is not None or task is not None):
         raise LamellaError("--rank and --task belong to --collapse; experts are written as they are.")
-    made = (
-        export_as_experts(path, output, base)
-        if experts
-        else export_collapsed(path, output, base=base, task=task, rank=rank, rows=rows)
-    )
+    with showing("exporting"):
+        made = (
+            export_as_experts(path, output, base)
+            if experts
+            else export_collapsed(path, output, base=base, task=task, rank=rank, rows=rows)
+        )
     if json:
         print_json(made.as_dict())
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lamella.cli.output import console, print_json
+from lamella.cli.progress import showing
 
 if TYPE_CHECKING:
     from lamella.adapters import AdapterLibrary
@@ -107,12 +108,11 @@ def shortlist(
 
     Example: lamella library shortlist loras --model smollm2 --task text:trec -k 4
     """
-    from lamella.cli.similarity.subject import telling
     from lamella.lab.shortlisting import shortlist_for
 
     opened = open_library(folder, index)
-    with telling("choosing") as tell:
-        found = shortlist_for(opened, model, task, k, examples, max_length, tell, lambda words: console.print(words))
+    with showing("choosing"):
+        found = shortlist_for(opened, model, task, k, examples, max_length, console.print)
     if json:
         print_json(found.as_dict())
         return
@@ -129,9 +129,8 @@ def _write_card(opened: AdapterLibrary, name: str, task: str, max_length: int) -
 
 
 def open_library(folder: Path, index: Path | None) -> AdapterLibrary:
-    """The library in a folder; says how far the reading is."""
+    """The library in a folder; shows how far the reading is."""
     from lamella.adapters import AdapterLibrary
-    from lamella.cli.similarity.subject import telling
 
-    with telling("indexing") as tell:
-        return AdapterLibrary(folder, index, lambda done, of: tell(f"indexing: {done} of {of} LoRAs"))
+    with showing("the library"):
+        return AdapterLibrary(folder, index)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 
 
 def probe(
@@ -27,16 +28,18 @@ def probe(
 
     Example: lamella probe minilm --run runs/molex -o runs/probe-picks
     """
-    from lamella.cli.similarity.subject import placed, telling
+    from lamella.cli.similarity.subject import placed
     from lamella.lab.probing.model import probe_model
     from lamella.lab.report.probing import probing_sentences, write_probing
     from lamella.lab.robustness.comparison import check_folder
+    from lamella.progress import working
 
     check_folder(output)
-    with telling("loading") as tell:
-        probed = probe_model(placed(model), placed(text), rows, run, tell)
-    probed.save(output)
-    page = write_probing(probed, output / "report.html")
+    with showing("probing"):
+        probed = probe_model(placed(model), placed(text), rows, run)
+        with working("writing the report"):
+            probed.save(output)
+            page = write_probing(probed, output / "report.html")
     if json:
         print_json({"folder": str(output), **probed.as_dict()})
     else:

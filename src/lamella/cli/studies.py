@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lamella.cli.output import console, print_json, show_results
+from lamella.cli.progress import showing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +26,9 @@ def show_plan(recipe: StudyRecipe, path: Path, jobs: int, *, json: bool) -> None
     from lamella.lab.studies.folder import StudyFolder
     from lamella.lab.studies.planning import plan, tellable
 
-    cells = recipe.cells()
-    estimate, smallest = plan(cells, StudyFolder(path), jobs), tellable(cells)
+    with showing("planning"):
+        cells = recipe.cells()
+        estimate, smallest = plan(cells, StudyFolder(path), jobs), tellable(cells)
     if json:
         hours = {"cells": estimate.cells, "done": estimate.done, "hours": estimate.hours}
         print_json({**hours, "smallest_difference": smallest})
@@ -47,19 +49,25 @@ def run_study(
     from lamella.lab.studies.costs import study_costs
     from lamella.lab.studies.folder import StudyFolder
     from lamella.lab.studies.study import summarise
+    from lamella.progress import working
 
-    cells, folder = recipe.cells(), StudyFolder(path)
-    if adopted := folder.adopt(cells):
-        console.print(
-            f"{len(adopted)} cell(s) that an earlier edition of lamella finished are recognised by their settings and "
-            f"used as they are: {adopted[0]}{', ...' * (len(adopted) > 1)}. {path / 'keys.json'} says where they lie."
-        )
-    folder.begin(cells, force=force)
-    check_rows(cells, folder)
-    _run(cells, folder, jobs, ray)
-    study = summarise(recipe, cells, folder)
-    costs = study_costs(study, lambda name: console.print(f"measuring {name}"))
-    page = write_report(study_report(title, study, costs), path / "report.html")
+    folder = StudyFolder(path)
+    with showing(path.name):
+        cells = recipe.cells()
+        if adopted := folder.adopt(cells):
+            console.print(
+                f"{len(adopted)} cell(s) that an earlier edition of lamella finished are recognised by their settings "
+                f"and used as they are: {adopted[0]}{', ...' * (len(adopted) > 1)}. {path / 'keys.json'} says where "
+                "they lie."
+            )
+        folder.begin(cells, force=force)
+        check_rows(cells, folder)
+        _run(cells, folder, jobs, ray)
+        with working("putting the results together"):
+            study = summarise(recipe, cells, folder)
+        costs = study_costs(study)
+        with working("writing the report"):
+            page = write_report(study_report(title, study, costs), path / "report.html")
     if json:
         print_json({"folder": str(path), "report": str(page), **study.as_dict(costs)})
     else:
@@ -73,7 +81,6 @@ def run_study(
 
 
 def _run(cells: Sequence[Cell], folder: StudyFolder, jobs: int, ray: str | None) -> None:
-    from lamella.cli.progress import Bar
     from lamella.lab.studies.planning import plan
     from lamella.lab.studies.runner import run_cells
 
@@ -83,8 +90,7 @@ def _run(cells: Sequence[Cell], folder: StudyFolder, jobs: int, ray: str | None)
         console.print(job.label)
 
     def finished(job: Job) -> None:
-        console.print(f"{job.label}: done. {plan(cells, folder, jobs, guesses)}")
+        console.print(f"{job.label}: done")
 
     console.print(str(plan(cells, folder, jobs, guesses)))
-    with Bar() as bar:
-        run_cells(cells, folder, jobs, ray, [bar], starting, finished)
+    run_cells(cells, folder, jobs, ray, starting, finished, guesses)

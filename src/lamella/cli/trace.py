@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 
 
 def trace(
@@ -29,12 +30,15 @@ def trace(
     from lamella.lab.pages import trace_report
     from lamella.lab.report.report import write_report
     from lamella.lab.runs.evaluating import trace as traced
+    from lamella.progress import working
 
-    result = traced(path, task, split=split, rows=rows, base=base)
-    report = trace_report(result, doctor(path, base or result.trained.place.base))
     frame, page = output / "trace.parquet", output / "report.html"
-    result.save(output)
-    write_report(report, page)
+    with showing("tracing"):
+        result = traced(path, task, split=split, rows=rows, base=base)
+        with working("examining"):
+            report = trace_report(result, doctor(path, base or result.trained.place.base))
+        result.save(output)
+        write_report(report, page)
     if json:
         print_json({"trace": str(frame), "report": str(page), **result.evaluation.as_dict(), **result.summary})
     else:

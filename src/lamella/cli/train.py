@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lamella.cli.output import print_json, show_run
+from lamella.cli.progress import showing
 
 if TYPE_CHECKING:
     from lamella.lab.runs.settings import RunSettings
@@ -44,22 +45,24 @@ def train(
 
 def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force: bool, json: bool) -> None:
     """Train a run and show it; with ``check``, its preflight alone, exit status 1 if there is an error."""
-    from lamella.cli.progress import Bar
     from lamella.lab.pages import run_report
     from lamella.lab.report.report import write_report
     from lamella.lab.runs.checks import preflight_of
     from lamella.lab.runs.run import train as run
+    from lamella.progress import working
 
     if check:
-        diagnosis = preflight_of(settings)
+        with showing(f"checking {settings.label}"):
+            diagnosis = preflight_of(settings)
         if json:
             print_json(diagnosis.as_dict())
         else:
             typer.echo(str(diagnosis))
         raise typer.Exit(0 if diagnosis.ok else 1)
-    with Bar() as bar:
-        result = run(settings, output or Path("runs") / settings.label, force=force, callbacks=[bar])
-    write_report(run_report(result, settings), result.folder.path / "report.html")
+    with showing(settings.label):
+        result = run(settings, output or Path("runs") / settings.label, force=force)
+        with working("writing the report"):
+            write_report(run_report(result, settings), result.folder.path / "report.html")
     if json:
         print_json({"folder": str(result.folder.path), **result.metrics})
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ def allocate_from(
     texts: Sequence[Any] = (),
     budget: float | None = None,
     rows: int = 64,
-    told: Callable[[int, int], object] = lambda *_: None,
 ) -> Allocated:
     """Experts per layer from a trained MoLA run, or from a model that is not trained yet.
 
@@ -55,7 +54,6 @@ def allocate_from(
         texts: for diversity, what `lamella.texts.text_batches` takes, each a task; of one, documents are compared.
         budget: mean experts per layer; the run's own, or 5.
         rows: validation rows, or documents of each text, always the same ones; never of a test split.
-        told: of what takes long, how much is done of how much.
 
     Raises:
         LamellaError: a criterion that does not go with the source, texts that nothing reads, or nothing to load.
@@ -71,7 +69,7 @@ def allocate_from(
     if texts and criterion != "diversity":
         raise LamellaError(f"The criterion {criterion!r} reads no text. Leave it out, or choose diversity.")
     if is_run:
-        needs, mean = _of_run(Path(source), criterion, rows, told)
+        needs, mean = _of_run(Path(source), criterion, rows)
     else:
         needs, mean = _of_model(source, criterion, texts, rows), _USUAL_BUDGET
     values = of_one_depth(needs)
@@ -79,7 +77,7 @@ def allocate_from(
     return Allocated(criterion, tuple(values), tuple(experts))
 
 
-def _of_run(path: Path, criterion: str, rows: int, told: Callable[[int, int], object]) -> tuple[Needs, float]:
+def _of_run(path: Path, criterion: str, rows: int) -> tuple[Needs, float]:
     """What its layers need, and the mean number of experts that they have."""
     if criterion == "redundancy":
         model = load_adapted(path)
@@ -93,7 +91,7 @@ def _of_run(path: Path, criterion: str, rows: int, told: Callable[[int, int], ob
             return scores.metrics["loss"]
         return -scores.metrics[selection(trained.task).name]  # of answers that are chosen by a decoder
 
-    return contribution(trained.model, loss, told), _mean_experts(trained.model)
+    return contribution(trained.model, loss), _mean_experts(trained.model)
 
 
 def _mean_experts(model: Any) -> float:

@@ -17,6 +17,7 @@ from lamella.errors import LamellaError
 from lamella.lab.data import Task
 from lamella.lab.data.models import is_decoder
 from lamella.lab.metrics import Metric, accuracy, macro_f1, mean_squared_error, metric_for
+from lamella.progress import counted
 from lamella.statistics import perplexity
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def score(model: nn.Module, task: Task, rows: Dataset, collator: Collator, batch
     training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in length_batches(rows["length"], batch_size)[rank::world]:
+        for batch in counted(length_batches(rows["length"], batch_size)[rank::world], "scoring", "batches"):
             inputs = {key: value.to(device) for key, value in collator([rows[i] for i in batch]).items()}
             parts.append((batch, read(task, model, inputs)))
     model.train(training)

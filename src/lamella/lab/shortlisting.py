@@ -18,7 +18,6 @@ def shortlist_for(
     k: int,
     examples: int,
     max_length: int,
-    tell: Callable[[str], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Shortlist:
     """The LoRAs with the smallest loss on some training rows of a task.
@@ -30,7 +29,6 @@ def shortlist_for(
         k: how many are wanted.
         examples: how many rows, always the same ones.
         max_length: tokens of a row, at most.
-        tell: told how far it is.
         say: told, before it begins, what it will cost, and what a reader should know.
 
     Raises:
@@ -46,5 +44,4 @@ def shortlist_for(
     batches = [encoded.collator(rows[at : at + _BATCH_SIZE]) for at in range(0, len(rows), _BATCH_SIZE)]
     if backbone.drawn:
         say(f"{model} has no head for {task}: its own is random, so that only LoRAs with a head of theirs can help.")
-    before = iter([say])  # the first words are the cost, which is to stay on the screen
-    return shortlist(backbone.model, library, batches, k, lambda words: next(before, tell)(words))
+    return shortlist(backbone.model, library, batches, k, say)

@@ -45,7 +45,6 @@ def halve(
     rungs: Sequence[Rung],
     keep: int,
     losses: Callable[[str, Sequence[int]], Tensor],
-    tell: Callable[[int, str], None] = lambda *_: None,
 ) -> list[str]:
     """The candidates with the smallest mean loss, the best first.
 
@@ -54,14 +53,12 @@ def halve(
         rungs: the steps.
         keep: how many are wanted.
         losses: a candidate's on some examples, by their numbers, ``(examples,)``.
-        tell: told before a candidate is tried which rung it is and its name.
     """
     seen: dict[str, Tensor] = {name: torch.zeros(0, dtype=torch.float64) for name in names}
     left = list(names)
-    for number, rung in enumerate(rungs):
+    for rung in rungs:
         left = _best(left, seen, rung.candidates)
         for name in left:
-            tell(number, name)
             more = range(len(seen[name]), rung.examples)
             seen[name] = torch.cat([seen[name], losses(name, more)])
     return _best(left, seen, keep)

@@ -1,6 +1,6 @@
 """Which LoRAs of a library help a task, by their loss on a few labelled examples, beside two controls."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lamella.adapters import AdapterLibrary, fit, map_to
 from lamella.backbones.modes import evaluating
 from lamella.errors import LamellaError
+from lamella.progress import working
 from lamella.retrieval.examples import Batch, Examples
 from lamella.retrieval.exchange import Exchange, random_like
 from lamella.retrieval.halving import halve, passes, plan_rungs
@@ -105,7 +106,7 @@ def shortlist(
     library: AdapterLibrary,
     examples: Iterable[Batch],
     k: int = 8,
-    tell: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Shortlist:
     """Finds the k LoRAs of a library with the smallest loss on a task, by successive halving.
 
@@ -117,7 +118,7 @@ def shortlist(
         library: the LoRAs; those that are not for the model are left out, and named.
         examples: batches with labels, rows in random order; a few dozen rows.
         k: how many are wanted.
-        tell: told what it will cost before it begins, and then how far it is.
+        say: told what it will cost before it begins.
 
     Returns:
         The shortlist; its ``library`` can be composed.
@@ -140,31 +141,37 @@ def shortlist(
     rungs = plan_rungs(len(names), len(choosing), k)
     cost = passes(rungs) + (k + 2) * len(judging)
     steps = ", ".join(f"{rung.candidates} on {rung.examples}" for rung in rungs)
-    tell(f"{len(names)} LoRAs by {len(choosing)} examples ({steps}): {cost:,} examples run through the model")
+    say(f"{len(names)} LoRAs by {len(choosing)} examples ({steps}): {cost:,} examples run through the model")
     exchange = Exchange(base)
     unused: dict[str, None] = {}
-    done = 0
 
     def losses(name: str, places: Iterable[int]) -> Tensor:
-        nonlocal done
         rows = [choosing[place] for place in places]
         if exchange.put(library.read(name)):
             unused[name] = None
-        done += len(rows)
-        return given.losses(base, rows)
+        return measured(rows)
+
+    def measured(rows: Sequence[int]) -> Tensor:
+        found = given.losses(base, rows)
+        work.reach(work.done + len(rows))
+        return found
 
     modules = dict.fromkeys(module for names_of in found.modules.values() for module in names_of)
-    with evaluating(base), exchange.installed(modules):
-        best = halve(names, rungs, k, losses, lambda rung, name: tell(f"{done:,} of {cost:,}, now {name}"))
+    with (
+        working("choosing LoRAs", cost, "examples") as work,
+        evaluating(base),
+        exchange.installed(modules),
+    ):
+        best = halve(names, rungs, k, losses)
         rows = list(judging)
         judged: dict[str, Tensor] = {}
         for name in best:
             exchange.put(library.read(name))
-            judged[name] = given.losses(base, rows)
+            judged[name] = measured(rows)
         exchange.put_factors(random_like(map_to(base, library.read(best[0])).modules))
-        judged[RANDOM] = given.losses(base, rows)
+        judged[RANDOM] = measured(rows)
         exchange.clear()
-        judged[BASE] = given.losses(base, rows)
+        judged[BASE] = measured(rows)
     return Shortlist(library.only(best), _scored(judged), cost, tuple(unused), found.misfits)
 
 

@@ -14,7 +14,8 @@ import torch
 from lamella.aligners import KINDS
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError, optional_module
-from lamella.similarity.activations import Capture, Progress, TextBatches, capture
+from lamella.progress import working
+from lamella.similarity.activations import Capture, TextBatches, capture
 from lamella.similarity.activations.norms import distributions
 from lamella.similarity.alignment import fit_aligners, sweep
 from lamella.similarity.alignment.table import by_aligner, from_label
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Tell = Callable[[str], None]  # how far a step is, in words
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FOLDED = ("linear", "low-rank")  # kinds of aligner that can be written into an expert's own matrices
 _SHIFTS = ["swap", "layer", "expert", "share_before", "share_after", "dropped_before", "dropped_after"]
@@ -77,7 +77,6 @@ def capture_texts(
     per_expert: int,
     seed: int,
     dtype: torch.dtype,
-    progress: Callable[[Progress], None],
     whole_text: bool = False,
 ) -> Capture:
     """Begins the study, or goes on with it: the capture, its tables, and how inputs and outputs are distributed."""
@@ -87,7 +86,7 @@ def capture_texts(
         study.folder.note("ground_truth", json.loads(truth.read_text(encoding="utf-8")))
     taken = capture(
         study.model, texts.shuffled(seed), study.folder.capture, per_expert, seed=seed, dtype=dtype,
-        tokenizer=study.tokenizer, origin=texts.origin, whole_text=whole_text, progress=progress,
+        tokenizer=study.tokenizer, origin=texts.origin, whole_text=whole_text,
     )  # fmt: skip
     taken.write_tables()
     norms, plane = distributions(taken, study.model)
@@ -97,9 +96,9 @@ def capture_texts(
 
 
 @_alone
-def screen_pairs(study: Study, measures: Sequence[str], tell: Tell) -> pd.DataFrame:
+def screen_pairs(study: Study, measures: Sequence[str]) -> pd.DataFrame:
     """Screens all ordered pairs."""
-    table = screen(study.capture, study.model, measures=measures, progress=tell)
+    table = screen(study.capture, study.model, measures=measures)
     study.folder.write("screen", table)
     return table
 
@@ -119,7 +118,6 @@ def align_pairs(
     score_on: Path | None = None,
     ray: str | None = None,
     device: str = "cpu",
-    tell: Tell,
 ) -> list[str]:
     """Aligns all pairs, or those that the screen lets through, with each kind and seed; gives the notes.
 
@@ -133,15 +131,15 @@ def align_pairs(
         pairs = pairs or all_pairs(study.capture.experts)
         pairs = [(source, target) for source, target in pairs if source[0] == target[0]]
     trained: dict[str, Any] = {"steps": steps, "lr": lr, "pull": pull}
-    tables = [
-        sweep(
-            study.capture, study.subject.model, study.folder.path, pairs, ray=ray, score_on=elsewhere, load=load,
-            dtype=study.subject.dtype, device=device, aligner=kind, seed=seed, **trained,
-            progress=lambda done, total, what=f"{kind}, seed {seed}": tell(f"{what}: {done} of {total} tiles"),  # type: ignore[misc]
-        ).assign(scored_on="" if other is None else _text_of(other))
-        for kind in kinds
-        for seed in range(seeds)
-    ]  # fmt: skip
+    drawn = [(kind, seed) for kind in kinds for seed in range(seeds)]
+    tables = []
+    for at, (kind, seed) in enumerate(drawn, start=1):
+        with working(f"{kind}, seed {seed} ({at} of {len(drawn)})"):
+            table = sweep(
+                study.capture, study.subject.model, study.folder.path, pairs, ray=ray, score_on=elsewhere, load=load,
+                dtype=study.subject.dtype, device=device, aligner=kind, seed=seed, **trained,
+            )  # fmt: skip
+        tables.append(table.assign(scored_on="" if other is None else _text_of(other)))
     settings = {
         **trained,
         "per_source": per_source,
@@ -206,7 +204,6 @@ def swap_parts(
     layers: str | None,
     one_way: bool,
     metric: str,
-    tell: Tell,
 ) -> pd.DataFrame:
     """Swaps units and measures; the table holds swaps measured before too. Also what the routers choose after them."""
     if unknown := [one for one in units if one not in get_args(Unit)]:
@@ -223,7 +220,6 @@ def swap_parts(
         swap_effects(
             study.model, batches, _swaps(study, unit, layers, one_way), unit, not one_way, cast(Metric, metric),
             folder=study.folder.path, choices=texts.label_tokens or None,
-            progress=lambda done, total, unit=unit: tell(f"{unit}: {done} of {total} swaps"),  # type: ignore[misc]
         )  # fmt: skip
     table = study.folder.needed("swap", "swap")
     study.folder.write("shifts", _shifts(study, table, batches))
@@ -274,12 +270,12 @@ def compress_to_budgets(
     capacity: int | None = None,
     save: Path | None = None,
     measured_on: str = "",
-    tell: Tell,
 ) -> tuple[pd.DataFrame, list[str]]:
     """Perplexity after compression by each criterion to each budget, and after rerouting the tokens of closed experts.
 
     What can be refused is refused before the model reads any text. Rows that an earlier compression measured with the
-    same settings stay in the table beside the new ones. Rerouting needs an alignment, and is left out where none is.
+    same settings are not measured again, and stay in the table beside the new ones, each of which is written when it is
+    measured. Rerouting needs an alignment, and is left out where none is.
 
     Args:
         study: with a capture.
@@ -293,7 +289,6 @@ def compress_to_budgets(
         capacity: also reroute where closed experts take so many tokens of a sequence.
         save: new folder for the model at the first budget by the first criterion.
         measured_on: what part of the texts, in words.
-        tell: how far it is.
 
     Returns:
         The curve of this call, and notes on what it replaced and left out.
@@ -308,18 +303,20 @@ def compress_to_budgets(
         find_routes(_rows_of(study.folder, aligner), study.model, closed)  # one that none could replace is named now
     refused: list[str] = []
     settings = settings.with_passes(texts)
-    curve = compression_curve(
-        study.model, study.capture, read_domains(domains), budgets, criteria, seeds=range(seeds), texts=texts,
-        chosen_on=(study.subject.text,), settings=settings,
-        progress=lambda done, total: tell(f"{done} of {total} smaller models"), refused=refused.append,
-    )  # fmt: skip
     noted = {
         "scope": settings.scope, "refit": settings.refit, "distil": settings.distil, "measured_on": measured_on
     }  # fmt: skip
-    notes = refused + _add_curve(study.folder, curve, noted)
+    before, notes = _curve_before(study.folder, noted)
+    curve = compression_curve(
+        study.model, study.capture, read_domains(domains), budgets, criteria, seeds=range(seeds), texts=texts,
+        chosen_on=(study.subject.text,), settings=settings, refused=refused.append,
+        known=before, keep=lambda rows: _keep_curve(study.folder, before, rows, noted),
+    )  # fmt: skip
+    _keep_curve(study.folder, before, curve, noted)
+    notes = refused + notes
     if closed:
-        tell("rerouting")
-        notes += _reroute(study, read_domains(domains), closed, aligner, capacity)
+        with working("rerouting"):
+            notes += _reroute(study, read_domains(domains), closed, aligner, capacity)
     elif close:
         notes.append("Nothing was aligned, so no tokens were rerouted.")
     if save is not None:
@@ -336,22 +333,25 @@ def measure_damages(study: Study) -> pd.DataFrame:
     return table
 
 
-def _add_curve(folder: StudyFolder, curve: pd.DataFrame, settings: dict[str, Any]) -> list[str]:
-    """Writes a curve beside the rows of earlier ones with the same settings; says when others go."""
-    pd = optional_module("pandas", "A compression curve")
+def _curve_before(folder: StudyFolder, settings: dict[str, Any]) -> tuple[pd.DataFrame | None, list[str]]:
+    """The rows of an earlier compression with the same settings; of others, a note that they go."""
     before = None if folder.is_stale("compression") else folder.table("compression")
-    noted, notes = folder.facts("compression"), []
-    rows = curve
-    if before is not None and noted == settings:
+    noted = folder.facts("compression")
+    if before is None or noted == settings:
+        return before, []
+    then = "unknown settings" if noted is None else ", ".join(f"{name} {value}" for name, value in noted.items())
+    return None, [f"{len(before)} rows of an earlier compression ({then}) are replaced."]
+
+
+def _keep_curve(folder: StudyFolder, before: pd.DataFrame | None, rows: pd.DataFrame, settings: dict[str, Any]) -> None:
+    """Writes what is measured so far beside the rows of before."""
+    pd = optional_module("pandas", "A compression curve")
+    if before is not None:
         key = ["method", "budget", "domain", "seed"]
-        rows = pd.concat([_lacking(before, curve, key), curve], ignore_index=True)
-    elif before is not None:
-        then = "unknown settings" if noted is None else ", ".join(f"{name} {value}" for name, value in noted.items())
-        notes = [f"{len(before)} rows of an earlier compression ({then}) are replaced."]
+        rows = pd.concat([_lacking(before, rows, key), rows], ignore_index=True)
     folder.note("compression", None)  # a kill before the next note leaves rows of unknown settings
     folder.write("compression", rows)
     folder.note("compression", settings)
-    return notes
 
 
 def _lacking(before: pd.DataFrame, now: pd.DataFrame, key: list[str]) -> pd.DataFrame:

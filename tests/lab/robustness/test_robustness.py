@@ -11,6 +11,7 @@ from lamella.lab.robustness.noisy import NOISES, noisy_scores
 from lamella.lab.runs.evaluating import evaluate
 from lamella.lab.runs.run import train
 from lamella.lab.runs.trained import load_trained
+from lamella.progress import listening
 from lamella.statistics import paired_interval
 
 
@@ -117,8 +118,10 @@ def test_adapters_on_their_own_need_a_task(runs, bert, questions, tmp_path):
 
 def test_it_says_what_it_is_doing(runs):
     said = []
-    robustness([runs["lora"]], "tokens", [0.1], seeds=2, starting=said.append)
-    assert said == ["lora, no noise", "lora, p 0.1, seed 0", "lora, p 0.1, seed 1"]
+    with listening(said.append):
+        robustness([runs["lora"]], "tokens", [0.1], seeds=2)
+    assert {"scoring", "runs under noise"} < {work.name for work in said}
+    assert [work.total for work in said if work.name == "lora"] == [2, 2]
 
 
 def test_saved_frames_are_whole(found, tmp_path):
@@ -137,8 +140,8 @@ def test_plain_values_for_json(found):
 
 def test_bad_input_is_refused_before_anything_is_scored(runs, tmp_path):
     def refused(paths, match, noise="embedding", strengths=None, **options):
-        with pytest.raises(LamellaError, match=match):
-            robustness(paths, noise, strengths, starting=lambda name: pytest.fail(name), **options)
+        with pytest.raises(LamellaError, match=match), listening(lambda work: pytest.fail(work.name)):
+            robustness(paths, noise, strengths, **options)
 
     refused([runs["lora"]], "no noise 'gaussian'", noise="gaussian")
     refused([runs["lora"]], "sigma=-0.1 is not a strength of the noise 'embedding'; it is 0 or more", strengths=[-0.1])

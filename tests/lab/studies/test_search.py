@@ -27,7 +27,7 @@ class Runs:
     interrupted_at: int | None = None
     steps: list = None
 
-    def __call__(self, settings, path, *, callbacks, score_test):
+    def __call__(self, settings, path, *, score_test):
         assert not score_test
         self.steps = [*(self.steps or []), (settings.max_steps, settings.seed)]
         if len(self.steps) == self.interrupted_at:
@@ -54,7 +54,7 @@ def test_the_better_half_goes_on_and_the_best_is_chosen(searched, monkeypatch):
     job = study.cells()[0].search
     runs = Runs()
     monkeypatch.setattr(search, "train", runs)
-    row = job.carry_out(folder, [])
+    row = job.carry_out(folder)
     whole = job.cell.settings.max_steps
     lengths = [max(1, round(share * whole)) for share in (0.25, 0.5, 1)]
     assert [steps for steps, _ in runs.steps] == [lengths[0]] * 8 + [lengths[1]] * 4 + [lengths[2]] * 2
@@ -77,7 +77,7 @@ def test_few_tries_are_whole_runs_each_so_that_no_quarter_of_one_decides_alone(s
     job = replace(study.cells()[0].search, tries=tries)
     runs = Runs()
     monkeypatch.setattr(search, "train", runs)
-    row = job.carry_out(folder, [])
+    row = job.carry_out(folder)
     assert [steps for steps, _ in runs.steps] == [job.cell.settings.max_steps] * tries
     assert job.runs == tries
     assert row["chosen"] == max(row["tries"], key=lambda one: one["validation"])["values"]
@@ -87,13 +87,13 @@ def test_an_interrupted_search_ends_as_it_would_have(searched, monkeypatch, tmp_
     study, folder = searched
     job = study.cells()[0].search
     monkeypatch.setattr(search, "train", Runs())
-    whole = job.carry_out(StudyFolder(tmp_path / "whole"), [])
+    whole = job.carry_out(StudyFolder(tmp_path / "whole"))
     monkeypatch.setattr(search, "train", Runs(interrupted_at=7))
     with pytest.raises(KeyboardInterrupt):
-        job.carry_out(folder, [])
+        job.carry_out(folder)
     runs = Runs()
     monkeypatch.setattr(search, "train", runs)
-    assert job.carry_out(folder, []) == whole
+    assert job.carry_out(folder) == whole
     assert len(runs.steps) == 14 - 6
 
 
@@ -101,12 +101,12 @@ def test_tries_that_fail_are_the_worst_and_a_search_without_a_score_says_why(sea
     study, folder = searched
     job = study.cells()[0].search
     monkeypatch.setattr(search, "train", Runs(breaks_above=1e-2))
-    row = job.carry_out(folder, [])
+    row = job.carry_out(folder)
     assert any("failed" in one for one in row["tries"])
     assert row["chosen"]["lr"] <= 1e-2
     monkeypatch.setattr(search, "train", Runs(breaks_above=0.0))
     with pytest.raises(LamellaError, match=r"No try of the search for MoLA .* not finite"):
-        job.carry_out(StudyFolder(tmp_path / "none"), [])
+        job.carry_out(StudyFolder(tmp_path / "none"))
 
 
 def test_scaling_is_alpha_over_the_rank_of_each_method(searched):

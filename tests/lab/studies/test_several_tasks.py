@@ -54,7 +54,7 @@ def test_texts_have_no_accuracy_to_put_them_beside_others_by(written, llama, pro
     cell = read_study(str(folder / "study.yaml")).cells()[-1]
     of_texts = replace(cell, settings=changed(cell.settings, {"model": llama, "task": prose, "method": "lora"}))
     with pytest.raises(LamellaError, match=r"put together by accuracy, and .* is a causal-lm task, which has none"):
-        of_texts.carry_out(StudyFolder(folder / "out"), [])
+        of_texts.carry_out(StudyFolder(folder / "out"))
     assert not (folder / "out").exists()
     cell.check()
     monkeypatch.setattr(cells, "task_of", lambda settings: replace(task_of(settings), metric="matthews"))

@@ -159,6 +159,6 @@ def test_a_claimed_cell_is_left_to_its_owner(study):
         assert mine
         with folder.claim(cells[0].key) as other:
             assert not other
-        assert not runner._take(cells[0], folder, (), lambda cell: None)
+        assert not runner._take(cells[0], folder, lambda cell: None)
     with folder.claim(cells[0].key) as mine:
         assert mine

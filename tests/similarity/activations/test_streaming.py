@@ -10,7 +10,8 @@ from torch import nn
 
 from lamella.backbones.moe import Dispatch, moe_layers, watch_dispatch
 from lamella.errors import LamellaError
-from lamella.similarity.activations import Capture, Progress, capture
+from lamella.progress import listening
+from lamella.similarity.activations import Capture, capture
 from lamella.similarity.activations.streaming import LOOK
 from lamella.tracing import record_routing
 
@@ -197,13 +198,23 @@ def test_modules_train_on_as_they_did(tmp_path):
 
 
 def test_progress_tells_tokens_and_experts_that_are_short(model, tmp_path):
-    told: list[Progress] = []
-    snapshot = capture(model, batches(TEXTS), tmp_path, per_expert=12, progress=told.append)
-    assert [one.rows for one in told] == [3, 6, 7]
-    assert [one.tokens for one in told] == [sum(map(len, TEXTS[:rows])) for rows in (3, 6, 7)]
-    assert all(one.tokens_per_second > 0 and one.experts == len(snapshot.experts) for one in told)
-    assert told[0].short > told[-1].short
-    assert told[-1].short == len(snapshot.short(12))
+    rows, notes, totals = [], [], []
+
+    def listen(work):
+        rows.append(work.done)
+        notes.append(work.note)
+        totals.append(work.total)
+
+    with listening(listen):
+        snapshot = capture(model, batches(TEXTS), tmp_path, per_expert=12)
+    assert rows == [3, 6, 7]
+    tokens = [int(note.split(" tokens")[0]) for note in notes]
+    assert tokens == [sum(map(len, TEXTS[:rows])) for rows in (3, 6, 7)]
+    short = [int(note.split(", ")[1].split()[0]) for note in notes]
+    assert short[0] > short[-1] == len(snapshot.short(12))
+    assert all(note.endswith(f" of {len(snapshot.experts)} experts short of their samples") for note in notes)
+    rarest = min(int(count["captured"].min()) for count in snapshot.counts.values())
+    assert totals[-1] == (-(-7 * 12 // rarest) if rarest else None)  # when the rarest expert has its samples
 
 
 def test_the_folder_holds_shards_and_manifest_alone(model, tmp_path):

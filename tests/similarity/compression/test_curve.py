@@ -10,6 +10,7 @@ from tests.tiny_moe import FAMILIES, build, inputs_for
 
 from lamella.backbones.moe import moe_layers, watch_dispatch
 from lamella.errors import LamellaError
+from lamella.progress import listening
 from lamella.similarity.compression import (
     Settings,
     advised,
@@ -20,6 +21,7 @@ from lamella.similarity.compression import (
     verdict,
 )
 
+MODELS = "measuring smaller models"
 COMPRESSION = [
     "method", "budget", "parameters", "domain", "perplexity", "baseline", "ratio", "low", "high", "experts_left",
     "seed", "experts", "parameters_before", "bytes", "gone", "chosen_on", "choices_gone",
@@ -66,14 +68,14 @@ def test_a_criterion_that_cannot_reach_a_budget_is_named_and_the_curve_goes_on()
     """Six experts in three groups, each chosen by its two best, cannot be dropped; replaced they can be."""
     model = build("deepseek_v3")
     taken, texts, refused, told = captured(model), texts_of(model), [], []
-    frame = compression_curve(
-        model, taken, domains(model), [0.9, 0.5], ["reap", "stand-in"], texts=texts, refused=refused.append,
-        progress=lambda done, total: told.append(done),
-    )  # fmt: skip
+    with listening(lambda work: told.append((work.name, work.done, work.total))):
+        frame = compression_curve(
+            model, taken, domains(model), [0.9, 0.5], ["reap", "stand-in"], texts=texts, refused=refused.append
+        )
     assert set(frame["method"]) == {"stand-in"}
     assert [line.split(".")[0] for line in refused] == ["reap cannot keep 90", "reap cannot keep 50"]
     assert all("at most 0 can go by reap" in line for line in refused)
-    assert told == [1, 2, 3, 4]
+    assert [of for of in told if of[0] == MODELS] == [(MODELS, done, 4) for done in range(1, 5)]
     with pytest.raises(LamellaError, match="at most 0 can go by reap"), pytest.warns(match="reap cannot keep"):
         compression_curve(model, taken, domains(model), [0.5], ["reap"], texts=texts)
 
@@ -81,14 +83,15 @@ def test_a_criterion_that_cannot_reach_a_budget_is_named_and_the_curve_goes_on()
 def test_the_curve_measures_each_compressed_model(tmp_path):
     model = with_twins()
     taken, texts, before, told = captured(model, tmp_path / "capture"), texts_of(model), state(model), []
-    frame = compression_curve(
-        model, taken, domains(model), [1.0, ONE_LESS, 0.5], ["stand-in", "reap", "random"], seeds=(3, 4), texts=texts,
-        chosen_on=["in"], progress=lambda done, total: told.append((done, total)),
-    )  # fmt: skip
+    with listening(lambda work: told.append((work.name, work.done, work.total))):
+        frame = compression_curve(
+            model, taken, domains(model), [1.0, ONE_LESS, 0.5], ["stand-in", "reap", "random"], seeds=(3, 4),
+            texts=texts, chosen_on=["in"],
+        )  # fmt: skip
     assert list(frame.columns) == COMPRESSION
     assert same_state(model, before)
     assert len(frame) == (2 * 3 + 3 * 2) * 2
-    assert told == [(done, 12) for done in range(1, 13)]
+    assert [of for of in told if of[0] == MODELS] == [(MODELS, done, 12) for done in range(1, 13)]
     assert set(frame[frame["method"] == "random"]["seed"]) == {3, 4}
     assert (frame["chosen_on"] == (frame["domain"] == "in")).all()
     whole = frame[frame["budget"] == 1.0]

@@ -6,6 +6,7 @@ from tests.reference.similarity_swap import swapped_model
 from tests.tiny_moe import FAMILIES, inputs, inputs_for
 
 from lamella.errors import LamellaError
+from lamella.progress import listening
 from lamella.similarity.swapping import (
     RANDOM,
     control_swaps,
@@ -112,21 +113,20 @@ def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path):
     swaps = [*expert_pairs(model, 0, 1)[:4], ((0, 0), RANDOM)]
     expected = swap_effects(model, texts(), swaps)
 
-    def stop(done, total):
-        if done == 2:
+    def stop(work):
+        if work.unit == "swaps" and work.done == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        swap_effects(model, texts(), swaps, progress=stop, folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt), listening(stop):
+        swap_effects(model, texts(), swaps, folder=tmp_path)
     assert len(pd.read_parquet(tmp_path / "swap.parquet")) == 2
     forwards, steps = [], []
     handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    actual = swap_effects(
-        model, texts(), swaps, progress=lambda done, total: steps.append((done, total)), folder=tmp_path
-    )
+    with listening(lambda work: steps.append((work.done, work.total)) if work.unit == "swaps" else None):
+        actual = swap_effects(model, texts(), swaps, folder=tmp_path)
     handle.remove()
     assert len(forwards) == 1 + 3  # the plain model and what was missing
-    assert steps == [(at, 5) for at in range(1, 6)]
+    assert steps == [(at, 5) for at in range(3, 6)]
     pd.testing.assert_frame_equal(actual, expected)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "swap.parquet"), expected)
 

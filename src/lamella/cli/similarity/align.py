@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 
@@ -36,15 +37,15 @@ def align(
 
     Example: lamella similarity align runs/tiny --aligner linear --seeds 2
     """
-    from lamella.cli.similarity.subject import load_model, open_study, telling
+    from lamella.cli.similarity.subject import load_model, open_study
     from lamella.similarity.reliability import alignment_facts, alignment_in_words
     from lamella.similarity.steps import align_pairs
 
     opened = open_study(study)
-    with telling("aligning") as tell:
+    with showing("aligning"):
         notes = align_pairs(
             opened, aligner or ["linear"], seeds, load_model, steps=steps, lr=lr, pull=pull, per_source=per_source,
-            same_layer=same_layer, score_on=score_on, ray=ray, device=device, tell=tell,
+            same_layer=same_layer, score_on=score_on, ray=ray, device=device,
         )  # fmt: skip
     table, path = opened.folder.needed("alignment", "align"), str(study / "alignment.parquet")
     facts = alignment_facts(table)

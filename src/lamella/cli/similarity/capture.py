@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 
@@ -35,17 +36,17 @@ def capture(
     Example: lamella similarity capture tiny-moe --text news -o runs/tiny
     """
     from lamella.backbones.moe import moe_layers
-    from lamella.cli.similarity.subject import load, placed, read_texts, telling
+    from lamella.cli.similarity.subject import load, placed, read_texts
     from lamella.similarity.steps import capture_texts, sample_dtype
     from lamella.similarity.study import Study, StudyFolder, Subject
 
     kept_in = sample_dtype(samples)
     subject = Subject(placed(model), placed(text), split, max_length, batch_size, documents, dtype)
-    study = Study(StudyFolder(output), subject, *load(subject.model, dtype))
-    moe_layers(study.model)  # what has no experts begins no study
-    texts = read_texts(study, subject.text, split, documents)
-    with telling("capturing") as tell:
-        taken = capture_texts(study, texts, per_expert, seed, kept_in, lambda now: tell(str(now)), whole_text)
+    with showing("capturing"):
+        study = Study(StudyFolder(output), subject, *load(subject.model, dtype))
+        moe_layers(study.model)  # what has no experts begins no study
+        texts = read_texts(study, subject.text, split, documents)
+        taken = capture_texts(study, texts, per_expert, seed, kept_in, whole_text)
     if json:
         print_json({"folder": str(output), **taken.facts(), "notes": list(texts.notes)})
         return

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 BUDGETS = (0.97, 0.94, 0.875, 0.75, 0.5)
@@ -63,20 +64,20 @@ def compress(
 
     Example: lamella similarity compress runs/tiny --budget 0.75 --text news --text dialogue --save runs/smaller
     """
-    from lamella.cli.similarity.subject import open_study, read_texts, telling
+    from lamella.cli.similarity.subject import open_study, read_texts
     from lamella.similarity.compression import CURVES, Settings, advised, verdict
     from lamella.similarity.steps import compress_to_budgets
 
     opened = open_study(study)
-    domains = {name: read_texts(opened, name, split, documents) for name in text or [opened.subject.text]}
-    captured = list(read_texts(opened, None, opened.subject.split, documents))
     budgets, criteria = budget or BUDGETS, criterion or CURVES
-    with telling("compressing") as tell:
+    with showing("compressing"):
+        domains = {name: read_texts(opened, name, split, documents) for name in text or [opened.subject.text]}
+        captured = list(read_texts(opened, None, opened.subject.split, documents))
         curve, notes = compress_to_budgets(
             opened, domains, captured, budgets, criteria,
             Settings(scope=scope, refit=refit, distil=distil),  # type: ignore[arg-type]  # an unknown scope is refused there
             aligner=aligner, seeds=seeds, close=close, capacity=capacity, save=save,
-            measured_on=f"{split}, {documents} documents", tell=tell,
+            measured_on=f"{split}, {documents} documents",
         )  # fmt: skip
     sentences, path = verdict(curve, within), str(study / "compression.parquet")
     if json:

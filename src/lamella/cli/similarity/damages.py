@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 
@@ -22,7 +23,9 @@ def damages(
     from lamella.cli.similarity.subject import open_study
     from lamella.similarity.steps import measure_damages
 
-    table, path = measure_damages(open_study(study)), str(study / "damages.parquet")
+    opened = open_study(study)
+    with showing("measuring damages"):
+        table, path = measure_damages(opened), str(study / "damages.parquet")
     best = table.groupby(["source_layer", "source_expert"])["damage"].min().groupby("source_layer").median()
     if json:
         print_json({"table": path, "pairs": len(table), "medians": {str(at): one for at, one in best.items()}})

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 
@@ -40,11 +41,12 @@ def plan(
     from lamella.similarity import plan as planned
 
     path = located(model)
-    plan = planned(
-        path, per_expert, tokens=None if text is None else count_tokens(path, text, split, documents, max_length),
-        aligner=aligner, steps=steps, per_source=per_source, dtype=dtype,
-        skew=skew, flops_per_second=flops,
-    )  # fmt: skip
+    with showing("planning"):
+        plan = planned(
+            path, per_expert, tokens=None if text is None else count_tokens(path, text, split, documents, max_length),
+            aligner=aligner, steps=steps, per_source=per_source, dtype=dtype,
+            skew=skew, flops_per_second=flops,
+        )  # fmt: skip
     if output is not None:
         plan.write(output)
     if json:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 
@@ -21,7 +22,8 @@ def report(
     """
     from lamella.lab.report.similarity import write_report
 
-    path = str(write_report(study))
+    with showing("writing the report"):
+        path = str(write_report(study))
     if json:
         print_json({"report": path})
     else:

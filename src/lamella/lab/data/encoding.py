@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError
 from lamella.lab.data.task import Task
+from lamella.progress import working
 from lamella.texts.collating import Collator
 from lamella.texts.encoding import RowEncoder
 from lamella.texts.rows import Row, sample_indices
@@ -82,7 +83,8 @@ def encode(
         encoder = RowEncoder(part.kind, part.name, tokenizer, max_length, packing, decoder)
         for name, split in part.splits.items():
             rows = _limited(list(split), name, _shares(limit or {}, len(task.tasks)), seed)
-            encoded, said = encoder(rows, name, evaluation=name != "train")
+            with working(f"encoding {len(rows):,} rows of {part.name} ({name})"):
+                encoded, said = encoder(rows, name, evaluation=name != "train")
             before = done.setdefault(name, [])
             before += _placed(
                 encoded, part.name, task.first_label(part), before[-1].get("row", -1) + 1 if before else 0

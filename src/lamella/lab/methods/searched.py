@@ -15,6 +15,7 @@ from lamella.lab.methods.base import Built
 from lamella.lab.methods.compositions import Loras, Target, composition, fill
 from lamella.lab.methods.sums import factor_sum
 from lamella.lab.scoring import score, selection
+from lamella.progress import counted, working
 
 _BATCH = 64
 
@@ -33,7 +34,7 @@ def best(loras: Loras, target: Target, max_length: Count = 128) -> Built:
     """
     score_of, by = scores_on_training_rows(target, max_length), selection(target.task)
     scores = {}
-    for name, modules in loras.items():
+    for name, modules in counted(loras.items(), "scoring LoRAs", "LoRAs"):
         model = target.with_lora(modules)
         scores[name] = score_of(model)[by.name]
         model.unload()
@@ -66,11 +67,15 @@ def lorahub(
         given = dict(zip(loras, weights, strict=True))
         fill(target.backbone.model, "default", factor_sum(loras, given, given))
 
-    def objective(weights: Sequence[float]) -> float:
-        put(weights)
-        return score_of(model)["loss"] + _REGULARISER * sum(map(abs, weights)) / len(weights)
+    with working("searching weights", evaluations, "evaluations") as work:
 
-    weights, lowest = _search(cma, objective, len(loras), evaluations)
+        def objective(weights: Sequence[float]) -> float:
+            put(weights)
+            loss = score_of(model)["loss"]
+            work.advance()
+            return loss + _REGULARISER * sum(map(abs, weights)) / len(weights)
+
+        weights, lowest = _search(cma, objective, len(loras), evaluations)
     put(weights)
     return Built(model, {"weights": dict(zip(loras, weights, strict=True)), "objective": lowest})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from lamella.lab.data.models import published_name
 from lamella.lab.probing.picks import Picks, pick_correlations, picks_of
 from lamella.lab.probing.probe import MEASURES, SEEDS, Floats, Probed, probe
 from lamella.lab.probing.tasks import properties_of, sentences_of
+from lamella.progress import counted
 from lamella.texts import text_batches
 from lamella.version import __version__
 
@@ -100,7 +101,6 @@ def probe_model(
     text: str = "trec",
     rows: int = ROWS,
     run: Path | None = None,
-    told: Callable[[str], object] = lambda words: None,
 ) -> ProbedModel:
     """Probes every layer of a pretrained model, the embeddings too, for each property that a text has rows for.
 
@@ -109,7 +109,6 @@ def probe_model(
         text: a task whose rows are one text each.
         rows: of each property, at most.
         run: a finished run of MoLEx on this model.
-        told: what is being done.
 
     Raises:
         LamellaError: a model with more stacks of blocks than one, a text of other rows or too few, or a run that is
@@ -125,12 +124,10 @@ def probe_model(
     sentences = sentences_of(load_task(text))
     properties, notes = properties_of(sentences, rows)
     texts = sorted({one for of in properties for one in of.texts}, key=lambda one: (len(one), one))  # little padding
-    told(f"reading {len(texts):,} sentences")
     states, cut = _states(backbone, stacks[0].name, texts)
     place = {one: at for at, one in enumerate(texts)}
     probed = []
-    for of in properties:
-        told(f"probing for {of.name}")
+    for of in counted(properties, "probing", "properties"):
         probed.append(probe(of, states[:, [place[one] for one in of.texts]]))
     if picks is not None and published_name(picks.model) != published_name(name):
         notes.append(f"the run was trained on {picks.model}, and {name} was probed, which has as many blocks")

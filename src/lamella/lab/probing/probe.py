@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lamella.lab.probing.tasks import Ints, Property
+from lamella.progress import counted
 from lamella.statistics import Contrast, contrast, mean_intervals
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def probe(of: Property, states: Floats, seeds: Sequence[int] = SEEDS) -> Probed:
     dealt = {seed: of.control(seed) for seed in seeds}
     right: dict[int, dict[int, Floats]] = {}
     control: dict[int, dict[int, Floats]] = {}
-    for layer, of_layer in enumerate(states, start=EMBEDDINGS):
+    for layer, of_layer in enumerate(counted(states, of.name, "layers"), start=EMBEDDINGS):
         right[layer] = {seed: right_on_test(of_layer, of.labels, of.parts, seed) for seed in seeds}
         control[layer] = {seed: right_on_test(of_layer, labels, of.parts, seed) for seed, labels in dealt.items()}
     return Probed(of, right, control)

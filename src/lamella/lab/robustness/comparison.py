@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lamella.files import atomic
 from lamella.lab.robustness.noisy import NoiseKind, check_strengths, noise_kind, noisy_scores
 from lamella.lab.runs.trained import Trained, find_trained, load_trained
 from lamella.lab.scoring import Columns, score, selection
+from lamella.progress import counted, working
 from lamella.statistics import contrast
 
 _FEWEST_SEEDS = 5  # of the protocol
@@ -150,7 +151,6 @@ def robustness(
     task: str | None = None,
     split: str = "test",
     base: str | None = None,
-    starting: Callable[[str], None] = lambda name: None,
 ) -> Robustness:
     """Score runs or adapters on all rows of a split, under noise of several strengths and seeds 0 .. seeds − 1.
 
@@ -164,7 +164,6 @@ def robustness(
         task: any task that fits the trained heads; the runs' when None.
         split: "train", "validation" or "test".
         base: the adapters' base model, if not the one that the run or adapter names.
-        starting: told the run, strength and seed before each scoring.
 
     Raises:
         LamellaError: an unknown noise, a strength without meaning, a folder given twice, runs of different tasks, rows
@@ -177,10 +176,10 @@ def robustness(
         raise LamellaError(f"{seeds} seeds draw no noise. Give at least 1; the protocol asks for {_FEWEST_SEEDS}.")
     runs = _runs(paths, task)
     scored: list[_Scored] = []
-    for run in runs:
+    for run in counted(runs, "runs under noise", "runs"):
         # one model at a time is in memory
         trained = load_trained(run.path, task, base)
-        scored.append(_scored(run, trained, kind, tried, seeds, split, starting))
+        scored.append(_scored(run, trained, kind, tried, seeds, split))
         _check_pairs(scored[0], scored[-1])
     first = scored[0]
     notes = [f"{one.run.name}: {note}" for one in scored for note in one.notes]
@@ -256,20 +255,19 @@ def _scored(
     strengths: Sequence[float],
     seeds: int,
     split: str,
-    starting: Callable[[str], None],
 ) -> _Scored:
     rows, encoded = trained.rows(split)
-    starting(f"{run.method}, no noise")
     plain = score(trained.model, trained.task, rows, encoded.collator, trained.place.reading.eval_batch_size)
     metrics: dict[tuple[float, int], dict[str, float]] = {}
     examples: dict[float, dict[int, npt.NDArray[np.float64]]] = {}
-    for strength, seed in itertools.product(strengths, range(seeds)):
-        scores = plain
-        if strength > 0.0:
-            starting(f"{run.method}, {kind.symbol} {strength:g}, seed {seed}")
-            scores = noisy_scores(trained, rows, encoded.collator, kind, strength, seed)
-        metrics[strength, seed] = scores.metrics
-        measure, examples.setdefault(strength, {})[seed] = _examples(scores.columns)
+    with working(run.method, seeds * sum(strength > 0.0 for strength in strengths), "draws of noise") as work:
+        for strength, seed in itertools.product(strengths, range(seeds)):
+            scores = plain
+            if strength > 0.0:
+                scores = noisy_scores(trained, rows, encoded.collator, kind, strength, seed)
+                work.advance()
+            metrics[strength, seed] = scores.metrics
+            measure, examples.setdefault(strength, {})[seed] = _examples(scores.columns)
     return _Scored(
         run=run,
         task=trained.task.name,

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lamella.diagnostics.usage import DEAD_SHARE
 from lamella.errors import UnreadableError
 from lamella.files import atomic, read_table
+from lamella.progress import Work
 from lamella.tracing import Trace, record_routing
 from lamella.tuners.optimization import is_routed
 
@@ -43,6 +44,35 @@ def routing_summary(frame: pd.DataFrame) -> dict[str, float]:
     if "effective_experts" in frame:
         summary["effective_experts"] = float(routers["effective_experts"].first().mean())
     return summary
+
+
+class Steps(TrainerCallback):
+    """Say how far a training is, and its loss."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin at the step that a resumed training goes on from."""
+        self._work.begin(state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say the loss."""
+        if logs and "loss" in logs:
+            self._work.note = f"loss {logs['loss']:.3f}"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One more step is done."""
+        self._work.reach(state.global_step)
 
 
 class RoutingHistory(TrainerCallback):

@@ -25,7 +25,7 @@ from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.lab.lora_cards import adapted_by_lora, measure_card
 from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.by_task import BY_TASK, scores_of, traced_scores
-from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Stopwatch, routing_summary
+from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Steps, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.plain_text import PlainText
@@ -35,6 +35,7 @@ from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import task_of
 from lamella.lab.runs.trainer import RunTrainer
 from lamella.lab.scoring import Scores, refuse_longer_rows, selection
+from lamella.progress import working
 from lamella.tuners.model import RoutedModel
 from lamella.tuners.optimization import is_routed
 from lamella.tuners.redundancy import lora_experts, redundancy
@@ -139,7 +140,8 @@ class _Run:
                 "Set keep=last."
             )
         started = time.perf_counter()
-        self.built = settings.method.build(self.backbone, self.task)
+        with working(f"building {settings.method.name}"):
+            self.built = settings.method.build(self.backbone, self.task)
         self.build_seconds = time.perf_counter() - started
         self.model: nn.Module = self.built.model
         if settings.start is not None:
@@ -209,6 +211,15 @@ class _Run:
     def _fit(self, trainer: RunTrainer) -> None:
         with self.process.main_process_first():  # the first one also removes what a kill left half-written
             checkpoint = self.place.last_checkpoint()
+        with working("training", unit="steps") as work:
+            trainer.add_callback(Steps(work))
+            self._train(trainer, checkpoint)
+        best = trainer.state.best_global_step
+        if best and best != trainer.state.global_step:
+            logger.info("going back to the weights of step %d, the best on validation", best)
+            load_weights(self.model, self.place.checkpoints / f"checkpoint-{best}")
+
+    def _train(self, trainer: RunTrainer, checkpoint: Path | None) -> None:
         if checkpoint is None or not self.settings.method.resumes:
             trainer.train()
         else:
@@ -220,10 +231,6 @@ class _Run:
                 load_weights(self.model, checkpoint)
                 trainer.state = state
                 self.watch.resume(state)
-        best = trainer.state.best_global_step
-        if best and best != trainer.state.global_step:
-            logger.info("going back to the weights of step %d, the best on validation", best)
-            load_weights(self.model, self.place.checkpoints / f"checkpoint-{best}")
 
     def _scored_splits(self) -> dict[str, Dataset]:
         splits = {"validation": self.encoded.validation, "test": self.encoded.test}

@@ -24,6 +24,7 @@ from lamella.lab.methods.compositions import as_loras, read_loras
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.scoring import length_batches
 from lamella.lab.studies.options import option_answers, with_options
+from lamella.progress import counted
 from lamella.tuners.mole.overrides import masked_experts
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def log_probs(model: nn.Module, rows: Any, collator: Any, batch_size: int) -> Fl
     device = next(model.parameters()).device
     parts, order = [], []
     with torch.no_grad():
-        for batch in length_batches(rows["length"], batch_size):
+        for batch in counted(length_batches(rows["length"], batch_size), "answering", "batches"):
             inputs = {name: value.to(device) for name, value in collator([rows[i] for i in batch]).items()}
             inputs.pop("labels")
             parts.append(model(**inputs).logits.double().log_softmax(-1).cpu().numpy())
@@ -202,7 +203,7 @@ def text_answers(model: nn.Module, encoded: Encoded, batch_size: int, other: nn.
     measured: dict[str, Any] = {"loss": np.empty(len(rows)), "kl": np.full(len(rows), np.nan)}
     device = next(model.parameters()).device
     with torch.no_grad():
-        for batch in length_batches(rows["length"], batch_size):
+        for batch in counted(length_batches(rows["length"], batch_size), "answering", "batches"):
             inputs = {name: value.to(device) for name, value in encoded.collator([rows[i] for i in batch]).items()}
             labels = inputs["labels"][:, 1:]  # position t predicts the token at t + 1
             logits = _logits(model, inputs)

@@ -16,8 +16,6 @@ from lamella.lab.runs.tasks import task_of
 from lamella.lab.studies.answers import Questions, answers, masked_answers
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
     from lamella.lab.runs.settings import RunSettings
     from lamella.lab.studies.folder import StudyFolder
     from lamella.lab.studies.search import Search
@@ -44,7 +42,7 @@ class Job(Protocol):
     def needs(self) -> Sequence[str]:
         """Keys of the jobs that must be done before."""
 
-    def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    def carry_out(self, folder: StudyFolder) -> dict[str, Any]:
         """Do it; what its row says besides the time it took."""
 
 
@@ -117,10 +115,10 @@ class Cell:
                 "which has none. Compare methods on it in a study of its own."
             )
 
-    def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    def carry_out(self, folder: StudyFolder) -> dict[str, Any]:
         """Train to the end, from the last checkpoint where there is one, and examine what came out."""
         self.check()
-        return folder.train(self, callbacks)
+        return folder.train(self)
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class Asked:
         """The cell, and the LoRAs that its answers are compared with."""
         return [self.cell.key, *(() if self.masked else self.cell.compared_with.values())]
 
-    def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    def carry_out(self, folder: StudyFolder) -> dict[str, Any]:
         """Let the trained model answer every test."""
         settings, run = folder.placed(folder.chosen(self.cell)), folder.run(self.cell.key)
         assert self.cell.questions is not None  # else there is nothing to ask

@@ -16,6 +16,7 @@ from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.settings import RunSettings
 from lamella.lab.runs.tasks import limited, task_of
 from lamella.lab.studies.measuring import clock_for, kept_megabytes, ratio, time_rounds, using_threads
+from lamella.progress import counted
 from lamella.tuners.routed import routed_layers
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ class _Model:
     latency: Mapping[int, Batch]
 
 
-def method_costs(
-    methods: Mapping[str, RunSettings], reference: str, starting: Callable[[str], object] = lambda _: None
-) -> pd.DataFrame:
+def method_costs(methods: Mapping[str, RunSettings], reference: str) -> pd.DataFrame:
     """Measures every method beside the reference, on real rows of its task, on the CPU with one thread.
 
     A column per measure: ``active parameters`` (trainable ones that a token goes through), ``step time`` (forward,
@@ -50,21 +49,19 @@ def method_costs(
     Args:
         methods: settings by the name that tables show, all on one backbone and task.
         reference: the method whose step time is 1.
-        starting: told the name of each method before it is measured.
     """
     import pandas as pd
 
     rows = []
     with using_threads(1):
         first = _untrained(methods[reference])
-        for name, settings in methods.items():
-            starting(name)
+        for name, settings in counted(methods.items(), "measuring what methods cost", "methods"):
             measured = first if name == reference else _untrained(settings)
             rows.append({"method": name} | _measure(measured, first))
     return pd.DataFrame(rows)
 
 
-def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None) -> pd.DataFrame:
+def study_costs(study: Study) -> pd.DataFrame:
     """`method_costs` of a study's finished methods on each backbone, measured once and saved in ``costs.parquet``.
 
     A method is measured with the settings of its first finished cell. One that needs what other cells made is not
@@ -72,7 +69,6 @@ def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None
 
     Args:
         study: whose cells lie in its folder.
-        starting: told the name of each method before it is measured.
 
     Returns:
         The measures, with a column ``backbone``; no rows for a backbone whose reference has not been run.
@@ -98,7 +94,7 @@ def study_costs(study: Study, starting: Callable[[str], object] = lambda _: None
         costs = known[(known["backbone"] == backbone) & known["key"].isin(keys)]
         if reference in firsts and set(costs["method"]) != set(firsts):
             settings = {name: folder.placed(folder.chosen(cell)) for name, cell in firsts.items()}
-            costs = method_costs(settings, reference, starting)
+            costs = method_costs(settings, reference)
             costs.insert(1, "backbone", backbone)
             costs["key"] = keys
         frames.append(costs)

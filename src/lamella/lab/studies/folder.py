@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import TrainerCallback
 
 from lamella.errors import LamellaError
 from lamella.files import atomic, claimed, read_json, read_table, write_atomic
@@ -109,20 +108,20 @@ class StudyFolder:
         said = path.read_text(encoding="utf-8") if path.is_file() else ""
         return int(said) if said.isdigit() else None
 
-    def carry_out(self, job: Job, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    def carry_out(self, job: Job) -> None:
         """Do a claimed job to its end, and write its row."""
         started = time.perf_counter()
-        row = job.carry_out(self, callbacks)
+        row = job.carry_out(self)
         # of a run that was interrupted the earlier part counts too
         seconds = max(time.perf_counter() - started, row.get("metrics", {}).get("train_seconds", 0.0))
         write_atomic(self.row_path(job.key), json.dumps({"seconds": seconds, **row}))
 
-    def train(self, cell: Cell, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    def train(self, cell: Cell) -> dict[str, Any]:
         """Run a cell, from its last checkpoint where there is one, and let the doctor examine it."""
         run, settings = RunFolder(self.run(cell.key)), self.placed(self.chosen(cell))
         if run.finished:  # killed between the end of the run and its row, there is nothing left to train
             run.remove_checkpoints()
-        trained = RunResult(run, run.metrics()) if run.finished else train(settings, run.path, callbacks=callbacks)
+        trained = RunResult(run, run.metrics()) if run.finished else train(settings, run.path)
         metrics = trained.metrics
         if cell.makes_base:
             self._keep_base(cell)

@@ -13,6 +13,7 @@ from torch import nn
 from lamella.errors import LamellaError
 from lamella.lab.data import Backbone, Task, encode
 from lamella.lab.scoring import length_batches
+from lamella.progress import counted
 
 _MOST = 26  # as many as letters that stand for options
 
@@ -63,7 +64,7 @@ def option_answers(model: nn.Module, backbone: Backbone, task: Task, max_length:
     sums = np.empty((len(task.splits["test"]), len(options)))
     device = next(model.parameters()).device
     with torch.no_grad():
-        for batch in length_batches(rows["length"], batch_size):
+        for batch in counted(length_batches(rows["length"], batch_size), "answering", "batches"):
             inputs = {name: value.to(device) for name, value in encoded.collator([rows[i] for i in batch]).items()}
             # with labels, since they tell routers where the question ends
             logits, labels = model(**inputs).logits[:, :-1], inputs["labels"][:, 1:]

@@ -46,14 +46,34 @@ def plan(
 
     Counting tokens reads every task: who plans again while cells finish gives the same ``guesses`` each time.
     """
-    guesses = {} if guesses is None else guesses
     work = jobs_of(cells)
     rows = {job.key: folder.row(job.key) for job in work}
+    todo = [job for job in work if rows[job.key] is None]
+    seconds, guessed = _seconds(todo, work, rows, {} if guesses is None else guesses)
+    basis = f"with {jobs} process(es), "
+    basis += f"{guessed} of them guessed from their tokens" if guessed else "by the time that finished cells took"
+    last = {cell.key: rows[cell.last] for cell in cells}
+    done = sum(row is not None for row in last.values())
+    return Plan(len(cells), len(last), done, seconds / jobs / 3600, basis)
+
+
+def seconds_left(work: Sequence[Job], folder: StudyFolder, guesses: dict[tuple[Any, ...], float]) -> float:
+    """What one process takes for the jobs that are neither done nor failed, as `plan` estimates it."""
+    rows = {job.key: folder.row(job.key) for job in work}
+    todo = [job for job in work if rows[job.key] is None and folder.failure(job.key) is None]
+    return _seconds(todo, work, rows, guesses)[0]
+
+
+def _seconds(
+    todo: Sequence[Job],
+    work: Sequence[Job],
+    rows: Mapping[str, Mapping[str, Any] | None],
+    guesses: dict[tuple[Any, ...], float],
+) -> tuple[float, int]:
+    """Of one process, and how many cells among these jobs are guessed, as nothing like them is done."""
     timed = [(job, row["seconds"]) for job in work if (row := rows[job.key]) is not None]
     seconds, guessed = 0.0, 0
-    for job in work:
-        if rows[job.key] is not None:
-            continue
+    for job in todo:
         known = _known(job, timed)
         if known is None:
             guessed += not isinstance(job, Asked)
@@ -62,11 +82,7 @@ def plan(
                 guesses[kind] = _guess_answers(job) if isinstance(job, Asked) else _guess(_cell(job))
             known = guesses[kind] * (job.runs if isinstance(job, Search) else 1)
         seconds += known
-    basis = f"with {jobs} process(es), "
-    basis += f"{guessed} of them guessed from their tokens" if guessed else "by the time that finished cells took"
-    last = {cell.key: rows[cell.last] for cell in cells}
-    done = sum(row is not None for row in last.values())
-    return Plan(len(cells), len(last), done, seconds / jobs / 3600, basis)
+    return seconds, guessed
 
 
 def tellable(cells: Sequence[Cell]) -> dict[str, float]:

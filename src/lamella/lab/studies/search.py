@@ -24,10 +24,9 @@ from lamella.lab.runs.tasks import task_of
 from lamella.lab.schema import Settings
 from lamella.lab.scoring import selection
 from lamella.lab.studies.cells import Cell
+from lamella.progress import working
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
     from lamella.lab.studies.folder import StudyFolder
 
 SHARES = (0.25, 0.5, 1.0)  # of a run's steps that a try is trained for, round by round; half of them go on
@@ -116,7 +115,7 @@ class Search:
         """How many whole runs its tries train for."""
         return sum(share * count for share, count in self.rounds)
 
-    def carry_out(self, folder: StudyFolder, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    def carry_out(self, folder: StudyFolder) -> dict[str, Any]:
         """Try what was not tried yet; the row has every try and ``chosen``, the values of the best.
 
         Raises:
@@ -136,7 +135,8 @@ class Search:
                     continue  # tried before an interruption
                 values = going_on[number] if going_on else _drawn(self.space, here, higher, settings.seed)
                 run = place / f"{share:g}-{number}"
-                tried.append({"share": share, "values": values} | _try(settings, values, share, run, callbacks))
+                with working(f"try {number + 1} of {count}, for {share:g} of a run"):
+                    tried.append({"share": share, "values": values} | _try(settings, values, share, run))
                 write_atomic(kept, json.dumps({"tries": tried}))
                 shutil.rmtree(run, ignore_errors=True)
             best = _ranked([one for one in tried if one["share"] == share], higher)
@@ -240,13 +240,11 @@ def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _try(
-    settings: RunSettings, values: Mapping[str, Any], share: float, path: Path, callbacks: Sequence[TrainerCallback]
-) -> dict[str, Any]:
+def _try(settings: RunSettings, values: Mapping[str, Any], share: float, path: Path) -> dict[str, Any]:
     """The score on validation rows after a share of a run, or why there is none; and the seconds it trained for."""
     given, run = changed(with_values(settings, values), _length(settings, share)), RunFolder(path)
     try:
-        metrics = run.metrics() if run.finished else train(given, path, callbacks=callbacks, score_test=False).metrics
+        metrics = run.metrics() if run.finished else train(given, path, score_test=False).metrics
     except LamellaError as error:
         return {"failed": str(error), "seconds": 0.0}
     return {"validation": metrics["validation"][metrics["metric"]], "seconds": metrics["train_seconds"]}

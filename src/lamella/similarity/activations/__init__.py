@@ -2,13 +2,12 @@
 
 from lamella.similarity.activations.manifest import Manifest, model_fingerprint, tokenizer_fingerprint
 from lamella.similarity.activations.reading import Capture
-from lamella.similarity.activations.streaming import Progress, capture
+from lamella.similarity.activations.streaming import capture
 from lamella.texts import TextBatches, text_batches
 
 __all__ = [
     "Capture",
     "Manifest",
-    "Progress",
     "TextBatches",
     "capture",
     "model_fingerprint",

@@ -2,10 +2,9 @@
 
 import inspect
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,40 +17,13 @@ from lamella.backbones.offloading import input_device
 from lamella.backbones.side_by_side import has_offloaded_blocks, run_side_by_side
 from lamella.errors import LamellaError
 from lamella.files import claimed
+from lamella.progress import Work, working
 from lamella.similarity.activations.checkpoints import Reservoirs, Saver
 from lamella.similarity.activations.documents import Batch, Documents, added, unread
 from lamella.similarity.activations.manifest import DTYPES, Manifest, model_fingerprint, tokenizer_fingerprint
 from lamella.similarity.activations.reading import Capture
 
 LOOK = 64  # documents after which it is seen whether every expert has its samples
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a capture has come.
-
-    Attributes:
-        rows: documents taken in, those of earlier runs among them.
-        tokens: real tokens taken in, likewise.
-        tokens_per_second: of this run.
-        short: experts with fewer samples than asked for.
-        experts: experts of all layers.
-        blocks: of an offloaded model, how many blocks the next documents have passed.
-    """
-
-    rows: int
-    tokens: int
-    tokens_per_second: float
-    short: int
-    experts: int
-    blocks: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows:,} documents, {self.tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s; {self.short} of "
-            f"{self.experts} experts still short of their samples"
-            f"{f'; the next documents have passed {self.blocks} blocks' if self.blocks else ''}"
-        )
 
 
 def capture(
@@ -65,7 +37,6 @@ def capture(
     tokenizer: Any = None,
     origin: str = "",
     whole_text: bool = False,
-    progress: Callable[[Progress], None] | None = None,
 ) -> Capture:
     """Runs text through a mixture-of-experts model once and keeps a sample of every expert's inputs.
 
@@ -95,7 +66,6 @@ def capture(
         tokenizer: of the text, so that later steps can tell another one.
         origin: what the text is, a sentence.
         whole_text: read on to the end of the text, where a few documents would do: counts of choices are of all then.
-        progress: told after every batch; of an offloaded model after every block, and when its batches are through.
 
     Raises:
         LamellaError: not a mixture of experts; the folder holds a capture of something else, or another process is at
@@ -105,7 +75,7 @@ def capture(
     layers = moe_layers(model)
     asked = _asked(model, layers, per_expert, seed, dtype, tokenizer, origin, whole_text)
     with _alone(folder):
-        return _captured(model, layers, batches, folder, asked, progress)
+        return _captured(model, layers, batches, folder, asked)
 
 
 def _captured(
@@ -114,7 +84,6 @@ def _captured(
     batches: Iterable[Batch],
     folder: Path,
     asked: Manifest,
-    progress: Callable[[Progress], None] | None,
 ) -> Capture:
     saver = Saver(folder)
     done, reservoirs = saver.resume(asked)
@@ -127,14 +96,14 @@ def _captured(
                 "on. Capture into another folder."
             )
         return taken
-    taking = _Taking(model, layers, replace(done, whole_text=asked.whole_text), reservoirs, progress)
     stream = _together(_cut(unread(batches, done, folder), done.rows_done), done.rows_done, has_offloaded_blocks(model))
-    with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch), taking.checked(layers):
-        while not taking.ended and (several := next(stream, None)) is not None:
-            taking.take(several)
-            saver.checkpoint(taking.manifest, reservoirs)
-            if progress is not None:
-                progress(taking.progress())
+    with working("capturing", getattr(batches, "documents", None), "documents", done.rows_done) as work:
+        taking = _Taking(model, layers, replace(done, whole_text=asked.whole_text), reservoirs, work)
+        with _evaluating(model), torch.no_grad(), watch_dispatch(model, layers, taking.watch), taking.checked(layers):
+            while not taking.ended and (several := next(stream, None)) is not None:
+                taking.take(several)
+                saver.checkpoint(taking.manifest, reservoirs)
+                taking.tell()
     if not taking.manifest.rows_done:
         raise LamellaError("There is nothing to capture: the text has no documents.")
     return saver.finish(taking.manifest, reservoirs)
@@ -185,14 +154,13 @@ class _Taking:
         layers: Sequence[MoELayer],
         done: Manifest,
         reservoirs: Reservoirs,
-        progress: Callable[[Progress], None] | None,
+        work: Work,
     ) -> None:
         self.manifest = done
         self._model = model
         self._reservoirs = reservoirs
-        self._progress = progress
+        self._work, self._documents = work, work.total
         self._device = input_device(model)
-        self._begun, self._tokens_before = time.monotonic(), done.tokens
         self._now = _Forward()
 
     def take(self, several: Sequence[Documents]) -> None:
@@ -200,7 +168,7 @@ class _Taking:
         if len(several) == 1:
             self._read(several[0])
         else:
-            run_side_by_side(self._model, [partial(self._read, documents) for documents in several], self._tell)
+            run_side_by_side(self._model, [partial(self._read, documents) for documents in several], self.tell)
         for documents in several:
             self.manifest = replace(
                 self.manifest,
@@ -214,9 +182,18 @@ class _Taking:
         inputs = {n: v.to(self._device) if isinstance(v, Tensor) else v for n, v in documents.inputs.items()}
         self._model(**inputs, **_sparing(self._model, inputs))
 
-    def _tell(self, blocks: int) -> None:
-        if self._progress is not None:
-            self._progress(replace(self.progress(), blocks=blocks))
+    def tell(self, blocks: int = 0) -> None:
+        """Says how far it is; ``blocks`` of an offloaded model are behind the next documents."""
+        asked, rows = self.manifest.per_expert, self.manifest.rows_done
+        captured = torch.cat([one.captured.cpu() for one in self._reservoirs.values()])
+        rarest, short = int(captured.min()), int((captured < asked).sum())
+        if rarest and not self.manifest.whole_text:  # by then the expert that is chosen most rarely has its samples
+            ends = [-(-rows * asked // rarest), *([] if self._documents is None else [self._documents])]
+            self._work.total = max(rows, min(ends))
+        self._work.note = f"{self.manifest.tokens:,} tokens, {short} of {len(captured)} experts short of their samples"
+        if blocks:
+            self._work.note += f", the next documents behind {blocks} blocks"
+        self._work.reach(rows)
 
     def watch(self, dispatch: Dispatch) -> None:
         """Takes in what one layer gave to its experts."""
@@ -283,13 +260,6 @@ class _Taking:
     def ended(self) -> bool:
         """Whether it ends before the text does."""
         return _ended(self.manifest, [one.captured for one in self._reservoirs.values()])
-
-    def progress(self) -> Progress:
-        """How far it has come."""
-        short = sum(int((one.captured < self.manifest.per_expert).sum()) for one in self._reservoirs.values())
-        speed = (self.manifest.tokens - self._tokens_before) / (time.monotonic() - self._begun)
-        experts = sum(experts for _, experts in self.manifest.layers)
-        return Progress(self.manifest.rows_done, self.manifest.tokens, speed, short, experts)
 
 
 def _asked(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamella.backbones.loading import load_pretrained
 from lamella.errors import LamellaError, optional_module
+from lamella.progress import working
 from lamella.similarity.activations import Capture
 from lamella.similarity.alignment.on_ray import compute_on_ray
 from lamella.similarity.alignment.run import align as align_pairs
@@ -33,7 +34,6 @@ def sweep(
     dtype: str = "float32",
     device: str = "cpu",
     tile_pairs: int = PAIRS,
-    progress: Callable[[int, int], None] | None = None,
     align: Callable[..., pd.DataFrame] = align_pairs,
     load: Load = load_pretrained,
     **settings: Any,
@@ -54,7 +54,6 @@ def sweep(
         dtype: of the model.
         device: to compute on; on a cluster anything but "cpu" asks for one GPU for each tile.
         tile_pairs: pairs of a tile at most, where one source has not more.
-        progress: called with the number of tiles that are done and of all.
         align: what aligns the pairs of a tile; it takes what `lamella.similarity.alignment.align` takes.
         load: from name and dtype to the model.
         settings: of ``align``: aligner, seed, steps, ...
@@ -83,23 +82,14 @@ def sweep(
     )
     tiles = cut(ordered, tile_pairs)
     missing = [tile for tile in tiles if not work.path(tile).is_file()]
-    done = len(tiles) - len(missing)
-
-    def finished() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, len(tiles))
-
-    if progress is not None:
-        progress(done, len(tiles))
-    if missing and ray is not None:
-        compute_on_ray(work, missing, ray, finished)
-    elif missing:
-        opened = work.open()
-        for tile in missing:
-            opened.compute(work, tile)
-            finished()
+    with working("aligning", len(tiles), "tiles", done=len(tiles) - len(missing)) as under_way:
+        if missing and ray is not None:
+            compute_on_ray(work, missing, ray, under_way.advance)
+        elif missing:
+            opened = work.open()
+            for tile in missing:
+                opened.compute(work, tile)
+                under_way.advance()
     return _join([work.path(tile) for tile in tiles])
 
 

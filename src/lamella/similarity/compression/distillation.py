@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lamella.backbones.modes import evaluating
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
+from lamella.progress import counted
 from lamella.similarity.swapping.scores import Batch, inputs_on
 
 RATE = 1e-3
@@ -50,7 +51,7 @@ def distil_routers(
     device = next(small.parameters()).device
     try:
         with evaluating(small), evaluating(whole), torch.enable_grad():
-            for step in range(steps):
+            for step in counted(range(steps), "distilling", "steps"):
                 inputs = inputs_on(device, batches[step % len(batches)])
                 loss = _divergence(small, whole, inputs)
                 if not torch.isfinite(loss):

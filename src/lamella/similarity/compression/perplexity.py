@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError, optional_module
+from lamella.progress import working
 from lamella.similarity.compression.calibration import layer_gradients
 from lamella.similarity.compression.compressed import Compressed, Settings, check_arguments, compress_each, rank_experts
 from lamella.similarity.compression.criteria import CRITERIA
@@ -53,8 +55,9 @@ def compression_curve(
     texts: Sequence[Batch] | None = None,
     chosen_on: Collection[str] = (),
     settings: Settings | None = None,
-    progress: Callable[[int, int], None] | None = None,
     refused: Callable[[str], object] = warnings.warn,
+    known: pd.DataFrame | None = None,
+    keep: Callable[[pd.DataFrame], object] = lambda rows: None,
 ) -> pd.DataFrame:
     """Compresses the model by each criterion to each budget and measures what that does to held-out text.
 
@@ -67,8 +70,10 @@ def compression_curve(
         seeds: of the criterion "random", one model each; the others have none to draw and are compressed once.
         chosen_on: the domains of the capture's text.
         settings: scope, weights, refit and distillation, the same for all; those of ``compress`` if absent.
-        progress: told how many compressed models are measured, of how many.
         refused: told which criterion cannot reach which budget, and why; the curve goes on with the others.
+        known: rows of an earlier call with the same capture and settings. They are not measured again, unless the whole
+            model has another perplexity on a domain than it had then: other weights, or another text.
+        keep: told all rows as soon as those of another model are measured.
 
     Returns:
         One row per criterion, budget, seed and domain: method (the criterion), budget, parameters (that the whole
@@ -102,26 +107,47 @@ def compression_curve(
         shares[name] = _shares(model, trace)
     compared = any(one.compares_layers for one in wanted)
     gradients = layer_gradients(model, moe_layers(model), texts or ()) if compared else None
-    rows: list[dict[str, Any]] = []
     errors: list[LamellaError] = []
-    for at, one in enumerate(wanted):
-        ranked = rank_experts(model, capture, one.criterion, one.seed)
-        for nth, budget in enumerate(budgets):
-            try:
-                (small,) = compress_each(model, capture, [budget], one, texts, ranked, gradients)
-            except LamellaError as error:
-                errors.append(error)
-                refused(f"{one.criterion} cannot keep {budget:.1%} of the experts. {error}")
-            else:
-                rows += [
-                    {**row, "captured_gone": _gone(small, capture.shares), "choices_gone": _gone(small, shares[name])}
-                    for name, row in _measured(small, before, domains, chosen_on).items()
-                ]
-            if progress is not None:
-                progress(at * len(budgets) + nth + 1, len(wanted) * len(budgets))
+    models = [(one, budget) for one in wanted for budget in budgets]
+    found = _known(known, before)
+    rows = [row for one, budget in models for row in found.get((one.criterion, budget, one.seed), ())]
+    todo = [(one, budget) for one, budget in models if (one.criterion, budget, one.seed) not in found]
+    with working("measuring smaller models", len(models), "models", done=len(models) - len(todo)) as work:
+        for one, of_one in itertools.groupby(todo, key=lambda pair: pair[0]):
+            with working(f"ranking experts by {one.criterion}"):
+                ranked = rank_experts(model, capture, one.criterion, one.seed)
+            for _, budget in of_one:
+                try:
+                    (small,) = compress_each(model, capture, [budget], one, texts, ranked, gradients)
+                except LamellaError as error:
+                    errors.append(error)
+                    refused(f"{one.criterion} cannot keep {budget:.1%} of the experts. {error}")
+                else:
+                    gone = {"captured_gone": _gone(small, capture.shares)}
+                    rows += [
+                        {**row, **gone, "choices_gone": _gone(small, shares[name])}
+                        for name, row in _measured(small, before, domains, chosen_on).items()
+                    ]
+                    keep(pd.DataFrame(rows, columns=list(COLUMNS)))
+                work.advance()
     if not rows:
         raise errors[0]
+    order = {(one.criterion, budget, one.seed): at for at, (one, budget) in enumerate(models)}
+    rows.sort(key=lambda row: order[row["method"], row["budget"], row["seed"]])
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _known(
+    table: pd.DataFrame | None, before: Mapping[str, TextScores]
+) -> dict[tuple[str, float, int], list[dict[str, Any]]]:
+    """The rows of each model, by criterion, budget and seed, that was measured on all of these domains."""
+    if table is None:
+        return {}
+    found: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
+    for row in table.to_dict("records"):
+        if row["domain"] in before and row["baseline"] == before[row["domain"]].perplexity:
+            found.setdefault((row["method"], row["budget"], row["seed"]), []).append(row)
+    return {model: rows for model, rows in found.items() if len(rows) == len(before)}
 
 
 def _measured(

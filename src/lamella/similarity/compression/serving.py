@@ -18,6 +18,7 @@ from lamella.backbones.moe.family import bare
 from lamella.backbones.moe.interventions import eagerly
 from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError, optional_module
+from lamella.progress import counted
 from lamella.similarity.compression.calibration import LayerSample
 from lamella.similarity.compression.criteria.replacing import replacement_damage
 from lamella.similarity.compression.routes import choose_measure, directed, native_layers
@@ -54,7 +55,7 @@ def damages(capture: Capture, model: nn.Module) -> pd.DataFrame:
     capture.check(model)
     parts = []
     with evaluating(model):
-        for layer in native_layers(model).values():
+        for layer in counted(native_layers(model).values(), "measuring damages", "layers"):
             with onloaded(*layer.experts_module.modules()):
                 table = _damage(LayerSample.of(layer, capture))  # (E, E)
             sources, targets = torch.where(~torch.eye(len(table), dtype=torch.bool, device=table.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lamella.backbones.moe import Expert, MoELayer, moe_layers
 from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError, optional_module
+from lamella.progress import working
 from lamella.similarity.matching import weight_distance
 from lamella.similarity.pairs import NAMES, Name, Pair, all_pairs, check_pairs
 from lamella.similarity.screening.measures import (
@@ -51,7 +52,6 @@ def screen(
     *,
     measures: Collection[str] = MEASURES,
     held_out: float = 0.5,
-    progress: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """What tells pairs of experts apart before any aligner is trained, on the held-out tokens of each source.
 
@@ -61,7 +61,6 @@ def screen(
         pairs: (source, target), each a (layer, expert); None takes all ordered pairs of captured experts.
         measures: which columns to compute; the others are NaN. The weight distance costs most.
         held_out: share of the source's documents to measure on, as for `align`.
-        progress: called with how far it is, in words.
 
     Returns:
         One row per pair, sorted, with source_layer, source_expert, target_layer, target_expert and
@@ -91,10 +90,9 @@ def screen(
     frame = pd.DataFrame([(*source, *target) for source, target in ordered], columns=NAMES, dtype="int64")
     columns = {name: [float("nan")] * len(ordered) for name in MEASURES}
     place = {pair: row for row, pair in enumerate(ordered)}
-    tell = progress or (lambda words: None)
-    tokens = _measure_outputs(capture, layers, place, columns, measures, held_out, tell)
+    tokens = _measure_outputs(capture, layers, place, columns, measures, held_out)
     if "weight_distance" in measures:
-        _measure_weights(layers, place, columns["weight_distance"], tell)
+        _measure_weights(layers, place, columns["weight_distance"])
     if "coactivation" in measures:
         _read_coactivation(capture, ordered, columns["coactivation"])
     return frame.assign(**columns, held_out=[tokens[source] for source, _ in ordered])
@@ -140,7 +138,6 @@ def _measure_outputs(
     columns: dict[str, list[float]],
     measures: Collection[str],
     share: float,
-    tell: Callable[[str], None],
 ) -> dict[Name, int]:
     """Fills in what is of outputs; the number of held-out tokens of each source."""
     known = {"predicted": _predictions, "floor": _floors, "cka_distance": _cka_distances}
@@ -151,18 +148,20 @@ def _measure_outputs(
     asked = {source for source, _ in place}
     parts = {name: capture.split(*name, held_out=share) for name in asked}
     tokens = {source: len(held_out) for source, (_, held_out) in parts.items()}
-    for group in _groups(tokens):
-        sources = _read(capture, layers, {name: parts[name][1] for name in group})
-        if "predicted" in chosen:
-            sources = _with_training(sources, capture, layers, {name: parts[name][0] for name in group})
-        for done, (target, expert) in enumerate(_opened(layers, wanted)):
-            tell(f"outputs: {done} of {len(wanted)} replacements of experts {_span(group)}")
-            if here := wanted[target] & set(group):
-                some = sources.only(here)
-                for name, measure in chosen.items():
-                    values = dict(zip(some.names, measure(some, expert).tolist(), strict=True))
-                    for source in here:
-                        columns[name][place[source, target]] = values[source]
+    groups = list(_groups(tokens))
+    with working("comparing outputs", len(groups) * len(wanted), "replacements") as work:
+        for group in groups:
+            sources = _read(capture, layers, {name: parts[name][1] for name in group})
+            if "predicted" in chosen:
+                sources = _with_training(sources, capture, layers, {name: parts[name][0] for name in group})
+            for target, expert in _opened(layers, wanted):
+                if here := wanted[target] & set(group):
+                    some = sources.only(here)
+                    for name, measure in chosen.items():
+                        values = dict(zip(some.names, measure(some, expert).tolist(), strict=True))
+                        for source in here:
+                            columns[name][place[source, target]] = values[source]
+                work.advance()
     return tokens
 
 
@@ -190,11 +189,6 @@ def _cka_distances(sources: _Sources, target: Expert) -> Tensor:
     others = outputs(target, sources.x)  # (S, n, d)
     distance = 1 - linear_cka(centred(sources.y, sources.real), centred(others, sources.real))
     return distance.masked_fill(sources.scale.isnan(), torch.nan)
-
-
-def _span(group: list[Name]) -> str:
-    (first_layer, first), (last_layer, last) = group[0], group[-1]
-    return f"{first} of layer {first_layer} to {last} of layer {last_layer}"
 
 
 def _groups(tokens: dict[Name, int]) -> Iterator[list[Name]]:
@@ -259,21 +253,19 @@ def _scale(y: Tensor) -> Tensor:
     return energy if len(y) > 1 and energy > 0 else torch.full_like(energy, torch.nan)
 
 
-def _measure_weights(
-    layers: dict[int, MoELayer], place: dict[Pair, int], column: list[float], tell: Callable[[str], None]
-) -> None:
+def _measure_weights(layers: dict[int, MoELayer], place: dict[Pair, int], column: list[float]) -> None:
     by_layers = sorted(place, key=lambda pair: (pair[0][0], pair[1][0]))
-    done = 0
-    for (first, second), pairs in groupby(by_layers, key=lambda pair: (pair[0][0], pair[1][0])):
-        modules = {one for layer in (first, second) for one in layers[layer].experts_module.modules()}
-        with onloaded(*modules):
-            for source, target in pairs:
-                tell(f"weights: {done} of {len(place)} pairs")
-                found = column[place[target, source]] if (target, source) in place else math.nan  # it is symmetric
-                if math.isnan(found):
-                    found = weight_distance(*(layers[layer].experts[index] for layer, index in (source, target)))
-                column[place[source, target]] = found
-                done += 1
+    apart = {frozenset(pair) for pair in place}
+    with working("comparing weights", len(apart), "pairs") as work:
+        for (first, second), pairs in groupby(by_layers, key=lambda pair: (pair[0][0], pair[1][0])):
+            modules = {one for layer in (first, second) for one in layers[layer].experts_module.modules()}
+            with onloaded(*modules):
+                for source, target in pairs:
+                    found = column[place[target, source]] if (target, source) in place else math.nan  # it is symmetric
+                    if math.isnan(found):
+                        found = weight_distance(*(layers[layer].experts[index] for layer, index in (source, target)))
+                        work.advance()
+                    column[place[source, target]] = found
 
 
 def _read_coactivation(capture: Capture, pairs: Sequence[Pair], column: list[float]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from lamella.errors import LamellaError, optional_module
 from lamella.files import atomic
+from lamella.progress import working
 from lamella.similarity.swapping.exchange import Aligner, randomised, swap
 from lamella.similarity.swapping.scores import Batch, Metric, TextScores, text_scores
 from lamella.similarity.swapping.units import RANDOM, Named, Swap, Unit
@@ -44,7 +45,6 @@ def swap_effects(
     level: float = 0.95,
     seed: int = 0,
     aligners: PairAligners | None = None,
-    progress: Callable[[int, int], None] | None = None,
     folder: str | Path | None = None,
     choices: Sequence[int] | None = None,
 ) -> pd.DataFrame:
@@ -66,7 +66,6 @@ def swap_effects(
         seed: of the bootstrap and of random weights.
         aligners: by (source, target), what the source's tokens pass before the target; every swap needs its own, and
             other aligners another folder: a row does not say which they were.
-        progress: told how many swaps are done, of how many.
         folder: of a study: ``swap.parquet`` there gets each row when it is measured and keeps those measured before,
             which are not measured again; ``swap-texts/`` the scores of every text.
         choices: for accuracy of label tokens, the tokens that may be written; None for all.
@@ -84,19 +83,17 @@ def swap_effects(
     listed, wanted = list(batches), list(dict.fromkeys(swaps))
     plain = text_scores(model, listed, metric, choices)
     stored = _Stored(None if folder is None else Path(folder), plain, metric)
-    rows = []
-    for done, one in enumerate(wanted, start=1):
-        row = _row(one, unit, exchange, aligners is not None, metric, level, seed)
-        effect = stored.find(row)
-        if effect is None:
-            with _swapped(model, one, unit, exchange, aligners, seed):
-                swapped = text_scores(model, listed, metric, choices, _name(one))
-            effect = row | _effect(plain, swapped, level, seed)
-            stored.add(effect, swapped)
-        rows.append(effect)
-        if progress is not None:
-            progress(done, len(wanted))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    named = [_row(one, unit, exchange, aligners is not None, metric, level, seed) for one in wanted]
+    effects = [stored.find(row) for row in named]
+    with working(f"swapping {unit}s", len(wanted), "swaps", done=len(wanted) - effects.count(None)) as work:
+        for at, (one, row) in enumerate(zip(wanted, named, strict=True)):
+            if effects[at] is None:
+                with _swapped(model, one, unit, exchange, aligners, seed):
+                    swapped = text_scores(model, listed, metric, choices, _name(one))
+                effects[at] = effect = row | _effect(plain, swapped, level, seed)
+                stored.add(effect, swapped)
+                work.advance()
+    return pd.DataFrame(effects, columns=list(COLUMNS))
 
 
 class _Stored:

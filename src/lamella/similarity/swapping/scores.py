@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lamella.backbones.modes import evaluating
 from lamella.backbones.offloading import input_device
 from lamella.errors import LamellaError
+from lamella.progress import counted
 from lamella.statistics import perplexity
 
 Metric = Literal["nll", "accuracy"]
@@ -71,7 +72,7 @@ def text_scores(
     allowed = None if choices is None else torch.tensor(choices, device=device)
     parts = []
     with evaluating(model), torch.no_grad():
-        for batch in batches:
+        for batch in counted(batches, "scoring", "batches"):
             parts.append(batch_scores(model, inputs_on(device, batch), metric, allowed, name))
     if not parts:
         raise LamellaError("There are no texts to measure a swap on; give at least one batch.")

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella.backbones import find_place, locate_stacks, mean_states
 from lamella.backbones.offloading import onloaded
 from lamella.errors import LamellaError
+from lamella.progress import counted
 from lamella.tuners.mola.layer import MolaLinear
 from lamella.tuners.redundancy import distances, lora_experts
 
@@ -44,7 +45,7 @@ def heavy_tails(model: nn.Module) -> Needs:
     """
     stacks = locate_stacks(model)
     exponents: dict[tuple[str, int], list[float]] = {}
-    for name, module in _of_base(model):
+    for name, module in counted(list(_of_base(model)), "the tails of weights", "modules"):
         place = find_place(name, stacks)
         if place is None or not isinstance(module, nn.Linear | Conv1D):
             continue
@@ -140,9 +141,7 @@ def distinctness(model: nn.Module) -> Needs:
 
 
 @torch.no_grad()
-def contribution(
-    model: nn.Module, loss: Callable[[], float], told: Callable[[int, int], object] = lambda *_: None
-) -> Needs:
+def contribution(model: nn.Module, loss: Callable[[], float]) -> Needs:
     """By how much the loss grows without what each expert of a block has learned, added up; never below zero.
 
     Expert e of a block is expert e of all its modules; without it, they add nothing where a router chooses it. A block
@@ -151,7 +150,6 @@ def contribution(
     Args:
         model: with one active MoLA adapter, in evaluation mode, restored afterwards.
         loss: of the model on fixed rows that it was not trained on.
-        told: after each expert, how many are done and how many there are.
 
     Raises:
         LamellaError: no MoLA adapter.
@@ -163,13 +161,12 @@ def contribution(
     if not blocks:
         raise LamellaError(f"{type(model).__name__} has no MoLA adapter on its blocks, so no experts to do without.")
     counts = {block: max(_count(layer) for layer in layers) for block, layers in blocks.items()}
-    whole, done = loss(), 0
+    whole = loss()
     grown = dict.fromkeys(blocks, 0.0)
-    for block, layers in blocks.items():
-        for expert in range(counts[block]):
-            with _without(layers, expert):
-                grown[block] += max(0.0, loss() - whole)
-            told(done := done + 1, sum(counts.values()))
+    pieces = [(block, expert) for block, count in counts.items() for expert in range(count)]
+    for block, expert in counted(pieces, "the loss without each expert", "experts"):
+        with _without(blocks[block], expert):
+            grown[block] += max(0.0, loss() - whole)
     return _filled(model, grown)
 
 

@@ -12,6 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lamella.errors import LamellaError
+from lamella.progress import listening
 from lamella.similarity.alignment import align, sweep, write_alignment
 
 QUICK = {"aligner": "linear", "steps": 3, "tile_pairs": 22}
@@ -61,10 +62,11 @@ def dying(marker, first):
 def test_a_killed_worker_changes_nothing(study, tmp_path, connected):
     seen = []
     here = sweep(study.capture, study.model, tmp_path / "here", load=study.load, **QUICK)
-    there = sweep(
-        study.capture, study.model, tmp_path / "there", load=study.load, ray=connected,
-        align=dying(tmp_path / "tries", (1, 0)), progress=lambda done, total: seen.append((done, total)), **QUICK,
-    )  # fmt: skip
+    with listening(lambda work: seen.append((work.done, work.total))):
+        there = sweep(
+            study.capture, study.model, tmp_path / "there", load=study.load, ray=connected,
+            align=dying(tmp_path / "tries", (1, 0)), **QUICK,
+        )  # fmt: skip
     assert (tmp_path / "tries").read_text() == "xx"
     pd.testing.assert_frame_equal(here, there, check_exact=True)
     names = [sorted(path.name for path in (tmp_path / place / "tiles").iterdir()) for place in ("here", "there")]
@@ -74,7 +76,7 @@ def test_a_killed_worker_changes_nothing(study, tmp_path, connected):
         write_alignment(table, tmp_path / place / "alignment.parquet")
     for name in ["alignment.parquet", *(f"tiles/{tile}" for tile in names[0])]:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
-    assert seen == [(done, 6) for done in range(7)]
+    assert seen == [(done, 6) for done in range(1, 7)]
 
 
 def test_without_ray_it_says_what_to_install(study, tmp_path, monkeypatch):
@@ -99,13 +101,13 @@ def test_a_tile_that_kills_every_worker_is_named(study, tmp_path, connected):
 def test_it_opens_and_closes_its_own_connection_even_when_interrupted(study, tmp_path, address):
     ray.shutdown()
 
-    def killed(done, total):
-        if done == 2:
+    def killed(work):
+        if work.done == 2:
             raise KeyboardInterrupt
 
     settings = {"load": study.load, "ray": address, **QUICK}
-    with pytest.raises(KeyboardInterrupt):
-        sweep(study.capture, study.model, tmp_path, progress=killed, **settings)
+    with pytest.raises(KeyboardInterrupt), listening(killed):
+        sweep(study.capture, study.model, tmp_path, **settings)
     assert not ray.is_initialized()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiles").glob("[!.]*")}
     assert len(before) >= 2

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lamella.backbones.moe import moe_layers
 from lamella.errors import LamellaError
+from lamella.progress import listening
 from lamella.similarity.activations import capture
 from lamella.similarity.alignment import align, sweep
 
@@ -27,13 +28,14 @@ def tiles(out):
 
 def test_it_is_what_align_gives_at_once(study, tmp_path):
     seen = []
-    table = run(study, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    with listening(lambda work: seen.append((work.done, work.total))):
+        table = run(study, tmp_path)
     model = study.load(study.model, "float32")
     whole = align(study.capture, model, aligner="linear", steps=3)
     pd.testing.assert_frame_equal(table, whole, rtol=1e-5, atol=1e-6)  # differences of errors lie near 0
     assert len(table) == 12 * 11 + 2 * 12
     assert not table.duplicated().any()
-    assert seen == [(done, 6) for done in range(7)]
+    assert seen == [(done, 6) for done in range(1, 7)]
     assert [path.name for path in tmp_path.iterdir()] == ["tiles"]  # whoever asks for several sweeps writes one table
     assert len(tiles(tmp_path)) == 6
 
@@ -41,17 +43,19 @@ def test_it_is_what_align_gives_at_once(study, tmp_path):
 def test_tiles_on_disk_are_not_computed_again(study, tmp_path):
     """Killed after the first two tiles, then run again."""
 
-    def killed(done, total):
-        if done == 2:
+    def killed(work):
+        if work.done == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(study, tmp_path, progress=killed)
+    with pytest.raises(KeyboardInterrupt), listening(killed):
+        run(study, tmp_path)
     before = tiles(tmp_path)
     assert len(before) == 2
     seen = []
-    resumed = run(study, tmp_path, progress=lambda done, total: seen.append(done))
-    assert seen == [2, 3, 4, 5, 6]
+    with listening(lambda work: seen.append((work.done, work.rate * work.seconds))):
+        resumed = run(study, tmp_path)
+    assert [done for done, _ in seen] == [3, 4, 5, 6]
+    assert [of_this_start for _, of_this_start in seen] == pytest.approx([1, 2, 3, 4], rel=0.1)
     after = tiles(tmp_path)
     assert {name: after[name] for name in before} == before
     pd.testing.assert_frame_equal(resumed, run(study, tmp_path / "whole"), check_exact=True)
