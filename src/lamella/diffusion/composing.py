@@ -38,6 +38,8 @@ ConstantsByModule = dict[str, dict[str, Tensor]]
 # What a composition in a pipeline reads of a MoleConfig.
 _READ = (
     "granularity",
+    "router_input",
+    "score",
     "top_k",
     "temperature",
     "learn_temperature",
@@ -54,14 +56,15 @@ def compose_pipeline(
     """Puts trained LoRAs into a diffusers pipeline and routers beside them that weight the LoRAs by their outputs.
 
     Every model that any of the LoRAs adapts is composed: the UNet or transformer, and the text encoders. All LoRAs
-    start with the same weight; only the routers train and are saved. Linear modules and 1x1 convolutions are composed.
+    start with the same weight; only the routers train and are saved. Linear modules and convolutions are composed.
 
     Args:
         pipe: the pipeline that the LoRAs were made for, without adapters.
         adapters: at least two LoRAs by name: diffusers' or kohya's files, PEFT folders, hub ids, or LoRAs that were
             read already. In a list each is called by its folder or file.
-        config: granularity, top_k, temperature and balance; MoleConfig's own where None. Routers in a pipeline read the
-            mean of a sample's tokens, and the form is "delta".
+        config: granularity, router_input, score, top_k, temperature and balance; MoleConfig's own where None. With
+            ``router_input="token"`` each place of an image and each word weighs the LoRAs for itself, otherwise a
+            sample does by the mean of its tokens. The form is "delta".
 
     Raises:
         LamellaError: fewer than two LoRAs, two of one name, one that cannot be read or does not fit, adapters in the
@@ -119,7 +122,8 @@ def _refuse_unread_settings(config: MoleConfig) -> None:
     """Raises where a setting differs from its default that composing in a pipeline does not read."""
     plain = MoleConfig()
     for field in fields(config):
-        if field.name not in (*_READ, *_FILLED_IN) and getattr(config, field.name) != getattr(plain, field.name):
+        is_read = field.name in (*_READ, *_FILLED_IN) and getattr(config, field.name) != "flatten"
+        if not is_read and getattr(config, field.name) != getattr(plain, field.name):
             raise LamellaError(
                 f"{field.name}={getattr(config, field.name)!r} means nothing in a pipeline; leave it at "
                 f"{getattr(plain, field.name)!r}. What counts there: {', '.join(_READ)}."
@@ -197,7 +201,7 @@ def _plan(
     widths = {name: sides_of(module)[1] for name, module in modules.items()}
     silent = {name for name, of in ranks.items() if not any(of)}  # whose LoRAs are constants alone
     alone = {name for name, module in modules.items() if projects(module) and not is_pointwise(module)} | silent
-    groups = plan_groups_of(model, list(ranks), config.granularity, alone)
+    groups = plan_groups_of(model, list(ranks), config.granularity, config.router_input == "token", alone)
     for group in groups:
         group.inputs = [name for name in group.inputs if name not in silent]
     return Plan(

@@ -43,9 +43,9 @@ class Component:
 class PipelineComposition:
     """A pipeline with LoRAs composed in it, which is called as before; made by ``lamella.compose_pipeline``.
 
-    Each model of the pipeline has mixing weights, and so a balance loss, of its own. A router decides for
-    each sample, by the mean over its tokens: with classifier-free guidance, once for the row with the prompt and once
-    for the one without.
+    Each model of the pipeline has mixing weights, and so a balance loss, of its own. A router decides for each sample,
+    by the mean over its tokens, or for each place of it and each word (``router_input="token"``): with classifier-free
+    guidance, once for the row with the prompt and once for the one without.
 
     Attributes:
         pipe: the pipeline.
