@@ -104,3 +104,15 @@ def test_a_lora_beside_a_mixture_trains_and_is_saved_by_itself(tmp_path: Path) -
     with torch.no_grad():
         assert torch.equal(again.eval()(**given).logits, both.eval()(**given).logits)
         assert not torch.equal(lora(**given).logits, tiny.llama()(**given).logits)
+
+
+@pytest.mark.parametrize("method", ["molex", "mole"])
+@torch.no_grad()
+def test_no_recording_keeps_the_decision_of_its_example(method: str, folder: Path) -> None:
+    model = build(method, folder).eval().requires_grad_(False)
+    given = (tiny.inputs(model.get_base_model())["input_ids"],)
+    for record in (torch.jit.trace, torch.export.export):
+        with pytest.raises(
+            LamellaError, match=r"torch\.jit\.trace and torch\.export would keep the one of the example"
+        ):
+            record(model, given)

@@ -11,6 +11,21 @@ from torch import Tensor, nn
 
 from lamella.backbones import Place
 from lamella.backbones.offloading import onloaded
+from lamella.errors import LamellaError
+
+
+def refuse_recording(name: str) -> None:
+    """Raises where a forward is recorded once and for all, with the decision of the example that it is given.
+
+    Args:
+        name: what decides for whole sequences, by which other operations run.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise LamellaError(
+            f"{name} decides for each sequence which computation runs, and torch.jit.trace and torch.export would keep "
+            "the one of the example for every input. Run the model itself, or record MoLA or a plain LoRA "
+            "(lamella.collapse)."
+        )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from lamella.tuners.mole.balancing import RouterBalance
 from lamella.tuners.mole.config import MoleConfig
 from lamella.tuners.mole.plan import GroupPlan
 from lamella.tuners.mole.router import GroupRouter, RankSpaceInputs, RouterInputs
+from lamella.tuners.routed import refuse_recording
 
 
 class Member(nn.Module):
@@ -147,6 +148,7 @@ class Group:
     ) -> tuple[Tensor, Tensor | None]:
         decision = None if frame is None else self._taken_before(layer, frame)
         if decision is None:
+            refuse_recording(self.name)
             self._refuse_too_early(layer)
             self._refuse_other_rows(layer, x, frame)
             decision = self.decide(layer, x, self.router_inputs(override, frame), frame, override)

@@ -41,7 +41,7 @@ from lamella.tuners.molex.config import MolexConfig
 from lamella.tuners.molex.guests import beginning, is_checkpointed, refuse_sharded, run_guest, show_mixture
 from lamella.tuners.molex.plan import Depth
 from lamella.tuners.molex.second_model import SecondModel
-from lamella.tuners.routed import AttachedLoss, RoutedLayer
+from lamella.tuners.routed import AttachedLoss, RoutedLayer, refuse_recording
 from lamella.tuners.tensors import AdapterLayer, AdapterTensors, is_meta
 
 CANNOT_MERGE = (
@@ -149,6 +149,7 @@ class MolexBlock(nn.Module, AdapterLayer):
         call, frame = BlockCall(self.base_layer, args, kwargs), current_frame()
         if not self.mixtures[adapter].depth.mixes:
             return self._run_itself(call, frame)
+        refuse_recording(self.name)
         refuse_sharded(self, self.base_layer)
         call.check_states(self.name)
         slots = self._slots(adapter, call, frame)
