@@ -56,6 +56,11 @@ class CallTracker(TrackedModel):
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model and of each stack in it."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise LamellaError(
+                "torch.jit.trace would keep for every input what is decided and added for its example. Run the model "
+                "itself, trace a plain LoRA (lamella.collapse), or use torch.export, which MoLA can be exported by."
+            )
         arguments = _named_arguments(module, args, kwargs)
         parent = calling_frame(self, module)
         if parent is None:

@@ -20,11 +20,10 @@ def refuse_recording(name: str) -> None:
     Args:
         name: what decides for whole sequences, by which other operations run.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.compiler.is_exporting():
         raise LamellaError(
-            f"{name} decides for each sequence which computation runs, and torch.jit.trace and torch.export would keep "
-            "the one of the example for every input. Run the model itself, or record MoLA or a plain LoRA "
-            "(lamella.collapse)."
+            f"{name} decides for each sequence which computation runs, and torch.export would keep the one of the "
+            "example for every input. Run the model itself, or export MoLA or a plain LoRA (lamella.collapse)."
         )
 
 
