@@ -1,6 +1,7 @@
 """The recipes, in miniature: a folder that transformers loads, with figures on text that was held out."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -149,3 +150,12 @@ def test_label_tokens_are_new_and_whole(questions):
 def test_switch_needs_a_classification_task(prose, tmp_path):
     with pytest.raises(LamellaError, match="causal-lm task"):
         build("switch-trec", tmp_path / "model", [f"task={prose!r}"])
+
+
+def test_ctrl_c_is_a_sentence_and_status_130(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("models.command.build", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        main(["tiny-moe", "-o", str(tmp_path / "made")])
+    assert end.value.code == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == f"Interrupted: {tmp_path / 'made'} was not written, and the same command begins anew."
