@@ -6,7 +6,7 @@ BENCH ?=
 MODEL ?= tiny-moe
 STUDIES ?=
 
-.PHONY: demo test lint types imports check docs bench evidence families models release clean
+.PHONY: demo test lint types imports check docs bench evidence families compat models release clean
 
 demo: .venv/demo
 	$(BIN)/lamella demo --output runs/demo $(DEMO)
@@ -41,6 +41,10 @@ evidence: .venv/installed
 families: .venv/installed
 	-$(BIN)/python -m pytest -n 2 --dist worksteal -m heavy tests/families
 	$(BIN)/python -m tests.families
+
+# docs/install.md's table: unit tests with the lowest and the newest versions that pyproject.toml allows; gigabytes in runs/.
+compat: .venv/installed
+	$(BIN)/python -m tests.compat
 
 # A small mixture of experts: make models MODEL="switch-trec layers=4"
 models: .venv/installed

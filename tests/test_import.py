@@ -4,11 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from functools import reduce
-from importlib.metadata import version
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
+from lamella import version as versions
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("pandas", "sklearn", "scipy", "datasets", "typer", "rich", "jinja2")
@@ -71,6 +75,76 @@ def test_the_public_names_are_all_there():
     assert all(reduce(getattr, [name], lamella) is not None for name in lamella.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lora'"):
         _ = lamella.lora
+
+
+TESTED = ["torch<2.16,>=2.10", 'diffusers<0.43,>=0.42; extra == "diffusion"', "numpy>=2", 'pytest; extra == "dev"']
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """What lamella asks for is `TESTED`; sets what is there."""
+
+    def there(**packages):
+        def version_of(name):
+            if name not in packages:
+                raise PackageNotFoundError(name)
+            return packages[name]
+
+        monkeypatch.setattr(versions, "version", version_of)
+
+    monkeypatch.setattr(versions, "requires", lambda name: TESTED)
+    return there
+
+
+@pytest.mark.parametrize(
+    ("packages", "told"),
+    [
+        ({"torch": "2.10.0", "diffusers": "0.42.1"}, []),
+        ({"torch": "2.15.1+cpu"}, []),
+        ({"torch": "2.15.0.dev20261101"}, []),  # a nightly of what passed
+        ({"torch": "2.13.0", "numpy": "1.26.0"}, []),  # no range that was tested: pip sees to it
+        ({"torch": "2.9.1+cu128"}, [("torch>=2.10,<2.16", "torch 2.9.1+cu128 is installed")]),
+        (
+            {"torch": "2.16.0", "diffusers": "0.41.0"},
+            [
+                ("torch>=2.10,<2.16", "torch 2.16.0 is installed"),
+                ("diffusers>=0.42,<0.43", "diffusers 0.41.0 is installed"),
+            ],
+        ),
+    ],
+)
+def test_a_version_outside_the_tested_range_is_said_in_one_sentence(installed, packages, told):
+    installed(**packages)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        versions.warn_of_untested()
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == len(told)
+    for sentence, (tested, found) in zip(said, told, strict=True):
+        assert tested in sentence
+        assert found in sentence
+        assert sentence.endswith(f": pip install '{tested}'.")
+        assert ". " not in sentence
+
+
+def test_a_folder_that_is_not_installed_asks_for_nothing(monkeypatch):
+    monkeypatch.setattr(versions, "requires", lambda name: metadata.requires("no-such-package-at-all"))
+    assert versions.requirements() == []
+
+
+def test_the_sentence_comes_before_an_import_that_fails(tmp_path):
+    """A PEFT that is too old for a name that lamella imports from it."""
+    for name, number, needs in (("peft", "0.1", ""), ("lamella", "9", "Requires-Dist: peft<0.22,>=0.21\n")):
+        folder = tmp_path / f"{name}-{number}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n{needs}")
+    (tmp_path / "peft.py").write_text("raise ImportError('cannot import name Obscure')")
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport lamella"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    sentence, _, rest = done.stderr.partition("peft 0.1 is installed")
+    assert "is tested with peft>=0.21,<0.22" in sentence
+    assert "Traceback" not in sentence
+    assert "Obscure" in rest
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["similarity", "capture", "--help"]])

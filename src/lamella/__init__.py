@@ -9,6 +9,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from lamella.version import __version__, warn_of_untested
+
+warn_of_untested()  # before a version that is too old fails at an import below
+
+# ruff: noqa: E402
 from lamella.adapters import AdapterLibrary
 from lamella.backbones.moe import moe_layers
 from lamella.convert import collapse, export_experts
@@ -30,7 +35,6 @@ from lamella.tuners import (
     redundancy,
 )
 from lamella.tuners.optimization import param_groups
-from lamella.version import __version__
 
 if TYPE_CHECKING:
     from lamella import lab, similarity

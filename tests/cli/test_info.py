@@ -5,6 +5,7 @@ import pytest
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
+from lamella import version as versions
 from lamella.cli import info as told
 from lamella.cli.app import app
 from lamella.version import __version__
@@ -20,8 +21,8 @@ def asks(monkeypatch):
                 raise PackageNotFoundError(name)
             return installed[name]
 
-        monkeypatch.setattr(told, "metadata", lambda name: type("Metadata", (), {"get_all": lambda self, key: lines})())
-        monkeypatch.setattr(told, "version", version)
+        monkeypatch.setattr(versions, "requires", lambda name: lines)
+        monkeypatch.setattr(versions, "version", version)
 
     return of
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import Annotated, Any
 
 import typer
-from packaging.requirements import Requirement
 
 from lamella.cli.output import print_json
+from lamella.version import installed_version, requirements
 
 _PUBLIC = ("lab", "demo", "diffusion", "search", "ray", "browser")  # the extras that users install
 
@@ -41,8 +40,7 @@ def info(json: Annotated[bool, typer.Option("--json", help="One JSON object on s
 
 def missing(extra: str) -> Iterator[str]:
     """What an extra asks for and is not here, or here in another version; with the extras that it names itself."""
-    for line in metadata("lamella").get_all("Requires-Dist") or []:
-        wanted = Requirement(line)
+    for wanted in requirements():
         if (
             wanted.marker is None
             or not wanted.marker.evaluate({"extra": extra})
@@ -52,15 +50,8 @@ def missing(extra: str) -> Iterator[str]:
         if wanted.name == "lamella":
             for inner in sorted(wanted.extras):
                 yield from missing(inner)
-        elif not _installed(wanted):
+        elif not ((found := installed_version(wanted.name)) and wanted.specifier.contains(found, prereleases=True)):
             yield f"{wanted.name}{wanted.specifier}"
-
-
-def _installed(wanted: Requirement) -> bool:
-    try:
-        return wanted.specifier.contains(version(wanted.name), prereleases=True)
-    except PackageNotFoundError:
-        return False
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
