@@ -238,11 +238,8 @@ def watch(model: nn.Module) -> Iterator[list[tuple[Place, Routing, Tensor | None
 
     tracker = find_tracker(model)
     assert tracker is not None
-    tracker.observers.append(observe)
-    try:
+    with tracker.observed(observe):
         yield seen
-    finally:
-        tracker.observers.remove(observe)
 
 
 def gradients(model: nn.Module, part: str = "") -> dict[str, Tensor]:

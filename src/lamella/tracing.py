@@ -331,8 +331,7 @@ def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]
     trace = Trace(per_token)
     with ExitStack() as recording:
         if tracker is not None:
-            tracker.observers.append(trace.observe)
-            recording.callback(tracker.observers.remove, trace.observe)
+            recording.enter_context(tracker.observed(trace.observe))
         if native:
             recording.enter_context(watch_dispatch(model, native, trace.observe_native))
         yield trace

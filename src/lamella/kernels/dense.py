@@ -40,7 +40,7 @@ def project(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         ``x @ factor.T`` for each factor, ``(N, rows_j)``: views of one product.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         if len(factors) == 1:
             return [torch.nn.functional.linear(x, factors[0])]
         product = torch.nn.functional.linear(x, torch.cat([*factors]))  # (N, J)
@@ -95,7 +95,8 @@ def mix_dense(
     Returns:
         ``(N, out)``; in the memory of ``y`` where ``in_place``.
     """
-    mix = _MixDense.apply if torch.is_grad_enabled() else _add
+    # A compiler derives a backward pass itself, and decides what it keeps for it.
+    mix = _MixDense.apply if torch.is_grad_enabled() and not torch.compiler.is_compiling() else _add
     mixed: Tensor = mix(y, h, weights, B, scaling, in_place)
     return mixed
 

@@ -166,6 +166,7 @@ def _token_weight(logits: Tensor, mask: Tensor | None) -> Tensor | float:
 
 def _share(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
     """The share of the real tokens' selections that falls on each expert, ``(E,)``."""
-    picked = None if mask is None else mask.to(logits.dtype).repeat_interleave(indices.shape[1])  # (N*k,)
-    counts = torch.bincount(indices.flatten(), picked, logits.shape[-1]).to(logits.dtype)  # (E,)
+    picked = torch.ones_like(indices, dtype=logits.dtype) if mask is None else mask.to(logits.dtype)[:, None]
+    counts = logits.new_zeros(logits.shape[-1])  # (E,)
+    counts.index_add_(0, indices.flatten(), picked.expand(indices.shape).flatten())
     return counts / counts.sum().clamp_min(1)

@@ -1,12 +1,14 @@
 """One forward of a model, and what outlives it on the model: the scale of its losses, its decisions, who listens."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lamella.compiling import eagerly
 from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Override, SharedDecision
@@ -63,6 +65,16 @@ class TrackedModel:
         """What holds here and now in place of routers, by adapter."""
         return {override.adapter: override for override in self.overrides.here()}
 
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Inside the context, somebody sees the routings of the model's own code."""
+        self.observers.append(observer)
+        try:
+            with eagerly():
+                yield
+        finally:
+            self.observers.remove(observer)
+
     def say_once(self, about: str, warning: str) -> None:
         """Warns of something unless it has been said for this model."""
         if about not in self.said:
@@ -96,6 +108,7 @@ class RoutedCall:
         decoder_mask: where an encoder-decoder has labels, the positions that predict one, ``(batch, tokens)``.
         half: whether the forward ran under fp16 autocast, where an unknown scale cannot be guessed.
         collected: where the layers' own losses go when it ends, instead of being attached.
+        joins: whether what is collected is joined to its outputs, since the call is compiled.
         losses: those of its layers so far, by module name.
         recorded_scale: the gradient that arrived at ``outputs.loss`` in the backward pass.
         trainers_scale: of a loss that the trainer builds outside the model, where it is known.
@@ -122,6 +135,7 @@ class RoutedCall:
     decoder_mask: Tensor | None = None
     half: bool = False
     collected: CollectedLoss | None = None
+    joins: bool = False
     losses: list[tuple[str, Tensor]] = field(default_factory=list)
     recorded_scale: Tensor | None = None
     trainers_scale: Scale | None = None

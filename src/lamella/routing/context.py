@@ -1,16 +1,16 @@
 """The forward context: what the layers of one running forward share, and what holds for a forward that starts now.
 
-There is one context variable for it. Its value says which stack of which tracked model is running. A module that ended
-by an exception, of whatever kind, runs no more, and what it put there is taken away by whoever looks next. What
-``with`` statements say about prompts and losses is kept in ``lamella.routing.statements``.
+Each thread has one, which says which stack of which tracked model is running in it: no forward is suspended, so that
+tasks of one thread cannot meet there, and torch's compiler can trace what is read and written. A module that ended by
+an exception, of whatever kind, runs no more, and what it put there is taken away by whoever looks next. What ``with``
+statements say about prompts and losses is kept in ``lamella.routing.statements``.
 """
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from threading import get_ident
 from types import FrameType
 from typing import Any
 
@@ -246,7 +246,12 @@ class Frame:
     def _new_tokens(self, mask: Tensor, of_encoder: bool) -> Tensor:
         """The part of a mask that is of this forward's tokens."""
         given = None if of_encoder or self.of_stack is not None else self.given
-        if given is None or given.dim() not in (2, 3) or len(given) != len(mask) or given.shape[1] > mask.shape[1]:
+        if (
+            given is None
+            or given.dim() not in (2, 3)
+            or given.shape[0] != mask.shape[0]
+            or given.shape[1] > mask.shape[1]
+        ):
             return mask
         return mask[:, mask.shape[1] - given.shape[1] :]
 
@@ -271,8 +276,8 @@ class Context:
     Attributes:
         frame: of the stack that is running.
         module: whose forward opened that frame.
-        runs_in: the interpreter's frame of that forward; None where a ``with`` statement guards the frame.
-        thread: that runs it.
+        runs_in: the interpreter's frame of that forward; None where a ``with`` statement guards the frame, or where the
+            forward is compiled, which has none of its own.
         around: the context before that forward began.
         generation: the ``generate`` that a forward runs in that starts now.
     """
@@ -280,26 +285,39 @@ class Context:
     frame: Frame | None = None
     module: nn.Module | None = None
     runs_in: FrameType | None = None
-    thread: int = 0
     around: "Context | None" = None
     generation: Generation | None = None
 
 
 _NOTHING = Context()
-_CONTEXT: ContextVar[Context] = ContextVar("lamella_context", default=_NOTHING)
+
+
+@dataclass(eq=False)
+class _Holder:
+    """Keeps what holds now: torch's compiler loses what is written to ``threading.local`` where a graph ends."""
+
+    context: Context = _NOTHING
+
+
+class _Here(threading.local):
+    """Each thread's."""
+
+    def __init__(self) -> None:
+        self.holder = _Holder()
+
+
+_HERE = _Here()
 _PROMPTS: Statements[Prompt] = Statements()
 _COLLECTED: Statements[CollectedLoss] = Statements()
 
 
 def current_context() -> Context:
     """What holds here and now, without what forwards left behind that an exception has ended."""
-    context = _CONTEXT.get()
-    if context.runs_in is None or _executes(context.runs_in):
-        return context
+    holder = _HERE.holder
+    context = holder.context
     while context.runs_in is not None and not _executes(context.runs_in):
         assert context.around is not None
-        context = context.around
-    _CONTEXT.set(context)
+        context = holder.context = context.around
     return context
 
 
@@ -311,12 +329,12 @@ def current_frame() -> Frame | None:
 def calling_frame(tracker: TrackedModel, module: nn.Module) -> Frame | None:
     """The frame around a module's forward that begins now, of the call of its model that it is a part of.
 
-    None where it begins a call: nothing of the model runs, or it runs in another thread (whose context this one was
-    given a copy of), or the module itself is running already and somebody calls it once more from inside.
+    None where it begins a call: nothing of the model runs here, or the module itself is running already and somebody
+    calls it once more from inside.
     """
     context = current_context()
     frame = context.frame
-    if frame is None or frame.call.tracker is not tracker or context.thread != get_ident():
+    if frame is None or frame.call.tracker is not tracker:
         return None
     around: Context | None = context
     while around is not None and around.frame is not None and around.frame.call is frame.call:
@@ -326,11 +344,10 @@ def calling_frame(tracker: TrackedModel, module: nn.Module) -> Frame | None:
     return frame
 
 
-def enter(frame: Frame, module: nn.Module, runs_in: FrameType) -> None:
+def enter(frame: Frame, module: nn.Module, runs_in: FrameType | None) -> None:
     """Says that a module's forward begins, in this frame of the interpreter."""
     around = current_context()
-    entered = replace(around, frame=frame, module=module, runs_in=runs_in, thread=get_ident(), around=around)
-    _CONTEXT.set(entered)
+    _HERE.holder.context = Context(frame, module, runs_in, around, around.generation)
 
 
 def leave(module: nn.Module) -> Frame | None:
@@ -338,7 +355,7 @@ def leave(module: nn.Module) -> Frame | None:
     context = current_context()
     if context.module is not module or context.around is None:
         return None
-    _CONTEXT.set(context.around)
+    _HERE.holder.context = context.around
     return context.frame
 
 
@@ -348,6 +365,8 @@ def _executes(frame: FrameType) -> bool:
     Module hooks are not told of a KeyboardInterrupt or SystemExit (``always_call`` is for Exception alone), so that
     nothing else says it. Python lets nobody clear a frame that runs.
     """
+    if torch.compiler.is_dynamo_compiling():  # what is being traced, runs
+        return True
     try:
         frame.clear()
     except RuntimeError:
@@ -358,7 +377,7 @@ def _executes(frame: FrameType) -> bool:
 @contextmanager
 def in_frame(frame: Frame) -> Iterator[None]:
     """Runs part of a stack once more in a frame of its own."""
-    with _saying(frame=frame, module=None, runs_in=None, thread=get_ident()):
+    with _saying(frame=frame, module=None, runs_in=None):
         yield
 
 
@@ -407,8 +426,9 @@ def stated_collection() -> CollectedLoss | None:
 
 @contextmanager
 def _saying(**changes: Any) -> Iterator[None]:
-    token = _CONTEXT.set(replace(current_context(), **changes))
+    before = current_context()
+    _HERE.holder.context = replace(before, **changes)
     try:
         yield
     finally:
-        _CONTEXT.reset(token)
+        _HERE.holder.context = before

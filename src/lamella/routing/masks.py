@@ -22,7 +22,7 @@ def rows_of_mask(mask: Tensor, rows: torch.Size) -> Tensor | None:
 
     A module may be given tokens before sequences, an axis of one, or all tokens of all sequences behind each other.
     """
-    if len(mask) == 1 and len(rows) > 1 and mask.shape[1] == rows[-1]:  # one for all sequences
+    if mask.shape[0] == 1 and len(rows) > 1 and mask.shape[1] == rows[-1]:  # one for all sequences
         mask = mask.expand(rows[:-1].numel(), -1)
     axes, shape = ([n for n in size if n != 1] for size in (rows, mask.shape))
     if axes == shape or tuple(rows) == (mask.numel(),):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Generic, Literal, TypeVar
 
+from lamella.compiling import between_graphs
+
 T = TypeVar("T")
 
 
@@ -65,8 +67,10 @@ class Statements(Generic[T]):
 
     def here(self) -> list[T]:
         """Those that hold for a forward that starts here and now, the latest last."""
-        if not self._said:
-            return []
+        return self._heard() if self._said else []
+
+    @between_graphs("a with statement holds for the functions that run, and they are not traced")
+    def _heard(self) -> list[T]:
         running, context = {frame: depth for depth, frame in enumerate(_running())}, _HERE.get()
         held = [
             said

@@ -8,14 +8,18 @@ that recomputation in the backward pass sees the same one, also in another threa
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lamella.compiling import between_graphs, known_when_traced
 from lamella.errors import LamellaError
+from lamella.routing.attachment import join, record_loss_scale
+from lamella.routing.balance import CollectedLoss
 from lamella.routing.calls import RoutedCall, RouterKey, TrackedModel
 from lamella.routing.context import (
     Frame,
@@ -56,6 +60,16 @@ class CallTracker(TrackedModel):
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model and of each stack in it."""
+        if not torch.compiler.is_dynamo_compiling():
+            self._open(module, args, kwargs, runs_in=sys._getframe(1))
+        elif module.training and any(getattr(one, "gradient_checkpointing", False) for one in self.checkpointed):
+            _open_uncompiled(self, module, args, kwargs)
+        else:
+            self._open(module, args, kwargs, runs_in=None)
+
+    def _open(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], runs_in: FrameType | None
+    ) -> None:
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise LamellaError(
                 "torch.jit.trace would keep for every input what is decided and added for its example. Run the model "
@@ -75,7 +89,7 @@ class CallTracker(TrackedModel):
                 call.prompt = call.generation.prompt_of(given)
         else:
             call = parent.call
-        enter(_frame_of_stack(call, module, arguments, parent), module, runs_in=sys._getframe(1))
+        enter(_frame_of_stack(call, module, arguments, parent), module, runs_in)
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook, run also when the forward raised an Exception."""
@@ -90,10 +104,11 @@ class CallTracker(TrackedModel):
         _refuse_bypassed(module, call)
         for listener in self.listeners:
             listener.closed(call, output)
-        if call.collected is not None:
-            joint = [(f"log balance of {adapter}", loss.value()) for adapter, loss in call.balances.items()]
-            call.collected.by_name.extend(call.losses + joint)
-        return _record_loss_scale(output, call)
+        if call.collected is None:
+            return record_loss_scale(output, call)
+        joint = [(f"log balance of {adapter}", loss.value()) for adapter, loss in call.balances.items()]
+        call.collected.by_name.extend(call.losses + joint)
+        return join(call, output) if call.joins and call.collected.by_name else output
 
     def open_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of each block: it may be given other tokens than its stack."""
@@ -107,7 +122,7 @@ class CallTracker(TrackedModel):
             return
         of_block = frame.of_block(states, arguments, takes_mask="attention_mask" in names)
         if of_block is not frame:
-            enter(of_block, block, runs_in=sys._getframe(1))
+            enter(of_block, block, runs_in=None if torch.compiler.is_dynamo_compiling() else sys._getframe(1))
 
     def close_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, run also when the forward raised an Exception."""
@@ -117,18 +132,22 @@ class CallTracker(TrackedModel):
         labels = arguments.get("labels")
         is_encoder_decoder = "decoder_input_ids" in _parameter_names(type(module).forward)
         predicts = labels.ne(-100) if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        collected, joins = stated_collection(), False
+        if collected is None and torch.compiler.is_compiling():
+            collected, joins = CollectedLoss(), True
         if (where := self.overrides.elsewhere()) is not None:
             self.say_once(f"overrides in a {where}", _SAID_ELSEWHERE[where])
         return RoutedCall(
             tracker=self,
             label_share=self._label_share(arguments),
-            trainers_scale=self.trainers_scale(self.shifts_labels),
+            trainers_scale=None if collected is not None else self.trainers_scale(self.shifts_labels),
             decoder_mask=predicts if is_encoder_decoder else None,
             prompt=stated_prompt(),
             generation=current_context().generation,
             overrides=self.overrides_here(),
             given=find_given(arguments, self.shifts_labels, is_encoder_decoder),
-            collected=stated_collection(),
+            collected=collected,
+            joins=joins,
             half=any(
                 torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
                 for kind in ("cpu", "cuda")
@@ -142,6 +161,11 @@ class CallTracker(TrackedModel):
         shifted = arguments.get("shift_labels")
         counted = shifted if isinstance(shifted, Tensor) else labels[..., 1:] if self.shifts_labels else labels
         return counted.ne(-100).sum() / total
+
+
+@between_graphs("blocks that are checkpointed are recomputed outside the graph")
+def _open_uncompiled(tracker: CallTracker, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tracker._open(module, args, kwargs, runs_in=None)
 
 
 def _refuse_bypassed(model: nn.Module, call: RoutedCall) -> None:
@@ -253,32 +277,6 @@ def loss_scale(model: nn.Module, scale: float) -> Iterator[None]:
         del tracker.scales[said]
 
 
-class _RecordScale(torch.autograd.Function):
-    """The identity on the model's loss; its backward tells the call how the loss is scaled."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, call: RoutedCall) -> Tensor:
-        ctx.call = call
-        return loss.clone()  # not a view: trainers multiply the loss in place
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.call.recorded_scale = grad.detach()
-        return grad, None
-
-
-def _record_loss_scale(output: Any, call: RoutedCall) -> Any:
-    if isinstance(output, MutableMapping) and _is_loss(output.get("loss")):
-        output["loss"] = _RecordScale.apply(output["loss"], call)
-    elif isinstance(output, tuple) and output and _is_loss(output[0]):
-        return (_RecordScale.apply(output[0], call), *output[1:])
-    return output
-
-
-def _is_loss(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
-
-
 def _frame_of_stack(call: RoutedCall, stack: nn.Module, arguments: Mapping[str, Any], parent: Frame | None) -> Frame:
     is_decoder = arguments.get("encoder_hidden_states") is not None
     mask = arguments.get("attention_mask")
@@ -309,8 +307,13 @@ def _frame_of_stack(call: RoutedCall, stack: nn.Module, arguments: Mapping[str, 
     )
 
 
-@functools.lru_cache(maxsize=256)
+@known_when_traced
 def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return _read_parameter_names(forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]  # without self
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lamella.backbones import Rehearsal, computes
 from lamella.routing import Frame, current_frame
 
+_READ = BaseTunerLayer.weight.fget
 # What is done with a module that an adapter has no effect on, or not all of it.
 _ONLY_READ = "reads its weight without calling it, so that an adapter there has no effect"
 _ALSO_READ = "calls it and computes with its weight beside that, where an adapter has no effect"
@@ -40,7 +41,7 @@ def read_weight(layer: Any) -> Tensor:
     Not where it is known from the beginning that the layer is never called (``is_watched``). Of a weight that cannot
     be watched, such as a quantised one, it is refused where the layer is not called beside that.
     """
-    weight: Tensor = BaseTunerLayer.weight.fget(layer)
+    weight: Tensor = _READ(layer)
     frame, is_on = current_frame(), layer.is_watched and not layer.disable_adapters
     if frame is None or not is_on or not {*layer.active_adapters} & {*layer._all_available_adapter_names()}:
         return weight

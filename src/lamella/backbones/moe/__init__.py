@@ -14,7 +14,6 @@ from lamella.backbones.moe.dispatch import Dispatch, SequencesApart, real_tokens
 from lamella.backbones.moe.expert import Expert
 from lamella.backbones.moe.family import FAMILIES, MoEFamily, NativeRouting, register
 from lamella.backbones.moe.finding import find_moe_layers, moe_layers
-from lamella.backbones.moe.interventions import uncompiled
 from lamella.backbones.moe.layer import MoELayer
 from lamella.backbones.moe.unknown import explain_unknown
 
@@ -32,6 +31,5 @@ __all__ = [
     "real_tokens",
     "register",
     "tracked",
-    "uncompiled",
     "watch_dispatch",
 ]

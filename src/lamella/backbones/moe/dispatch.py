@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lamella.backbones.blocks import locate_stacks
 from lamella.backbones.moe.family import NativeRouting
-from lamella.backbones.moe.interventions import eagerly
 from lamella.backbones.moe.layer import MoELayer
+from lamella.compiling import eagerly
 from lamella.errors import LamellaError
 from lamella.routing import Frame, current_frame, find_tracker, track_calls, untrack_calls
 

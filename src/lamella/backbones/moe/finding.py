@@ -8,9 +8,9 @@ from torch import nn
 from lamella.backbones.blocks import Stack, find_place, locate_stacks
 from lamella.backbones.causality import role_of
 from lamella.backbones.moe.family import FAMILIES, MoEFamily
-from lamella.backbones.moe.interventions import uncompiled
 from lamella.backbones.moe.layer import MoELayer
 from lamella.backbones.moe.unknown import explain_unknown
+from lamella.compiling import uncompiled
 from lamella.errors import LamellaError
 
 

@@ -1,26 +1,14 @@
 """Putting something else in the place of a module's method while a context is open, and restoring it exactly."""
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def eagerly() -> AbstractContextManager[object]:
-    """Inside the context, a compiled model runs its own code, as compiled code does not see what is set on modules."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def uncompiled(model: Model) -> Model:
-    """The model itself, where ``torch.compile`` has put a module of its own around it."""
-    inside: Any = model._modules.get("_orig_mod")
-    return model if inside is None else inside
+from lamella.compiling import eagerly
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.backbones.moe import uncompiled
 from lamella.backbones.offloading import onloaded
+from lamella.compiling import uncompiled
 from lamella.errors import LamellaError
 from lamella.files import write_atomic
 

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lamella.backbones.modes import evaluating
-from lamella.backbones.moe import MoELayer, moe_layers, uncompiled
+from lamella.backbones.moe import MoELayer, moe_layers
 from lamella.backbones.moe.expert import OFFLOADED, NormedExpert
 from lamella.backbones.offloading import is_offloaded
+from lamella.compiling import uncompiled
 from lamella.errors import LamellaError, optional_module
 from lamella.similarity.activations.manifest import model_fingerprint
 from lamella.similarity.compression.budget import Scope, check_budget, experts_to_go

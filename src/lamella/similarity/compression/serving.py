@@ -15,8 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from lamella.backbones.modes import evaluating
 from lamella.backbones.moe import MoELayer, SequencesApart, real_tokens
 from lamella.backbones.moe.family import bare
-from lamella.backbones.moe.interventions import eagerly
 from lamella.backbones.offloading import onloaded
+from lamella.compiling import eagerly
 from lamella.errors import LamellaError, optional_module
 from lamella.progress import counted
 from lamella.similarity.compression.calibration import LayerSample

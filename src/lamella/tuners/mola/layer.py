@@ -47,6 +47,8 @@ class _Experts:
 
     @property
     def is_dense(self) -> bool:
+        if torch.compiler.is_compiling():  # how many tokens chose an expert is no shape that can be compiled
+            return True
         if self.start is None:
             return choose_form(self.num_experts, self.r, self.top_k) == "dense"
         # The starts are as many experts again, each chosen with its own, or all of them by every token.
@@ -144,7 +146,11 @@ class MolaLinear(nn.Module, AdapterLayer):
         if self.training or torch.is_grad_enabled():
             return False
         tokens, experts = x.numel() // self.in_features, self.experts[adapter]
-        return experts.start is None and (tokens == 1 or (1 < tokens <= FEW and experts.is_dense))
+        if experts.start is not None:
+            return False
+        if torch.compiler.is_compiling():  # for any number of tokens but one there is one graph
+            return tokens == 1
+        return tokens == 1 or (1 < tokens <= FEW and experts.is_dense)
 
     def _mix_few(self, adapter: str, x: Tensor, y: Tensor, frame: Frame | None) -> Tensor:
         experts, (A, B), weights, indices = self.experts[adapter], self.factors(adapter), None, None
@@ -181,7 +187,7 @@ class MolaLinear(nn.Module, AdapterLayer):
     @property
     def _owns_its_output(self) -> bool:
         """Whether nobody but this layer can hold what the base layer returned, so that it may be added into."""
-        return is_plain(self.base_layer)
+        return not torch.compiler.is_compiling() and is_plain(self.base_layer)
 
     def _flat(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         flat = x.reshape(-1, self.in_features)  # (N, in)

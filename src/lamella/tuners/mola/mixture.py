@@ -77,11 +77,10 @@ class MolaMixture:
             see(names[id(layer)], h, u)
 
         hooks = [layer.register_forward_hook(add) for layer in self.layers.values()]
-        self.tracker.observers.append(observe)
         try:
-            yield
+            with self.tracker.observed(observe):
+                yield
         finally:
-            self.tracker.observers.remove(observe)
             for hook in hooks:
                 hook.remove()
 
