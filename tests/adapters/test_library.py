@@ -1,18 +1,19 @@
 """A folder of LoRAs and its index: what is in it, what is left out and why, and what is read again."""
 
-import errno
 import json
 import re
+import resource
 import shutil
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
+import lamella
 from lamella import AdapterLibrary, LamellaError, MoleConfig, compose
 from lamella.adapters import indexing, library, read_lora
 from lamella.adapters.card import CARD, Card
@@ -140,15 +141,50 @@ def test_an_index_of_another_version_or_a_damaged_one_is_made_anew(folder):
         AdapterLibrary(folder)
 
 
-def test_a_full_disk_leaves_no_half_written_index(folder, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(library, "save_file", full)
-    with pytest.warns(UserWarning, match="could not be written .*No space left"):
-        opened = AdapterLibrary(folder)
+def test_a_full_disk_leaves_no_half_written_index(folder):
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+        with pytest.warns(UserWarning, match="could not be written .*in memory alone"):
+            opened = AdapterLibrary(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert len(opened) == 3
     assert sorted(path.name for path in folder.iterdir()) == ["code", "law", "news"]
+    opened.read("law")
+
+
+@pytest.mark.parametrize("shortlist", [None, 2])
+def test_a_folder_of_unlike_loras_is_composed_of_those_that_are_for_the_base(folder, shortlist):
+    save(folder / "art", 4, r=3, lora_alpha=5)
+    save(folder / "few", 5, target_modules=["intermediate.dense"])
+    save(folder / "other", model=tiny.llama, target_modules=["q_proj"])
+    for name, dtype in (("law", torch.bfloat16), ("news", torch.float16), ("art", torch.float64)):
+        change(folder / name, lambda tensors, dtype=dtype: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
+    opened = AdapterLibrary(folder)
+    said = {one.name: one.dtype for one in opened}
+    assert said == {
+        "art": "float64", "code": "float32", "few": "float32", "law": "bfloat16", "news": "float16", "other": "float32"
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="1 of the library's 6 LoRAs are left out, first 'other'"):
+        model = compose(tiny.bert(), opened, MoleConfig(shortlist=shortlist)).eval()
+    assert list(model.peft_config["default"].adapters) == ["art", "code", "few", "law", "news"]
+    batch = tiny.inputs(tiny.bert())
+    for name in ("art", "few", "law"):
+        with torch.no_grad(), lamella.fixed_weights(model, {name: 1.0}):
+            alone = PeftModel.from_pretrained(tiny.bert(), folder / name).eval()
+            torch.testing.assert_close(model(**batch).logits, alone(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_that_changed_under_a_composition_is_named_where_it_is_chosen(folder):
+    model = compose(tiny.bert(), AdapterLibrary(folder), MoleConfig(shortlist=3)).eval()
+    change(folder / "law", lambda tensors: tensors.update({k: 2 * v for k, v in tensors.items()}))
+    with pytest.raises(LamellaError, match=r"'law' .*has changed since it was indexed"):
+        model(**tiny.inputs(tiny.bert()))
+    shutil.rmtree(folder / "law")
+    with pytest.raises(LamellaError, match=r"'law' .*has changed since it was indexed"):
+        model(**tiny.inputs(tiny.bert()))
+    with torch.no_grad(), lamella.masked_experts(model, drop=["law"]):
+        assert model(**tiny.inputs(tiny.bert())).logits.isfinite().all()  # the rest is usable
 
 
 def test_places_by_name_and_in_a_list(folder):

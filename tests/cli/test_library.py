@@ -1,11 +1,13 @@
 """`lamella library`."""
 
 import json
+import resource
 import shutil
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tests import tiny
+from tests.lab.tiny_runs import sentences
 
 from lamella.adapters.card import CARD
 
@@ -89,12 +91,32 @@ def test_examples_give_a_lora_its_card(lamella, bert, questions, lora_runs, tmp_
     assert (listed["first"]["task"], listed["second"]["task"]) == ("file:questions", "")
     assert listed["first"]["labels"]
 
+    texts = tmp_path / "texts.jsonl"  # labels are not asked for
+    texts.write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(30, 1)))
+    status, _, err = lamella("library", "index", pool, "--examples", f"second=file:{texts}")
+    assert status == 0, err
+    assert json.loads((pool / "second" / CARD).read_text())["labels"] == []
+
     for wrong, words in [
         ("first", "write --examples NAME=TASK"),
         ("third=trec", "no LoRA 'third'"),
         (f"homeless={questions}", "has no folder with an adapter_config.json that names its base"),
         ("first=file:nowhere.jsonl", "nowhere.jsonl"),
     ]:
+        before = (pool / "first" / CARD).read_bytes()
         status, _, err = lamella("library", "index", pool, "--examples", wrong)
         assert status == 2
         assert words in " ".join(err.split())
+        assert (pool / "first" / CARD).read_bytes() == before
+
+    try:  # a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+        status, _, err = lamella("library", "index", pool, "--examples", f"first={questions}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert status == 2
+    assert CARD in " ".join(err.split())
+    assert (pool / "first" / CARD).read_bytes() == before
+    assert {path.name for path in (pool / "first").iterdir()} == {
+        path.name for path in (lora_runs / "first" / "adapter").iterdir()
+    }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lamella.adapters import AdapterLibrary, fit
 from lamella.adapters.card import Card
+from lamella.backbones.block_calls import parameter_names
 from lamella.errors import LamellaError
 from lamella.lab.data import Collator, Task, encode, load_backbone, load_task
 from lamella.lab.runs.card import task_name
@@ -56,7 +57,7 @@ def measure_card(
     parts = [rows.select(np.flatnonzero(np.asarray(rows["task"]) == part.name)) for part in task.tasks]
     drawn = [part.shuffle(seed=0).select(range(min(_ROWS, len(part)))) for part in parts if len(part)]
     started, count = time.perf_counter(), sum(map(len, drawn))
-    found = mean_inputs(base, list(modules), [_batches(part, collator) for part in drawn])
+    found = mean_inputs(base, list(modules), [_batches(part, collator, base) for part in drawn])
     seconds = time.perf_counter() - started
     say(f"card: one pass of the base over {count} of {len(rows)} training rows took {seconds:.1f} s")
     centroids = {modules[ours]: tensor for ours, tensor in found.centroids.items()}
@@ -79,7 +80,7 @@ def write_card(
             "base, and a card is of what the base is given. Save it as a PEFT folder."
         )
     read = load_task(task)
-    backbone = load_backbone(entry.base, read)
+    backbone = load_backbone(entry.base)  # its own head: what the task asks for is not asked here
     found = fit(backbone.model, library.only([name]))
     if name in found.misfits:
         raise LamellaError(found.misfits[name])
@@ -91,6 +92,11 @@ def write_card(
     card.save(folder)
 
 
-def _batches(rows: Dataset, collator: Collator) -> Iterator[dict[str, Tensor]]:
+def _batches(rows: Dataset, collator: Collator, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Batches without labels, but for those of tokens, which say where a prompt ends."""
     listed = sorted(rows, key=lambda row: row["length"])  # alike in length, so that little is padding
-    return (collator(listed[at : at + _BATCH_SIZE]) for at in range(0, len(listed), _BATCH_SIZE))
+    takes_labels = "labels" in parameter_names(type(model).forward)
+    for at in range(0, len(listed), _BATCH_SIZE):
+        batch = collator(listed[at : at + _BATCH_SIZE])
+        is_of_tokens = takes_labels and batch["labels"].dim() == 2
+        yield {name: value for name, value in batch.items() if name != "labels" or is_of_tokens}

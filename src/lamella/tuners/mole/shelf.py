@@ -243,20 +243,21 @@ class Shelf(nn.Module):
         """Brings some LoRAs to hand; those that were there before stay as long as there is room."""
         before = {number: place for place, number in enumerate(self._stocked)}
         kept = [*numbers, *(number for number in self._stocked if number not in numbers)]
-        self._stocked = kept[: max(len(numbers), _HELD)]
+        stocked = kept[: max(len(numbers), _HELD)]
         A, B = self._at_hand
         loras = [
             (A[before[number]].to(device), B[before[number]].to(device))
             if number in before
             else self._of_file(number, device)
-            for number in self._stocked
-        ]
+            for number in stocked
+        ]  # where one cannot be read, those at hand stay as they were
         r = max(len(A) for A, _ in loras)
         padded = [[nn.functional.pad(one, (0, 0, 0, r - len(one))) for one in pair] for pair in loras]
         downs, ups = zip(*padded, strict=True)
         self._at_hand = torch.stack(downs), torch.stack(ups)
+        self._stocked = stocked
         self._places = torch.full_like(self._places, -1)
-        self._places[torch.tensor(self._stocked)] = torch.arange(len(self._stocked))
+        self._places[torch.tensor(stocked)] = torch.arange(len(stocked))
 
     def _of_file(self, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """A ``(r, in)`` and B transposed, its scaling inside, ``(r, out)``, of one LoRA."""
