@@ -235,8 +235,9 @@ class Trace:
         """A row per token, router and chosen expert: where the token is, the expert's rank among the k, its weight.
 
         ``call`` counts the forwards recorded, ``sequence`` and ``position`` say where the token lies in that forward's
-        input (with a cache, a forward's input is only the new tokens). A decision for a whole sequence has position -1,
-        one for a whole batch sequence -1 too. A choice that was dropped has no row.
+        input (with a cache, a forward's input is only the new tokens; an image's places are counted row by row). A
+        decision for a whole sequence has position -1, one for a whole batch sequence -1 too. A choice that was dropped
+        has no row.
 
         Raises:
             LamellaError: it was not asked for.
@@ -294,8 +295,8 @@ def _places(shape: torch.Size, granularity: str) -> Tensor:
         return torch.full((1, 2), -1)
     if granularity == "sequence":
         return torch.stack([torch.arange(shape[0]), torch.full(shape[:1], -1)], dim=1)
-    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))
-    return places if len(shape) == 2 else torch.stack([torch.zeros_like(places[:, 0]), places[:, 0]], dim=1)
+    rows, each = torch.arange(shape.numel()), max(1, shape[len(shape) > 1 :].numel())
+    return torch.stack([rows // each, rows % each], dim=1)
 
 
 def _kept(routing: Routing) -> Tensor:

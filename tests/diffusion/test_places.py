@@ -14,7 +14,7 @@ from tests.reference import mole_places
 from tests.reference.mole_model import Unit
 from torch import Tensor, nn
 
-from lamella import LamellaError, MoleConfig, compose_pipeline, load_pipeline
+from lamella import LamellaError, MoleConfig, compose_pipeline, load_pipeline, record_routing
 from lamella.adapters import map_to, read_lora
 from lamella.diffusion import ImageBatch, PipelineComposition, denoising_loss, train_routers
 from lamella.routing import find_tracker
@@ -307,6 +307,18 @@ def test_one_lora_at_most_counts_at_a_place(sd: Case) -> None:
     for _, weights in seen.values():
         assert set(weights.gt(0).sum(dim=-1).tolist()) == {1}
     assert any(weights.gt(0).any(dim=0).all() for _, weights in seen.values()), "not the same one at every place"
+
+
+def test_the_trace_says_which_place_of_which_image_chose(sd: Case) -> None:
+    composition = sd.composed(top_k=1, **OFF_ZERO)
+    unet = composition.components["unet"].model
+    with record_routing(unet, per_token=True) as trace:
+        tiny.run(composition.pipe, PROMPTS, num_inference_steps=1, guidance_scale=1.0)
+    tokens = trace.tokens
+    for module, places in (("conv_in", 64), ("block", 16), ("block of the words", 16)):
+        own = tokens[(tokens.module == module) & (tokens.layer == 0)]
+        assert set(own.sequence) == {0, 1}, module
+        assert set(own.position) == set(range(places)), module
 
 
 @pytest.mark.parametrize("balance", ["log", "entropy"])
