@@ -62,6 +62,11 @@ def test_full_trains_everything(loaded):
     assert trainable_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_one_expert_is_lora_and_no_mixture_that_has_to_earn_its_cost():
+    assert not method_from({"name": "mola", "num_experts": 1}).is_mixture
+    assert method_from({"name": "mola", "num_experts": 2}).is_mixture
+
+
 def test_a_wrong_allocation_names_the_culprit(loaded):
     with pytest.raises(LamellaError, match="2-4-6-8"):
         method_from({"name": "mola", "num_experts": "2-4-6-8"}).build(*loaded)  # 2 layers cannot make 4 groups

@@ -47,7 +47,7 @@ class Mola(Configured):
 
     @property
     def is_mixture(self) -> bool:
-        return True
+        return bool(self.num_experts != 1)  # one expert is LoRA
 
     def config(self, **of_the_run: Any) -> MolaConfig:
         """The PEFT config with these settings and those that the run adds."""
