@@ -44,6 +44,18 @@ def test_a_run_of_lora_leaves_a_card_of_its_task_without_a_row_of_it(finished_ru
     compose(backbone.model, library, MoleConfig(shortlist=1, retrieval="centroids"))
 
 
+def test_of_prose_a_decoder_reads_whole_rows_as_a_prompt_would_be(finished_run, llama, prose):
+    read = read_card(finished_run("lora", decoder=True).folder.path / "adapter" / CARD)
+    task, backbone = load_task(prose), load_backbone(llama)
+    rows = list(encode(task, backbone.tokenizer, max_length=32, decoder=True).train)
+    embed = backbone.model.get_input_embeddings()
+    with torch.no_grad():
+        texts = torch.stack([embed(torch.tensor(row["input_ids"])).mean(dim=0) for row in rows]).mean(dim=0)
+    assert (read.labels, read.rows) == ((), len(rows))
+    torch.testing.assert_close(read.texts[0], texts, rtol=1e-3, atol=1e-3)
+    assert "model.layers.1.self_attn.v_proj" in read.centroids
+
+
 @pytest.mark.parametrize("method", [MOLA, "head", "full"])
 def test_what_is_no_lora_has_none(finished_run, method):
     assert not list(finished_run(method).folder.path.rglob(CARD))
