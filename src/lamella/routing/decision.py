@@ -1,7 +1,7 @@
 """Decisions that several layers share: their weights, what may be said in their place, and how they are recomputed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,7 +118,7 @@ class Decision:
     sequences: Sequences | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CachedDecision:
     """A decision for whole sequences, to hold as long as they go on.
 
@@ -126,11 +126,13 @@ class CachedDecision:
         tensors: what was decided, each ``(batch, ...)``.
         extent: by how many first tokens, and how many run without it (``Readable.extent``), ``(batch, 2)``.
         prompt_tokens: by how many it is taken where nothing tells the prompt.
+        worked_out: what its layer makes of it, so that no later token has it made again; not for other sequences.
     """
 
     tensors: tuple[Tensor, ...]
     extent: Tensor
     prompt_tokens: int
+    worked_out: Any = field(default=None, init=False)
 
     def by(self, choose: Callable[[Tensor], Tensor]) -> "CachedDecision":
         """The decision for a batch made of these sequences in another way."""

@@ -265,8 +265,11 @@ class MolexBlock(nn.Module, AdapterLayer):
         first = self.mixtures[adapter].config.prompt_tokens
         cached = None if slots is None or frame is None else recall(frame, key, h, self.decoder, first)
         if cached is not None:
-            indices, weights = cached.tensors
-            return Choice(indices.to(h.device), weights.to(h.device))
+            if cached.worked_out is None:
+                indices, weights = cached.tensors
+                cached.worked_out = Choice(indices, weights).to(h.device)
+            known: Choice = cached.worked_out
+            return known
         with torch.autocast(h.device.type, enabled=False):
             choice = self._decide(adapter, h, frame)
         if slots is not None and frame is not None:
@@ -379,21 +382,15 @@ class MolexBlock(nn.Module, AdapterLayer):
     ) -> Tensor:
         """Adds each chosen block's difference from this one, run on the rows in which something chose it."""
         depth = self.place.layer
-        choice = choice.to(host.device)  # which need not be where the block's input is
-        weights = choice.weights * (1 - self.alpha(adapter, host.device))  # (batch, k) or (batch, tokens, k)
+        guests = choice.to(host.device).guests  # which need not be where the block's input is
+        left = 1 - self.alpha(adapter, host.device)
         mixed = host
-        for guest in torch.unique(choice.indices).tolist():
+        for guest, chosen_by, share in guests:
             if guest == depth:
                 continue
-            is_chosen = choice.indices == guest
-            share = (weights * is_chosen).sum(dim=-1)  # (batch,) or (batch, tokens)
-            share = share if share.dim() == 2 else share[:, None]
-            if choice.without is not None:
-                share = share.masked_fill(choice.without, 0)
-            chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
-            rows = None if spans_rows or bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
+            rows = None if spans_rows else chosen_by
             states = self._run_guest(adapter, guest, rows, call, output, slots)
-            share = share[..., None].to(host.dtype)  # (batch, tokens or 1, 1)
+            share = (share * left).to(host.dtype)  # (batch, tokens or 1, 1)
             if rows is None:
                 mixed = mixed + share * (states - host)
             else:

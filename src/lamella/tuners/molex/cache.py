@@ -95,11 +95,13 @@ class GuestsLayer(DummyLayer):
                 f"This cache was made for {len(self.empty)} blocks, and block {depth} runs with it: it belongs to "
                 "another model. Start from an empty cache, or pass use_cache=False."
             )
-        self.batch, here = batch, torch.arange(batch) if rows is None else rows.cpu()
+        self.batch = batch
         if (depth, guest) not in self.kept:
+            here = torch.arange(batch) if rows is None else rows.cpu()
             self.kept[depth, guest] = Kept(here, copy.deepcopy(self.empty[depth]))
         kept = self.kept[depth, guest]
-        if not torch.equal(kept.rows, here):
+        has_seen = len(kept.rows) == batch if rows is None else torch.equal(kept.rows, rows.cpu())
+        if not has_seen:
             raise LamellaError(
                 f"Block {guest} runs as a guest at block {depth} for rows of the batch that had not chosen it, so that "
                 "it has seen nothing of them. Start from an empty cache, or pass use_cache=False."

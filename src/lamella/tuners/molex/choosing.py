@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import cached_property
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,20 @@ from lamella.routing import (
 )
 from lamella.routing.router import Granularity
 from lamella.tuners.molex.config import MolexConfig
+
+
+class Chosen(NamedTuple):
+    """One of the guests at a block.
+
+    Attributes:
+        guest: its block index.
+        rows: of the batch in which something chose it, ``(R,)``; None where every row has.
+        share: its weight, ``(batch, tokens or 1, 1)``.
+    """
+
+    guest: int
+    rows: Tensor | None
+    share: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,8 +62,25 @@ class Choice:
     picked: Tensor | None = None
     extent: Tensor | None = None
 
+    @cached_property
+    def guests(self) -> list[Chosen]:
+        """Those that were chosen, in the order of the blocks, the block itself among them."""
+        guests = []
+        for guest in torch.unique(self.indices).tolist():
+            is_chosen = self.indices == guest
+            share = (self.weights * is_chosen).sum(dim=-1)  # (batch,) or (batch, tokens)
+            share = share if share.dim() == 2 else share[:, None]
+            if self.without is not None:
+                share = share.masked_fill(self.without, 0)
+            chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
+            rows = None if bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
+            guests.append(Chosen(guest, rows, share[..., None]))
+        return guests
+
     def to(self, device: torch.device) -> "Choice":
         """The same with what the mixture needs on another device."""
+        if self.indices.device == self.weights.device == device:
+            return self
         without = None if self.without is None else self.without.to(device)
         return replace(self, indices=self.indices.to(device), weights=self.weights.to(device), without=without)
 
