@@ -311,6 +311,24 @@ def test_the_other_ways_to_choose_generate_the_same_too(settings: dict[str, Any]
     assert torch.equal(model.generate(**given, max_new_tokens=NEW, cache_implementation="static"), text)
 
 
+def test_a_token_that_goes_on_works_out_no_guests_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, worked_out, unique = shared("llama"), [], torch.unique
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        worked_out.append(args)
+        return unique(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "unique", count)
+    ids, seen = torch.arange(3, 9)[None], []
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        for token in range(3):
+            seen.append(len(worked_out))
+            model(input_ids=torch.tensor([[20 + token]]), past_key_values=cache)
+    assert seen[1] > 0
+    assert seen[2] == seen[1] == len(worked_out)
+
+
 def test_a_cache_filled_by_the_base_model_is_refused() -> None:
     model, given = mixture("llama"), prompts(padded=False)
     with torch.no_grad(), model.disable_adapter():
