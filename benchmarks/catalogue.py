@@ -1,5 +1,6 @@
 """Which benchmarks there are."""
 
+from benchmarks.decode import DECODE
 from benchmarks.forms import FORMS
 from benchmarks.library import LIBRARY
 from benchmarks.mola import MOLA
@@ -13,6 +14,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mola": MOLA,
     "molex": MOLEX,
     "mole": MOLE,
+    "decode": DECODE,
     "library": LIBRARY,
     "similarity": SIMILARITY,
     "serving": SERVING,

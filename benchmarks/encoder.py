@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -18,6 +18,8 @@ from benchmarks.record import BenchSettings
 from lamella.errors import LamellaError
 from lamella.lab.studies.measuring import kept_megabytes
 from lamella.routing import find_tracker, loss_scale
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SEQUENCE = 128
 VOCABULARY = 1000
@@ -74,7 +76,7 @@ def build_encoder(hidden: int, layers: int) -> BertModel:
     return model
 
 
-def clone(model: BertModel) -> BertModel:
+def clone(model: Model) -> Model:
     """A copy with the same weights in the same place: where weights lie in memory alone makes several percent."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
