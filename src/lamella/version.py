@@ -8,7 +8,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-__version__ = "0.2.0.dev4"
+__version__ = "0.2.0"
 
 FIRST_VERSION = "0.1.0"  # it wrote the files that do not name their version
 
