@@ -7,6 +7,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import uuid
 
@@ -17,6 +18,8 @@ from tests.processes import serve_forks
 # before torch and huggingface_hub read them
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # processes of tests write past pytest
+# a shell has Ctrl-C ignored by what it starts in the background, and by all that this starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # PEFT compiles the template of its model card anew at each save.

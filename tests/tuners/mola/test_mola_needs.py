@@ -13,6 +13,7 @@ from tests.reference import mola
 from torch import nn
 
 from lamella import LamellaError, MolaConfig, allocate, redundancy
+from lamella.progress import listening
 from lamella.tuners.mola.needs import contribution, distinctness, diversity, heavy_tails, of_one_depth
 
 needs = st.lists(st.floats(0, 1e300) | st.sampled_from([0.0, 1.0, 1e-300]), min_size=1, max_size=12)
@@ -136,8 +137,9 @@ def test_contribution_is_the_loss_without_each_expert(start: bool | str) -> None
     def loss(of: nn.Module = model) -> float:
         return float(of(**batch).loss)
 
-    told: list[tuple[int, int]] = []
-    found = contribution(model, loss, lambda *done: told.append(done))["bert.encoder.layer"]
+    told: list[tuple[int, int | None]] = []
+    with listening(lambda work: told.append((work.done, work.total))):
+        found = contribution(model, loss)["bert.encoder.layer"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     expected = []
