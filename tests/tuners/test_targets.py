@@ -267,3 +267,31 @@ def test_blocks_without_a_linear_module_are_no_blocks_for_mola_and_refused_by_mo
     with pytest.raises(LamellaError, match=r"The blocks of ibert\.encoder\.layer hold no linear module.*lora=None"):
         get_peft_model(base, MolexConfig(lora=LoraConfig(target_modules="all-linear")))
     assert adapted(get_peft_model(base, MolaConfig(r=2))) == ["classifier.dense", "classifier.out_proj"]
+
+
+class _Clamping(nn.Module):
+    """Calls its layer after it has changed its weight in place, or computes with a view of it."""
+
+    def __init__(self, view: str | None) -> None:
+        super().__init__()
+        self.up, self.view = nn.Linear(4, 4, bias=False), view
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.view is None:
+            self.up.weight.data.clamp_(-1.0, 1.0)
+            return self.up(x)
+        weight = self.up.weight.T if self.view == "transposed" else self.up.weight.data.T
+        return self.up(x) + x @ weight
+
+
+@pytest.mark.parametrize("view", [None, "transposed", "data"])
+def test_a_weight_that_is_changed_in_place_is_not_computed_with_and_a_view_of_it_is(view: str | None) -> None:
+    model = get_peft_model(
+        _Clamping(view), MolaConfig(target_modules=["up"], num_experts=2, r=2, init_lora_weights=False)
+    )
+    x = torch.randn(3, 4)
+    if view is None:
+        assert model.eval()(x).shape == (3, 4)
+    else:
+        with pytest.raises(LamellaError, match="also computes with its weight"):
+            model.eval()(x)

@@ -12,7 +12,7 @@ from lamella.backbones.blocks import (
     siblings_with_same_input,
 )
 from lamella.backbones.causality import sees_later_tokens
-from lamella.backbones.rehearsal import Rehearsal, computes, rehearse
+from lamella.backbones.rehearsal import Rehearsal, computes, rehearse, views
 from lamella.backbones.states import mean_states, why_no_sequences, width_of
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "rehearse",
     "sees_later_tokens",
     "siblings_with_same_input",
+    "views",
     "why_no_sequences",
     "width_of",
     "with_hidden_states",

@@ -93,6 +93,7 @@ class _Reads(TorchFunctionMode):
         leaves = (module for module in model.modules() if not any(module.children()))
         self._having = [module for module in leaves if any(id(one) in self._names for one in module.parameters())]
         self._running: list[nn.Module] = []
+        self._views: list[Tensor] = []  # kept, as another tensor could get the id of one that is gone
         self.names: set[str] = set()
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -107,14 +108,23 @@ class _Reads(TorchFunctionMode):
         given = [one for one in tree_leaves((args, kwargs)) if id(one) in self._names and id(one) not in own]
         if given and computes(given, output):
             self.names.update(name for one in given for name in self._names[id(one)])
+        for one in given:
+            for view in views(one, output):
+                self._views.append(view)
+                self._names[id(view)] = self._names[id(one)]
         return output
 
 
 def computes(weights: Sequence[Tensor], output: Any) -> bool:
-    """Whether a function of torch made something of weights, and did not only tell their kind, shape or place."""
-    if any(output is weight for weight in weights):  # as in moving one to where it is already
-        return False
-    return any(isinstance(one, Tensor) for one in tree_leaves(output))
+    """Whether a function of torch made something of weights, and did not only tell of them, show or change them."""
+    shown = {id(view) for weight in weights for view in views(weight, output)}
+    return any(isinstance(one, Tensor) and id(one) not in shown for one in tree_leaves(output))
+
+
+def views(weight: Tensor, output: Any) -> list[Tensor]:
+    """What of a function's output lies where the weight does: views of it, and itself where it was changed in place."""
+    storage = weight.untyped_storage()
+    return [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.untyped_storage() is storage]
 
 
 def _watch(

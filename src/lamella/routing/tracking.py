@@ -173,21 +173,20 @@ def _refuse_bypassed(model: nn.Module, call: RoutedCall) -> None:
 
     In training that is a warning: some models do so by themselves there and call it in evaluation (Gemma 3n).
     """
-    bypassed = next(iter(call.used + [layer for layer in call.read if layer not in call.called]), None)
-    if bypassed is None:
-        return
-    around, _, name = next(name for name, module in model.named_modules() if module is bypassed).rpartition(".")
-    is_called = bypassed in call.called
-    untrained = "" if is_called or not bypassed.training else " and is not trained"
-    said = (
-        f"{type(model.get_submodule(around)).__name__} {'calls its' if is_called else 'has not called its'} {name}, "
-        f"which has an adapter, {'and also computes with its' if is_called else 'but read its'} weight, as a fast path "
-        f"or a kernel does that multiplies by it itself: the adapter has no effect there{untrained}. Switch that off, "
-        f"or adapt the model without {name} (exclude_modules)."
-    )
-    if not bypassed.training:
-        raise LamellaError(said)
-    call.tracker.say_once(f"{name} is not called", said)
+    names = {module: name for name, module in model.named_modules()} if call.used or call.read else {}
+    for bypassed in dict.fromkeys(call.used + [layer for layer in call.read if layer not in call.called]):
+        around, _, name = names[bypassed].rpartition(".")
+        is_called = bypassed in call.called
+        untrained = "" if is_called or not bypassed.training else " and is not trained"
+        said = (
+            f"{type(model.get_submodule(around)).__name__} {'calls its' if is_called else 'has not called its'} "
+            f"{name}, which has an adapter, {'and also computes with its' if is_called else 'but read its'} weight, as "
+            "a fast path or a kernel does that multiplies by it itself: the adapter has no effect there"
+            f"{untrained}. Switch that off, or adapt the model without {name} (exclude_modules)."
+        )
+        if not bypassed.training:
+            raise LamellaError(said)
+        call.tracker.say_once(f"{name} is not called", said)
 
 
 def _decoder_input(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lamella.backbones import Rehearsal, computes
+from lamella.backbones import Rehearsal, computes, views
 from lamella.routing import Frame, current_frame
 
 _READ = BaseTunerLayer.weight.fget
@@ -20,19 +20,27 @@ _MORE = "it puts out more than a tensor, to which an adapter could add"  # such 
 
 
 class _Watched(Tensor):
-    """A layer's weight that says when something is computed with it; what comes of that is not watched."""
+    """A layer's weight, or a view of it, that says when something is computed with it."""
 
     _used: Callable[[], None]
+
+    @classmethod
+    def of(cls, weight: Tensor, used: Callable[[], None]) -> "_Watched":
+        """The weight, which calls ``used``."""
+        watched = weight.as_subclass(cls)
+        watched.__dict__.update(vars(weight), _used=used, _is_param=isinstance(weight, nn.Parameter))
+        return watched
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             output = func(*args, **(kwargs or {}))
-        weights = [one for one in tree_leaves((args, kwargs)) if isinstance(one, _Watched)]
-        if computes(weights, output):
-            for weight in weights:
-                weight._used()
-        return output
+            weights = [one for one in tree_leaves((args, kwargs)) if isinstance(one, _Watched)]
+            if computes(weights, output):
+                for weight in weights:
+                    weight._used()
+            watching = {id(view): weight._used for weight in weights for view in views(weight, output)}
+            return tree_map(lambda one: cls.of(one, watching[id(one)]) if id(one) in watching else one, output)
 
 
 def read_weight(layer: Any) -> Tensor:
@@ -48,9 +56,7 @@ def read_weight(layer: Any) -> Tensor:
     if type(weight) is not nn.Parameter or torch.compiler.is_compiling():
         frame.call.read.append(layer)
         return weight
-    watched = weight.as_subclass(_Watched)
-    watched.__dict__.update(vars(weight), _used=partial(frame.call.used.append, layer), _is_param=True)
-    return watched
+    return _Watched.of(weight, partial(frame.call.used.append, layer))
 
 
 def note_call(layer: nn.Module, frame: Frame | None) -> None:
