@@ -17,7 +17,7 @@ from lamella.adapters.card import Card
 from lamella.backbones.block_calls import parameter_names
 from lamella.errors import LamellaError
 from lamella.lab.data import Collator, Task, encode, load_backbone, load_task
-from lamella.lab.runs.card import task_name
+from lamella.lab.runs.card import public_labels, task_name
 from lamella.retrieval import mean_inputs
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def measure_card(
     seconds = time.perf_counter() - started
     say(f"card: one pass of the base over {count} of {len(rows)} training rows took {seconds:.1f} s")
     centroids = {modules[ours]: tensor for ours, tensor in found.centroids.items()}
-    return Card(task_name(task.name), task.label_names, name, count, centroids, found.texts)
+    return Card(task_name(task.name), public_labels(task), name, count, centroids, found.texts)
 
 
 def write_card(

@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 from tests.lab.tiny_runs import MOLA, tiny_settings
+from transformers import BertForSequenceClassification
 
 from lamella.lab.data import load_backbone, load_task
 from lamella.lab.runs import card
@@ -65,7 +67,33 @@ def test_the_code_to_load_it_names_the_classes(trained):
 
     assert "import lamella" in text
     assert "BertForSequenceClassification.from_pretrained(" in text
-    assert "num_labels=2" in text
+
+
+@pytest.fixture
+def named(tmp_path) -> str:
+    rows = [{"text": f"it is {at}", "label": ['say "hi"', "billing", "Übrig"][at % 3]} for at in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"file:{tmp_path}/rows.jsonl"
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_code_to_load_it_makes_a_base_that_knows_its_labels(trained, bert, questions, named, joint):
+    task = load_task(f"joint:{named}+{questions}" if joint else named)
+    backbone = load_backbone(bert, task)
+    settings = tiny_settings(bert, task.name, MOLA)
+
+    text = model_card(settings.method.build(backbone, task).model, backbone, task, settings, trained.metrics)
+
+    call = re.search(r"base = (.+)", text)[1].replace(f'"{Path(bert).name}"', "place")
+    base = eval(call, {"BertForSequenceClassification": BertForSequenceClassification, "place": bert})
+    of_one = ["billing", 'say "hi"', "Übrig"]
+    of_both = [*(f"file:rows.jsonl/{label}" for label in of_one), "file:questions/0", "file:questions/1"]
+    assert list(base.config.id2label.values()) == (of_both if joint else of_one)
+    assert base.classifier.out_features == len(task.label_names)
+
+
+def test_the_record_of_a_run_names_its_labels(trained):
+    assert json.loads((trained.folder.path / "metrics.json").read_text())["labels"] == ["0", "1"]
 
 
 def test_lora_needs_no_lamella_to_load_and_is_not_mola(finished_run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -67,6 +68,18 @@ def task_name(name: str) -> str:
         return f"{how}:{'+'.join(map(task_name, parts.split('+')))}"
     scheme, colon, rest = name.partition(":")
     return f"{scheme}:{Path(rest).name}" if colon and scheme == "file" else name
+
+
+def public_labels(task: Task) -> tuple[str, ...]:
+    """A task's label names, in the order of its classes; of several tasks' labels, without this machine's folders."""
+    return tuple(_public_label(label, task.parts) for label in task.label_names)
+
+
+def _public_label(label: str, parts: Sequence[Task]) -> str:
+    for part in parts:
+        if label.startswith(f"{part.name}/"):
+            return task_name(part.name) + label.removeprefix(part.name)
+    return label
 
 
 def _is_lamella(model: nn.Module) -> bool:
@@ -168,16 +181,14 @@ def _loading(model: nn.Module, backbone: Backbone, task: Task) -> str:
         kind = type(model).__name__
         return _code(f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("THIS_FOLDER")')
     bare = model.get_base_model()
-    kind, labels = type(bare).__name__, ""
-    if task.kind in ("classification", "pair-classification", "regression"):
-        labels = f", num_labels={bare.config.num_labels}"
+    kind, head = type(bare).__name__, _head(task)
     register = ["import lamella  # registers the method with PEFT"] * _is_lamella(model)
     published = _code(
         *register,
         "from peft import PeftModel",
         f"from transformers import {kind}",
         "",
-        f'base = {kind}.from_pretrained("{public_name(backbone.published)}"{labels})',
+        f'base = {kind}.from_pretrained("{public_name(backbone.published)}"{head})',
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
     )
     if not is_demo(backbone.name):
@@ -193,6 +204,16 @@ def _loading(model: nn.Module, backbone: Backbone, task: Task) -> str:
     if backbone.published == backbone.name:  # nobody else has it
         return ours
     return f"{published}\n\nOn the very weights it was trained on ({backbone.source}):\n\n{ours}"
+
+
+def _head(task: Task) -> str:
+    """What the base's head is made with; the names of the classes stand nowhere else in an adapter's folder."""
+    if task.kind == "regression":
+        return ", num_labels=1"
+    if task.kind not in ("classification", "pair-classification"):
+        return ""
+    names = (f"{at}: {json.dumps(label, ensure_ascii=False)}" for at, label in enumerate(public_labels(task)))
+    return f", id2label={{{', '.join(names)}}}"
 
 
 def _code(*lines: str) -> str:

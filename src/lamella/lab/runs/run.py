@@ -190,6 +190,7 @@ class _Run:
         metrics = {
             "model": self.settings.model,
             "task": self.task.name,
+            "labels": list(self.task.label_names),
             "method": self.settings.method.name,
             "seed": self.settings.seed,
             "metric": better.name,
