@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -49,6 +51,15 @@ def test_undecided_says_what_would_decide():
     more = summary([table({"LoRA": [0.7] * 3, "MoLA": [0.7] * 3}, rows=4000)], ["LoRA", "MoLA"], {"MoLA"})
     seeds = [int(said.partition("some ")[2].split()[0]) for said in (few, more)]
     assert seeds[0] > 5 * seeds[1] > 0
+
+
+def test_what_learned_less_than_a_linear_model_is_said_before_any_verdict():
+    low = dataclasses.replace(table({"LoRA": [0.5] * 3, "MoLA": [0.7] * 3}), floors={"linear": {"test": 0.9}})
+    said = summary([low], ["LoRA", "MoLA"], {"MoLA"})
+    assert said.startswith("No method reaches the linear floor of 0.900 on trec with minilm: ")
+    assert "MoLA is better than LoRA" in said.splitlines()[0]
+    reached = dataclasses.replace(low, floors={"linear": {"test": 0.6}})
+    assert summary([reached], ["LoRA", "MoLA"], {"MoLA"}).startswith("On trec")
 
 
 def test_a_lower_loss_is_better():

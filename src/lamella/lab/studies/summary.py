@@ -39,11 +39,23 @@ def summary(tables: Sequence[Results], listed: Sequence[str], mixtures: Collecti
     for table in others:
         if set(pair) <= set(table.means):
             elsewhere.setdefault(_outcome(table, table.contrasts([pair])), []).append(table.title)
-    lines = [verdict(first, pair), _others(first)]
+    lines = [_below_floor(first, listed) + verdict(first, pair), _others(first)]
     if elsewhere:
         said = "; ".join(f"{word} on {', '.join(titles)}" for word, titles in elsewhere.items())
         lines.append(f"Elsewhere {pair[0]} against {pair[1]} is {said}.")
     return "\n".join(lines)
+
+
+def _below_floor(results: Results, listed: Sequence[str]) -> str:
+    """Says so where no method reaches the linear floor, and what that means for the verdict behind it."""
+    floor = results.floors.get("linear", {}).get("test")
+    run = [results.means[name] for name in listed if name in results.means]
+    if floor is None or not results.greater_is_better or max(run) >= floor:
+        return ""
+    return (
+        f"No method reaches the linear floor of {floor:.3f} on {_place(results)}: all learned too little for a "
+        "comparison to say much; train for more steps. "
+    )
 
 
 def question(results: Results, listed: Sequence[str], mixtures: Collection[str]) -> tuple[str, str] | None:

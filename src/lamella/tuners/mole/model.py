@@ -58,7 +58,7 @@ class MoleModel(RoutedModel):
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *plan.heads})
         if sources is not None:
             if not all(isinstance(given, dict) and given["sha256"] for given in config.adapters.values()):
-                warn_of_missed(plan.missed)  # not again when a composition is loaded
+                warn_of_missed(plan.missed, config.modules_to_save or ())  # not again when a composition is loaded
             config.adapters = {source.name: source for source in sources}  # the references are those of what was read
             config.adapters = {name: reference.to_dict() for name, reference in config.references.items()}
             config.embedded = plan.ranks if config.embed_adapters else None

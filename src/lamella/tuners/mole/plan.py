@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -311,17 +311,25 @@ def shared_heads(
     return heads, missed
 
 
-def warn_of_missed(missed: Mapping[str, str]) -> None:
-    """Says which modules that were trained with the LoRAs the composition does without."""
-    if missed:
-        said = "; ".join(f"{head} ({reason})" for head, reason in missed.items())
-        warnings.warn(
-            f"The LoRAs were trained together with {said}: the composition uses the model's own, so that no LoRA alone "
-            "is what it was. Weights of whole modules are not mixed. Train one for the composition, with "
-            f"modules_to_save={list(missed)} in its config, or put one in place first: "
-            "lamella.adapters.read_lora(path).whole holds each.",
-            stacklevel=2,
-        )
+def warn_of_missed(missed: Mapping[str, str], saved: Collection[str]) -> None:
+    """Says which modules that were trained with the LoRAs the composition does without.
+
+    Args:
+        missed: their names, and why.
+        saved: ``modules_to_save`` of its config, which it trains anew.
+    """
+    if not missed:
+        return
+    said = "; ".join(f"{head} ({reason})" for head, reason in missed.items())
+    left = [head for head in missed if not any(f".{head}".endswith(f".{name}") for name in saved)]
+    instead = (
+        "the composition uses the model's own, so that no LoRA alone is what it was. Weights of whole modules are not "
+        f"mixed. Train one for the composition, with modules_to_save={left} in its config, or put one in place first: "
+        "lamella.adapters.read_lora(path).whole holds each."
+        if left
+        else "the composition trains one of its own (modules_to_save), with which no LoRA alone is what it was."
+    )
+    warnings.warn(f"The LoRAs were trained together with {said}: {instead}", stacklevel=2)
 
 
 def _same(one: Head, other: Head) -> bool:
