@@ -82,6 +82,12 @@ def _public_label(label: str, parts: Sequence[Task]) -> str:
     return label
 
 
+def task_line(task: Task) -> str:
+    """A task in a line: its name, its kind and how many rows each split has."""
+    rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
+    return f"{task_name(task.name)} ({task.kind}; rows: {rows})"
+
+
 def _is_lamella(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and isinstance(model.base_model, RoutedModel)
 
@@ -117,9 +123,8 @@ def _method(settings: RunSettings, metrics: Mapping[str, Any]) -> str:
 
 
 def _data(task: Task) -> str:
-    rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
     lines = [
-        f"Task: {task_name(task.name)} ({task.kind}; rows: {rows})",
+        f"Task: {task_line(task)}",
         f"Source: {task.source}",
         f"Licence: {task.licence or 'not stated'}",
         *task.notes,

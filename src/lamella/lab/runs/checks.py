@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from lamella.diagnostics.usage import judge_usage
 from lamella.diagnostics.weights import examine_numbers, tensors_of
 from lamella.errors import LamellaError
 from lamella.findings import Diagnosis, Examination
-from lamella.lab.data import encode, load_backbone
+from lamella.lab.data import Encoded, Task, encode, load_backbone
+from lamella.lab.methods import trainable_parameters
+from lamella.lab.runs.card import public_labels, task_line
 from lamella.lab.runs.record import examine_record
 from lamella.lab.runs.run import RunResult
 from lamella.lab.runs.settings import RunSettings, settings_of
@@ -86,6 +89,8 @@ def _whole_model(path: Path, settings: RunSettings) -> nn.Module:
 def preflight_of(settings: RunSettings) -> Preflight:
     """The preflight of the run that these settings describe, on its first training rows; nothing is written.
 
+    It says first what the rows are, as a run's log does, and how many parameters would train.
+
     Raises:
         LamellaError: the model, task or method cannot be made.
     """
@@ -107,4 +112,13 @@ def preflight_of(settings: RunSettings) -> Preflight:
     count = len(encoded.train)
     batch = encoded.collator([encoded.train[index] for index in range(min(settings.batch_size, count))])
     steps = total_steps(settings, count, world=1) * settings.accumulation
-    return preflight(model, batch, steps, bf16=settings.bf16)
+    found = preflight(model, batch, steps, bf16=settings.bf16)
+    about = (*_about_rows(task, encoded), f"{trainable_parameters(model):,} trainable parameters")
+    return replace(found, checked=(*about, *found.checked))
+
+
+def _about_rows(task: Task, encoded: Encoded) -> list[str]:
+    """What a run on these rows would say of them: how many each split has, their labels, how they were read and cut."""
+    labels = public_labels(task)
+    named = [f"labels, in the order of their numbers: {', '.join(labels)}"] if labels else []
+    return [f"task: {task_line(task)}", *named, *task.notes, *encoded.notes]
