@@ -25,7 +25,7 @@ def test_a_folder_is_indexed_and_listed_with_what_is_left_out(lamella, tmp_path)
 
     status, out, _ = lamella("library", "index", tmp_path)
     assert status == 0
-    assert "2 LoRAs" in out
+    assert "2 LoRAs, 1 kind of targets" in out
     assert "left out old" in out
     assert (tmp_path / "lamella_library.safetensors").is_file()
 
@@ -57,6 +57,10 @@ def test_the_loras_that_help_a_task_are_named_with_what_it_cost(lamella, bert, q
     status, out, _ = lamella(*words, "--task", questions, "-k", 2, "--examples", 12)
     assert status == 0
     assert "on these examples" in out
+
+    status, out, _ = lamella(*words, "--task", questions, "--examples", 12, "--json")
+    assert status == 0
+    assert len(json.loads(out)["names"]) == 2
 
     status, _, err = lamella(*words, "--task", questions, "-k", 3)
     assert status == 2

@@ -10,6 +10,8 @@ from tests.reference.retrieval import successive_halving
 
 from lamella import AdapterLibrary, LamellaError, MolaConfig, compose, shortlist
 from lamella.adapters import fit, map_to, read_lora
+from lamella.adapters.card import Card
+from lamella.adapters.heads import fit_head
 from lamella.progress import listening
 from lamella.retrieval.examples import Examples
 from lamella.retrieval.exchange import Exchange, random_like
@@ -68,7 +70,7 @@ def test_a_lora_in_place_is_peft_with_that_lora_and_the_base_comes_back(kind, tm
         modules = next(iter(fit(base, opened).modules.values()))
         with exchange.installed(modules):
             for name in opened.names:
-                assert exchange.put(opened.read(name)) == ()
+                assert exchange.put(opened.read(name)) == ({}, ())
                 peft = PeftModel.from_pretrained(tiny.build(kind, layers=2), tmp_path / name).eval()
                 torch.testing.assert_close(base(**batch).logits, peft(**batch).logits)
         assert torch.equal(base(**batch).logits, bare)
@@ -82,12 +84,89 @@ def test_a_head_goes_with_its_lora_where_it_fits(tmp_path):
     source, exchange = read_lora(tmp_path / "own"), Exchange(base)
     source.whole["classifier.weight"].mul_(3)
     with torch.no_grad(), exchange.installed(map_to(base, source).modules):
-        assert exchange.put(source) == ()
+        assert exchange.put(source) == ({}, ("classifier",))  # no labels are named
         assert torch.equal(base.classifier.weight, source.whole["classifier.weight"])
         base(**batch)
     assert torch.equal(base.classifier.weight, before)
     other = tiny.bert(labels=5)
-    assert Exchange(other).put(source) == ("classifier",)
+    assert Exchange(other).put(source) == ({"classifier": "its classifier is of another size"}, ())
+
+
+NAMES = ["bad", "good", "so-so"]
+
+
+def named(*labels):
+    base = tiny.bert(labels=len(labels))
+    base.config.id2label = dict(enumerate(labels))
+    return base
+
+
+def with_head(folder, labels=None):
+    """A LoRA whose head, not its base's, is for some labels."""
+    base = tiny.bert()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False,
+                                            modules_to_save=["classifier"]))  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.base_model.model.classifier.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(10 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(folder)
+    if labels is not None:
+        Card(labels=tuple(labels)).save(folder)
+    return PeftModel.from_pretrained(tiny.bert(), folder).eval()
+
+
+def test_a_head_is_taken_by_the_names_of_its_labels(tmp_path):
+    teacher = with_head(tmp_path / "named", NAMES)
+    order = [2, 0, 1]  # the task's labels are the LoRA's in another order
+    base = named(*(NAMES[at] for at in order))
+    batch = tiny.inputs(base)
+    with torch.no_grad():
+        expected = teacher(**batch).logits[:, order]
+        exchange, source = Exchange(base), read_lora(tmp_path / "named")
+        with exchange.installed(map_to(base, source).modules):
+            assert exchange.put(source, NAMES) == ({}, ())
+            torch.testing.assert_close(base(**batch).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "of_model", "unused", "assumed"),
+    [
+        (NAMES, NAMES, False, False),
+        (NAMES, ["billing", "delivery", "technical"], True, False),
+        (NAMES, ["bad", "good", "other"], True, False),
+        (None, NAMES, False, True),  # no card
+        (["0", "1", "2"], NAMES, False, True),  # numbers say nothing
+        (NAMES, ["LABEL_0", "LABEL_1", "LABEL_2"], False, True),
+        (NAMES, ["bad", "good"], True, False),
+    ],
+)
+def test_what_became_of_a_head_is_said(labels, of_model, unused, assumed, tmp_path):
+    with_head(tmp_path / "lora", labels)
+    save(tmp_path / "bare")
+    base = named(*of_model)
+    found = shortlist(base, AdapterLibrary(tmp_path), [{**tiny.inputs(base, rows=8), "labels": torch.arange(8) % 2}])
+    assert set(found.names) == {"lora", "bare"}  # all of fewer than eight
+    assert found.unused == ({"lora": "its head is for bad, good, so-so"} if unused else {})
+    assert found.assumed == (("lora",) if assumed else ())
+    printed = str(found)
+    row = next(line for line in printed.splitlines() if line.startswith("lora "))
+    assert row.endswith("no head for these labels") is unused
+    assert printed.count("no head for these labels") == unused
+    assert ("lora: its head is for bad, good, so-so" in printed) is unused
+    assert ("taken as in the same order" in printed) is assumed
+
+
+def test_of_a_head_of_several_layers_the_last_has_the_labels():
+    model = torch.nn.Module()
+    model.config = tiny.bert().config
+    model.config.id2label = dict(enumerate(["b", "c", "a"]))
+    model.head = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+    tensors = dict(model.head.state_dict())
+    fitted = fit_head(model, "head", tensors, ["a", "b", "c"]).tensors
+    assert torch.equal(fitted["0.weight"], tensors["0.weight"])
+    for name in ("2.weight", "2.bias"):
+        assert torch.equal(fitted[name], tensors[name][[1, 2, 0]])
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])

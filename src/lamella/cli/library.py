@@ -54,7 +54,11 @@ def index(
              "cards_left_out": opened.cards_left_out}
         )  # fmt: skip
         return
-    typer.echo(f"{len(opened)} LoRAs, {len(opened.layouts)} kinds of targets and ranks. The index is {opened.path}")
+    loras, kinds = len(opened), len(opened.layouts)
+    typer.echo(
+        f"{loras} LoRA{'s' if loras > 1 else ''}, {kinds} kind{'s' if kinds > 1 else ''} of targets and ranks. "
+        f"The index is {opened.path}"
+    )
     for name, reason in opened.left_out.items():
         typer.echo(f"left out {name}: {reason}")
     for name, reason in opened.cards_left_out.items():
@@ -98,7 +102,9 @@ def shortlist(
     task: Annotated[
         str, typer.Option(help="Whose training rows are the examples: a named task, hub:NAME or file:ROWS.")
     ],
-    k: Annotated[int, typer.Option("-k", min=1, help="How many LoRAs are wanted.")] = 8,
+    k: Annotated[
+        int | None, typer.Option("-k", min=1, help="How many LoRAs are wanted.", show_default="8, or all of fewer")
+    ] = None,
     examples: Annotated[int, typer.Option(min=4, help="Rows: half of them choose, half of them judge.")] = 64,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 128,
     index: IndexFile = None,

@@ -15,7 +15,7 @@ def shortlist_for(
     library: AdapterLibrary,
     model: str,
     task: str,
-    k: int,
+    k: int | None,
     examples: int,
     max_length: int,
     say: Callable[[str], None] = lambda _: None,
@@ -26,7 +26,7 @@ def shortlist_for(
         library: the LoRAs.
         model: their base, by name.
         task: by name.
-        k: how many are wanted.
+        k: how many are wanted; None for 8, or all where there are fewer.
         examples: how many rows, always the same ones.
         max_length: tokens of a row, at most.
         say: told, before it begins, what it will cost, and what a reader should know.
@@ -43,5 +43,5 @@ def shortlist_for(
     rows = list(encoded.train.shuffle(seed=0))
     batches = [encoded.collator(rows[at : at + _BATCH_SIZE]) for at in range(0, len(rows), _BATCH_SIZE)]
     if backbone.drawn:
-        say(f"{model} has no head for {task}: its own is random, so that only LoRAs with a head of theirs can help.")
+        say(f"{model} has no head for {task}: its own is random, so only LoRAs with a head for its labels can help.")
     return shortlist(backbone.model, library, batches, k, say)

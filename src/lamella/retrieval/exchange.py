@@ -1,14 +1,27 @@
 """One model, many LoRAs one after the other: exchanged in place, so that none needs a model of its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lamella.adapters import Factors, LoraSource, map_to
+from lamella.adapters.heads import fit_head
 from lamella.adapters.source import random_factors
+
+
+class Put(NamedTuple):
+    """How the heads of a LoRA suit the model that it was put on.
+
+    Attributes:
+        unused: modules trained whole that it does without, each with the reason.
+        assumed: those whose labels are taken as the model's, in the same order, as nothing names them.
+    """
+
+    unused: dict[str, str]
+    assumed: tuple[str, ...]
 
 
 class Exchange:
@@ -34,26 +47,25 @@ class Exchange:
             finally:
                 self.clear()
 
-    def put(self, source: LoraSource) -> tuple[str, ...]:
+    def put(self, source: LoraSource, labels: Sequence[str] = ()) -> Put:
         """Puts a LoRA in the place of the one before.
 
-        Returns:
-            What of it is not used: modules trained whole that are not of the model's shapes.
+        Args:
+            source: the LoRA.
+            labels: the names of its labels, in its order; empty where they are not known.
 
         Raises:
             LamellaError: it is not for the model.
         """
         mapped = map_to(self._model, source)
         self.clear()
-        unused = []
-        for head, tensors in mapped.whole.items():
+        fitted = {head: fit_head(self._model, head, tensors, labels) for head, tensors in mapped.whole.items()}
+        for head, found in fitted.items():
             own = dict(self._model.get_submodule(head).named_parameters())
-            if all(name in own and own[name].shape == tensor.shape for name, tensor in tensors.items()):
-                self._heads += [_replace(own[name], tensor) for name, tensor in tensors.items()]
-            else:
-                unused.append(head)
+            self._heads += [_replace(own[name], tensor) for name, tensor in (found.tensors or {}).items()]
         self.put_factors(mapped.modules)
-        return tuple(unused)
+        unused = {head: found.why_not for head, found in fitted.items() if found.tensors is None}
+        return Put(unused, tuple(head for head, found in fitted.items() if found.assumed))
 
     def put_factors(self, factors: Mapping[str, Factors]) -> None:
         """Puts factors in their modules, by the model's names."""

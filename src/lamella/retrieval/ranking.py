@@ -17,6 +17,7 @@ from lamella.statistics import Contrast, contrast, mean_intervals
 from lamella.tuners.mole.composing import refuse_other_bases
 
 BASE, RANDOM = "the base", "a random LoRA"  # the controls
+_WANTED = 8  # LoRAs, where there are as many
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,18 @@ class Shortlist:
         library: those LoRAs, the best first, to be composed.
         scores: theirs, and those of the controls.
         cost: how many examples have run through the model.
-        unused: LoRAs that were tried without their heads, which are of other shapes than the model's.
+        unused: LoRAs that were tried without their heads, which are of another size or for other labels than the
+            model's, with the reason.
+        assumed: LoRAs whose heads are taken as for the model's labels in their order, as the LoRA's card or the
+            model's config names none.
         misfits: LoRAs that are not for the model, with the reason.
     """
 
     library: AdapterLibrary
     scores: tuple[Scored, ...]
     cost: int
-    unused: tuple[str, ...]
+    unused: dict[str, str]
+    assumed: tuple[str, ...]
     misfits: dict[str, str]
 
     @property
@@ -82,7 +87,7 @@ class Shortlist:
         ]  # fmt: skip
         return {
             "names": self.names, "scores": rows, "answer": self.sentence, "cost": self.cost,
-            "unused_heads": self.unused, "misfits": self.misfits,
+            "unused_heads": self.unused, "assumed_heads": self.assumed, "misfits": self.misfits,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -91,10 +96,17 @@ class Shortlist:
         for one in self.scores:
             low, high = one.interval
             gain = "" if one.gain is None else f"   {one.gain.interval}"
-            lines.append(f"{one.name:<{width}}  {one.loss:.3f} [{low:.3f}, {high:.3f}]{gain}")
+            headless = "   no head for these labels" if one.name in self.unused else ""
+            lines.append(f"{one.name:<{width}}  {one.loss:.3f} [{low:.3f}, {high:.3f}]{gain}{headless}")
         notes = []
         if self.unused:
-            notes.append(f"tried without their heads, which do not fit the model: {', '.join(self.unused)}")
+            each = "; ".join(f"{name}: {why}" for name, why in self.unused.items())
+            notes.append(f"tried without their heads, which are not for these labels ({each})")
+        if self.assumed:
+            notes.append(
+                "heads taken as in the same order as the task's labels, as no card of the LoRA, or no id2label of the "
+                f"model, names them: {', '.join(self.assumed)}"
+            )
         if self.misfits:
             name, reason = next(iter(self.misfits.items()))
             notes.append(f"{len(self.misfits)} LoRAs are not for this model, first {name}: {reason}")
@@ -105,7 +117,7 @@ def shortlist(
     base: nn.Module,
     library: AdapterLibrary,
     examples: Iterable[Batch],
-    k: int = 8,
+    k: int | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Shortlist:
     """Finds the k LoRAs of a library with the smallest loss on a task, by successive halving.
@@ -114,10 +126,12 @@ def shortlist(
     a random LoRA of the best one's shapes and norms. LoRAs are exchanged in place.
 
     Args:
-        base: the model that the LoRAs are for, with the head of the task.
+        base: the model that the LoRAs are for, with the head of the task. A LoRA's own head takes its place where it
+            is for the same labels: by name, in whichever order, where the LoRA's card and the model's config
+            (``id2label``) name them, else by number.
         library: the LoRAs; those that are not for the model are left out, and named.
         examples: batches with labels, rows in random order; a few dozen rows.
-        k: how many are wanted.
+        k: how many are wanted; None for 8, or all that are for the model where they are fewer.
         say: told what it will cost before it begins.
 
     Returns:
@@ -132,6 +146,7 @@ def shortlist(
         raise LamellaError(f"There are {len(given)} examples; give at least 4, of which half choose and half judge.")
     found = fit(base, library)
     names = [name for name in library.names if name not in found.misfits]
+    k = min(_WANTED, max(len(names), 1)) if k is None else k
     if not 1 <= k <= len(names):
         raise LamellaError(
             f"k={k} LoRAs are wanted of {len(names)} that are for this model"
@@ -143,13 +158,20 @@ def shortlist(
     steps = ", ".join(f"{rung.candidates} on {rung.examples}" for rung in rungs)
     say(f"{len(names)} LoRAs by {len(choosing)} examples ({steps}): {cost:,} examples run through the model")
     exchange = Exchange(base)
-    unused: dict[str, None] = {}
+    unused: dict[str, str] = {}
+    assumed: dict[str, None] = {}
 
     def losses(name: str, places: Iterable[int]) -> Tensor:
         rows = [choosing[place] for place in places]
-        if exchange.put(library.read(name)):
-            unused[name] = None
+        put(name)
         return measured(rows)
+
+    def put(name: str) -> None:
+        heads = exchange.put(library.read(name), library[name].labels)
+        if heads.unused:
+            unused[name] = next(iter(heads.unused.values()))
+        elif heads.assumed:
+            assumed[name] = None
 
     def measured(rows: Sequence[int]) -> Tensor:
         found = given.losses(base, rows)
@@ -166,13 +188,13 @@ def shortlist(
         rows = list(judging)
         judged: dict[str, Tensor] = {}
         for name in best:
-            exchange.put(library.read(name))
+            put(name)
             judged[name] = measured(rows)
         exchange.put_factors(random_like(map_to(base, library.read(best[0])).modules))
         judged[RANDOM] = measured(rows)
         exchange.clear()
         judged[BASE] = measured(rows)
-    return Shortlist(library.only(best), _scored(judged), cost, tuple(unused), found.misfits)
+    return Shortlist(library.only(best), _scored(judged), cost, unused, tuple(assumed), found.misfits)
 
 
 def _scored(losses: dict[str, Tensor]) -> tuple[Scored, ...]:
