@@ -87,8 +87,13 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
     names = [name for name in next(iter(splits.values()), {}) if "/" not in name]
     for name in names:
         table.add_column(name, justify="right")
+    if floor := metrics.get("floor", {}):
+        from lamella.lab.runs.floors import FLOOR
+
+        table.add_column(f"{metrics['metric']}, {FLOOR}", justify="right")
     for split, scores in splits.items():
-        table.add_row(split, *(_number(scores[name]) for name in names))
+        beside = [_number(floor.get(split))] if floor else []
+        table.add_row(split, *(_number(scores[name]) for name in names), *beside)
     console.print(table)
     for split, scores in splits.items():
         main = f"/{metrics.get('metric')}"

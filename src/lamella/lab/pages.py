@@ -17,6 +17,7 @@ from lamella.lab.runs.callbacks import entropy_over_training
 from lamella.lab.runs.card import public_name, task_name
 from lamella.lab.runs.checks import diagnose
 from lamella.lab.runs.evaluating import Traced, trace
+from lamella.lab.runs.floors import FLOOR
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.plain_text import plain_text_sentence
 from lamella.lab.runs.run import RunResult
@@ -118,8 +119,10 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
     scores = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     name, main = metrics["method"], metrics["metric"]
     score = ", ".join(f"{values[main]:.3f} on {split}" for split, values in scores.items())
+    floor = {split: {f"{main}, {FLOOR}": value} for split, value in metrics.get("floor", {}).items()}
     rows = [
-        {"method": name, "task": metrics["task"], "split": split, **_of_all(values)} for split, values in scores.items()
+        {"method": name, "task": metrics["task"], "split": split, **_of_all(values), **floor.get(split, {})}
+        for split, values in scores.items()
     ]
     rows += _rows_by_task(name, result.folder)
     before = [

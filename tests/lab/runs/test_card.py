@@ -8,8 +8,11 @@ import yaml
 from tests.lab.tiny_runs import MOLA, tiny_settings
 from transformers import BertForSequenceClassification
 
+from lamella.cli.output import show_run
 from lamella.lab.data import load_backbone, load_task
-from lamella.lab.runs import card
+from lamella.lab.pages import run_report
+from lamella.lab.report.report import render
+from lamella.lab.runs import floors
 from lamella.lab.runs.card import model_card, public_name, task_name
 from lamella.lab.runs.floors import FLOOR
 from lamella.lab.runs.run import train
@@ -119,14 +122,36 @@ def test_prose_has_no_floor(finished_run):
     assert "LlamaForCausalLM" in text
 
 
-def test_a_large_task_is_spared_the_floor(trained, bert, questions, monkeypatch):
-    monkeypatch.setattr(card, "_FLOOR_ROWS", 10)
-    task = load_task(questions)
-    backbone = load_backbone(bert, task)
+def test_a_large_task_is_spared_the_floor(bert, questions, run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(floors, "_MOST_ROWS", 10)
+    settings = tiny_settings(bert, questions, "lora")
 
-    text = model_card(backbone.model, backbone, task, tiny_settings(bert, questions, MOLA), trained.metrics)
+    result = train(settings, run_folder)
+    show_run(result.metrics, run_folder)
 
-    assert "No linear floor was measured" in text
+    assert "floor" not in result.metrics
+    assert "No linear floor was measured" in _card(result)
+    for shown in (render(run_report(result, settings)), capsys.readouterr().err):
+        assert FLOOR not in shown
+
+
+def test_the_floor_is_measured_once_and_stands_wherever_scores_do(bert, questions, run_folder, monkeypatch, capsys):
+    fitted = []
+    fit = floors.linear_floor
+    monkeypatch.setattr(floors, "linear_floor", lambda *args, **options: fitted.append(1) or fit(*args, **options))
+    monkeypatch.setattr(floors, "metrics_of", lambda *_: {"accuracy": 0.4321})
+    settings = tiny_settings(bert, questions, "lora")
+
+    result = train(settings, run_folder)
+    page = render(run_report(result, settings))
+    show_run(result.metrics, run_folder)
+
+    assert result.metrics["floor"] == {"validation": 0.4321, "test": 0.4321}
+    shown = capsys.readouterr().err
+    for text in (_card(result), page, shown):
+        assert FLOOR in text
+        assert text.count("0.432") == 2
+    assert fitted == [1]
 
 
 def test_a_demo_model_says_which_weights_it_was_trained_on(trained, bert, questions):

@@ -16,14 +16,10 @@ from torch import nn
 
 from lamella.lab.data import Backbone, Task, is_demo
 from lamella.lab.methods import trainable_parameters
-from lamella.lab.runs.floors import FLOOR, floor_columns
+from lamella.lab.runs.floors import FLOOR
 from lamella.lab.runs.folder import environment
 from lamella.lab.runs.settings import RunSettings
-from lamella.lab.scoring import metrics_of
 from lamella.tuners.model import RoutedModel
-
-# up to here the linear model takes seconds
-_FLOOR_ROWS = 20_000
 
 
 def model_card(
@@ -136,7 +132,7 @@ def _data(task: Task) -> str:
 def _scores(task: Task, metrics: Mapping[str, Any]) -> str:
     splits = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     names = list(dict.fromkeys(name for scores in splits.values() for name in scores if "/" not in name))
-    floor = _floor(task)
+    floor = metrics.get("floor")
     header = ["split", *names, *[f"{task.metric}, {FLOOR}"] * bool(floor)]
     rows = [
         [split, *(f"{scores[name]:.4f}" for name in names), *([f"{floor[split]:.4f}"] if floor else [])]
@@ -161,14 +157,6 @@ def _number(value: float | None) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
-def _floor(task: Task) -> dict[str, float]:
-    """The linear model's score by split; empty where it has none or takes long."""
-    if len(task.splits["train"]) > _FLOOR_ROWS:
-        return {}
-    columns = floor_columns(task).get(FLOOR, {})
-    return {split: metrics_of(task, guessed)[task.metric] for split, guessed in columns.items()}
 
 
 def _cost(model: nn.Module, metrics: Mapping[str, Any]) -> str:

@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from lamella.errors import LamellaError
 from lamella.lab.data import Task
-from lamella.lab.scoring import Columns
+from lamella.lab.scoring import Columns, metrics_of
 
 FLOOR = "floor (TF-IDF)"
 MAJORITY = "floor (majority)"
 _TEXTS = ("text", "text1", "text2")
+_MOST_ROWS = 20_000  # up to here the linear model takes seconds
 _KINDS = ("classification", "pair-classification", "regression")
 
 
@@ -24,6 +25,14 @@ def floor_columns(task: Task) -> dict[str, dict[str, Columns]]:
         floor: {split: _columns(task, split, predicted) for split, predicted in splits.items()}
         for floor, splits in floor_predictions(task).items()
     }
+
+
+def floor_scores(task: Task) -> dict[str, float]:
+    """The linear model's score in the task's metric, by split; empty where it has none or takes long."""
+    if len(task.splits["train"]) > _MOST_ROWS:
+        return {}
+    columns = floor_columns(task).get(FLOOR, {})
+    return {split: metrics_of(task, guessed)[task.metric] for split, guessed in columns.items()}
 
 
 def floor_predictions(task: Task) -> dict[str, dict[str, npt.NDArray[Any]]]:

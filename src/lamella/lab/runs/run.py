@@ -27,6 +27,7 @@ from lamella.lab.methods import trainable_parameters
 from lamella.lab.runs.by_task import BY_TASK, scores_of, traced_scores
 from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Steps, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
+from lamella.lab.runs.floors import floor_scores
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.plain_text import PlainText
 from lamella.lab.runs.rows import Rows, check_unchanged
@@ -283,6 +284,8 @@ class _Run:
         if frames:
             with atomic(self.place.path / "predictions.parquet") as path:
                 pd.concat(frames, ignore_index=True).to_parquet(path)
+        if floor := floor_scores(self.task):
+            metrics = metrics | {"floor": floor}
         card = model_card(self.model, self.backbone, self.task, self.settings, metrics)
         save_trained(self.model, self.settings.method, self.backbone, self.place, card)
         batch = self.encoded.collator([self.rows[i] for i in range(min(4, len(self.rows)))])
