@@ -25,6 +25,7 @@ def test_one_family_for_each_path(name: str) -> None:
         ("longformer", "MoLEx", ("padding",)),  # padded by the model itself
         ("git", "MOLE", ("padding",)),  # an image before the words
         ("mistral3", "MoLEx", ("batch-mates",)),  # all images in one row
+        ("qwen3_vl", "MoLEx", ("generation",)),  # a mask that the model makes itself, of an image's tokens
         ("recurrent_gemma", "MoLEx", ("generation",)),  # states kept in the blocks
     ],
 )

@@ -299,7 +299,8 @@ def _frame_of_stack(call: RoutedCall, stack: nn.Module, arguments: Mapping[str, 
         given = parent.given
     ids = arguments.get("input_ids")
     width = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
-    unread = other_masks(arguments) or ({} if parent is None or mask is not None else dict(parent.unread))
+    # a mask that the model makes itself, as of the tokens that are an image's, says nothing of padding
+    unread = other_masks(arguments) if parent is None else {} if mask is not None else dict(parent.unread)
     packing = Packing(arguments)
     return Frame(
         call, real, encoder_real, parent, stack=stack, given=given, width=width, packing=packing, unread=unread
