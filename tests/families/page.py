@@ -20,6 +20,9 @@ Answers = dict[str, dict[str, dict[str, Any]]]
 
 INTRODUCTION = """# What runs where
 
+Not listed? It is tried all the same, and what cannot be had is refused by a sentence:
+[your own model family](how-to/own-model.md).
+
 `make families` builds a tiny random model of each family of transformers {transformers}, puts PEFT's LoRA (peft
 {peft}), MoLA, MoLEx and MOLE on it, and asks eight questions. **y** is yes. A number is *no*: the error or warning that
 says so is below. **·** is not asked, because the base model itself does not keep it, which is found by running the
