@@ -108,7 +108,7 @@ def test_the_study_says_it_in_words_and_tables(ran, study):
     assert not [finding for finding in study.findings if finding.severity == "error"]
     assert list(study.results["task"].unique()) == [MIXTURE, "c", f"{MIXTURE}, what is kept"]
     verdict, others, elsewhere = study.summary.splitlines()
-    assert verdict.startswith("On mixture with ")
+    assert "On mixture with " in verdict  # behind a floor that tiny models may not reach
     assert "MOLE accuracy 0." in verdict
     assert others.startswith("20 test rows, 2 seed(s).")
     assert elsewhere.startswith("Elsewhere MOLE against ")
