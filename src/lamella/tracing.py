@@ -4,7 +4,7 @@ Routers of lamella's adapters are recorded, and those that a mixture-of-experts 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +18,7 @@ from lamella.backbones.moe import FAMILIES, Dispatch, explain_unknown, find_moe_
 from lamella.errors import LamellaError, optional_module
 from lamella.files import atomic
 from lamella.routing import RoutedCall, Routing, current_frame, find_tracker
+from lamella.tuners.routed import routed_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,7 @@ FIRST_COLUMNS = (  # those that every edition's traces have
     "adapter", "stack", "layer", "module", "expert", "num_experts", "share", "mean_weight", "entropy", "tokens",
     "dropped",
 )  # fmt: skip
-COLUMNS = (*FIRST_COLUMNS, "effective_experts")
+COLUMNS = (*FIRST_COLUMNS, "effective_experts", "name")
 TOKEN_COLUMNS = (
     "adapter", "stack", "layer", "module", "call", "sequence", "position", "rank", "expert", "weight",
 )  # fmt: skip
@@ -51,6 +52,7 @@ class RouterUse:
         dropped: per expert, the selections that it had no room for, which count nowhere else.
         effective_experts: by how many experts a decision counts, ``(sum |w|)^2 / sum w^2`` over its weights, in the
             mean: 1 where one has all the weight, k where k weigh alike. NaN in traces that lack it.
+        names: of the experts, such as those of composed LoRAs; empty where they have only numbers.
     """
 
     adapter: str
@@ -63,6 +65,7 @@ class RouterUse:
     tokens: int
     dropped: tuple[int, ...]
     effective_experts: float
+    names: tuple[str, ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -108,7 +111,7 @@ class _Router:
         squares = used.square().sum(dim=-1).clamp_min(torch.finfo(used.dtype).tiny)  # (N,)
         self.effective = self.effective + (used.sum(dim=-1).square() / squares).sum()
 
-    def use(self, key: Key) -> RouterUse:
+    def use(self, key: Key, names: tuple[str, ...]) -> RouterUse:
         """The sums as shares and means."""
         tokens = int(self.tokens)
         return RouterUse(
@@ -119,6 +122,7 @@ class _Router:
             tokens=tokens,
             dropped=tuple(self.dropped.tolist()),
             effective_experts=float(self.effective) / max(tokens, 1),
+            names=names,
         )
 
     def sums(self) -> tuple[Tensor, ...]:
@@ -127,10 +131,16 @@ class _Router:
 
 
 class Trace:
-    """What the routers did while it was recorded, per adapter, stack, layer and module."""
+    """What the routers did while it was recorded, per adapter, stack, layer and module.
 
-    def __init__(self, per_token: bool = False) -> None:
+    Args:
+        per_token: whether every token's choices are kept.
+        names: of a router's experts, where they have any.
+    """
+
+    def __init__(self, per_token: bool = False, names: Mapping[Key, tuple[str, ...]] | None = None) -> None:
         self._routers: dict[Key, _Router] = {}
+        self._names = names or {}
         self._per_token = per_token
         self._choices: list[tuple[Key, int, Tensor, Tensor, Tensor, Tensor]] = []
         self._calls: list[RoutedCall] = []
@@ -182,18 +192,20 @@ class Trace:
     @property
     def routers(self) -> tuple[RouterUse, ...]:
         """What each router did, in the order of their first decisions."""
-        return tuple(router.use(key) for key, router in self._routers.items())
+        return tuple(router.use(key, self._names.get(key, ())) for key, router in self._routers.items())
 
     @property
     def frame(self) -> "pd.DataFrame":
         """A row per router and expert: `routers` as a table, ``share``, ``mean_weight`` and ``dropped`` by expert.
+
+        ``name`` is the expert's, as of a composed LoRA; empty where it has only its number, ``expert``.
 
         Raises:
             LamellaError: pandas is not installed.
         """
         rows = [
             (use.adapter, use.stack, use.layer, use.module, expert, use.num_experts, share, weight, use.entropy,
-             use.tokens, dropped, use.effective_experts)
+             use.tokens, dropped, use.effective_experts, use.names[expert] if use.names else "")
             for use in self.routers
             for expert, (share, weight, dropped) in enumerate(
                 zip(use.shares, use.mean_weights, use.dropped, strict=True)
@@ -280,6 +292,7 @@ def routers_of(frame: "pd.DataFrame") -> list[RouterUse]:
             tokens=int(rows["tokens"].iloc[0]),
             dropped=tuple(rows["dropped"]),
             effective_experts=float(rows["effective_experts"].iloc[0]) if "effective_experts" in rows else math.nan,
+            names=tuple(rows["name"]) if "name" in rows and rows["name"].all() else (),
         )
         for key, rows in frame.groupby(keys, sort=False)
     ]
@@ -329,7 +342,11 @@ def record_routing(model: nn.Module, per_token: bool = False) -> Iterator[Trace]
     native = find_moe_layers(model, [family for family in FAMILIES if family.native])
     if tracker is None and not native:
         raise LamellaError(_nothing_to_record(model))
-    trace = Trace(per_token)
+    named = {
+        (one.adapter, one.place.stack, one.place.layer, one.place.module): one.expert_names
+        for one in routed_layers(model)
+    }
+    trace = Trace(per_token, named)
     with ExitStack() as recording:
         if tracker is not None:
             recording.enter_context(tracker.observed(trace.observe))

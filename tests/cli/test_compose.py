@@ -1,5 +1,6 @@
 import json
 
+import pandas as pd
 import pytest
 from tests.cli.conftest import FAST
 
@@ -22,7 +23,10 @@ def test_compose_trains_routers_and_leaves_a_run(lamella, bert, lora_runs, quest
     assert (printed["method"], printed["model"]) == ("mole", bert)
     assert printed["saved_equals_loaded"]["equal"]
     assert "MOLE of 2 LoRAs" in printed["summary"]
-    assert (run_folder / "report.html").is_file()
+    page = (run_folder / "report.html").read_text()
+    assert "one alone" in page
+    assert "layer 0, attention.self.query, expert" not in page
+    check_controls(printed, lora_runs)
     assert "granularity: network" in (run_folder / "run.yaml").read_text()
     assert str(lora_runs) not in (run_folder / "adapter" / "README.md").read_text()
     config = json.loads((run_folder / "adapter" / "adapter_config.json").read_text())
@@ -31,6 +35,34 @@ def test_compose_trains_routers_and_leaves_a_run(lamella, bert, lora_runs, quest
     assert status == 0
     assert json.loads(out)["metrics"] == pytest.approx(printed["test"])
     assert lamella("doctor", run_folder)[0] == 0
+
+
+def check_controls(printed, lora_runs):
+    """A LoRA alone, with the head of its own that is for these labels, scores what its own run found."""
+    controls = printed["controls"]
+    assert list(controls["scores"]) == ["the mean", "one alone", "second alone"]
+    assert controls["heads"] == {"the mean": "the composition's", "one alone": "own", "second alone": "own"}
+    for control, run in (("one alone", "first"), ("second alone", "second")):
+        alone = json.loads((lora_runs / run / "metrics.json").read_text())
+        for split in ("validation", "test"):
+            assert controls["scores"][control][split] == pytest.approx(alone[split], abs=1e-5)
+        difference = printed["test"]["accuracy"] - alone["test"]["accuracy"]
+        assert controls["differences"][control]["difference"] == pytest.approx(difference)
+    assert (controls["passes"], controls["split"], controls["left_out"]) == (3, "test", 0)
+
+
+def test_controls_are_shown_beside_the_score(lamella, lora_runs, questions, run_folder):
+    loras = (f"a={lora_runs / 'first'}", f"b={lora_runs / 'second'}")
+
+    status, _, err = lamella("compose", "--adapters", *loras, "--task", questions, *FAST, "-o", run_folder)
+
+    assert status == 0, err
+    words = " ".join(err.split())
+    assert "what it has to beat: accuracy" in words
+    assert "By accuracy on test rows the composition" in words
+    assert "the mean: with the head that was trained beside the routers" in words
+    assert "3 more passes over the rows" in words
+    assert set(pd.read_parquet(run_folder / "trace.parquet")["name"]) == {"a", "b"}
 
 
 def test_compose_check_trains_nothing(lamella, lora_runs, questions, run_folder):

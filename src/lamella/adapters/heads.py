@@ -1,7 +1,8 @@
 """Classification heads and the names of their labels: a row of a head counts for the label that it was trained for."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -54,6 +55,21 @@ def fit_head(model: nn.Module, place: str, tensors: Head, labels: Sequence[str] 
         return Fitted(tensors, assumed=True)
     order = [labels.index(label) for label in wanted]
     return Fitted({name: tensor[order] if name in rows else tensor for name, tensor in tensors.items()})
+
+
+@contextmanager
+def standing_in(module: nn.Module, tensors: Head) -> Iterator[None]:
+    """Puts a head's tensors, by their names in the module, in the place of its own, in their precision and on their
+    device."""
+    own = dict(module.named_parameters())
+    before = {name: own[name].data for name in tensors}
+    for name, tensor in tensors.items():
+        own[name].data = tensor.to(before[name])
+    try:
+        yield
+    finally:
+        for name, tensor in before.items():
+            own[name].data = tensor
 
 
 def _names(labels: Iterable[str]) -> tuple[str, ...]:

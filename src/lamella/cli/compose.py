@@ -30,7 +30,7 @@ def compose(
     """Compose LoRAs that are trained already: routers learn how much each counts, and nothing else but a new head does.
 
     Settings are those of `lamella train` with the method mole, such as method.granularity=network; lr is 3e-4 if
-    absent.
+    absent. Afterwards the LoRAs' mean and each LoRA alone are scored on the same rows, a pass for each.
 
     Example: lamella compose --adapters books=runs/books dvd=runs/dvd --task blitzer -o runs/both
     """

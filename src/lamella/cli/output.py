@@ -99,6 +99,8 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
         main = f"/{metrics.get('metric')}"
         if by_task := [f"{name} {_number(value)}" for name, value in scores.items() if name.endswith(main)]:
             console.print(f"{split}: {', '.join(by_task)}")
+    if "controls" in metrics:
+        _show_controls(metrics["controls"], splits, metrics["metric"])
     if metrics["summary"]:
         console.print(metrics["summary"])
     if "plain_text" in metrics:
@@ -109,6 +111,28 @@ def show_run(metrics: Mapping[str, Any], folder: Path) -> None:
         f"{metrics['trainable_parameters']:,} trainable parameters, {metrics['seconds_per_step']:.2f} s per step, "
         f"{metrics['steps']} steps. The run is in {folder}"
     )
+
+
+def _show_controls(controls: Mapping[str, Any], splits: Mapping[str, Any], metric: str) -> None:
+    """The composition's score above those of what it has to beat, and what follows."""
+    from lamella.lab.runs.controls import COMPOSITION, controls_sentences
+
+    split, differences = controls["split"], controls["differences"]
+    table = Table(title=f"what it has to beat: {metric}", title_justify="left")
+    table.add_column("")
+    scored = list(next(iter(controls["scores"].values())))
+    for column in (*scored, f"the composition less it, {controls['measure']} on {split}"):
+        table.add_column(column, justify="right")
+    table.add_row(COMPOSITION, *(_number(splits[one][metric]) for one in scored))
+    for name, of in controls["scores"].items():
+        words = ""
+        if one := differences.get(name):
+            low, high = one["interval"]
+            words = f"{one['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        table.add_row(name, *(_number(of[split][metric]) for split in scored), words)
+    console.print(table)
+    for sentence in controls_sentences(controls):
+        console.print(sentence)
 
 
 def show_scores(scored: Evaluation) -> None:

@@ -60,7 +60,7 @@ def carry_out(settings: RunSettings, output: Path | None, *, check: bool, force:
             typer.echo(str(diagnosis))
         raise typer.Exit(0 if diagnosis.ok else 1)
     with showing(settings.label):
-        result = run(settings, output or Path("runs") / settings.label, force=force)
+        result = run(settings, output or Path("runs") / settings.label, force=force, controls=True)
         with working("writing the report"):
             write_report(run_report(result, settings), result.folder.path / "report.html")
     if json:

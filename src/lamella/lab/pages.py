@@ -16,6 +16,7 @@ from lamella.lab.runs.by_task import BY_TASK
 from lamella.lab.runs.callbacks import entropy_over_training
 from lamella.lab.runs.card import public_name, task_name
 from lamella.lab.runs.checks import diagnose
+from lamella.lab.runs.controls import controls_sentences
 from lamella.lab.runs.evaluating import Traced, trace
 from lamella.lab.runs.floors import FLOOR
 from lamella.lab.runs.folder import RunFolder
@@ -120,14 +121,23 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
     name, main = metrics["method"], metrics["metric"]
     score = ", ".join(f"{values[main]:.3f} on {split}" for split, values in scores.items())
     floor = {split: {f"{main}, {FLOOR}": value} for split, value in metrics.get("floor", {}).items()}
+    controls = metrics.get("controls", {})
+    differences = controls.get("differences", {})
     rows = [
         {"method": name, "task": metrics["task"], "split": split, **_of_all(values), **floor.get(split, {})}
+        | ({f"{name} less it": ""} if controls else {})
         for split, values in scores.items()
     ]
     rows += _rows_by_task(name, result.folder)
     before = [
         {"method": f"{name}, before training", "task": metrics["task"], "split": split, **_of_all(values)}
         for split, values in metrics.get("before", {}).items()
+    ]
+    beside = [
+        {"method": control, "task": metrics["task"], "split": split, **_of_all(values), **floor.get(split, {})}
+        | {f"{name} less it": _difference(differences.get(control)) if split == controls["split"] else ""}
+        for control, by_split in controls.get("scores", {}).items()
+        for split, values in by_split.items()
     ]
     model = public_name(metrics["model"])
     cost = {
@@ -140,8 +150,9 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
     }
     return Report(
         title=f"{model} on {task_name(metrics['task'])} with {name}",
-        summary=f"{model} with {name} reaches {main} {score} after {metrics['steps']} steps.",
-        results=pd.DataFrame([*before, *rows]),
+        summary=f"{model} with {name} reaches {main} {score} after {metrics['steps']} steps."
+        + (f"\n{controls_sentences(controls)[0]}" if controls else ""),
+        results=pd.DataFrame([*before, *rows, *beside]),
         cost=pd.DataFrame([cost]),
         routing=_routing(result.folder.path),
         by_task=_by_task({name: result.folder.path}),
@@ -150,6 +161,7 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         notes=[
             *filter(None, [metrics["summary"]]),
             *([plain_text_sentence(metrics["plain_text"])] if "plain_text" in metrics else []),
+            *(controls_sentences(controls)[1:] if controls else []),
             *metrics["notes"],
         ],
         redundancy=redundancy_of(result.folder.path),
@@ -157,6 +169,10 @@ def run_report(result: RunResult, settings: RunSettings) -> Report:
         findings_checked=True,
         about=result,
     )
+
+
+def _difference(one: Mapping[str, Any] | None) -> str:
+    return "" if one is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(one["difference"], *one["interval"])
 
 
 def trace_report(traced: Traced, diagnosis: Diagnosis) -> Report:

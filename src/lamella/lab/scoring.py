@@ -210,6 +210,14 @@ def metrics_of(task: Task, columns: Columns) -> dict[str, float]:
     return metrics | ({"loss": float(columns["nll"].mean())} if "nll" in columns else {})
 
 
+def summands(columns: Columns) -> tuple[str, npt.NDArray[np.float64]]:
+    """A measure that is a mean over examples, and its summands (examples,), which can be paired and resampled."""
+    for column, measure in (("correct", "accuracy"), ("squared_error", "mean_squared_error")):
+        if column in columns:
+            return measure, columns[column].astype(np.float64)
+    return "loss", columns["nll"].astype(np.float64) / columns["tokens"].mean()  # so the mean is the loss per token
+
+
 def _over_tasks(task: Task, columns: Columns) -> dict[str, float]:
     by_task: dict[str, dict[str, float]] = {}
     for part in task.parts:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.adapters import Factors, LoraSource, map_to
-from lamella.adapters.heads import fit_head
+from lamella.adapters.heads import fit_head, standing_in
 from lamella.adapters.source import random_factors
 
 
@@ -34,7 +34,7 @@ class Exchange:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._factors: dict[str, Factors] = {}
-        self._heads: list[tuple[nn.Parameter, Tensor]] = []  # what stands in the place of what
+        self._heads = ExitStack()
 
     @contextmanager
     def installed(self, modules: Mapping[str, object]) -> Iterator[None]:
@@ -61,8 +61,8 @@ class Exchange:
         self.clear()
         fitted = {head: fit_head(self._model, head, tensors, labels) for head, tensors in mapped.whole.items()}
         for head, found in fitted.items():
-            own = dict(self._model.get_submodule(head).named_parameters())
-            self._heads += [_replace(own[name], tensor) for name, tensor in (found.tensors or {}).items()]
+            if found.tensors is not None:
+                self._heads.enter_context(standing_in(self._model.get_submodule(head), found.tensors))
         self.put_factors(mapped.modules)
         unused = {head: found.why_not for head, found in fitted.items() if found.tensors is None}
         return Put(unused, tuple(head for head, found in fitted.items() if found.assumed))
@@ -74,9 +74,7 @@ class Exchange:
     def clear(self) -> None:
         """Leaves the base alone."""
         self._factors = {}
-        for parameter, before in self._heads:
-            parameter.data = before
-        self._heads = []
+        self._heads.close()
 
     def factors(self, module: str) -> Factors | None:
         """What the LoRA in place has for a module."""
@@ -96,12 +94,6 @@ class _Adding:
         x = args[0].to(lora.A.dtype)  # (*rows, in)
         delta = nn.functional.linear(nn.functional.linear(x, lora.A.to(x.device)), lora.B.to(x.device))  # (*rows, out)
         return y + (lora.scaling * delta).to(y.dtype)
-
-
-def _replace(parameter: nn.Parameter, tensor: Tensor) -> tuple[nn.Parameter, Tensor]:
-    before = parameter.data
-    parameter.data = tensor.to(before)
-    return parameter, before
 
 
 def random_like(factors: Mapping[str, Factors], seed: int = 0) -> dict[str, Factors]:

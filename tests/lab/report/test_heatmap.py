@@ -30,6 +30,16 @@ def test_a_layer_of_one_expert_has_no_entropy(trace):
     assert "nothing was chosen" in view.paragraphs[0]
 
 
+def test_experts_have_their_names_where_all_layers_call_them_so(trace):
+    routing = trace([2, 2], ["q"], share={(0, "q"): [0.9, 0.1]})
+    view = routing_view(routing.assign(name=["books", "dvd"] * 2))
+    assert view.panels[0].grids[0].experts == ("books", "dvd")
+    assert "most used: layer 0, q, expert books (1.80 times" in view.paragraphs[0]
+    apart = routing_view(routing.assign(name=["books", "dvd", "books", "law"]))
+    assert apart.panels[0].grids[0].experts == ("books", "1")
+    assert routing_view(routing.assign(name="")).panels[0].grids[0].experts == ("0", "1")
+
+
 def test_stacks_are_kept_apart(trace):
     view = routing_view(pd.concat([trace([2], ["q"]), trace([4, 4], ["q", "cross.q"], stack="decoder")]))
     assert [[grid.stack for grid in panel.grids] for panel in view.panels] == [

@@ -11,6 +11,7 @@ from tests.tuners.mole import trained
 
 import lamella
 from lamella import fixed_weights, masked_experts, record_routing
+from lamella.tracing import routers_of
 
 
 @pytest.mark.parametrize("kind", trained.SETTINGS)
@@ -50,6 +51,10 @@ def test_fixed_weights_are_traced_as_they_are(folder: Path) -> None:
     with fixed_weights(model, {"news": 0.25, "law": 0.75}), record_routing(model) as trace:
         trained.run(model, given)
     assert trace.frame.groupby("expert").mean_weight.mean().tolist() == pytest.approx([0.25, 0.0, 0.75])
+    assert trace.frame.groupby("name").mean_weight.mean().to_dict() == pytest.approx(
+        {"news": 0.25, "code": 0.0, "law": 0.75}
+    )
+    assert routers_of(trace.frame) == list(trace.routers)
     with masked_experts(model, drop=["code"]), record_routing(model, per_token=True) as trace:
         trained.run(model, given)
     assert set(trace.tokens.expert) == {0, 2}

@@ -54,10 +54,10 @@ class HeatRow:
 
 @dataclass(frozen=True)
 class Grid:
-    """The layers of one block stack."""
+    """The layers of one block stack; its experts by name, or by number where they have none."""
 
     stack: str
-    experts: tuple[int, ...]
+    experts: tuple[str, ...]
     rows: tuple[HeatRow, ...]
 
 
@@ -81,7 +81,8 @@ def routing_view(routing: pd.DataFrame) -> RoutingView | None:
     """Lay out a trace; None where it holds no row.
 
     Args:
-        routing: a row per layer × module × expert, columns `COLUMNS`; entropy in nats, share and mean weight in 0..1.
+        routing: a row per layer × module × expert, columns `COLUMNS`; entropy in nats, share and mean weight in 0..1;
+            ``name``, if it is there, names experts that have more than a number.
 
     Raises:
         LamellaError: a column is missing.
@@ -91,7 +92,9 @@ def routing_view(routing: pd.DataFrame) -> RoutingView | None:
         raise LamellaError(f"The routing table lacks the columns {', '.join(absent)}; give the frame of a trace.")
     if routing.empty:
         return None
+    numbers = routing["expert"].astype(str)
     frame = routing.assign(
+        name=routing["name"].where(routing["name"].fillna("") != "", numbers) if "name" in routing else numbers,
         relative=routing["mean_weight"] * routing["num_experts"],
         certainty=[
             entropy / math.log(experts) if experts > 1 else math.nan
@@ -110,7 +113,13 @@ def _grids(frame: pd.DataFrame) -> tuple[Grid, ...]:
 def _grid(stack: str, frame: pd.DataFrame) -> Grid:
     experts = tuple(range(int(frame["expert"].max()) + 1))
     rows = tuple(_row(int(layer), rows, experts) for layer, rows in frame.groupby("layer"))
-    return Grid(stack, experts, rows)
+    return Grid(stack, tuple(_heading(frame, expert) for expert in experts), rows)
+
+
+def _heading(frame: pd.DataFrame, expert: int) -> str:
+    """A column has a name where all its layers call it so."""
+    names = frame.loc[frame["expert"] == expert, "name"].unique()
+    return str(names[0]) if len(names) == 1 else str(expert)
 
 
 def _row(layer: int, frame: pd.DataFrame, experts: tuple[int, ...]) -> HeatRow:
@@ -173,7 +182,7 @@ def _effective(chosen: pd.DataFrame) -> tuple[str, ...]:
 
 def _place(row: pd.Series) -> str:
     times = f"{row['relative']:.2f} times an even share"
-    return f"layer {row['layer']}, {row['module']}, expert {row['expert']} ({times})"
+    return f"layer {row['layer']}, {row['module']}, expert {row['name']} ({times})"
 
 
 @section("Routing", 20)

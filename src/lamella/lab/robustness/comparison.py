@@ -18,7 +18,7 @@ from lamella.errors import LamellaError
 from lamella.files import atomic
 from lamella.lab.robustness.noisy import NoiseKind, check_strengths, noise_kind, noisy_scores
 from lamella.lab.runs.trained import Trained, find_trained, load_trained
-from lamella.lab.scoring import Columns, score, selection
+from lamella.lab.scoring import score, selection, summands
 from lamella.progress import counted, working
 from lamella.statistics import contrast
 
@@ -267,7 +267,7 @@ def _scored(
                 scores = noisy_scores(trained, rows, encoded.collator, kind, strength, seed)
                 work.advance()
             metrics[strength, seed] = scores.metrics
-            measure, examples.setdefault(strength, {})[seed] = _examples(scores.columns)
+            measure, examples.setdefault(strength, {})[seed] = summands(scores.columns)
     return _Scored(
         run=run,
         task=trained.task.name,
@@ -279,14 +279,6 @@ def _scored(
         size=trained.size,
         notes=encoded.notes,
     )
-
-
-def _examples(columns: Columns) -> tuple[str, npt.NDArray[np.float64]]:
-    """A measure that is a mean over examples, and its summands (examples,)."""
-    for column, measure in (("correct", "accuracy"), ("squared_error", "mean_squared_error")):
-        if column in columns:
-            return measure, columns[column].astype(np.float64)
-    return "loss", columns["nll"].astype(np.float64) / columns["tokens"].mean()  # so the mean is the loss per token
 
 
 def _check_pairs(one: _Scored, two: _Scored) -> None:

@@ -24,9 +24,11 @@ from lamella.files import atomic
 from lamella.lab.data import Backbone, Encoded, Task, encode, load_backbone
 from lamella.lab.lora_cards import adapted_by_lora, measure_card
 from lamella.lab.methods import trainable_parameters
+from lamella.lab.methods.compositions import ComposingMethod
 from lamella.lab.runs.by_task import BY_TASK, scores_of, traced_scores
 from lamella.lab.runs.callbacks import LogLines, RoutingHistory, Steps, Stopwatch, routing_summary
 from lamella.lab.runs.card import model_card
+from lamella.lab.runs.controls import has_controls, measure_controls
 from lamella.lab.runs.floors import floor_scores
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.plain_text import PlainText
@@ -66,6 +68,7 @@ def train(
     force: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     score_test: bool = True,
+    controls: bool = False,
 ) -> RunResult:
     """Train, score, save and check one run; go on from its last checkpoint where it was interrupted.
 
@@ -78,6 +81,8 @@ def train(
         force: delete an earlier run in ``folder`` first.
         callbacks: further callbacks of transformers' Trainer.
         score_test: whether test rows are scored; not where settings are still to be chosen.
+        controls: whether of a composition the mean of its LoRAs and each LoRA alone are scored too, a pass for each; a
+            study has runs of their own for them.
 
     Raises:
         LamellaError: the folder may not be written or another process writes it, settings do not fit the model or
@@ -93,7 +98,7 @@ def train(
             place.check(settings, force=force)
     reset_peak_memory()
     # settings that do not fit end here, before anything is written
-    run = _Run(settings, place, process, callbacks, score_test=score_test)
+    run = _Run(settings, place, process, callbacks, score_test=score_test, controls=controls)
     with place.claimed() if writes else nullcontext():
         if writes:
             place.check(settings, force=force)  # another process may have been here in the meantime
@@ -119,7 +124,9 @@ class _Run:
         callbacks: Sequence[TrainerCallback],
         *,
         score_test: bool,
+        controls: bool,
     ) -> None:
+        self.controls = controls and has_controls(settings.method)
         self.settings, self.place, self.process = settings, place, process
         set_seed(settings.seed)
         with process.main_process_first():  # one process fills the cache, the others find it full
@@ -188,6 +195,7 @@ class _Run:
             # accelerate wraps the forward for mixed precision; what is scored and saved is the model without it
             self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_fp32_wrapper=False)
         after, routing = self._traced_scores()
+        controls = self._measure_controls(after) if self.controls else {}
         metrics = {
             "model": self.settings.model,
             "task": self.task.name,
@@ -199,6 +207,7 @@ class _Run:
             **{split: scores.metrics for split, scores in after.items()},
             **({"before": {split: scores.metrics for split, scores in before.items()}} if before else {}),
             **({} if self.plain is None else {"plain_text": self.plain.measured(self.model)}),
+            **({"controls": controls} if controls else {}),
             **self._costs(),
             **({"alpha": {"start": alpha, "end": self._learned_alpha()}} if alpha else {}),
             "routing": routing,
@@ -254,6 +263,12 @@ class _Run:
                 with atomic(self.place.path / BY_TASK) as path:
                     traced.by_task.to_parquet(path)
         return traced.scores, routing_summary(traced.trace.frame)
+
+    def _measure_controls(self, scores: dict[str, Scores]) -> dict[str, Any]:
+        method, model = self.settings.method, self.model
+        assert isinstance(method, ComposingMethod)  # `has_controls`
+        assert isinstance(model, PeftModel)
+        return measure_controls(model, method.adapters, scores, self._scores)
 
     def _learned_alpha(self) -> dict[str, float]:
         """Learned alphas as they are now, by block or stack; empty where none is learned."""
