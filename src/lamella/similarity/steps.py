@@ -21,7 +21,7 @@ from lamella.similarity.alignment import fit_aligners, sweep
 from lamella.similarity.alignment.table import by_aligner, from_label
 from lamella.similarity.compression import Settings, compression_curve, damages, find_routes, rerouting_table
 from lamella.similarity.compression.compressed import check_arguments, compress_each, rank_experts
-from lamella.similarity.compression.perplexity import Domains, read_domains
+from lamella.similarity.compression.perplexity import SETTINGS, Domains, read_domains
 from lamella.similarity.compression.routes import Aligners
 from lamella.similarity.compression.saving import refuse_existing
 from lamella.similarity.pairs import Name
@@ -273,9 +273,9 @@ def compress_to_budgets(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Perplexity after compression by each criterion to each budget, and after rerouting the tokens of closed experts.
 
-    What can be refused is refused before the model reads any text. Rows that an earlier compression measured with the
-    same settings are not measured again, and stay in the table beside the new ones, each of which is written when it is
-    measured. Rerouting needs an alignment, and is left out where none is.
+    What can be refused is refused before the model reads any text. Rows of an earlier compression stay in the table
+    beside the new ones, each of which is written when it is measured; those of the same settings are not measured
+    again. Rerouting needs an alignment, and is left out where none is.
 
     Args:
         study: with a capture.
@@ -303,16 +303,17 @@ def compress_to_budgets(
         find_routes(_rows_of(study.folder, aligner), study.model, closed)  # one that none could replace is named now
     refused: list[str] = []
     settings = settings.with_passes(texts)
-    noted = {
-        "scope": settings.scope, "refit": settings.refit, "distil": settings.distil, "measured_on": measured_on
-    }  # fmt: skip
-    before, notes = _curve_before(study.folder, noted)
+    before, notes = _curve_before(study.folder)
+    known = None if before is None else before[before["measured_on"] == measured_on]
+
+    def keep(rows: pd.DataFrame) -> None:
+        _keep_curve(study.folder, before, rows.assign(measured_on=measured_on))
+
     curve = compression_curve(
         study.model, study.capture, read_domains(domains), budgets, criteria, seeds=range(seeds), texts=texts,
-        chosen_on=(study.subject.text,), settings=settings, refused=refused.append,
-        known=before, keep=lambda rows: _keep_curve(study.folder, before, rows, noted),
+        chosen_on=(study.subject.text,), settings=settings, refused=refused.append, known=known, keep=keep,
     )  # fmt: skip
-    _keep_curve(study.folder, before, curve, noted)
+    keep(curve)
     notes = refused + notes
     if closed:
         with working("rerouting"):
@@ -333,25 +334,24 @@ def measure_damages(study: Study) -> pd.DataFrame:
     return table
 
 
-def _curve_before(folder: StudyFolder, settings: dict[str, Any]) -> tuple[pd.DataFrame | None, list[str]]:
-    """The rows of an earlier compression with the same settings; of others, a note that they go."""
+def _curve_before(folder: StudyFolder) -> tuple[pd.DataFrame | None, list[str]]:
+    """The rows of earlier compressions with their settings; where nothing says those, a note that they go."""
     before = None if folder.is_stale("compression") else folder.table("compression")
-    noted = folder.facts("compression")
-    if before is None or noted == settings:
+    if before is None or "measured_on" in before.columns:
         return before, []
-    then = "unknown settings" if noted is None else ", ".join(f"{name} {value}" for name, value in noted.items())
-    return None, [f"{len(before)} rows of an earlier compression ({then}) are replaced."]
+    noted = folder.facts("compression")  # where earlier editions had the settings of all rows
+    if noted is None:
+        return None, [f"{len(before)} rows of an earlier compression, of unknown settings, are replaced."]
+    return before.assign(weighted=True, **noted), []
 
 
-def _keep_curve(folder: StudyFolder, before: pd.DataFrame | None, rows: pd.DataFrame, settings: dict[str, Any]) -> None:
+def _keep_curve(folder: StudyFolder, before: pd.DataFrame | None, rows: pd.DataFrame) -> None:
     """Writes what is measured so far beside the rows of before."""
     pd = optional_module("pandas", "A compression curve")
     if before is not None:
-        key = ["method", "budget", "domain", "seed"]
+        key = ["method", "budget", "domain", "seed", *SETTINGS]
         rows = pd.concat([_lacking(before, rows, key), rows], ignore_index=True)
-    folder.note("compression", None)  # a kill before the next note leaves rows of unknown settings
     folder.write("compression", rows)
-    folder.note("compression", settings)
 
 
 def _lacking(before: pd.DataFrame, now: pd.DataFrame, key: list[str]) -> pd.DataFrame:

@@ -1,15 +1,19 @@
 """`lamella similarity compress`: with which aligners, and what is refused before the long work."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import transformers
 from tests.cli.test_similarity import WORDS, run, save_model
 from transformers import AutoTokenizer
 
+import lamella
 from lamella.cli.similarity.subject import load
 from lamella.similarity import Compressed, reroute, steps
+from lamella.similarity.compression import Saved, perplexity
 from lamella.similarity.study import Study, StudyFolder
 from lamella.similarity.swapping.scores import text_scores
 from lamella.texts import text_batches
@@ -50,11 +54,11 @@ def calls(monkeypatch):
     return settings
 
 
-def forbid(monkeypatch):
+def forbid(monkeypatch, room=steps, name="compression_curve"):
     def long_work(*args, **settings):
         raise AssertionError("the long work has begun")
 
-    monkeypatch.setattr(steps, "compression_curve", long_work)
+    monkeypatch.setattr(room, name, long_work)
 
 
 def keep(study, *kinds):
@@ -94,13 +98,20 @@ def test_an_aligner_that_was_scored_on_another_text_goes_by_its_kind(study, call
     assert {given["aligner"] for given in calls} == {"low-rank"}
 
 
-def test_what_is_saved_is_what_was_measured(study, tmp_path, monkeypatch):
+def test_what_is_saved_is_what_was_measured(study, tmp_path, monkeypatch, capsys):
     for scope, name in (("layer", "even"), ("model", "uneven")):
         words = ("--criterion", "reconstruction", "--scope", scope, "--close", 0, "--save", tmp_path / name)
         assert run(monkeypatch, "compress", study, *QUICK, *words) == 0
         small = Compressed.load(tmp_path / name)
         assert (small.report.criterion, small.report.scope, small.report.budget) == ("reconstruction", scope, 0.75)
-        (row,) = pd.read_parquet(study / "compression.parquet").to_dict("records")
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"Wrote {tmp_path / name}: 9 of 12 experts left (by reconstruction, keeping 75.0%)" in said
+        assert f"{small.report.parameters:,} of {small.report.parameters_before:,} parameters" in said
+        opened = Saved.read(tmp_path / name).as_dict()["open"]
+        assert f"Open it with {opened}." in said
+        assert eval(opened, {"transformers": transformers, "lamella": lamella}).num_parameters() > 0
+        rows = pd.read_parquet(study / "compression.parquet")
+        (row,) = rows[rows["scope"] == scope].to_dict("records")
         folder = StudyFolder(study)
         texts = text_batches(
             Path(folder.subject().text), AutoTokenizer.from_pretrained(tmp_path / name), "test", 256, 8, 4
@@ -170,18 +181,40 @@ def test_a_budget_out_of_reach_is_told_with_one_that_is_in_reach(study, monkeypa
     assert "give a budget of 0.5 or more" in said
 
 
-def test_a_second_compression_stands_beside_the_first_or_says_what_it_replaces(study, monkeypatch, capsys):
+def test_a_second_compression_stands_beside_the_first(study, monkeypatch, capsys):
     quick = ("compress", study, *QUICK, "--close", 0)
     assert run(monkeypatch, *quick, "--criterion", "reap") == 0
     assert run(monkeypatch, *quick, "--criterion", "random") == 0
-    assert "replaced" not in capsys.readouterr().out
     assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["reap", "random"]
     assert run(monkeypatch, *quick, "--criterion", "random") == 0
     assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["reap", "random"]
-    capsys.readouterr()
     assert run(monkeypatch, *quick, "--criterion", "reap", "--scope", "layer") == 0
-    assert "Note: 2 rows of an earlier compression (scope model, refit True" in capsys.readouterr().out
-    assert list(pd.read_parquet(study / "compression.parquet")["method"]) == ["reap"]
+    assert "replaced" not in capsys.readouterr().out
+    table = pd.read_parquet(study / "compression.parquet")
+    assert list(zip(table["method"], table["scope"], table["distil"], strict=True)) == [
+        ("reap", "model", 0), ("random", "model", 0), ("reap", "layer", 1)
+    ]  # fmt: skip
+    forbid(monkeypatch, perplexity, "compress_each")  # both scopes are known
+    assert run(monkeypatch, *quick, "--criterion", "reap") == 0
+    assert len(pd.read_parquet(study / "compression.parquet")) == 3
+
+
+def test_a_table_of_an_earlier_edition_goes_on_where_its_settings_are_known(study, monkeypatch, capsys):
+    quick = ("compress", study, *QUICK, "--close", 0)
+    assert run(monkeypatch, *quick, "--criterion", "reap") == 0
+    path, note = study / "compression.parquet", study / "compression.json"
+    table = pd.read_parquet(path)
+    older = table.drop(columns=["scope", "weighted", "refit", "distil", "measured_on"])
+    older.attrs = table.attrs
+    for noted, said in ((True, False), (False, True)):
+        older.to_parquet(path)
+        settings = {name: table[name].iloc[0].item() for name in ("refit", "distil")}
+        settings |= {name: table[name].iloc[0] for name in ("scope", "measured_on")}
+        note.write_text(json.dumps(settings)) if noted else note.unlink()
+        capsys.readouterr()
+        assert run(monkeypatch, *quick, "--criterion", "random") == 0
+        assert ("of unknown settings, are replaced" in capsys.readouterr().out) is said
+        assert list(pd.read_parquet(path)["method"]) == (["reap", "random"] if noted else ["random"])
 
 
 def test_rerouting_says_what_it_replaces(study, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from lamella.progress import listening
 from lamella.similarity.compression import (
     Settings,
     advised,
+    by_settings,
     compress,
     compression_curve,
     largest_compression,
@@ -26,6 +27,7 @@ COMPRESSION = [
     "method", "budget", "parameters", "domain", "perplexity", "baseline", "ratio", "low", "high", "experts_left",
     "seed", "experts", "parameters_before", "bytes", "gone", "chosen_on", "choices_gone",
     "captured_gone",
+    "scope", "weighted", "refit", "distil",
 ]  # fmt: skip
 ONE_LESS = 11 / 12  # of three layers with four experts each
 REROUTING = ["how", "what", "experts", "domain", "perplexity", "baseline", "ratio", "low", "high", "seed"]
@@ -142,20 +144,41 @@ def test_one_sentence_says_what_can_go_at_which_cost_in_the_worst_domain():
     sentence, names, others = verdict(rows(ratios))
     assert sentence == (
         "You can drop 3 of 12 experts (12.5% of the parameters, 0.002 GB) at +2.0% perplexity on news [+1.0%, +3.0%], "
-        "and +7.7% perplexity on glosses [+6.7%, +8.7%], the worst of 2 texts that they were not chosen on "
-        "(by reconstruction, keeping 75.0% of the experts)."
+        "within the 5% allowed, and +7.7% perplexity on glosses [+6.7%, +8.7%], the worst of 2 texts that they were "
+        "not chosen on (by reconstruction, keeping 75.0% of the experts)."
     )
     assert names == "They are layer 0: 3, 1; layer 2: 2."
     assert others.endswith("at that budget: lucky 1.000, reconstruction 1.020, random 1.400.")
     assert advised(rows(ratios)) == ("reconstruction", 0.75, True)
     assert advised(rows(ratios), within=0.025) == ("reconstruction", 0.75, False)  # not surely: up to 1.03
-    (costly, *_) = verdict(rows(ratios), within=0.01)
-    assert "keeping 75.0%" in costly
-    assert costly.endswith("That is more than the 1% allowed; keep more.")
+    costly, none, *_ = verdict(rows(ratios), within=0.01)
+    assert costly.startswith(
+        "To drop 3 of 12 experts (12.5% of the parameters, 0.002 GB) costs +2.0% perplexity on news"
+    )
+    assert "[+1.0%, +3.0%], more than the 1% allowed, and +7.7% perplexity on glosses" in costly
+    assert none.startswith("None of the 2 budgets that were tried is surely within what is allowed: keep more")
+    (unsure, *_) = verdict(rows(ratios), within=0.025)
+    assert "[+1.0%, +3.0%], perhaps more than the 2.5% allowed, and" in unsure
+    asked, none, *_ = verdict(rows({("reap", 0.75, "films"): 1.3}))  # one budget, on a text they were not chosen on
+    assert "and +30.0% perplexity on films [+29.0%, +31.0%] that they were not chosen on, more than the 5%" in asked
+    assert none.startswith("That is not surely within")
     (alone, *_) = verdict(rows({("merge", 0.75, "news"): 1.0}))
     assert alone.startswith("You can merge 3 of 12 experts")
     assert "; no text was measured that they were not chosen on" in alone
     assert verdict(rows({("reap", 1.0, "news"): 1.0})) == ["Nothing was compressed."]
+
+
+def test_rows_of_several_settings_are_not_averaged():
+    even, uneven = (rows({("reap", 0.75, "news"): ratio}).assign(scope=scope, distil=int(scope == "layer"), refit=True)
+                    for scope, ratio in (("layer", 1.04), ("model", 1.01)))  # fmt: skip
+    both = pd.concat([even, uneven])
+    assert list(by_settings(both)) == ["scope layer, distil 1", "scope model, distil 0"]
+    said = verdict(both)
+    assert said[0] == f"scope layer, distil 1: {verdict(even)[0]}"
+    assert said[3] == f"scope model, distil 0: {verdict(uneven)[0]}"
+    assert list(by_settings(even)) == [""]
+    with pytest.raises(LamellaError, match="rows of more than one scope"):
+        largest_compression(both)
 
 
 def test_a_text_that_misses_domains_is_named_where_their_experts_go():

@@ -65,7 +65,7 @@ def compress(
     Example: lamella similarity compress runs/tiny --budget 0.75 --text news --text dialogue --save runs/smaller
     """
     from lamella.cli.similarity.subject import open_study, read_texts
-    from lamella.similarity.compression import CURVES, Settings, advised, verdict
+    from lamella.similarity.compression import CURVES, Saved, Settings, advised, verdict
     from lamella.similarity.steps import compress_to_budgets
 
     opened = open_study(study)
@@ -80,11 +80,16 @@ def compress(
             measured_on=f"{split}, {documents} documents",
         )  # fmt: skip
     sentences, path = verdict(curve, within), str(study / "compression.parquet")
+    saved = None if save is None else Saved.read(save)
     if json:
-        print_json({"table": path, "verdict": sentences, "notes": notes})
+        print_json(
+            {"table": path, "verdict": sentences, "notes": notes, "saved": None if saved is None else saved.as_dict()}
+        )
         return
     typer.echo("\n".join([*sentences, *(f"Note: {note}" for note in notes), f"Table: {path}"]))
-    if save is None and (chosen := advised(curve, within)) is not None:
+    if saved is not None:
+        typer.echo(str(saved))
+    elif (chosen := advised(curve, within)) is not None:
         typer.echo(
             f"Write that model: lamella similarity compress {study} --budget {chosen[1]:g} --criterion {chosen[0]} "
             f"--scope {scope}{'' if refit else ' --no-refit'}"

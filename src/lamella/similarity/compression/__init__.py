@@ -5,7 +5,9 @@ from lamella.similarity.compression.criteria import CRITERIA
 from lamella.similarity.compression.perplexity import (
     CURVES,
     advised,
+    by_settings,
     compression_curve,
+    differing,
     largest_compression,
     largest_in_words,
     rerouting_table,
@@ -14,6 +16,7 @@ from lamella.similarity.compression.perplexity import (
 from lamella.similarity.compression.pool import fold
 from lamella.similarity.compression.rerouting import drop, next_choice, reroute
 from lamella.similarity.compression.routes import Route, find_routes
+from lamella.similarity.compression.saving import Saved
 from lamella.similarity.compression.serving import damages
 
 __all__ = [
@@ -22,11 +25,14 @@ __all__ = [
     "Compressed",
     "Report",
     "Route",
+    "Saved",
     "Settings",
     "advised",
+    "by_settings",
     "compress",
     "compression_curve",
     "damages",
+    "differing",
     "drop",
     "find_routes",
     "fold",

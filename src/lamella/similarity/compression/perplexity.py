@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 COLUMNS = (
     "method", "budget", "parameters", "domain", "perplexity", "baseline", "ratio", "low", "high", "experts_left",
     "seed", "experts", "parameters_before", "bytes", "gone", "chosen_on", "choices_gone", "captured_gone",
+    "scope", "weighted", "refit", "distil",
 )  # fmt: skip
+SETTINGS = ("scope", "weighted", "refit", "distil", "measured_on")  # the last one in the table of a study
 _NEEDED = ("method", "budget", "domain", "ratio", "low", "high")
 CURVES = (  # criteria that a curve shows where none is named
     "reap", "reconstruction", "stand-in", "merge", "energy", "mean", "mone", "frequency", "man", "hc-smoe", "m-smoe",
@@ -71,8 +73,8 @@ def compression_curve(
         chosen_on: the domains of the capture's text.
         settings: scope, weights, refit and distillation, the same for all; those of ``compress`` if absent.
         refused: told which criterion cannot reach which budget, and why; the curve goes on with the others.
-        known: rows of an earlier call with the same capture and settings. They are not measured again, unless the whole
-            model has another perplexity on a domain than it had then: other weights, or another text.
+        known: rows of an earlier call with the same capture. Those of the same settings are not measured again, unless
+            the whole model has another perplexity on a domain than it had then: other weights, or another text.
         keep: told all rows as soon as those of another model are measured.
 
     Returns:
@@ -81,8 +83,8 @@ def compression_curve(
         the 95 % interval low to high (bootstrap over documents, paired), experts_left, seed, experts and
         parameters_before (of the model as it is), bytes (that are saved), gone (the experts that are not stored any
         more, JSON), chosen_on (whether the capture's text is of the domain), choices_gone (the share of the domain's
-        choices that the whole model's routers gave to experts that are gone, mean over layers) and captured_gone (the
-        same of the captured text).
+        choices that the whole model's routers gave to experts that are gone, mean over layers), captured_gone (the
+        same of the captured text), and the settings: scope, weighted, refit, distil.
 
     Raises:
         LamellaError: no budget, criterion or seed, a domain without text, or what ``compress`` refuses for all of them.
@@ -91,7 +93,7 @@ def compression_curve(
 
     if not (budgets and criteria and seeds):
         raise LamellaError("A compression curve needs at least one budget, one criterion and one seed.")
-    shared = settings or Settings()
+    shared = (settings or Settings()).with_passes(texts)
     wanted = [
         replace(shared, criterion=name, seed=seed)
         for name in criteria
@@ -109,7 +111,8 @@ def compression_curve(
     gradients = layer_gradients(model, moe_layers(model), texts or ()) if compared else None
     errors: list[LamellaError] = []
     models = [(one, budget) for one in wanted for budget in budgets]
-    found = _known(known, before)
+    told = {name: getattr(shared, name) for name in ("scope", "weighted", "refit", "distil")}
+    found = _known(known, before, told)
     rows = [row for one, budget in models for row in found.get((one.criterion, budget, one.seed), ())]
     todo = [(one, budget) for one, budget in models if (one.criterion, budget, one.seed) not in found]
     with working("measuring smaller models", len(models), "models", done=len(models) - len(todo)) as work:
@@ -125,7 +128,7 @@ def compression_curve(
                 else:
                     gone = {"captured_gone": _gone(small, capture.shares)}
                     rows += [
-                        {**row, **gone, "choices_gone": _gone(small, shares[name])}
+                        {**row, **told, **gone, "choices_gone": _gone(small, shares[name])}
                         for name, row in _measured(small, before, domains, chosen_on).items()
                     ]
                     keep(pd.DataFrame(rows, columns=list(COLUMNS)))
@@ -138,14 +141,15 @@ def compression_curve(
 
 
 def _known(
-    table: pd.DataFrame | None, before: Mapping[str, TextScores]
+    table: pd.DataFrame | None, before: Mapping[str, TextScores], settings: Mapping[str, Any]
 ) -> dict[tuple[str, float, int], list[dict[str, Any]]]:
-    """The rows of each model, by criterion, budget and seed, that was measured on all of these domains."""
+    """The rows of each model with these settings, by criterion, budget and seed, that was measured on all domains."""
     if table is None:
         return {}
     found: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for row in table.to_dict("records"):
-        if row["domain"] in before and row["baseline"] == before[row["domain"]].perplexity:
+        is_like = all(row.get(name) == value for name, value in settings.items())
+        if is_like and row["domain"] in before and row["baseline"] == before[row["domain"]].perplexity:
             found.setdefault((row["method"], row["budget"], row["seed"]), []).append(row)
     return {model: rows for model, rows in found.items() if len(rows) == len(before)}
 
@@ -205,7 +209,7 @@ def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFra
         and largest (the largest share that was tried). Ratios and ends are means over seeds.
 
     Raises:
-        LamellaError: the frame is not a compression curve, or ``within`` is negative.
+        LamellaError: the frame is not a compression curve, or of several settings, or ``within`` is negative.
     """
     import pandas as pd
 
@@ -213,6 +217,8 @@ def largest_compression(frame: pd.DataFrame, within: float = 0.01) -> pd.DataFra
         raise LamellaError(f"The table lacks the column {missing[0]}; give the result of compression_curve.")
     if not within >= 0:
         raise LamellaError(f"within={within} is not a rise of perplexity; 0.01 is 1 %.")
+    if several := differing(frame):
+        raise LamellaError(f"The table has rows of more than one {several[0]}; give those of one.")
     rows = []
     for (method, domain), part in frame.groupby(["method", "domain"], sort=False):
         means = part.groupby("budget")[["ratio", "low", "high"]].mean().sort_index(ascending=False)
@@ -239,6 +245,20 @@ def largest_in_words(largest: pd.DataFrame, within: float = 0.01) -> list[str]:
     return sentences
 
 
+def differing(frame: pd.DataFrame) -> list[str]:
+    """The settings in which the rows of a compression curve differ."""
+    return [name for name in SETTINGS if name in frame.columns and frame[name].nunique(dropna=False) > 1]
+
+
+def by_settings(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of a compression curve by the settings in which they differ, in words; "" where they do not."""
+    names = differing(frame)
+    groups = frame.groupby(names, sort=False, dropna=False) if names else [((), frame)]
+    return {
+        ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True)): rows for values, rows in groups
+    }
+
+
 def verdict(frame: pd.DataFrame, within: float = 0.05) -> list[str]:
     """What can go, in sentences: how many experts at which cost, which, and what other criteria cost.
 
@@ -248,8 +268,16 @@ def verdict(frame: pd.DataFrame, within: float = 0.05) -> list[str]:
         within: rise of perplexity that is allowed on the text that the experts were chosen on.
 
     Returns:
-        The sentences; the first is about the model of ``advised``.
+        The sentences; the first is about the model of ``advised``. Of several settings, those of each.
     """
+    return [
+        f"{settings}: {sentence}" if settings else sentence
+        for settings, rows in by_settings(frame).items()
+        for sentence in _verdict(rows, within)
+    ]
+
+
+def _verdict(frame: pd.DataFrame, within: float) -> list[str]:
     if (chosen := advised(frame, within)) is None:
         return ["Nothing was compressed."]
     method, budget, good = chosen
@@ -257,14 +285,11 @@ def verdict(frame: pd.DataFrame, within: float = 0.05) -> list[str]:
     worst = _worst(means).loc[budget]
     here = means[(means["budget"] == budget) & (means["method"] == method)]
     row = frame[(frame["budget"] == budget) & (frame["method"] == method)].iloc[0]
-    before, left = row["parameters_before"], row["parameters"]
-    sentences = [
-        f"You can {CRITERIA[method].action} {row['experts'] - row['experts_left']} of {row['experts']} experts "
-        f"({1 - left / before:.1%} of the parameters, {row['bytes'] / 1e9:.3g} GB) at {_rise(here[here['chosen_on']])}"
-        f"{_elsewhere_in_words(here[~here['chosen_on']])} (by {method}, keeping {budget:.1%} of the experts)."
-    ]
+    sentences = [_what_goes(row, here, good, within)]
     if not good:
-        sentences[0] += f" That is more than the {within:.0%} allowed; keep more."
+        tried = means.loc[means["method"] == method, "budget"].nunique()
+        none = f"None of the {tried} budgets that were tried is" if tried > 1 else "That is not"
+        sentences.append(f"{none} surely within what is allowed: keep more experts, or allow more.")
     sentences += _misses(here, within)
     sentences.append(f"They are {_names(json.loads(row['gone']))}.")
     sentences.append(
@@ -272,6 +297,21 @@ def verdict(frame: pd.DataFrame, within: float = 0.05) -> list[str]:
         + ", ".join(f"{name} {ratio:.3f}" for name, ratio in worst.sort_values().items()) + "."
     )  # fmt: skip
     return sentences
+
+
+def _what_goes(row: pd.Series, here: pd.DataFrame, good: bool, within: float) -> str:
+    """How many experts go at which cost, and whether that is allowed on the text that they were chosen on."""
+    own, other = here[here["chosen_on"]], here[~here["chosen_on"]]
+    judged = other if own.empty else own
+    limit = "within" if good else "more than" if judged["ratio"].max() > 1 + within else "perhaps more than"
+    allowed = f", {limit} the {100 * within:g}% allowed"
+    cost = f"{_rise(own)}{'' if own.empty else allowed}{_elsewhere_in_words(other)}{allowed if own.empty else ''}"
+    goes = (
+        f"{CRITERIA[row['method']].action} {row['experts'] - row['experts_left']} of {row['experts']} experts "
+        f"({1 - row['parameters'] / row['parameters_before']:.1%} of the parameters, {row['bytes'] / 1e9:.3g} GB)"
+    )
+    said = f"You can {goes} at {cost}" if good else f"To {goes} costs {cost}"
+    return f"{said} (by {row['method']}, keeping {row['budget']:.1%} of the experts)."
 
 
 def advised(frame: pd.DataFrame, within: float = 0.05) -> tuple[str, float, bool] | None:

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,58 @@ WEIGHTS, MANIFEST = "compressed.safetensors", "compression.json"
 # What transformers does not write into a config and what changes the last bits; any torch has these.
 _KERNELS = ("_attn_implementation", "_experts_implementation")
 _EVERYWHERE = ("eager", "sdpa", "grouped_mm", "batched_mm")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What lies in a folder that ``Compressed.save`` wrote; `print` it.
+
+    Attributes:
+        folder: where.
+        report: who went, and what is left.
+        bytes: of the weights' files.
+        opener: of transformers, by which any program opens it; None where only lamella does.
+    """
+
+    folder: Path
+    report: Report
+    bytes: int
+    opener: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        """What a folder holds; no weights are read.
+
+        Raises:
+            LamellaError: no compressed model, or a broken one.
+        """
+        manifest = _manifest(folder)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        opener = None if "pools" in manifest else str(manifest["model"])
+        return cls(folder, Report.from_dict(manifest["report"]), size, opener)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "folder": str(self.folder), "experts_left": self.report.experts_left, "experts": self.report.experts,
+            "parameters": self.report.parameters, "parameters_before": self.report.parameters_before,
+            "bytes": self.bytes, "criterion": self.report.criterion, "budget": self.report.budget, "open": self._open,
+        }  # fmt: skip
+
+    @property
+    def _open(self) -> str:
+        if self.opener is None:
+            return f'lamella.similarity.Compressed.load("{self.folder}").model'
+        return f'transformers.{self.opener}.from_pretrained("{self.folder}")'
+
+    def __str__(self) -> str:
+        report = self.report
+        why = "" if self.opener else " Plain from_pretrained knows one number of experts for all layers."
+        return (
+            f"Wrote {self.folder}: {report.experts_left} of {report.experts} experts left (by {report.criterion}, "
+            f"keeping {report.budget:.1%}), {report.parameters:,} of {report.parameters_before:,} parameters, "
+            f"{self.bytes / 1e9:.3g} GB. Open it with {self._open}.{why}"
+        )
 
 
 def save(

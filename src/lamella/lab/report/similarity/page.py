@@ -17,6 +17,7 @@ from lamella.lab.report.similarity.routing import routing_legend, routing_matric
 from lamella.lab.report.similarity.scatter import Scatter, scatter
 from lamella.lab.report.similarity.summary import summary
 from lamella.lab.report.tables import Table, frame_table, settings_sections
+from lamella.similarity.compression import by_settings, differing
 from lamella.similarity.swapping import kinds, layer_tables
 
 Drawn = TypeVar("Drawn")
@@ -90,7 +91,7 @@ def render_similarity(report: SimilarityReport) -> str:
             mark=MARK,
             routing_legend=routing_legend(),
             swap_tables=[] if report.swap is None else [*_layouts(report.swap), *_worst_swaps(report.swap)],
-            compression_tables=_tables(report.compression, _COMPRESSED, "All budgets"),
+            compression_tables=_compression_tables(report.compression),
             sections=settings_sections(report.settings),
             contents=[name for name in _CONTENTS if parts[_CONTENTS[name]]],
             absent=[name for name in _STEPS if getattr(report, name) is None],
@@ -237,17 +238,29 @@ def _worst_swaps(swap: pd.DataFrame) -> list[Table]:
     return [_table(shown, "The largest effects")]
 
 
+def _compression_tables(compression: pd.DataFrame | None) -> list[Table]:
+    if compression is None:
+        return []
+    method, *others = _COMPRESSED
+    return _tables(compression, (method, *differing(compression), *others), "All budgets")
+
+
 def _compression_charts(compression: pd.DataFrame | None) -> tuple[Chart, ...]:
     if compression is None:
         return ()
     require_columns(compression, ("method", "budget", "domain", "ratio", "low", "high"), "compression")
     charts = []
-    for domain, rows in compression.groupby("domain", sort=False):
+    parts = [
+        (f"{domain}{f', {settings}' if settings else ''}", rows)
+        for settings, of in by_settings(compression).items()
+        for domain, rows in of.groupby("domain", sort=False)
+    ]
+    for name, rows in parts:
         means = rows.groupby(["method", "budget"], as_index=False)[["ratio", "low", "high"]].mean()
         named = means.assign(**{"% of expert parameters removed": 100 * (1 - means["budget"])})
         charts.append(
             line_chart(
-                named, "method", "% of expert parameters removed", "ratio", f"Perplexity ratio on {domain}",
+                named, "method", "% of expert parameters removed", "ratio", f"Perplexity ratio on {name}",
                 reach=[1.0], whiskers=("low", "high"),
             )
         )  # fmt: skip
