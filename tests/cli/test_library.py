@@ -58,9 +58,13 @@ def test_the_loras_that_help_a_task_are_named_with_what_it_cost(lamella, bert, q
     assert status == 0
     assert "on these examples" in out
 
-    status, out, _ = lamella(*words, "--task", questions, "--examples", 12, "--json")
+    status, out, _ = lamella(*words, "--task", questions, "--examples", 12, "--seed", 1, "--json")
     assert status == 0
-    assert len(json.loads(out)["names"]) == 2
+    other = json.loads(out)
+    assert len(other["names"]) == 2
+    by_name = {row["name"]: row for row in found["scores"]}
+    assert other["scores"][-1]["loss"] != by_name["the base"]["loss"]  # other rows
+    assert 0 <= other["scores"][0]["accuracy"] <= 1
 
     status, _, err = lamella(*words, "--task", questions, "-k", 3)
     assert status == 2

@@ -173,9 +173,14 @@ def test_of_a_head_of_several_layers_the_last_has_the_labels():
 def test_the_loss_of_each_example_is_the_models_own_on_it_alone(kind):
     model = tiny.build(kind, layers=2)
     batch = tiny.batch(model)
-    found = Examples([batch, batch]).losses(model, [5, 0, 1, 2])
+    found = Examples([batch, batch]).judge(model, [5, 0, 1, 2])
     alone = [model(**{key: value[row : row + 1] for key, value in batch.items()}).loss for row in range(3)]
-    torch.testing.assert_close(found, torch.stack([alone[2], *alone]).double(), rtol=1e-4, atol=1e-4)
+    if kind == "bert":
+        right = model(**batch).logits.argmax(-1) == batch["labels"]
+        assert found.right.tolist() == right[[2, 0, 1, 2]].double().tolist()
+    else:
+        assert found.right is None
+    torch.testing.assert_close(found.losses, torch.stack([alone[2], *alone]).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_random_controls_have_the_norms_of_the_lora(tmp_path):
@@ -215,8 +220,25 @@ def test_the_shortlist_has_the_loras_that_teach_the_labels_and_says_so(tmp_path)
     assert [one.name for one in found.scores] == [*found.names, "a random LoRA", "the base"]
     assert not found.scores[-1].helps
     assert "lora-3" in str(found)
+    assert "accuracy" not in str(found)  # of numbers there is none
     composed = compose(tiny.bert(), found.library)
     assert composed.peft_config["default"].adapters.keys() == set(found.names)
+
+
+def test_accuracy_stands_beside_the_loss_of_classes_and_the_seed_draws_the_random_lora(tmp_path):
+    opened, base = library(tmp_path, count=2), tiny.bert()
+    batches = [tiny.batch(base, rows=8, seed=seed) for seed in range(2)]
+    first, again, other = (shortlist(base, opened, batches, k=2, seed=seed) for seed in (0, 0, 1))
+    with torch.no_grad():
+        right = torch.cat([base(**batch).logits.argmax(-1) == batch["labels"] for batch in batches])
+    assert first.scores[-1].accuracy == pytest.approx(right[1::2].double().mean().item())  # of those that judge
+    assert f"{first.scores[-1].accuracy:.3f}  {first.scores[-1].loss:.3f} [" in str(first)
+    assert first.as_dict()["scores"][-1]["accuracy"] == first.scores[-1].accuracy
+    assert again.as_dict() == first.as_dict()
+    assert [one.loss for one in other.scores if one.name != "a random LoRA"] == [
+        one.loss for one in first.scores if one.name != "a random LoRA"
+    ]
+    assert other.scores[2].loss != first.scores[2].loss
 
 
 def test_where_none_helps_it_says_so(tmp_path):

@@ -107,6 +107,7 @@ def shortlist(
     ] = None,
     examples: Annotated[int, typer.Option(min=4, help="Rows: half of them choose, half of them judge.")] = 64,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which rows are drawn, and the random LoRA.")] = 0,
     index: IndexFile = None,
     json: Json = False,
 ) -> None:
@@ -118,7 +119,7 @@ def shortlist(
 
     opened = open_library(folder, index)
     with showing("choosing"):
-        found = shortlist_for(opened, model, task, k, examples, max_length, console.print)
+        found = shortlist_for(opened, model, task, k, examples, max_length, console.print, seed)
     if json:
         print_json(found.as_dict())
         return

@@ -19,6 +19,7 @@ def shortlist_for(
     examples: int,
     max_length: int,
     say: Callable[[str], None] = lambda _: None,
+    seed: int = 0,
 ) -> Shortlist:
     """The LoRAs with the smallest loss on some training rows of a task.
 
@@ -27,9 +28,10 @@ def shortlist_for(
         model: their base, by name.
         task: by name.
         k: how many are wanted; None for 8, or all where there are fewer.
-        examples: how many rows, always the same ones.
+        examples: how many rows.
         max_length: tokens of a row, at most.
         say: told, before it begins, what it will cost, and what a reader should know.
+        seed: which rows they are, and in which order; and of the random LoRA.
 
     Raises:
         LamellaError: as `lamella.shortlist`; or the model or the task cannot be loaded.
@@ -37,11 +39,11 @@ def shortlist_for(
     read = load_task(task)
     backbone = load_backbone(model, read)
     encoded = encode(
-        read, backbone.tokenizer, max_length=max_length, limit={"train": examples}, decoder=backbone.decoder
+        read, backbone.tokenizer, max_length=max_length, limit={"train": examples}, seed=seed, decoder=backbone.decoder
     )
     assert encoded.train is not None
-    rows = list(encoded.train.shuffle(seed=0))
+    rows = list(encoded.train.shuffle(seed=seed))
     batches = [encoded.collator(rows[at : at + _BATCH_SIZE]) for at in range(0, len(rows), _BATCH_SIZE)]
     if backbone.drawn:
         say(f"{model} has no head for {task}: its own is random, so only LoRAs with a head for its labels can help.")
-    return shortlist(backbone.model, library, batches, k, say)
+    return shortlist(backbone.model, library, batches, k, say, seed)

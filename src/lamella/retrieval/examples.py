@@ -1,7 +1,7 @@
 """Labelled examples, and a model's loss on each of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,18 @@ from lamella.errors import LamellaError
 from lamella.texts.collating import IGNORED
 
 Batch = Mapping[str, Tensor]
+
+
+class Judged(NamedTuple):
+    """What a model makes of some examples.
+
+    Attributes:
+        losses: in nats of a label or of a label's tokens on average; squared errors of numbers. ``(rows,)``.
+        right: whether the likeliest class is the label, ``(rows,)``; None where examples have no classes.
+    """
+
+    losses: Tensor
+    right: Tensor | None = None
 
 
 class Examples:
@@ -40,13 +52,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self._at)
 
-    def losses(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
-        """A model's loss on some examples, in nats of a label or of a label's tokens on average, ``(rows,)``.
+    def judge(self, model: nn.Module, rows: Sequence[int]) -> Judged:
+        """What a model makes of some examples.
 
         Raises:
             LamellaError: labels that are neither a class, a number nor the tokens of a generating model.
         """
-        found = torch.zeros(len(rows), dtype=torch.float64)
+        losses = torch.zeros(len(rows), dtype=torch.float64)
+        right: Tensor | None = None
         places: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(self._at[row][0], []).append(place)
@@ -59,21 +72,24 @@ class Examples:
                 for key, value in self._batches[number].items()
             }
             batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            found[torch.tensor(those)] = _row_losses(model, batch).double().cpu()
-        return found
+            found = _judged(model, batch)
+            losses[torch.tensor(those)] = found.losses.double().cpu()
+            if found.right is not None:
+                right = torch.zeros_like(losses) if right is None else right
+                right[torch.tensor(those)] = found.right.double().cpu()
+        return Judged(losses, right)
 
 
-def _row_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """``(rows,)``."""
+def _judged(model: nn.Module, batch: dict[str, Any]) -> Judged:
     labels = batch["labels"]
     config: Any = model.config
     given = batch if config.is_encoder_decoder else {key: value for key, value in batch.items() if key != "labels"}
     with torch.no_grad():
         logits = model(**given).logits.float()
     if labels.dim() == 1 and labels.is_floating_point():
-        return (logits.squeeze(-1) - labels).square()
+        return Judged((logits.squeeze(-1) - labels).square())
     if labels.dim() == 1 and logits.dim() == 2:
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
+        return Judged(nn.functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels)
     generates = labels.dim() == 2 and logits.dim() == 3 and bool(getattr(model, "can_generate", bool)())
     if not generates:
         raise LamellaError(
@@ -85,4 +101,4 @@ def _row_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         logits, labels = logits[:, :-1], labels[:, 1:]  # (B, T, V), (B, T)
     each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")  # (B, T)
     counted = labels.ne(IGNORED).sum(dim=1)  # (B,)
-    return each.sum(dim=1) / counted.clamp_min(1)
+    return Judged(each.sum(dim=1) / counted.clamp_min(1))

@@ -10,7 +10,7 @@ from lamella.adapters import AdapterLibrary, fit, map_to
 from lamella.backbones.modes import evaluating
 from lamella.errors import LamellaError
 from lamella.progress import working
-from lamella.retrieval.examples import Batch, Examples
+from lamella.retrieval.examples import Batch, Examples, Judged
 from lamella.retrieval.exchange import Exchange, random_like
 from lamella.retrieval.halving import halve, passes, plan_rungs
 from lamella.statistics import Contrast, contrast, mean_intervals
@@ -29,13 +29,15 @@ class Scored:
         loss: the mean, in nats of a label or of a label's tokens.
         interval: its 95 % interval.
         gain: how much less it is than the base's, with interval; None for the base itself.
-        helps: whether that is significant, Holm-corrected for all that were shortlisted.
+        accuracy: the share of examples whose likeliest class is the label; None where examples have no classes.
+        helps: whether the gain is significant, Holm-corrected for all that were shortlisted.
     """
 
     name: str
     loss: float
     interval: tuple[float, float]
     gain: Contrast | None = None
+    accuracy: float | None = None
 
     @property
     def helps(self) -> bool:
@@ -82,7 +84,7 @@ class Shortlist:
         """Plain values for JSON."""
         rows = [
             {"name": one.name, "loss": one.loss, "interval": one.interval, "helps": one.helps,
-             "gain": None if one.gain is None else asdict(one.gain.interval)}
+             "gain": None if one.gain is None else asdict(one.gain.interval), "accuracy": one.accuracy}
             for one in self.scores
         ]  # fmt: skip
         return {
@@ -92,12 +94,14 @@ class Shortlist:
 
     def __str__(self) -> str:
         width = max(len(one.name) for one in self.scores)
-        lines = [f"{'':<{width}}  loss  95 % interval   below the base by"]
+        accuracy = "accuracy  " if any(one.accuracy is not None for one in self.scores) else ""
+        lines = [f"{'':<{width}}  {accuracy}loss  95 % interval   below the base by"]
         for one in self.scores:
             low, high = one.interval
+            share = "" if one.accuracy is None else f"{one.accuracy:>8.3f}  "
             gain = "" if one.gain is None else f"   {one.gain.interval}"
             headless = "   no head for these labels" if one.name in self.unused else ""
-            lines.append(f"{one.name:<{width}}  {one.loss:.3f} [{low:.3f}, {high:.3f}]{gain}{headless}")
+            lines.append(f"{one.name:<{width}}  {share}{one.loss:.3f} [{low:.3f}, {high:.3f}]{gain}{headless}")
         notes = []
         if self.unused:
             each = "; ".join(f"{name}: {why}" for name, why in self.unused.items())
@@ -119,6 +123,7 @@ def shortlist(
     examples: Iterable[Batch],
     k: int | None = None,
     say: Callable[[str], object] = lambda _: None,
+    seed: int = 0,
 ) -> Shortlist:
     """Finds the k LoRAs of a library with the smallest loss on a task, by successive halving.
 
@@ -133,6 +138,7 @@ def shortlist(
         examples: batches with labels, rows in random order; a few dozen rows.
         k: how many are wanted; None for 8, or all that are for the model where they are fewer.
         say: told what it will cost before it begins.
+        seed: of the random LoRA.
 
     Returns:
         The shortlist; its ``library`` can be composed.
@@ -164,7 +170,7 @@ def shortlist(
     def losses(name: str, places: Iterable[int]) -> Tensor:
         rows = [choosing[place] for place in places]
         put(name)
-        return measured(rows)
+        return measured(rows).losses
 
     def put(name: str) -> None:
         heads = exchange.put(library.read(name), library[name].labels)
@@ -173,8 +179,8 @@ def shortlist(
         elif heads.assumed:
             assumed[name] = None
 
-    def measured(rows: Sequence[int]) -> Tensor:
-        found = given.losses(base, rows)
+    def measured(rows: Sequence[int]) -> Judged:
+        found = given.judge(base, rows)
         work.reach(work.done + len(rows))
         return found
 
@@ -186,23 +192,30 @@ def shortlist(
     ):
         best = halve(names, rungs, k, losses)
         rows = list(judging)
-        judged: dict[str, Tensor] = {}
+        judged: dict[str, Judged] = {}
         for name in best:
             put(name)
             judged[name] = measured(rows)
-        exchange.put_factors(random_like(map_to(base, library.read(best[0])).modules))
+        exchange.put_factors(random_like(map_to(base, library.read(best[0])).modules, seed))
         judged[RANDOM] = measured(rows)
         exchange.clear()
         judged[BASE] = measured(rows)
     return Shortlist(library.only(best), _scored(judged), cost, unused, tuple(assumed), found.misfits)
 
 
-def _scored(losses: dict[str, Tensor]) -> tuple[Scored, ...]:
-    by_name = {name: {0: values.numpy()} for name, values in losses.items()}
+def _scored(judged: dict[str, Judged]) -> tuple[Scored, ...]:
+    by_name = {name: {0: one.losses.numpy()} for name, one in judged.items()}
     intervals = mean_intervals(by_name)
-    gains = {one.second: one for one in contrast(by_name, [(BASE, name) for name in losses if name != BASE])}
+    gains = {one.second: one for one in contrast(by_name, [(BASE, name) for name in judged if name != BASE])}
     return tuple(
-        Scored(name, float(values.mean()), intervals[name], gains.get(name)) for name, values in losses.items()
+        Scored(
+            name,
+            float(one.losses.mean()),
+            intervals[name],
+            gains.get(name),
+            None if one.right is None else float(one.right.mean()),
+        )
+        for name, one in judged.items()
     )
 
 

@@ -190,7 +190,7 @@ def test_a_text_that_misses_domains_is_named_where_their_experts_go():
         "Capture text of every domain that the model is for."
     )
     assert len(verdict(frame, within=0.5)) == 3
-    assert len(verdict(frame.assign(chosen_on=True))) == 3
+    assert not any("misses" in sentence for sentence in verdict(frame.assign(chosen_on=True)))
     assert len(verdict(frame.drop(columns="choices_gone"))) == 3
 
 
