@@ -32,7 +32,7 @@ def compare(
     """Train every method on every backbone and task with every seed; say which are better, and how sure that is.
 
     A recipe with 'sources' trains a LoRA for each of them and compares ways to compose these. In place of a recipe, the
-    folder of a study goes on with that one.
+    folder of a study goes on with that one. methods.NAME=null leaves a method of the recipe out.
 
     A study that was interrupted goes on where it stopped, and equal settings are trained once. Exit status 1 if a cell
     could not be run.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from lamella.errors import LamellaError
@@ -38,7 +39,7 @@ class Settings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise LamellaError(_explain(error, values, where)) from error
+            raise LamellaError(_explain(error, values, where, cls.model_fields)) from error
 
     def written(self) -> dict[str, Any]:
         """Plain values for a file, and the version that writes it: a later one then knows what they meant."""
@@ -55,13 +56,20 @@ def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
     return f"There is no setting '{where}{key}'. {hint}Known here are: {', '.join(known)}."
 
 
-def _explain(error: ValidationError, values: Mapping[str, Any], where: str) -> str:
+def _explain(error: ValidationError, values: Mapping[str, Any], where: str, fields: Mapping[str, FieldInfo]) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, LamellaError):
         return str(cause)
-    missing = (first["loc"][-1],) if first["type"] == "missing" else ()
-    place = where + ".".join((*_typed(first["loc"], values), *map(str, missing)))
+    if first["type"] == "missing":
+        key = str(first["loc"][-1])
+        place = where + ".".join((*_typed(first["loc"], values), key))
+        meant = fields[key].description if len(first["loc"]) == 1 else None
+        return (
+            f"The setting '{place}' is missing{f': {meant}' if meant else ''}. Add a line '{key}: VALUE', or the word "
+            f"{place}=VALUE."
+        )
+    place = where + ".".join(_typed(first["loc"], values))
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"The setting '{place}' cannot be {first['input']!r}: {reason}."
 

@@ -218,6 +218,7 @@ def test_a_rate_is_given_or_searched_for(searched):
         ("reference=nobody", "nobody"),
         ("arms.c.method=uniform", "called 'methods' now"),
         ("methods.uniform.method=null", "does not say which method"),
+        ("methods.uniform=null", "leaves out the method that '(reference|masked)' names"),
         ("lora.task=trec", "lora.task follows"),
         ("seeds=[0,0]", "each of them once"),
         ("held_out={MOLE: x}", "different names"),

@@ -73,6 +73,20 @@ def test_equal_parameters_matches_ranks_and_means(read):
     assert read().cells()[0].settings.method.match is None
 
 
+def test_null_leaves_a_method_out(read):
+    assert read("methods.flat=null", "methods.head=null").names == ["LoRA", "tent"]
+    left = read("methods.LoRA=null", "reference=head")
+    assert (left.names, left.reference_name) == (["tent", "flat", "head"], "head")
+
+
+@pytest.mark.parametrize("key", ["backbones", "tasks"])
+def test_what_a_recipe_lacks_is_named_with_the_way_out(key, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in STUDY.items() if name != key}))
+    with pytest.raises(LamellaError, match=rf"The setting '{key}' is missing.* Add a line '{key}: VALUE', or the word"):
+        read_study(str(path))
+
+
 @pytest.mark.parametrize(
     ("words", "changes", "message"),
     [
@@ -88,6 +102,15 @@ def test_equal_parameters_matches_ranks_and_means(read):
         (["budget=equal-compute", "methods.head.epochs=3"], {}, "other tokens"),
         (["run.method=lora"], {}, "every method of the study"),
         ([], {"methods": {"LoRA": {"lr": 1}}}, "method: lora"),
+        (["methods.Lora.lr=1"], {}, r"Did you mean 'methods.LoRA'\? .*The others here are: LoRA, tent, flat, head"),
+        (["epochs=3"], {}, "not of a study: write run.epochs for all of its runs, or methods.NAME.epochs"),
+        (["model=mpnet"], {}, "not of a study: a study has 'backbones'"),
+        ([], {"backbones": None}, "'backbones' cannot be None"),
+        (["methods.head.method={name: single, adapters: {a: b}}"], {}, r"'method.adapter' is missing. Add a line"),
+        (["methods.LoRA=null"], {}, "that 'reference' names, the first of a.* Give reference= .*tent, flat"),
+        (["methods.flat=null", "reference=flat"], {}, "that 'reference' names.*Give reference="),
+        (["methods.tent=null"], {"budget": "equal-parameters", "match": "tent"}, "that 'match' names. Give match="),
+        (["methods.Flat=null"], {}, "There is no method 'Flat'. Did you mean 'flat'"),
         (
             ["budget=equal-parameters", "match=tent", "methods.flat.method.expert_budget=3"],
             {},

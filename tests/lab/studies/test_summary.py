@@ -58,6 +58,7 @@ def test_what_learned_less_than_a_linear_model_is_said_before_any_verdict():
     said = summary([low], ["LoRA", "MoLA"], {"MoLA"})
     assert said.startswith("No method reaches the linear floor of 0.900 on trec with minilm: ")
     assert "MoLA is better than LoRA" in said.splitlines()[0]
+    assert "Train longer, as with run.epochs=" in said
     reached = dataclasses.replace(low, floors={"linear": {"test": 0.6}})
     assert summary([reached], ["LoRA", "MoLA"], {"MoLA"}).startswith("On trec")
 

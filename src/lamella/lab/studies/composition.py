@@ -13,7 +13,14 @@ from lamella.lab.methods import ComposingMethod
 from lamella.lab.studies.answers import Answers, Questions, TestRows
 from lamella.lab.studies.cells import BASE, LORA, Cell
 from lamella.lab.studies.composition_results import KL, MIXTURE, measured
-from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
+from lamella.lab.studies.recipe import (
+    Measured,
+    StudyRecipe,
+    TableOf,
+    check_name,
+    method_settings,
+    refuse_without_method,
+)
 from lamella.lab.studies.search import Searched, check_search, search_note, search_of
 
 if TYPE_CHECKING:
@@ -109,10 +116,7 @@ class CompositionStudy(StudyRecipe):
             check_name(self.fitted_on, self.held_out, "held-out task for 'fitted_on'")
         if isinstance(self.test_rows, dict) and self.test_rows.keys() != self.tests.keys():
             raise LamellaError(f"test_rows by name must name every source and held-out task: {', '.join(self.tests)}.")
-        if lacking := [name for name, given in self.methods.items() if not isinstance(given.get("method"), str | dict)]:
-            raise LamellaError(
-                f"methods.{lacking[0]} does not say which method it is. Add a line 'method: uniform', for example."
-            )
+        refuse_without_method(self.methods, "uniform")
         self._check_settings()
         if len({*self.names, *self.tests}) < len(self.names) + len(self.sources) + len(self.held_out):
             raise LamellaError(

@@ -20,7 +20,14 @@ from lamella.lab.schema import unknown_key
 from lamella.lab.studies.cells import LORA, Cell
 from lamella.lab.studies.forgetting import MEASURES, example_scores
 from lamella.lab.studies.places import by_place, scores_by_task, united_costs
-from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
+from lamella.lab.studies.recipe import (
+    Measured,
+    StudyRecipe,
+    TableOf,
+    check_name,
+    method_settings,
+    refuse_without_method,
+)
 from lamella.lab.studies.results import COSTS, Floats, examples_frame, results_frame
 from lamella.lab.studies.search import Searched, search_of, shown
 
@@ -91,11 +98,10 @@ class Continual(StudyRecipe):
             if sorted(order) != sorted(self.sequence):
                 raise LamellaError(f"orders has {order}, which are not the tasks of the sequence in another order.")
         known = [key for key in RunSettings.model_fields if key not in ("model", "task", "seed", "start")]
+        refuse_without_method(self.methods, "lora")
         for name, given in self.methods.items():
             if unknown := [key for key in given if key not in (*known, *_OWN)]:
                 raise LamellaError(unknown_key(unknown[0], [*known, *_OWN], f"methods.{name}."))
-            if "method" not in given:
-                raise LamellaError(f"methods.{name} does not say which method it is. Add a line 'method: lora'.")
             _check_composing(name, given)
         if unknown := [key for key in self.run if key not in known or key == "method"]:
             raise LamellaError(unknown_key(unknown[0], [key for key in known if key != "method"], "run."))

@@ -22,7 +22,14 @@ from lamella.lab.schema import unknown_key
 from lamella.lab.scoring import selection
 from lamella.lab.studies.cells import LORA, Cell
 from lamella.lab.studies.places import Floors, by_place, examples_of_place, metrics_of_place
-from lamella.lab.studies.recipe import Measured, StudyRecipe, TableOf, check_name, method_settings
+from lamella.lab.studies.recipe import (
+    Measured,
+    StudyRecipe,
+    TableOf,
+    check_name,
+    method_settings,
+    refuse_without_method,
+)
 from lamella.lab.studies.results import COSTS, examples_frame, place_of, results_frame
 from lamella.lab.studies.search import Searched, check_search, search_note, search_of
 
@@ -99,10 +106,7 @@ class Grid(StudyRecipe):
                 raise LamellaError(unknown_key(unknown[0], known, place))
         if "method" in self.run:
             raise LamellaError("run.method would give every method of the study the same one. Set it under 'methods'.")
-        if lacking := [name for name, given in self.methods.items() if "method" not in given]:
-            raise LamellaError(
-                f"methods.{lacking[0]} does not say which method it is. Add a line 'method: lora', for example."
-            )
+        refuse_without_method(self.methods, "lora")
         if (self.budget == "equal-parameters") != (self.match is not None):
             raise LamellaError("'budget: equal-parameters' and 'match' belong together: match names whose size counts.")
         if self.match is not None and "loras" in self.methods[self.match]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from pydantic import Field
+from typing_extensions import Self
 
 from lamella.errors import LamellaError
 from lamella.lab.methods import read_saved
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 
 _MOST_SEEDS = 1000
+# what a run's setting is called in a study, by kind of study
+_OF_STUDIES = {
+    "model": ("backbones", "backbone"), "task": ("tasks", "sequence", "sources"), "tasks": ("sequence", "sources"),
+    "seed": ("seeds",), "method": ("methods",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,19 @@ class StudyRecipe(Settings):
     seeds: list[int] | int = Field(3, description="a list, or how many: 0, 1, ...")
     run: dict[str, Any] = Field(default_factory=dict, description="settings of every run")
     reference: str | None = Field(None, description="the method that the others are compared with; the first if absent")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """As `Settings.parse`; a setting of its runs is told where it belongs."""
+        for key in values:
+            if key in cls.model_fields or key not in RunSettings.model_fields:
+                continue
+            if (called := _OF_STUDIES.get(key)) is None:
+                way = f"write run.{key} for all of its runs, or methods.NAME.{key} for those of one method"
+            else:
+                way = f"a study has '{next(name for name in called if name in cls.model_fields)}'"
+            raise LamellaError(f"'{key}' is a setting of one run, not of a study: {way}.")
+        return super().parse(values, where)
 
     @property
     def seed_list(self) -> list[int]:
@@ -114,8 +134,42 @@ def read_study(recipe: str, overrides: Iterable[str] = ()) -> StudyRecipe:
     """
     written = Path(recipe) / "study.yaml"
     tree = read_saved(read_recipe(str(written))) if written.is_file() else read_recipe(recipe)
+    before = list(tree["methods"]) if isinstance(tree.get("methods"), Mapping) else []
     override(tree, overrides)
+    _leave_out(tree, before)
     return study_of(tree, recipe)
+
+
+def _leave_out(tree: dict[str, Any], before: Sequence[str]) -> None:
+    """Take out the methods that a word such as ``methods.LoRA=null`` names.
+
+    Args:
+        tree: of the recipe, changed by the words.
+        before: the methods that the recipe has.
+
+    Raises:
+        LamellaError: it has no such method, no other, or speaks of this one elsewhere.
+    """
+    methods = tree.get("methods")
+    gone = [name for name, given in methods.items() if given is None] if isinstance(methods, Mapping) else []
+    if not gone:
+        return
+    left = {name: given for name, given in tree["methods"].items() if given is not None}
+    tree["methods"] = left
+    needed = {
+        "reference": [tree.get("reference") or before[0]] if before else [],
+        "match": [tree.get("match")],
+        "masked": tree.get("masked") or [],
+        **{f"methods.{name}.loras": [given.get("loras")] for name, given in left.items() if isinstance(given, Mapping)},
+    }
+    for name in gone:
+        check_name(name, before, "method")
+        if needing := [key for key, names in needed.items() if name in names]:
+            first = ", the first of a recipe that names none" if needing[0] == "reference" else ""
+            raise LamellaError(
+                f"methods.{name}=null leaves out the method that '{needing[0]}' names{first}. Give {needing[0]}= one "
+                f"of those that are left ({', '.join(left) or 'none'}), or keep it."
+            )
 
 
 def study_of(tree: Mapping[str, Any], recipe: str = "study.yaml") -> StudyRecipe:
@@ -155,6 +209,19 @@ def check_name(name: str, known: Iterable[str], kind: str) -> None:
     known = list(known)
     if name not in known:
         raise LamellaError(unknown_key(name, known).replace("setting", kind, 1))
+
+
+def refuse_without_method(methods: Mapping[str, Mapping[str, Any]], example: str) -> None:
+    """Raise a LamellaError where an entry does not say which method it is: forgotten, or a misspelt name."""
+    for name, given in methods.items():
+        if not isinstance(given.get("method"), str | dict):
+            others = [other for other in methods if other != name]
+            near = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
+            hint = f"Did you mean 'methods.{near[0]}'? Else add" if near else "Add"
+            raise LamellaError(
+                f"methods.{name} does not say which method it is. {hint} a line 'method: {example}', or the word "
+                f"methods.{name}.method={example}, for example. The others here are: {', '.join(others) or 'none'}."
+            )
 
 
 def settings_by_method(cells: Iterable[Cell]) -> Mapping[str, dict[str, Any]]:

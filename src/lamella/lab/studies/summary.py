@@ -54,7 +54,7 @@ def _below_floor(results: Results, listed: Sequence[str]) -> str:
         return ""
     return (
         f"No method reaches the linear floor of {floor:.3f} on {_place(results)}: all learned too little for a "
-        "comparison to say much; train for more steps. "
+        "comparison to say much. Train longer, as with run.epochs=5 or a larger run.max_steps, or at another run.lr. "
     )
 
 
