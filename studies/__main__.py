@@ -10,6 +10,7 @@ from lamella.errors import LamellaError
 from lamella.files import write_atomic
 from studies.keep import keep, load_study, study_names
 from studies.overview import evidence_pages
+from studies.probing import is_probing, keep_probing, kept_probing
 from studies.similarity import is_similarity, keep_similarity, kept_similarity
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -23,12 +24,13 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     try:
         for folder in given.add:
-            print(f"Kept: {keep_similarity(folder) if is_similarity(folder) else keep(folder)}")
+            keeping = keep_similarity if is_similarity(folder) else keep_probing if is_probing(folder) else keep
+            print(f"Kept: {keeping(folder)}")
         studies = [load_study(name) for name in study_names()]
     except LamellaError as error:
         print(error, file=sys.stderr)
         return 2
-    pages = evidence_pages(studies, kept_similarity())
+    pages = evidence_pages(studies, kept_similarity(), kept_probing())
     differing = [path for path, page in pages.items() if _text(DOCS / path) != page]
     left = [path for path in sorted((DOCS / "evidence").glob("*.md")) if f"evidence/{path.name}" not in pages]
     if not given.check:

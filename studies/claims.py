@@ -11,6 +11,7 @@ from lamella.similarity.swapping import distance_regressions
 from lamella.statistics import Contrast, holm
 from studies.criteria import ratios
 from studies.keep import KeptStudy
+from studies.probing import KeptProbes, in_words
 from studies.similarity import KeptSimilarity, medians
 from studies.tables import interval, markdown, number, p_value
 
@@ -61,6 +62,7 @@ class Kept:
 
     studies: Mapping[str, KeptStudy]
     similarity: Mapping[str, KeptSimilarity]
+    probes: Mapping[str, KeptProbes]
 
 
 By: TypeAlias = Compared | Callable[[Kept], Finding | None]
@@ -178,6 +180,37 @@ def _deeper_differ_more(kept: Kept) -> Finding | None:
     return Finding(" and ".join(said), verdict, "mola-claims")
 
 
+def _surface_before_meaning(kept: Kept) -> Finding | None:
+    """Surface must fall with depth, and meaning rise."""
+    probes = kept.probes.get(_PROBED)
+    if probes is None:
+        return None
+    trends = probes.trends[probes.trends["kind"] != "syntactic"]
+    said = ", ".join(f"{row.property} {in_words(row.rho, row.low, row.high)}" for row in trends.itertuples())
+    outward = [(-row.high, -row.low) if row.kind == "surface" else (row.low, row.high) for row in trends.itertuples()]
+    holds, fails = [low > 0 for low, _ in outward], [high < 0 for _, high in outward]
+    verdict = _HOLDS if all(holds) else _FAILS if any(fails) else "undecided: intervals reach over 0"
+    return Finding(f"rank correlation with depth: {said}", verdict, "probing")
+
+
+def _picked_for_meaning(kept: Kept) -> Finding | None:
+    """The task is one of meaning, so its routers must pick the layers that hold it more than random picks do."""
+    probes = kept.probes.get(_PROBED)
+    if probes is None:
+        return None
+    rows = probes.followed.merge(probes.trends[["property", "kind"]], on="property")
+    rows = rows[rows["kind"] == "semantic"]
+    said = ", ".join(
+        f"{row.property} {in_words(row.rho, row.low, row.high)}, random picks up to {number(row.random_high, '+')}"
+        for row in rows.itertuples()
+    )
+    verdict = _HOLDS if (rows["p_holm"] < 0.05).all() else "undecided: no more than random picks do"
+    return Finding(f"rank correlation of picks with {said}", verdict, "probing")
+
+
+_PROBED = "minilm-trec"
+
+
 def _error_is_variance(kept: Kept) -> Finding | None:
     study = kept.similarity.get("similarity-tiny-moe")
     table = study.folder.table("alignment") if study else None
@@ -234,7 +267,12 @@ _TRAINED = "molex-trec molex-sst2 molex-movies"
 _KEPT = "mixture, what is kept"
 
 CLAIMS = (
-    Claim(_MOLEX, "better than LoRA of the same size", "table 1", _on(_TRAINED, "MoLEx", "LoRA")),
+    Claim(
+        _MOLEX,
+        "better than LoRA of the same size",
+        "table 1",
+        _on(f"{_TRAINED} minilm-five-tasks-others", "MoLEx", "LoRA"),
+    ),
     Claim(_MOLEX, "the learned router finds better layers than chance", "§4", _on(_TRAINED, "MoLEx", "MoLEx random")),
     Claim(
         _MOLEX,
@@ -248,10 +286,14 @@ CLAIMS = (
     ),
     Claim(_MOLEX, "balancing the routers helps", "table 7", _on("molex-ablations", "MoLEx", "balance 0")),
     Claim(
-        _MOLEX, "routers of their own help on some tasks", "B.1", _on("molex-ablations", "router per layer", "MoLEx")
+        _MOLEX,
+        "routers of their own and the cosine router help on some tasks",
+        "B.1",
+        [Compared("molex-ablations", name, "MoLEx", called=name) for name in ("router per layer", "cosine sigmoid")],
     ),
-    Claim(_MOLEX, "so does the cosine router", "B.1", _on("molex-ablations", "cosine sigmoid", "MoLEx")),
     Claim(_MOLEX, "costs 1.83 times LoRA", "E.3", [_step_time]),
+    Claim(_MOLEX, "early layers hold surface, later ones meaning", "table 4", [_surface_before_meaning]),
+    Claim(_MOLEX, "its routers pick layers for the meaning they hold", "figure 2", [_picked_for_meaning]),
     Claim(
         _MOLEX,
         "better than LoRA on larger models too",
@@ -260,15 +302,12 @@ CLAIMS = (
     ),
     Claim(
         _MOLEX,
-        "another model's layers are better guests than the own",
+        "another model's layers are good guests",
         "left open",
-        _on("molex-guests", "MPNet's blocks", "MoLEx"),
-    ),
-    Claim(
-        _MOLEX,
-        "they are better guests than random blocks",
-        "this project",
-        _on("molex-guests", "MPNet's blocks", "random blocks"),
+        [
+            Compared("molex-guests", "MPNet's blocks", other, called=called)
+            for called, other in (("beside the own", "MoLEx"), ("beside random blocks", "random blocks"))
+        ],
     ),
     Claim(_MOLEX, "GLUE with RoBERTa, E2E with GPT-2", "tables 1, 2", cannot="neither model nor data is at hand"),
     Claim(
@@ -357,21 +396,22 @@ CLAIMS = (
     Claim(_MOLE, "its lead over the mean holds with more LoRAs", "table 6", _on("mole-count", "MOLE", "uniform")),
     Claim(
         _MOLE,
-        "trained LoRAs are what helps, not the routers' weights",
+        "better than what a sceptic puts in its place",
         "this project",
-        _on("mole-controls", "MOLE", "random LoRAs"),
+        [
+            Compared("mole-controls", "MOLE", other, called=f"beside {called}")
+            for other, called in (
+                ("random LoRAs", "random LoRAs"),
+                ("fresh LoRA", "a new LoRA"),
+                ("learned weights", "one learned weight a LoRA"),
+            )
+        ],
     ),
     Claim(
         _MOLE,
-        "better than a new LoRA trained on the routers' rows",
+        "LoRAs of unlike tasks are better together than one LoRA for all",
         "this project",
-        _on("mole-controls", "MOLE", "fresh LoRA"),
-    ),
-    Claim(
-        _MOLE,
-        "better than one learned weight for each LoRA",
-        "this project",
-        _on("mole-controls", "MOLE", "learned weights"),
+        _on("minilm-five-tasks-others", "MOLE", "LoRA"),
     ),
     Claim(_MOLE, "several subjects in one picture", "tables 1, 2, 4", cannot="no trained model of pictures is at hand"),
     Claim(_EXSIM, "an expert with a large error does what no other does", "table 1", [_error_is_variance]),

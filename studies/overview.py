@@ -9,6 +9,7 @@ from studies.claims import NOT_RUN, Kept, claims_table
 from studies.criteria import criteria_page
 from studies.keep import KeptStudy, purpose
 from studies.page import study_page
+from studies.probing import KeptProbes, probing_page
 from studies.similarity import KeptSimilarity, similarity_page
 from studies.tables import markdown
 
@@ -39,12 +40,17 @@ that of the reference's in one interleaved run of untrained models, with one thr
 [performance](performance.md) says more of cost."""
 
 
-def evidence_pages(studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilarity]) -> dict[str, str]:
+def evidence_pages(
+    studies: Sequence[KeptStudy], similarity: Sequence[KeptSimilarity], probes: Sequence[KeptProbes]
+) -> dict[str, str]:
     """All pages as Markdown, by their path in docs: evidence.md, and one in evidence/ for each study that was run."""
     pages = {f"evidence/{study.name}.md": study_page(study) for study in studies if study.run}
     pages["evidence/expert-similarity.md"] = similarity_page(similarity)
     pages["evidence/compression-criteria.md"] = criteria_page()
-    kept = Kept({study.name: study for study in studies}, {study.name: study for study in similarity})
+    pages["evidence/probing.md"] = probing_page(probes)
+    kept = Kept(
+        {one.name: one for one in studies}, {one.name: one for one in similarity}, {one.name: one for one in probes}
+    )
     pages["evidence.md"] = "\n\n".join([_HEAD, claims_table(kept), _READ, _studies(studies)]) + "\n"
     return {path: page for path, page in pages.items() if page}
 
@@ -58,4 +64,5 @@ def _studies(studies: Sequence[KeptStudy]) -> str:
         rows.append([name, " ".join(asks.split()), f"{study.run} / {study.planned}" if study.run else NOT_RUN])
     rows.append(["[expert-similarity](evidence/expert-similarity.md)", "Which experts can stand in for which?", ""])
     rows.append(["[compression-criteria](evidence/compression-criteria.md)", "Which experts can go, at what cost?", ""])
+    rows.append(["[probing](evidence/probing.md)", "Which layers hold what, and does MoLEx pick them for it?", ""])
     return markdown(["study", "what it asks", "cells run / planned"], rows)

@@ -12,7 +12,7 @@ def verdict(packaged, tmp_path, monkeypatch):  # noqa: F811
     """The cells of the only row: what was found, and the verdict; LoRA and 'wide' score alike, 'tall' scores more."""
     leave_study(tmp_path / "study", write_recipe(packaged), {"LoRA": 0.6, "wide": 0.6, "tall": 0.9})
     keep(tmp_path / "study", tmp_path / "kept")
-    kept = Kept({"study": load_study("study", tmp_path / "kept")}, {})
+    kept = Kept({"study": load_study("study", tmp_path / "kept")}, {}, {})
 
     def of(claim):
         monkeypatch.setattr(claims, "CLAIMS", (claim,))
@@ -67,7 +67,7 @@ def test_a_measure_of_its_own_is_shown(verdict):
 
 
 def test_a_lower_loss_speaks_for_a_claim():
-    kept = Kept({"mole-prose": load_study("mole-prose")}, {})
+    kept = Kept({"mole-prose": load_study("mole-prose")}, {}, {})
     row = next(line for line in claims_table(kept).splitlines() if "better than the LoRAs' mean" in line)
     assert "[mole-prose](evidence/mole-prose.md) +0.104 [+0.077, +0.133]" in row
 
@@ -75,7 +75,7 @@ def test_a_lower_loss_speaks_for_a_claim():
 def test_chance_is_shared_among_all_claims(packaged, tmp_path, monkeypatch):  # noqa: F811
     leave_study(tmp_path / "study", write_recipe(packaged), {"LoRA": 0.6, "wide": 0.62})
     keep(tmp_path / "study", tmp_path / "kept")
-    kept = Kept({"study": load_study("study", tmp_path / "kept")}, {})
+    kept = Kept({"study": load_study("study", tmp_path / "kept")}, {}, {})
     raw = kept.studies["study"].results[0].contrasts([("wide", "LoRA")])[0].p_value
     asked = []
     monkeypatch.setattr(claims, "holm", lambda values: asked.extend(values) or list(values))

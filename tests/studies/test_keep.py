@@ -80,7 +80,7 @@ def test_page_and_report_have_the_same_intervals(study):
 
 def test_the_page_says_what_was_measured(study):
     keep(*study)
-    pages = evidence_pages([load_study("study", study[1])], [])
+    pages = evidence_pages([load_study("study", study[1])], [], [])
     page = pages["evidence/study.md"]
 
     assert "| [study](evidence/study.md) | Are more experts better? | 9 / 9 |" in pages["evidence.md"]
@@ -97,7 +97,7 @@ def test_the_page_says_what_was_measured(study):
 
 def test_what_was_not_run_is_one_row(packaged, tmp_path):
     write_recipe(packaged)
-    pages = evidence_pages([load_study("study", tmp_path / "nowhere")], [])
+    pages = evidence_pages([load_study("study", tmp_path / "nowhere")], [], [])
 
     assert "| study | Are more experts better? | *not run* |" in pages["evidence.md"]
     assert "evidence/study.md" not in pages

@@ -6,7 +6,7 @@ from tests.studies.test_keep import packaged  # noqa: F401
 
 from studies import __main__ as command
 from studies import keep as keeping
-from studies import similarity
+from studies import probing, similarity
 
 
 @pytest.fixture
@@ -17,6 +17,7 @@ def page(packaged, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(command, "load_study", lambda name: keeping.load_study(name, tmp_path / "kept"))
     monkeypatch.setattr(command, "keep", lambda folder: keeping.keep(folder, tmp_path / "kept"))
     monkeypatch.setattr(command, "kept_similarity", lambda: similarity.kept_similarity(tmp_path / "none"))
+    monkeypatch.setattr(command, "kept_probing", lambda: probing.kept_probing(tmp_path / "none"))
     return tmp_path / "evidence.md"
 
 

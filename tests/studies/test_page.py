@@ -3,12 +3,13 @@ from studies.__main__ import DOCS
 from studies.answers import answers
 from studies.keep import ROWS, load_study, study_names
 from studies.overview import evidence_pages
+from studies.probing import kept_probing
 from studies.similarity import kept_similarity
 
 
 @pytest.mark.heavy  # all intervals of all studies; `.ci/run` asks it
 def test_the_pages_are_what_the_kept_rows_say():
-    pages = evidence_pages([load_study(name) for name in study_names()], kept_similarity())
+    pages = evidence_pages([load_study(name) for name in study_names()], kept_similarity(), kept_probing())
     written = {path: (DOCS / path).read_text(encoding="utf-8") for path in pages if (DOCS / path).is_file()}
     assert written == pages, "run `make evidence`"
 

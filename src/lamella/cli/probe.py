@@ -14,7 +14,12 @@ from lamella.cli.progress import showing
 def probe(
     model: Annotated[str, typer.Argument(help="A demo model, a hub id or a path.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of results.parquet and report.html.")],
-    run: Annotated[Path | None, typer.Option(help="A finished run of MoLEx on the model, for what it picks.")] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A finished run of MoLEx on the model, for what it picks; repeated, the same with other seeds."
+        ),
+    ] = None,
     text: Annotated[str, typer.Option(help="A task or file:ROWS with a text in each row, English.")] = "trec",
     rows: Annotated[int, typer.Option(min=1, help="Rows of each property, at most.")] = 2000,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -36,7 +41,7 @@ def probe(
 
     check_folder(output)
     with showing("probing"):
-        probed = probe_model(placed(model), placed(text), rows, run)
+        probed = probe_model(placed(model), placed(text), rows, run or ())
         with working("writing the report"):
             probed.save(output)
             page = write_probing(probed, output / "report.html")

@@ -44,6 +44,17 @@ def test_a_table_is_the_means_over_rows_and_seeds(planted):
     assert row[["train", "validation", "test"]].tolist() == [len(rows) for rows in one.parts.values()]
 
 
+def test_a_trend_is_the_rank_correlation_with_the_layer(planted):
+    one, states = planted
+    deeper = np.concatenate([states, states[1:]])
+    deeper[2, :, 2] -= 3 * one.labels  # half of it is left
+    rho, low, high = probe(one, deeper[[0, 2, 1]]).trend
+    assert rho == 1.0
+    assert low <= rho == high
+    assert probe(one, deeper[[1, 2, 0]]).trend[0] == -1.0
+    assert probe(one, np.zeros_like(deeper)).trend == (0.0, 0.0, 0.0)
+
+
 def slow(states, labels, parts, seed):
     """Every strength fitted from nothing on what the seed draws; the first of the best on validation is tested."""
     rows = np.random.default_rng(seed).permutation(parts["train"])

@@ -38,7 +38,7 @@ class ProbedModel:
         sentences: how many there were to choose from.
         rows: how many a property has at most.
         properties: each property's probes.
-        picks: of a run on the model; None where none was given.
+        picks: of runs on the model; None where none was given.
         notes: what was left out or cut, and why.
     """
 
@@ -56,6 +56,12 @@ class ProbedModel:
         return pd.concat([one.table for one in self.properties], ignore_index=True)
 
     @cached_property
+    def trends(self) -> pd.DataFrame:
+        """How each property changes with depth: property, kind, rho, low, high, as `Probed.trend`."""
+        rows = [(one.of.name, one.of.kind, *one.trend) for one in self.properties]
+        return pd.DataFrame(rows, columns=["property", "kind", "rho", "low", "high"])
+
+    @cached_property
     def correlations(self) -> pd.DataFrame | None:
         """`pick_correlations` with selectivity, accuracy and the control's accuracy behind each block."""
         if self.picks is None:
@@ -70,7 +76,11 @@ class ProbedModel:
             "model": self.model,
             "text": {"task": self.text, "sentences": self.sentences, "rows": self.rows},
             "probe": {"seeds": list(SEEDS), "pooling": "mean over real tokens", "classifier": "logistic regression"},
-            **({} if self.picks is None else {"run": {"name": self.picks.run, "model": self.picks.model}}),
+            **(
+                {}
+                if self.picks is None
+                else {"runs": {"name": self.picks.called, "number": len(self.picks.shares), "model": self.picks.model}}
+            ),
             "lamella_version": __version__,
         }
 
@@ -81,14 +91,15 @@ class ProbedModel:
             **self.settings,
             "notes": list(self.notes),
             "results": self.results.to_dict("records"),
+            "trends": self.trends.to_dict("records"),
             **({} if picks is None else {"picks": picks.by_layer.tolist()}),
             **({} if correlations is None else {"correlations": correlations.to_dict("records")}),
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``results.parquet``, ``probe.json`` and, of a run, ``picks.parquet`` and ``correlations.parquet``."""
+        """Write ``results``, ``trends`` and, of runs, ``picks`` and ``correlations`` as parquet, and ``probe.json``."""
         picks = None if self.picks is None else self.picks.table
-        tables = {"results": self.results, "picks": picks, "correlations": self.correlations}
+        tables = {"results": self.results, "trends": self.trends, "picks": picks, "correlations": self.correlations}
         for name, table in tables.items():
             if table is not None:
                 with atomic(folder / f"{name}.parquet") as unfinished:
@@ -100,7 +111,7 @@ def probe_model(
     name: str,
     text: str = "trec",
     rows: int = ROWS,
-    run: Path | None = None,
+    runs: Sequence[Path] = (),
 ) -> ProbedModel:
     """Probes every layer of a pretrained model, the embeddings too, for each property that a text has rows for.
 
@@ -108,11 +119,11 @@ def probe_model(
         name: a demo model, a hub id or a path.
         text: a task whose rows are one text each.
         rows: of each property, at most.
-        run: a finished run of MoLEx on this model.
+        runs: finished runs of MoLEx on this model that differ by their seeds.
 
     Raises:
-        LamellaError: a model with more stacks of blocks than one, a text of other rows or too few, or a run that is
-            not of MoLEx or of another depth.
+        LamellaError: a model with more stacks of blocks than one, a text of other rows or too few, or runs that are
+            not of MoLEx, of another depth or of unlike settings.
     """
     backbone = load_backbone(name)
     stacks = locate_stacks(backbone.model)
@@ -120,7 +131,7 @@ def probe_model(
         raise LamellaError(
             f"{name} has {len(stacks)} stacks of blocks, which read different tokens. Probe a model with one."
         )
-    picks = None if run is None else picks_of(run, backbone.model)
+    picks = picks_of(runs, backbone.model) if runs else None
     sentences = sentences_of(load_task(text))
     properties, notes = properties_of(sentences, rows)
     texts = sorted({one for of in properties for one in of.texts}, key=lambda one: (len(one), one))  # little padding
@@ -130,7 +141,7 @@ def probe_model(
     for of in counted(properties, "probing", "properties"):
         probed.append(probe(of, states[:, [place[one] for one in of.texts]]))
     if picks is not None and published_name(picks.model) != published_name(name):
-        notes.append(f"the run was trained on {picks.model}, and {name} was probed, which has as many blocks")
+        notes.append(f"{picks.called} was trained on {picks.model}, and {name} was probed, which has as many blocks")
     return ProbedModel(name, text, len(sentences.texts), rows, tuple(probed), picks, (*notes, *cut))
 
 

@@ -66,6 +66,11 @@ def _best(of: Probed) -> str:
     )
     if row["selectivity_low"] <= 0:
         found += " That is no more than the probe reaches on its control."
+    rho, low, high = of.trend
+    if low > 0 or high < 0:
+        found += (
+            f" It {'grows' if rho > 0 else 'falls'} with depth, rank correlation {rho:+.2f} [{low:+.2f}, {high:+.2f}]."
+        )
     alike = sorted(int(one.second) for one in of.beside_the_best() if not one.significant)
     return f"{found} Not told apart from it: {_layer_names(alike)}." if alike else found
 
@@ -93,7 +98,7 @@ def _followed(probed: ProbedModel) -> list[str]:
         else "no property more than random picks do, after Holm's correction"
     )
     return [
-        f"{picks.run} picks layer {share.argmax()} most, in {share.max():.0%} of its choices "
+        f"{picks.called} picked layer {share.argmax()} most, in {share.max():.0%} of the choices "
         f"where an even share is {1 / len(share):.0%}, and the block's own layer in {picks.itself:.0%}. Rank "
         f"correlation of how often a layer is picked with its selectivity: {told}. The picks follow {verdict}."
     ]
