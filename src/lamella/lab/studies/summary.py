@@ -52,6 +52,12 @@ def _below_floor(results: Results, listed: Sequence[str]) -> str:
     run = [results.means[name] for name in listed if name in results.means]
     if floor is None or not results.greater_is_better or max(run) >= floor:
         return ""
+    best = max(results.means, key=lambda name: results.means[name])
+    if results.means[best] >= floor:  # a control that has seen more rows
+        return (
+            f"Of what is compared nothing reaches the linear floor of {floor:.3f} on {_place(results)}; "
+            f"{best} does, {results.metric} {results.means[best]:.3f}. "
+        )
     return (
         f"No method reaches the linear floor of {floor:.3f} on {_place(results)}: all learned too little for a "
         "comparison to say much. Train longer, as with run.epochs=5 or a larger run.max_steps, or at another run.lr. "
