@@ -61,6 +61,7 @@ def test_the_loras_that_help_a_task_are_named_with_what_it_cost(lamella, bert, q
     status, out, _ = lamella(*words, "--task", questions, "--examples", 12, "--seed", 1, "--json")
     assert status == 0
     other = json.loads(out)
+    assert json.loads(lamella(*words, "--task", questions, "--examples", 12, "--seed", 1, "--json")[1]) == other
     assert len(other["names"]) == 2
     by_name = {row["name"]: row for row in found["scores"]}
     assert other["scores"][-1]["loss"] != by_name["the base"]["loss"]  # other rows

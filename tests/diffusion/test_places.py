@@ -331,12 +331,16 @@ def test_routers_learn_with_any_balance(balance: str, sd: Case) -> None:
     assert sum(moved) / len(moved) > 0.6
 
 
-def test_gradient_checkpointing_changes_no_gradient(sd: Case) -> None:
+@pytest.mark.parametrize(
+    "config", [{"router_input": "mean"}, {"granularity": "network", "score": "sigmoid"}], ids=["images", "places"]
+)
+def test_gradient_checkpointing_changes_no_gradient(config: dict[str, str], sd: Case) -> None:
     def gradients(checkpointed: bool) -> dict[str, Tensor]:
-        unet = sd.composed(granularity="network", score="sigmoid", **OFF_ZERO).pipe.unet
+        composition = sd.composed(**OFF_ZERO | config)
+        unet = composition.pipe.unet
         if checkpointed:
             unet.enable_gradient_checkpointing()
-        unet.train()
+        composition.train()
         states = torch.randn(2, 5, tiny.WIDTH, generator=torch.Generator().manual_seed(1))
         predicted = unet(tiny.latents(2), timestep=torch.tensor([3, 9]), encoder_hidden_states=states).sample
         predicted.square().mean().backward()

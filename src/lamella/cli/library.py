@@ -107,7 +107,7 @@ def shortlist(
     ] = None,
     examples: Annotated[int, typer.Option(min=4, help="Rows: half of them choose, half of them judge.")] = 64,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 128,
-    seed: Annotated[int, typer.Option(help="Which rows are drawn, and the random LoRA.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the rows that are drawn, the random LoRA and a new head.")] = 0,
     index: IndexFile = None,
     json: Json = False,
 ) -> None:

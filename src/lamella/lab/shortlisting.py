@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from lamella.adapters import AdapterLibrary
 from lamella.lab.data import encode, load_backbone, load_task
 from lamella.retrieval import Shortlist, shortlist
@@ -31,12 +33,13 @@ def shortlist_for(
         examples: how many rows.
         max_length: tokens of a row, at most.
         say: told, before it begins, what it will cost, and what a reader should know.
-        seed: which rows they are, and in which order; and of the random LoRA.
+        seed: which rows they are, and in which order; of the random LoRA, and of a head that the model lacks.
 
     Raises:
         LamellaError: as `lamella.shortlist`; or the model or the task cannot be loaded.
     """
     read = load_task(task)
+    torch.manual_seed(seed)
     backbone = load_backbone(model, read)
     encoded = encode(
         read, backbone.tokenizer, max_length=max_length, limit={"train": examples}, seed=seed, decoder=backbone.decoder

@@ -131,18 +131,21 @@ def generate(model: PeftModel, given: dict[str, Tensor], **options: object) -> T
 
 
 @pytest.mark.parametrize(
-    ("kind", "granularity", "options"),
+    ("kind", "config", "options"),
     [
-        ("llama", "matrix", {}), ("llama", "network", {"num_beams": 3}), ("gpt2", "block", {}),
-        ("gpt2", "sublayer", {"num_beams": 2, "num_return_sequences": 2}), ("t5", "sublayer", {}),
-        ("t5", "network", {"num_beams": 2, "num_return_sequences": 2}),
+        ("llama", {"granularity": "matrix"}, {}), ("llama", {"granularity": "network"}, {"num_beams": 3}),
+        ("gpt2", {"granularity": "block"}, {}),
+        ("gpt2", {"granularity": "sublayer"}, {"num_beams": 2, "num_return_sequences": 2}),
+        ("t5", {"granularity": "sublayer"}, {}),
+        ("t5", {"granularity": "network"}, {"num_beams": 2, "num_return_sequences": 2}),
+        ("llama", {"top_k": 1}, {}), ("llama", {"score": "sigmoid"}, {}),
     ],
     ids=str,
 )  # fmt: skip
 def test_generation_with_a_cache_is_generation_without(
-    kind: str, granularity: str, options: dict[str, int], folder: Path
+    kind: str, config: dict[str, object], options: dict[str, int], folder: Path
 ) -> None:
-    model = trained.composition(kind, folder, granularity=granularity)
+    model = trained.composition(kind, folder, **config)
     given = _left_padded(kind)
     cached = generate(model, given, use_cache=True, **options)
     assert torch.equal(cached, generate(model, given, use_cache=False, **options))

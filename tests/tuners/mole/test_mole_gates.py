@@ -95,29 +95,6 @@ def test_one_open_gate_alone_is_twice_that_lora_and_closed_ones_add_nothing(fold
     torch.testing.assert_close(trained.run(model, given), twice)
 
 
-@pytest.mark.parametrize(("granularity", "top_k"), [("matrix", 1), ("block", None), ("network", 2)])
-def test_gradients_reach_every_router(granularity: str, top_k: int | None, tmp_path: Path) -> None:
-    paths = {f"lora{i}": trained.random_lora(tmp_path, i) for i in range(4)}
-    config = MoleConfig(granularity=granularity, top_k=top_k, router_input="token", **GATES)
-    model = compose(tiny.bert().double(), paths, config)
-    trained.sharpen(model)
-    model.train()(**tiny.batch(model.get_base_model())).loss.backward()
-    gradients = tiny.gradients(model)
-    assert len([name for name in gradients if name.endswith(".bias")]) == len(trained.routers_of(model))
-    assert all(bool(gradient.any()) for gradient in gradients.values())
-
-
-def test_generation_with_a_cache_is_generation_without(folder: Path) -> None:
-    model = trained.composition("llama", folder, **GATES)
-    given = {"input_ids": torch.tensor([[5, 6, 7, 8, 9], [4, 5, 7, 6, 8]])}
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
-    both = [
-        model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False, use_cache=cached)
-        for cached in (True, False)
-    ]
-    assert torch.equal(*both)
-
-
 def test_the_trace_and_the_doctor_see_gates(folder: Path) -> None:
     model = trained.composition("bert", folder, sharp=False, router_input="token", **GATES)
     given = tiny.inputs(model.get_base_model())

@@ -84,21 +84,6 @@ def test_every_router_gives_k_their_share(granularity: str, router_input: str, k
             torch.testing.assert_close(own.sum(dim=-1), torch.ones_like(own[:, 0]))
 
 
-@pytest.mark.parametrize(
-    ("top_k", "granularity", "router_input"),
-    [(1, "matrix", "mean"), (2, "sublayer", "token"), (1, "block", "token"), (2, "network", "mean")],
-)
-def test_gradients_reach_every_router(top_k: int, granularity: str, router_input: str, tmp_path: Path) -> None:
-    paths = {f"lora{i}": trained.random_lora(tmp_path, i) for i in range(4)}
-    config = MoleConfig(balance="none", top_k=top_k, granularity=granularity, router_input=router_input)
-    model = lamella.compose(tiny.bert().double(), paths, config)
-    trained.sharpen(model)
-    model.train()(**tiny.batch(model.get_base_model())).loss.backward()
-    gradients = tiny.gradients(model)
-    assert len([name for name in gradients if name.endswith(".e")]) == len(trained.routers_of(model))
-    assert all(bool(gradient.any()) for gradient in gradients.values())
-
-
 @pytest.mark.parametrize("router_input", ["mean", "token"])
 def test_one_is_the_best_lora_as_peft_runs_it(router_input: str, folder: Path) -> None:
     model = trained.composition("bert", folder, top_k=1, router_input=router_input)
@@ -229,17 +214,6 @@ def test_checkpointing_changes_no_gradient(mode: dict[str, bool], granularity: s
         actual.append(tiny.gradients(model))
     assert actual[0]
     tiny.assert_same(actual[1], actual[0])
-
-
-def test_generation_with_a_cache_is_generation_without(folder: Path) -> None:
-    model = trained.composition("llama", folder, top_k=1)
-    given = {"input_ids": torch.tensor([[5, 6, 7, 8, 9], [4, 5, 7, 6, 8]])}
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
-    both = [
-        model.generate(**given, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cached)
-        for cached in (True, False)
-    ]
-    assert torch.equal(*both)
 
 
 def test_saved_and_loaded_it_is_bit_equal(folder: Path, tmp_path: Path) -> None:

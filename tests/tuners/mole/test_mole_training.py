@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lamella import LamellaError, masked_experts
+from lamella import LamellaError, MoleConfig, compose, masked_experts
 from lamella.routing import collect_losses, loss_scale
 from lamella.routing.balance import balance_loss, entropy_loss
 
@@ -55,6 +55,27 @@ def test_every_router_gets_a_gradient_and_nothing_else_does(
     for unit in units:  # a module that one LoRA alone adapts still tells its router something
         assert unit.router.bias.requires_grad
     assert all(gradient.any() for gradient in biases)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"top_k": 1}, {"top_k": 2, "granularity": "sublayer", "router_input": "token"},
+        {"top_k": 1, "granularity": "block", "router_input": "token"}, {"top_k": 2, "granularity": "network"},
+        {"top_k": 1, "router_input": "token", "score": "sigmoid"},
+        {"granularity": "block", "router_input": "token", "score": "sigmoid"},
+        {"top_k": 2, "granularity": "network", "router_input": "token", "score": "sigmoid"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gradients_reach_every_router_of_few_loras_and_of_gates(config: dict[str, object], tmp_path: Path) -> None:
+    paths = {f"lora{i}": trained.random_lora(tmp_path, i) for i in range(4)}
+    model = compose(tiny.bert().double(), paths, MoleConfig(balance="none", **config))
+    trained.sharpen(model)
+    gradients = step(model, tiny.batch(model.get_base_model()))
+    for part in (".e", ".bias"):
+        assert len([name for name in gradients if name.endswith(part)]) == len(trained.routers_of(model))
+    assert all(bool(gradient.any()) for gradient in gradients.values())
 
 
 @pytest.mark.parametrize(

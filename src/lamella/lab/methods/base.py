@@ -204,6 +204,11 @@ def registered(name: str) -> type[Method]:
     return _METHODS[name]
 
 
+def all_methods() -> dict[str, type[Method]]:
+    """The class of every method, by name."""
+    return dict(_METHODS)
+
+
 def method_from(value: str | Mapping[str, Any]) -> Method:
     """The settings of a method from its name, or from a mapping of its name and settings.
 

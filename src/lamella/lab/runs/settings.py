@@ -41,14 +41,16 @@ class RunSettings(Settings):
     max_steps: Positive | None = Field(None, description="optimizer steps, in place of epochs")
     batch_size: Positive = Field(32, description="rows per process and forward pass")
     accumulation: Positive = Field(1, description="forward passes per optimizer step")
-    lr: Rate = 2e-3
+    lr: Rate = Field(2e-3, description="learning rate at its highest")
     router_lr: float | None = Field(
         None, ge=0.0, description="learning rate of the routers, 0 to leave them; absent: lr"
     )
-    weight_decay: float = Field(0.0, ge=0.0)
-    router_weight_decay: float = Field(0.0, ge=0.0)
-    warmup_ratio: float = Field(0.06, ge=0.0, lt=1.0)
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW's, of all that trains but routers")
+    router_weight_decay: float = Field(0.0, ge=0.0, description="AdamW's, of the routers")
+    warmup_ratio: float = Field(0.06, ge=0.0, lt=1.0, description="share of the steps in which the rate rises")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        "linear", description="how the rate falls after that"
+    )
     max_grad_norm: float = Field(1.0, ge=0.0, description="0 switches clipping off")
 
     max_length: Positive = Field(128, description="tokens per row; longer rows are cut")
@@ -61,20 +63,22 @@ class RunSettings(Settings):
     )
     length_sorted: bool = Field(True, description="batches of rows alike in length, in random order")
 
-    bf16: bool = False
-    gradient_checkpointing: bool = False
+    bf16: bool = Field(False, description="forward and backward in bfloat16, weights in float32")
+    gradient_checkpointing: bool = Field(False, description="less memory for more time: activations computed twice")
     threads: Positive | None = Field(None, description="CPU threads; torch's default if absent")
 
     plain_text: str | None = Field(
         None, description="language models: running text whose loss says what was forgotten of the base, such as news"
     )
-    eval_batch_size: Positive = 64
+    eval_batch_size: Positive = Field(64, description="rows per process and forward pass when scoring")
     evaluate_every: Positive | None = Field(
         None, description="steps between scores on validation, each with a checkpoint; a quarter of the run if absent"
     )
     keep: Literal["best", "last"] = Field("best", description="which checkpoint becomes the result, by validation")
-    log_every: Positive = 10
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    log_every: Positive = Field(10, description="steps between entries of the log")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="trackers that are told what is logged; each has to be installed"
+    )
 
     @model_validator(mode="after")
     def _all_read(self) -> RunSettings:

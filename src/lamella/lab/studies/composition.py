@@ -39,7 +39,7 @@ class CompositionStudy(StudyRecipe):
     model, which is asked for options or tokens, needs no head.
     """
 
-    backbone: str
+    backbone: str = Field(description="a demo asset, a hub id or a path of the model")
     answers: Answers = Field(
         "classes",
         description="what tests ask for: the class of a text, the likeliest of a task's answers, or a text's tokens, "

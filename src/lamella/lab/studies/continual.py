@@ -47,7 +47,7 @@ class Continual(StudyRecipe):
     has one for each task, trained from the base, and puts those of the tasks so far together at every stage.
     """
 
-    backbone: str
+    backbone: str = Field(description="a demo asset, a hub id or a path of the model")
     sequence: list[str] = Field(min_length=2, description="the tasks, in the order that runs with every seed")
     orders: list[list[str]] = Field(default_factory=list, description="further orders, each with the first seed")
     methods: dict[str, dict[str, Any]] = Field(

@@ -53,14 +53,16 @@ _COMPUTE = (
 class Grid(StudyRecipe):
     """Every method on every backbone and task with every seed."""
 
-    backbones: list[str] = Field(min_length=1)
+    backbones: list[str] = Field(min_length=1, description="demo assets, hub ids or paths of the models")
     tasks: list[str] = Field(min_length=1, description="a list among them is several tasks for one model")
     methods: dict[str, dict[str, Any]] = Field(
         min_length=1,
         description="by the name that tables show: 'method', any setting of its runs, 'apart' for a run on each of "
         "several tasks, of its share of the steps, and of a method over LoRAs 'loras', whose runs apart these are",
     )
-    budget: Literal["equal-parameters", "equal-compute", "none"] = "none"
+    budget: Literal["equal-parameters", "equal-compute", "none"] = Field(
+        "none", description="what is equal: trainable parameters and training tokens, these tokens alone, or nothing"
+    )
     match: str | None = Field(None, description="equal-parameters: the method whose size the others get")
     search: Searched | None = Field(None, description="settings that are chosen for each method, on validation rows")
 

@@ -38,8 +38,8 @@ _DRAWN = 4  # settings tried before the next ones are chosen by what the earlier
 class Range(Settings):
     """Positive numbers from ``low`` to ``high``, alike on a logarithmic scale."""
 
-    low: float = Field(gt=0.0)
-    high: float = Field(gt=0.0)
+    low: float = Field(gt=0.0, description="the least")
+    high: float = Field(gt=0.0, description="the most")
 
 
 class Searched(Settings):
