@@ -11,26 +11,26 @@ from random import Random
 
 import torch
 
-from models.diffusion.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, TEXTURES, Kind, Scenes, World
+from models.diffusion.world import BACKGROUNDS, COLOURS, KINDS, NOTHING, PLACES, SHAPES, TEXTURES, Kind, Scenes
 
 _GRAMMAR = ("top", "bottom", "left", "right", "a", "an", "in", "and", "on", ",")
 WORDS = (*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *_GRAMMAR)
 _PLAIN_SAID = 0.3  # the share of plain objects that are called so; of the others nothing is said
 
 
-def captions(world: World, scenes: Scenes, generator: torch.Generator) -> list[str]:
+def captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
     """One for each scene, in an order of words that the generator decides."""
     chance = Random(int(torch.randint(2**62, (), generator=generator)))
     rows = zip(scenes.kinds.tolist(), scenes.backgrounds.tolist(), strict=True)
-    return [_caption(world, kinds, list(BACKGROUNDS)[background], chance) for kinds, background in rows]
+    return [_caption(kinds, list(BACKGROUNDS)[background], chance) for kinds, background in rows]
 
 
-def _caption(world: World, kinds: Sequence[int], background: str, chance: Random) -> str:
+def _caption(kinds: Sequence[int], background: str, chance: Random) -> str:
     place_first, background_first = chance.random() < 0.5, chance.random() < 0.5
     parts = []
     for place, kind in zip(PLACES, kinds, strict=True):
-        if kind:
-            phrase = _phrase(world.kinds[kind - 1], chance)
+        if kind != NOTHING:
+            phrase = _phrase(KINDS[kind - 1], chance)
             parts.append(f"{place} {phrase}" if place_first else f"{phrase} {place}")
     chance.shuffle(parts)
     *first, last = parts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.diffusion.world import BACKGROUNDS, BASE, PLACES, Kind, Scenes, World, quarters
+from models.diffusion.world import BACKGROUNDS, BASE, KINDS, NOTHING, PLACES, Kind, Scenes, World, patches, quarters
 
 UNCLEAR = -1  # the kind of a place that is like nothing in the world
 _AT_ONCE = 128  # pictures
@@ -18,7 +18,7 @@ class Verdict:
     """What the judge says of some pictures.
 
     Attributes:
-        kinds: ``(pictures, 4)``, numbers of the judge's world, `NOTHING` or `UNCLEAR`.
+        kinds: ``(pictures, 4)``, numbers of `KINDS`, `NOTHING` or `UNCLEAR`.
         backgrounds: ``(pictures,)``.
         errors: ``(pictures, 4)``, root mean square distance of each place from what it was taken for.
     """
@@ -45,10 +45,12 @@ class Judge:
     """
 
     def __init__(self, world: World = BASE, unclear_above: float = 0.12) -> None:
-        self.world, self.unclear_above = world, unclear_above
-        known = world.patches.flatten(3).flatten(1, 2)  # (backgrounds, (1 + kinds) * 9, 768)
-        self._known, self._norms = known, known.square().sum(dim=2)
-        self._offsets = world.patches.shape[2]
+        self._unclear_above = unclear_above
+        rows = torch.cat([torch.tensor([NOTHING]), world.numbers])
+        known = patches()[:, rows].flatten(3)  # (backgrounds, 1 + kinds, 9, 768)
+        self._numbers = rows.repeat_interleave(known.shape[2])
+        self._known = known.flatten(1, 2)  # (backgrounds, (1 + kinds) * 9, 768)
+        self._norms = self._known.square().sum(dim=2)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Verdict:
@@ -64,18 +66,19 @@ class Judge:
             for known, squares in zip(self._known, self._norms, strict=True)
         ]
         distances = torch.stack([values for values, _ in nearest]).unflatten(1, (-1, len(PLACES)))
-        numbers = torch.stack([which for _, which in nearest]).unflatten(1, (-1, len(PLACES))) // self._offsets
+        rows = torch.stack([which for _, which in nearest]).unflatten(1, (-1, len(PLACES)))
         backgrounds = distances.sum(dim=2).argmin(dim=0)  # (pictures,)
         each = torch.arange(len(pictures))
         errors = (distances[backgrounds, each].clamp(min=0) / seen.shape[1]).sqrt()  # (pictures, 4)
-        kinds = torch.where(errors > self.unclear_above, UNCLEAR, numbers[backgrounds, each])
+        kinds = torch.where(errors > self._unclear_above, UNCLEAR, self._numbers[rows[backgrounds, each]])
         return kinds, backgrounds, errors
 
-    def described(self, verdict: Verdict, picture: int) -> tuple[str, dict[str, Kind | None]]:
-        """Of one picture the background, and what stands in each place that is not empty; None is unclear."""
-        found = {
-            place: None if number == UNCLEAR else self.world.kinds[number - 1]
-            for place, number in zip(PLACES, verdict.kinds[picture].tolist(), strict=True)
-            if number
-        }
-        return list(BACKGROUNDS)[int(verdict.backgrounds[picture])], found
+
+def described(verdict: Verdict, picture: int) -> tuple[str, dict[str, Kind | None]]:
+    """Of one picture the background, and what stands in each place that is not empty; None is unclear."""
+    found = {
+        place: None if number == UNCLEAR else KINDS[number - 1]
+        for place, number in zip(PLACES, verdict.kinds[picture].tolist(), strict=True)
+        if number != NOTHING
+    }
+    return list(BACKGROUNDS)[int(verdict.backgrounds[picture])], found

@@ -7,9 +7,10 @@ picture is four of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 SIZE, PLACE, OBJECT = 32, 16, 12  # pixels a side: of a picture, of a place, of an object
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-NOTHING = 0  # the kind of an empty place; the first kind of object is 1
+NOTHING = 0  # the number of an empty place; that of the first kind of object is 1
 _OFFSETS = tuple((top, left) for top in (1, 2, 3) for left in (1, 2, 3))  # of an object in its place
 _FOLDS = 10
 _FINE = 4  # samples a pixel's side, of which the edge of a shape is the mean
@@ -67,12 +68,22 @@ class Kind(NamedTuple):
     texture: str
 
 
+KINDS = tuple(Kind(*words) for words in itertools.product(SHAPES, COLOURS, TEXTURES))  # number k is KINDS[k - 1]
+
+
+def _held_out(kind: Kind) -> bool:
+    shape, colour, texture = (
+        list(words).index(word) for words, word in zip((SHAPES, COLOURS, TEXTURES), kind, strict=True)
+    )
+    return colour == (shape + 3 * texture) % len(COLOURS)
+
+
 @dataclass(frozen=True, eq=False)
 class Scenes:
     """What stands in some pictures.
 
     Attributes:
-        kinds: ``(pictures, 4)``, of each place; `NOTHING` where it is empty.
+        kinds: ``(pictures, 4)``, numbers of `KINDS`, one for each place; `NOTHING` where it is empty.
         backgrounds: ``(pictures,)``.
         offsets: ``(pictures, 4)``, which of the nine an object has in its place; of an empty place it means nothing.
     """
@@ -100,53 +111,20 @@ def joined(parts: Sequence[Scenes]) -> Scenes:
     return Scenes(torch.cat(kinds), torch.cat(backgrounds), torch.cat(offsets))
 
 
-@dataclass(frozen=True)
 class World:
-    """The shapes and textures that objects have; every world has all colours, places and backgrounds.
+    """Scenes with some shapes and textures, in all colours, places and backgrounds.
 
     Attributes:
-        shapes, textures: names of `SHAPES` and `TEXTURES`, in their order.
+        numbers: of all kinds that there are.
+        held_out: of those that no training sees: of each shape with each texture one colour.
+        trained: of the others.
     """
 
-    shapes: tuple[str, ...]
-    textures: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", tuple(name for name in SHAPES if name in self.shapes))
-        object.__setattr__(self, "textures", tuple(name for name in TEXTURES if name in self.textures))
-
-    def with_(self, *words: str) -> World:
-        """This world and further shapes or textures."""
-        return replace(self, shapes=(*self.shapes, *words), textures=(*self.textures, *words))
-
-    @cached_property
-    def kinds(self) -> tuple[Kind, ...]:
-        """Of every object; the kind of number k is ``kinds[k - 1]``."""
-        return tuple(
-            Kind(shape, colour, texture) for shape in self.shapes for colour in COLOURS for texture in self.textures
-        )
-
-    @cached_property
-    def held_out(self) -> Tensor:
-        """Numbers of the kinds that no training sees: of each shape with each texture one colour."""
-        return torch.tensor([number for number, kind in enumerate(self.kinds, 1) if _held_out(kind)])
-
-    @cached_property
-    def trained(self) -> Tensor:
-        """Numbers of the other kinds."""
-        return torch.tensor([number for number, kind in enumerate(self.kinds, 1) if not _held_out(kind)])
-
-    @cached_property
-    def patches(self) -> Tensor:
-        """Every place that can be: ``(backgrounds, 1 + kinds, 9, 3, 16, 16)``, from 0 to 1."""
-        grounds = torch.tensor(list(BACKGROUNDS.values())).view(-1, 1, 1, 1, 1, 1)
-        patches = grounds.expand(-1, 1 + len(self.kinds), len(_OFFSETS), 3, PLACE, PLACE).clone()
-        masks = torch.stack([_mask(kind.shape) for kind in self.kinds])[:, None]  # (kinds, 1, 12, 12)
-        inks = torch.stack([_ink(kind) for kind in self.kinds])  # (kinds, 3, 12, 12)
-        drawn = grounds[:, 0] * (1 - masks) + inks * masks  # (backgrounds, kinds, 3, 12, 12)
-        for number, (top, left) in enumerate(_OFFSETS):
-            patches[:, 1:, number, :, top : top + OBJECT, left : left + OBJECT] = drawn
-        return patches
+    def __init__(self, shapes: Sequence[str], textures: Sequence[str]) -> None:
+        here = [number for number, kind in enumerate(KINDS, 1) if kind.shape in shapes and kind.texture in textures]
+        self.numbers = torch.tensor(here)
+        self.held_out = torch.tensor([number for number in here if _held_out(KINDS[number - 1])])
+        self.trained = torch.tensor([number for number in here if not _held_out(KINDS[number - 1])])
 
     def draw(
         self,
@@ -163,7 +141,7 @@ class World:
             count: of them.
             generator: decides all of it.
             objects: how many objects a picture has, each number as often.
-            kinds: numbers of the kinds that there are; those of training if absent.
+            kinds: numbers of the kinds that are drawn; those of training if absent.
             kept_out: scenes that no training sees, or else scenes for training; see `Scenes.kept_out`.
         """
         kinds, parts, missing = self.trained if kinds is None else kinds, [], count
@@ -173,11 +151,16 @@ class World:
             missing -= len(parts[-1])
         return joined(parts)[:count]
 
-    def render(self, scenes: Scenes) -> Tensor:
-        """Their pictures: ``(pictures, 3, 32, 32)``, from 0 to 1."""
-        places = self.patches[scenes.backgrounds[:, None], scenes.kinds, scenes.offsets]  # (pictures, 4, 3, 16, 16)
-        rows = places.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (pictures, 3, 2, 16, 2, 16)
-        return rows.reshape(len(scenes), 3, SIZE, SIZE)
+
+BASE = World(("circle", "square", "triangle", "cross", "diamond", "bar"), ("plain", "striped", "checked"))
+EVERYTHING = World(tuple(SHAPES), tuple(TEXTURES))
+
+
+def render(scenes: Scenes) -> Tensor:
+    """Their pictures: ``(pictures, 3, 32, 32)``, from 0 to 1."""
+    places = patches()[scenes.backgrounds[:, None], scenes.kinds, scenes.offsets]  # (pictures, 4, 3, 16, 16)
+    rows = places.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (pictures, 3, 2, 16, 2, 16)
+    return rows.reshape(len(scenes), 3, SIZE, SIZE)
 
 
 def quarters(pictures: Tensor) -> Tensor:
@@ -186,16 +169,17 @@ def quarters(pictures: Tensor) -> Tensor:
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
-BASE = World(("circle", "square", "triangle", "cross", "diamond", "bar"), ("plain", "striped", "checked"))
-EVERYTHING = World(tuple(SHAPES), tuple(TEXTURES))  # with what the pipeline is told of and is shown nowhere
-
-
-def _held_out(kind: Kind) -> bool:
-    shape, colour, texture = (list(words).index(word) for words, word in zip(_WORDS, kind, strict=True))
-    return colour == (shape + 3 * texture) % len(COLOURS)
-
-
-_WORDS = (SHAPES, COLOURS, TEXTURES)
+@cache
+def patches() -> Tensor:
+    """Every place that can be: ``(backgrounds, 1 + kinds, 9, 3, 16, 16)``, from 0 to 1."""
+    grounds = torch.tensor(list(BACKGROUNDS.values())).view(-1, 1, 1, 1, 1, 1)
+    places = grounds.expand(-1, 1 + len(KINDS), len(_OFFSETS), 3, PLACE, PLACE).clone()
+    masks = torch.stack([_mask(kind.shape) for kind in KINDS])[:, None]  # (kinds, 1, 12, 12)
+    inks = torch.stack([_ink(kind) for kind in KINDS])  # (kinds, 3, 12, 12)
+    drawn = grounds[:, 0] * (1 - masks) + inks * masks  # (backgrounds, kinds, 3, 12, 12)
+    for number, (top, left) in enumerate(_OFFSETS):
+        places[:, 1:, number, :, top : top + OBJECT, left : left + OBJECT] = drawn
+    return places
 
 
 @cache
@@ -206,7 +190,6 @@ def _mask(shape: str) -> Tensor:
     return inside.unflatten(1, (OBJECT, _FINE)).unflatten(0, (OBJECT, _FINE)).mean(dim=(1, 3))
 
 
-@cache
 def _ink(kind: Kind) -> Tensor:
     """What an object's pixels would be if its shape were all of them: ``(3, 12, 12)``."""
     side = torch.arange(OBJECT)
