@@ -46,7 +46,7 @@ families: .venv/installed
 compat: .venv/installed
 	$(BIN)/python -m tests.compat
 
-# A small mixture of experts: make models MODEL="switch-trec layers=4"
+# A small model to study: make models MODEL="switch-trec layers=4"
 models: .venv/installed
 	$(BIN)/python -m models $(MODEL)
 

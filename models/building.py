@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,20 +18,24 @@ from lamella.lab.runs.folder import environment
 from lamella.lab.schema import Settings
 from lamella.progress import working
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True)
 class Made:
     """A finished model.
 
     Attributes:
-        model, tokenizer: what is saved, in transformers' form.
+        model: what is saved, in transformers' form or diffusers'.
+        tokenizer: saved beside it; None where the model holds its own.
         log: figures for `log.json`, and where they come from.
         failed: sentences on what the model should be and is not; none if it is what the recipe promises.
         files: further JSON files of the folder, by name.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | DiffusionPipeline
+    tokenizer: PreTrainedTokenizerBase | None
     log: dict[str, Any]
     failed: list[str]
     files: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +73,8 @@ def keep(made: Made, name: str, settings: Settings, folder: Path) -> dict[str, A
     }
     with atomic(folder) as unfinished:
         made.model.save_pretrained(unfinished)
-        made.tokenizer.save_pretrained(unfinished)
+        if made.tokenizer is not None:
+            made.tokenizer.save_pretrained(unfinished)
         for file, content in {"log.json": log, **made.files}.items():
             (unfinished / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return log

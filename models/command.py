@@ -1,8 +1,9 @@
-"""`python -m models NAME [KEY=VALUE]...`: make a mixture of experts to study, and say how good it is.
+"""`python -m models NAME [KEY=VALUE]...`: make a small model to study, and say how good it is.
 
 tiny-moe is trained from scratch on four kinds of prose; so is deep-moe, with twice the layers and experts.
 smollm2-experts is SmolLM2 with experts of which it is known what each was trained on. switch-trec classifies questions.
-The folder holds the model as transformers saves it, and log.json.
+tiny-diffusion is a Stable Diffusion pipeline of rendered scenes; its training goes on where it was stopped.
+The folder holds the model as transformers or diffusers saves it, and log.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lamella.lab.quiet import quiet_libraries
 from lamella.lab.runs.settings import override, read_recipe
 from lamella.lab.schema import Settings
 from models.building import Made, keep, refuse_existing
-from models.settings import SmolExpertsSettings, SwitchSettings, TinyMoeSettings
+from models.settings import SmolExpertsSettings, SwitchSettings, TinyDiffusionSettings, TinyMoeSettings
 from models.smollm2_experts import make_smollm2_experts
 from models.switch import make_switch
 from models.tiny_moe import make_tiny_moe
@@ -31,6 +32,18 @@ MODELS: dict[str, tuple[type[Settings], Callable[[Any], Made]]] = {
     "deep-moe": (TinyMoeSettings, make_tiny_moe),
     "smollm2-experts": (SmolExpertsSettings, make_smollm2_experts),
     "switch-trec": (SwitchSettings, make_switch),
+}
+
+
+def _make_tiny_diffusion(settings: TinyDiffusionSettings, stages: Path) -> Made:
+    from models.tiny_diffusion import make_tiny_diffusion  # diffusers, which the others need not wait for
+
+    return make_tiny_diffusion(settings, stages)
+
+
+# What is made in stages, which are kept in a folder on the way.
+STAGED: dict[str, tuple[type[Settings], Callable[[Any, Path], Made]]] = {
+    "tiny-diffusion": (TinyDiffusionSettings, _make_tiny_diffusion),
 }
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -45,7 +58,7 @@ def build(
     """Make a model by its recipe and keep it, with its tokenizer and log, in transformers' form.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS` or `STAGED`.
         folder: appears when it is complete.
         changes: ``key=value`` words, in place of the recipe's values.
         force: replace what lies there.
@@ -56,12 +69,17 @@ def build(
     Raises:
         LamellaError: folder taken, unfit settings, or texts that cannot be had.
     """
-    kind, make = MODELS[name]
+    kind = (MODELS | STAGED)[name][0]
     tree = read_recipe(str(RECIPES / f"{name}.yaml"))
     override(tree, changes)
     settings = kind.parse(tree)
     refuse_existing(folder, force=force)
-    return keep(make(settings), name, settings, folder)
+    made = STAGED[name][1](settings, _stages(folder)) if name in STAGED else MODELS[name][1](settings)
+    return keep(made, name, settings, folder)
+
+
+def _stages(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-stages")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -69,7 +87,8 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
+    names = [*MODELS, *STAGED]
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes to the settings of recipes/NAME.yaml")
     parser.add_argument("-o", "--output", type=Path, help="folder; runs/NAME if absent")
     parser.add_argument("--force", action="store_true", help="replace what lies in that folder")
@@ -77,8 +96,8 @@ def main(words: list[str] | None = None) -> int:
     folder = given.output or Path("runs") / given.name
     quiet_libraries()
     try:
-        sentence = f"Interrupted: {folder} was not written, and the same command begins anew."
-        with interruptible(sentence), showing(given.name):
+        anew = f"goes on from {_stages(folder)}" if given.name in STAGED else "begins anew"
+        with interruptible(f"Interrupted: {folder} was not written, and the same command {anew}."), showing(given.name):
             log = build(given.name, folder, given.changes, force=given.force)
     except LamellaError as error:
         print(error, file=sys.stderr)
@@ -93,7 +112,11 @@ def _show(log: dict[str, Any], folder: Path) -> None:
         for name, value in log.get(figure, {}).items():
             overall = value["all"] if isinstance(value, dict) else value
             console.print(f"{figure.replace('_', ' ')} of {name}: {overall:.4g}", highlight=False)
-    console.print(f"smallest share of an expert in its layer: {log['smallest_share']:.3f}", highlight=False)
+    if "smallest_share" in log:
+        console.print(f"smallest share of an expert in its layer: {log['smallest_share']:.3f}", highlight=False)
+    for kinds, rates in log.get("rates", {}).items():
+        shares = ", ".join(f"{objects}: {rate['right']:.1%}" for objects, rate in rates.items())
+        console.print(f"pictures that are right, by the number of objects, {kinds} kinds: {shares}", highlight=False)
     for sentence in log["failed"]:
         console.print(sentence, style="red", highlight=False)
     console.print(f"{sum(log['seconds'].values()):.0f} s. The model is in {folder}", highlight=False)

@@ -79,3 +79,66 @@ class SwitchSettings(Settings):
     router_aux_loss_coef: float = Field(ge=0.0)
     schedule: Schedule
     seed: int = Field(0, ge=0)
+
+
+class Pace(Settings):
+    """How a part of a pipeline is trained, on scenes drawn anew for each step."""
+
+    steps: Positive
+    batch_size: Positive
+    lr: Rate
+    warmup_steps: Positive = 100
+    fall: float = Field(1.0, ge=0.0, le=1.0, description="share of the steps, the last, in which the rate falls to 0")
+    weight_decay: float = Field(0.0, ge=0.0)
+    average: float = Field(0.0, ge=0.0, lt=1.0, description="what a step leaves of the running mean of the weights")
+    keep_every: Positive = Field(200, description="steps after which the training is kept on disk")
+
+
+class TextSettings(Settings):
+    """A CLIP text encoder that names what stands where."""
+
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    pace: Pace
+
+
+class AutoencoderSettings(Settings):
+    """An AutoencoderKL that is taught linear latents."""
+
+    latents: Positive = Field(description="numbers for each 4 x 4 pixels")
+    widths: tuple[Positive, Positive, Positive]
+    groups: Positive = Field(description="of group norms")
+    noise: Rate = Field(description="deviation of the latents that it draws from, and that it says its own have")
+    pace: Pace
+
+
+class DenoiserSettings(Settings):
+    """A UNet2DConditionModel that draws what a caption says."""
+
+    widths: tuple[Positive, Positive]
+    groups: Positive = Field(description="of group norms")
+    heads: Positive
+    untold: float = Field(0.1, ge=0.0, lt=1.0, description="share of the pictures of which nothing is said")
+    pace: Pace
+
+
+class DrawingSettings(Settings):
+    """How pictures are drawn, and on how many each rate stands."""
+
+    pictures: Positive
+    steps: Positive
+    guidance: float = Field(ge=1.0)
+
+
+class TinyDiffusionSettings(Settings):
+    """A Stable Diffusion pipeline of rendered scenes."""
+
+    text: TextSettings
+    autoencoder: AutoencoderSettings
+    denoiser: DenoiserSettings
+    drawing: DrawingSettings
+    promised: dict[int, Annotated[float, Field(ge=0.0, le=1.0)]] = Field(
+        description="share of pictures that are right in whole, by the number of objects"
+    )
+    seed: int = Field(0, ge=0)
