@@ -2,7 +2,8 @@
 
 tiny-moe is trained from scratch on four kinds of prose; so is deep-moe, with twice the layers and experts.
 smollm2-experts is SmolLM2 with experts of which it is known what each was trained on. switch-trec classifies questions.
-tiny-diffusion is a Stable Diffusion pipeline of rendered scenes; its training goes on where it was stopped.
+tiny-diffusion is a Stable Diffusion pipeline of rendered scenes, tiny-clip a CLIP model of them with its text encoder;
+the training of both goes on where it was stopped.
 The folder holds the model as transformers or diffusers saves it, and log.json.
 """
 
@@ -22,7 +23,13 @@ from lamella.lab.quiet import quiet_libraries
 from lamella.lab.runs.settings import override, read_recipe
 from lamella.lab.schema import Settings
 from models.building import Made, keep, refuse_existing
-from models.settings import SmolExpertsSettings, SwitchSettings, TinyDiffusionSettings, TinyMoeSettings
+from models.settings import (
+    SmolExpertsSettings,
+    SwitchSettings,
+    TinyClipSettings,
+    TinyDiffusionSettings,
+    TinyMoeSettings,
+)
 from models.smollm2_experts import make_smollm2_experts
 from models.switch import make_switch
 from models.tiny_moe import make_tiny_moe
@@ -41,9 +48,16 @@ def _make_tiny_diffusion(settings: TinyDiffusionSettings, stages: Path) -> Made:
     return make_tiny_diffusion(settings, stages)
 
 
+def _make_tiny_clip(settings: TinyClipSettings, stages: Path) -> Made:
+    from models.tiny_clip import make_tiny_clip
+
+    return make_tiny_clip(settings, stages)
+
+
 # What is made in stages, which are kept in a folder on the way.
 STAGED: dict[str, tuple[type[Settings], Callable[[Any, Path], Made]]] = {
     "tiny-diffusion": (TinyDiffusionSettings, _make_tiny_diffusion),
+    "tiny-clip": (TinyClipSettings, _make_tiny_clip),
 }
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -117,6 +131,9 @@ def _show(log: dict[str, Any], folder: Path) -> None:
     for kinds, rates in log.get("rates", {}).items():
         shares = ", ".join(f"{objects}: {rate['right']:.1%}" for objects, rate in rates.items())
         console.print(f"pictures that are right, by the number of objects, {kinds} kinds: {shares}", highlight=False)
+    for kinds, shares in log.get("chosen", {}).items():
+        said = ", ".join(f"{against}: {share:.1%}" for against, share in shares.items())
+        console.print(f"pictures that choose their own caption before others, {kinds} kinds: {said}", highlight=False)
     for sentence in log["failed"]:
         console.print(sentence, style="red", highlight=False)
     console.print(f"{sum(log['seconds'].values()):.0f} s. The model is in {folder}", highlight=False)

@@ -142,3 +142,17 @@ class TinyDiffusionSettings(Settings):
         description="share of pictures that are right in whole, by the number of objects"
     )
     seed: int = Field(0, ge=0)
+
+
+class TinyClipSettings(Settings):
+    """A CLIP model of rendered scenes."""
+
+    pipeline: str = Field(description="folder of tiny-diffusion, whose text encoder it has")
+    layers: Positive = Field(description="of the image encoder")
+    hidden: Positive
+    heads: Positive
+    patch: Positive = Field(description="pixels a side")
+    pace: Pace
+    pictures: Positive = Field(description="on which each share stands")
+    promised: float = Field(ge=0.0, le=1.0, description="share that prefer their caption to one with colours exchanged")
+    seed: int = Field(0, ge=0)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
 
-from lamella.errors import LamellaError
-from lamella.files import read_json, write_atomic
 from models.building import Clock, Made
 from models.diffusion.autoencoder import Components, share_kept, taught_autoencoder
 from models.diffusion.denoiser import scheduler, taught_denoiser
 from models.diffusion.rates import rates
 from models.diffusion.text import share_read, taught_reader, word_tokenizer
+from models.diffusion.training import curve, refuse_others
 from models.settings import TinyDiffusionSettings
-
-_CURVE = 100  # steps, of whose losses the log has the mean
 
 
 def make_tiny_diffusion(settings: TinyDiffusionSettings, stages: Path) -> Made:
@@ -28,9 +24,9 @@ def make_tiny_diffusion(settings: TinyDiffusionSettings, stages: Path) -> Made:
         stages: the folder that keeps each part on the way, from which an interrupted training goes on.
 
     Raises:
-        LamellaError: the folder holds parts of other settings, or one that cannot be read.
+        LamellaError: the folder keeps a training with other settings, or what cannot be read.
     """
-    _refuse_others(stages, settings)
+    refuse_others(stages, settings.model_dump(mode="json", exclude={"drawing", "promised"}))
     clock, seed, tokenizer = Clock(), settings.seed, word_tokenizer()
     losses: dict[str, list[float]] = {}
     with clock.part("text"):
@@ -67,27 +63,13 @@ def make_tiny_diffusion(settings: TinyDiffusionSettings, stages: Path) -> Made:
         **shares,
         "parameters": {name: getattr(pipe, name).num_parameters() for name in ("text_encoder", "vae", "unet")},
         "seconds": clock.seconds,
-        "curves": {part: _curve(values) for part, values in losses.items()},
+        "curves": {part: curve(values) for part, values in losses.items()},
     }
     for part in (vae, encoder, unet):
         part.half()
     # Opened without a word on precision, diffusers' parts come in single precision; transformers' as their config says.
     files = {"text_encoder/config.json": {**encoder.config.to_diff_dict(), "dtype": "float32"}}
     return Made(pipe, None, log, _failed(log, settings), {"rates.json": shares["rates"], **files})
-
-
-def _refuse_others(stages: Path, settings: TinyDiffusionSettings) -> None:
-    """What is kept there goes on with other steps of the denoiser, and with no other change that would alter it."""
-    file, mine = stages / "settings.json", settings.model_dump(mode="json", exclude={"drawing", "promised"})
-    mine["denoiser"]["pace"].pop("steps")
-    if file.exists() and read_json(file) != mine:
-        raise LamellaError(f"{stages} keeps a training with other settings. Remove it, or name another folder with -o.")
-    write_atomic(file, json.dumps(mine, indent=1) + "\n")
-
-
-def _curve(losses: list[float]) -> list[dict[str, float]]:
-    parts = [losses[start : start + _CURVE] for start in range(0, len(losses), _CURVE)]
-    return [{"step": at * _CURVE + len(part), "loss": sum(part) / len(part)} for at, part in enumerate(parts)]
 
 
 def _failed(log: dict[str, Any], settings: TinyDiffusionSettings) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lamella.errors import LamellaError
-from lamella.files import atomic, read_tensors
+from lamella.files import atomic, read_json, read_tensors, write_atomic
 from lamella.progress import working
 from models.settings import Pace
 
 Part = TypeVar("Part", bound=nn.Module)
+_CURVE = 100  # steps, of whose losses a log has the mean
+_FREE = ("steps", "keep_every")  # a training goes on when these change
 
 
 def seeded(*facts: object) -> torch.Generator:
@@ -67,6 +70,30 @@ def train(
             work.reach(step + 1)
     part.load_state_dict(average.module.state_dict())
     return part.eval(), losses
+
+
+def refuse_others(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write down the settings of the trainings that a folder keeps, so that they do not go on with others.
+
+    Raises:
+        LamellaError: they were begun with others, but for the number of steps.
+    """
+    file, mine = folder / "settings.json", _bound(settings)
+    if file.exists() and read_json(file) != mine:
+        raise LamellaError(f"{folder} keeps a training with other settings. Remove it, or name another folder with -o.")
+    write_atomic(file, json.dumps(mine, indent=1) + "\n")
+
+
+def _bound(settings: Any) -> Any:
+    if not isinstance(settings, Mapping):
+        return settings
+    return {key: _bound(value) for key, value in settings.items() if key not in _FREE}
+
+
+def curve(losses: list[float]) -> list[dict[str, float]]:
+    """Means of losses for a log."""
+    parts = [losses[start : start + _CURVE] for start in range(0, len(losses), _CURVE)]
+    return [{"step": at * _CURVE + len(part), "loss": sum(part) / len(part)} for at, part in enumerate(parts)]
 
 
 def _rate(pace: Pace, step: int) -> float:

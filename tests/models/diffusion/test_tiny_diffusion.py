@@ -7,12 +7,16 @@ import signal
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer
 
 from lamella.errors import LamellaError
 from lamella.files import read_tensors
 from models.command import build, main
 from models.diffusion.rates import drawn, rates
-from models.settings import DrawingSettings
+from models.diffusion.training import seeded
+from models.diffusion.world import EVERYTHING, KINDS, NOTHING
+from models.settings import DrawingSettings, Pace, TinyClipSettings
+from models.tiny_clip import colours_exchanged, cosines, share_chosen, untrained
 
 SMALL = [
     *("text.layers=1", "text.hidden=16", "text.heads=2", "text.pace.steps=2", "text.pace.batch_size=4"),
@@ -25,6 +29,9 @@ SMALL = [
     *("denoiser.widths=[8,8]", "denoiser.groups=4", "denoiser.heads=2"),
     *("denoiser.pace.steps=3", "denoiser.pace.batch_size=4", "drawing.pictures=4", "drawing.steps=2"),
 ]
+
+
+CLIP = ["layers=1", "hidden=8", "heads=2", "pace.steps=2", "pace.batch_size=4", "pictures=6"]
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +99,56 @@ def test_the_command_shows_rates_and_says_where_an_interrupted_one_goes_on(tiny,
         main(words)
     said = " ".join(capsys.readouterr().err.split())
     assert f"the same command goes on from {tmp_path / 'pipe-stages'}." in said
+
+
+# --- tiny-clip
+
+
+def test_the_clip_model_has_the_text_encoder_of_the_pipeline_and_lamella_embeds_with_it(tiny, tmp_path):
+    log = build("tiny-clip", tmp_path / "clip", [f"pipeline={tiny[0]}", *CLIP])
+    clip = CLIPModel.from_pretrained(tmp_path / "clip", dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "clip")
+    encoder = StableDiffusionPipeline.from_pretrained(tiny[0]).text_encoder
+
+    expected = encoder.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in clip.text_model.state_dict().items())
+    assert share_chosen(clip, tokenizer, 6, 0) == log["chosen"]
+    assert "95.0% are promised" in log["failed"][0]
+
+
+def test_the_clip_model_needs_a_pipeline(tmp_path):
+    with pytest.raises(LamellaError, match=r"holds no pipeline\. Make one with `python -m models tiny-diffusion`"):
+        build("tiny-clip", tmp_path / "clip", [f"pipeline={tmp_path}"])
+
+
+def test_the_first_two_objects_exchange_their_colours_and_nothing_else():
+    scenes = EVERYTHING.draw(90, seeded(0), kinds=EVERYTHING.numbers)
+    wrong = colours_exchanged(scenes)
+
+    assert torch.equal(wrong.kinds == NOTHING, scenes.kinds == NOTHING)
+    for before, after in zip(scenes.kinds.tolist(), wrong.kinds.tolist(), strict=True):
+        first, *rest = ([KINDS[kind - 1] for kind in kinds if kind] for kinds in (before, after))
+        (second,) = rest
+        assert [(kind.shape, kind.texture) for kind in first] == [(kind.shape, kind.texture) for kind in second]
+        colours = [kind.colour for kind in first]
+        assert [kind.colour for kind in second] == [*colours[:2][::-1], *colours[2:]]
+
+
+def test_a_caption_in_which_the_exchange_changes_nothing_is_no_wrong_one(tiny):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny[0])
+    settings = TinyClipSettings(
+        pipeline="",
+        layers=1,
+        hidden=8,
+        heads=2,
+        patch=8,
+        pictures=1,
+        promised=1,
+        pace=Pace(steps=1, batch_size=1, lr=1),
+    )
+    scenes = EVERYTHING.draw(20, seeded(0), objects=[1])
+    right, exchanged = cosines(untrained(settings, pipe.text_encoder), pipe.tokenizer, scenes, seeded(1))
+
+    assert right.shape == (20, 20)
+    assert torch.isfinite(right).all()
+    assert (exchanged == -torch.inf).all()
