@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import PeftModel
 from tests import tiny
+from tests.tuners.mole import trained
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import lamella
+from lamella import LamellaError
 from lamella.routing import attach, collect_losses, current_frame, loss_scale, track_calls
 
 Given = dict[str, Tensor]
@@ -41,6 +43,11 @@ def _forgotten(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def mola(kind: str = "llama", **settings: Any) -> PeftModel:
     modules = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}.get(kind)
     return tiny.adapted(tiny.MODELS[kind](), **{"target_modules": modules, "router_aux_loss_coef": 0.5, **settings})
+
+
+def mole(folder: Path, kind: str = "llama", **settings: Any) -> PeftModel:
+    config = {"balance": "log", "router_aux_loss_coef": 0.5, **settings}
+    return trained.composition(kind, folder, double=False, **config)
 
 
 def batch(model: PeftModel, **shape: Any) -> Given:
@@ -76,6 +83,58 @@ def test_one_graph_is_for_any_shape() -> None:
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     assert_same(model, compiled, batch(model), batch(model, rows=4, tokens=9))
     assert backend.graphs == 1
+
+
+def test_a_composition_trains_in_one_graph_whatever_its_rows_hold(folder: Path) -> None:
+    model, backend = mole(folder).train(), Counted()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    given, packed, prompted = (batch(model, seed=seed) for seed in range(3))
+    packed["attention_mask"] = packed["attention_mask"] * torch.tensor([1, 1, 1, 2, 2, 3, 3])  # documents by number
+    packed["labels"][:, 3] = -100  # the second begins with what is given
+    prompted["labels"][1:, :4] = -100
+    assert_same(model, compiled, given, packed, prompted)
+    assert backend.graphs == 1
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"granularity": "matrix", "router_input": "token"}),
+        ("llama", {"granularity": "network", "router_input": "token", "router": "shared"}),
+        ("llama", {"granularity": "sublayer", "balance": "switch", "score": "sigmoid"}),
+        ("bert", {"granularity": "matrix", "balance": "entropy"}),
+        ("bert", {"granularity": "network", "top_k": 1}),
+        ("t5", {}),
+    ],
+)
+def test_every_composition_of_deltas_trains_in_one_graph(kind: str, settings: dict[str, Any], folder: Path) -> None:
+    model, backend = mole(folder, kind, **settings).train(), Counted()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    assert_same(model, compiled, batch(model), batch(model, rows=4, tokens=9))
+    assert backend.graphs == 1
+
+
+@pytest.mark.heavy
+def test_a_compiler_derives_the_gradients_of_a_compositions_routers(folder: Path) -> None:
+    model = mole(folder).train()
+    assert_same(model, torch.compile(model, backend="aot_eager", fullgraph=True), batch(model))
+
+
+@torch.no_grad()
+def test_a_sequence_goes_on_with_what_a_compiled_composition_has_decided(folder: Path) -> None:
+    model, backend = mole(folder), Counted()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    ids = batch(model)["input_ids"]
+    mask = torch.ones_like(ids)
+    cache = compiled(input_ids=ids, attention_mask=mask).past_key_values
+    assert backend.graphs == 1
+    given = {"input_ids": ids[:, :2], "attention_mask": torch.cat([mask, mask[:, :2]], dim=1)}
+    whole = model(input_ids=torch.cat([ids, ids[:, :2]], dim=1)).logits
+    torch.testing.assert_close(model(**given, past_key_values=cache).logits, whole[:, -2:], rtol=1e-4, atol=1e-5)
+    cache = compiled(input_ids=ids, attention_mask=mask + (torch.arange(7) > 3)).past_key_values  # two documents
+    with pytest.raises(LamellaError, match=r"has not decided: .*as documents packed into a row"):
+        model(**given, past_key_values=cache)
 
 
 class Layer(nn.Module):
@@ -129,8 +188,9 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def test_an_encoder_is_exported_for_any_shape() -> None:
-    model = mola("bert").get_base_model()
+@pytest.mark.parametrize("method", ["mola", "mole"])
+def test_an_encoder_is_exported_for_any_shape(method: str, folder: Path) -> None:
+    model = (mola("bert") if method == "mola" else mole(folder, "bert")).get_base_model()
     auto = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     given, other = (unlabelled(tiny.batch(model, **shape)) for shape in ({}, {"rows": 5, "tokens": 6}))
     with torch.no_grad():

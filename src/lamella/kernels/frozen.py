@@ -7,6 +7,8 @@ A weight's shape says over what it varies. ``h (*rows, R)`` takes weights ``(*so
 part of ``rows``: ``(batch, tokens, K)`` per token, ``(batch, K)`` per sequence, ``(K,)`` for the whole call.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -116,6 +118,9 @@ def mix_frozen(
         ``(*rows, out)``; in the memory of ``y`` where ``in_place``.
     """
     grouped, by_group = group_rows(h, weights)  # (S, T, R), (S, K)
+    if torch.compiler.is_compiling():  # a compiler derives a backward pass itself
+        scaled = scale_columns(grouped, by_group, ranks).flatten(0, 1)  # (N, R)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), scaled, B.t()).view(y.shape)
     mixed: Tensor = _MixFrozen.apply(y.reshape(-1, y.shape[-1]), grouped, by_group, B, ranks, in_place)
     return mixed.view(y.shape)
 
@@ -124,8 +129,7 @@ def group_rows(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """``(*rows, F)`` and ``(*some, K)`` as S groups of T rows that share a weight: ``(S, T, F)`` and ``(S, K)``."""
     some = weights.shape[:-1]
     assert rows.shape[: len(some)] == some, f"weights {tuple(weights.shape)} do not lead rows {tuple(rows.shape)}"
-    groups = some.numel()
-    each = rows.shape[len(some) : -1].numel()
+    groups, each = (functools.reduce(operator.mul, sizes, 1) for sizes in (some, rows.shape[len(some) : -1]))
     return rows.reshape(groups, each, rows.shape[-1]), weights.reshape(groups, weights.shape[-1])
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lamella.compiling import eagerly
+from lamella.compiling import eagerly, known_when_traced
 from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss, JointBalance
 from lamella.routing.decision import CachedDecision, Override, SharedDecision
@@ -75,6 +75,7 @@ class TrackedModel:
         finally:
             self.observers.remove(observer)
 
+    @known_when_traced  # nothing: it is said when the model is compiled
     def say_once(self, about: str, warning: str) -> None:
         """Warns of something unless it has been said for this model."""
         if about not in self.said:

@@ -21,7 +21,7 @@ from lamella.errors import LamellaError
 from lamella.routing.balance import CollectedLoss
 from lamella.routing.calls import Observer, RoutedCall, RouterKey, TrackedModel
 from lamella.routing.decision import Decision, Projection
-from lamella.routing.documents import Documents, Packing, Rows, Sequences, watch_for_mixing
+from lamella.routing.documents import Documents, Packing, Places, Rows, Sequences, watch_for_mixing
 from lamella.routing.masks import hides_some, real_by_block, rows_of_mask
 from lamella.routing.prompt import Generation, Prompt, Readable, find_readable, prompt_of, say_unknown
 from lamella.routing.statements import Statements
@@ -119,7 +119,7 @@ class Frame:
                 raise LamellaError(f"{unread}, and a decision for a whole sequence is not to read it. {_SAY_IT}")
             return
         tokens = self._new_tokens(mask, of_encoder=False).shape
-        is_turned = len(set(tokens)) == 2 and x.shape[:2] == tokens[::-1]
+        is_turned = tokens[0] != tokens[1] and x.shape[:2] == tokens[::-1]
         if (not is_turned and self.token_mask(x) is not None) or bool(mask.all()):
             return
         raise LamellaError(
@@ -135,14 +135,20 @@ class Frame:
             return None
         return f"{type(self.stack).__name__} is given {unread!r}, which may say that some tokens are padding"
 
-    def sequences(self, x: Tensor) -> Sequences:
-        """The sequences of ``x (batch, tokens, features)``.
+    @property
+    def is_traced(self) -> bool:
+        """Whether it is compiled, and nothing outside it says anything of its sequences, all of which begin in it."""
+        call = self.call
+        return torch.compiler.is_compiling() and call.prompt is None and call.generation is None and call.past == 0
+
+    def sequences(self, x: Tensor, traced: bool = False) -> Sequences:
+        """The sequences of ``x (batch, tokens, features)``; where it can be, `Places` in code that is ``traced``.
 
         Raises:
             LamellaError: the stack is given documents packed into rows, and these are other rows.
         """
-        sequences, stack, tracker = self.packing.sequences(self.real_tokens(x)), self.stack, self.call.tracker
-        if isinstance(sequences, Documents) and stack is not None:
+        sequences, stack, tracker = self.packing.sequences(self.real_tokens(x), traced), self.stack, self.call.tracker
+        if isinstance(sequences, Documents) and not isinstance(sequences, Places) and stack is not None:
             about = f"documents in {'training' if stack.training else 'evaluation'}"
             if about not in tracker.said:
                 tracker.said.add(about)
@@ -154,20 +160,22 @@ class Frame:
         running = current_frame()
         return running is not None and running.call is self.call
 
-    def readable(self, x: Tensor, decoder: bool, prompt_tokens: int) -> Readable:
+    def readable(self, x: Tensor, decoder: bool, prompt_tokens: int, traced: bool = False) -> Readable:
         """What a decision for a whole sequence of ``x (batch, tokens, features)`` may read.
 
-        All of it in an encoder and in a model that answers about its whole input, otherwise the prompt alone.
+        All of it in an encoder and in a model that answers about its whole input, otherwise the prompt alone. The
+        sequences are as of `sequences`.
         """
         self._refuse_other_rows(x)
-        real, sequences, call = self.real_tokens(x), self.sequences(x), self.call
+        real, sequences, call = self.real_tokens(x), self.sequences(x, traced), self.call
         if not decoder or call.tracker.whole_input:
             return Readable(real, None, sequences)
         before = self._put_before(real, sequences)
         behind = Rows(len(real)) if before else sequences
         readable = find_readable(real[:, before:], call.prompt, call.given, prompt_tokens, behind).after(before)
         if readable.unknown:
-            call.tracker.say_once(*say_unknown(readable, call.given is not None, prompt_tokens))
+            about, warning = say_unknown(readable, call.given is not None, prompt_tokens)
+            call.tracker.say_once(about, warning)
         return readable
 
     def _put_before(self, real: Tensor, sequences: Sequences) -> int:

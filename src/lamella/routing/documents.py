@@ -43,13 +43,20 @@ class Sequences(Protocol):
     def spread(self, values: Tensor) -> Tensor:
         """What each token's sequence has: ``(batch, tokens, ...)`` from ``(S, ...)``, or ``(batch, 1, ...)``."""
 
+    def by_row(self, values: Tensor) -> Tensor | None:
+        """What each row's only sequence has: ``(batch, ...)`` from ``(S, ...)``; None where rows hold several."""
+
+    @property
+    def mixed(self) -> Tensor | bool:
+        """Whether any row holds several, where it has to be computed to be known: a scalar."""
+
 
 @dataclass(frozen=True)
 class Rows:
     """One sequence in each of ``count`` rows."""
 
     count: int
-    packed = False
+    packed = mixed = False
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over each row."""
@@ -63,6 +70,10 @@ class Rows:
         """The same for a whole row: ``(batch, 1, ...)``."""
         return values[:, None]
 
+    def by_row(self, values: Tensor) -> Tensor | None:
+        """The same."""
+        return values
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -75,7 +86,7 @@ class Documents:
 
     of: Tensor
     count: int
-    packed = True
+    packed = mixed = True
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over each document."""
@@ -85,18 +96,43 @@ class Documents:
 
     def running(self, values: Tensor) -> Tensor:
         """Sums along each document, wherever its tokens lie in the rows."""
-        order = self.of.flatten().argsort(stable=True)  # (N,): the documents' tokens behind each other
+        of = self.of.flatten()  # (N,)
+        order = of.argsort(stable=True)  # (N,): the documents' tokens behind each other
         so_far = values.flatten()[order].cumsum(dim=0)  # (N,)
-        sizes = self.of.flatten().bincount(minlength=self.count)  # (S,)
-        before = so_far[sizes.cumsum(dim=0) - 1].roll(1)  # (S,): at the end of the document before
-        before[0] = 0
-        placed = torch.empty_like(so_far)
-        placed[order] = so_far - before.repeat_interleave(sizes)
-        return placed.view(values.shape)
+        sizes = of.new_zeros(self.count).index_add(0, of, torch.ones_like(of))  # (S,)
+        begins = sizes.cumsum(dim=0) - sizes  # (S,): how many tokens lie before each document
+        before = torch.nn.functional.pad(so_far, (1, 0))[begins]  # (S,): what those have
+        return torch.empty_like(so_far).index_copy(0, order, so_far - before[of[order]]).view(values.shape)
 
     def spread(self, values: Tensor) -> Tensor:
         """Each token's own: ``(batch, tokens, ...)``."""
         return values[self.of.to(values.device)]
+
+    def by_row(self, values: Tensor) -> Tensor | None:
+        """Nothing: rows hold several."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Places(Documents):
+    """The same where no number may be looked at, as in code that is traced: there is room for one at each token.
+
+    A document has the number of the place where it begins among the tokens of all rows; most places have none.
+
+    Attributes:
+        in_row: which rows hold several, ``(batch,)``.
+    """
+
+    in_row: Tensor
+
+    @property
+    def mixed(self) -> Tensor:  # type: ignore[override]
+        """Whether any row holds several, a scalar."""
+        return self.in_row.any()
+
+    def by_row(self, values: Tensor) -> Tensor | None:
+        """What each row's first document has; it means nothing for `in_row`."""
+        return values[self.of[:, 0].to(values.device)]
 
 
 class Packing:
@@ -117,12 +153,22 @@ class Packing:
         """Whether lengths are counted through all rows, so that no row can be left out."""
         return any(name in self._said for name in _CUMULATIVE)
 
-    def sequences(self, real: Tensor) -> Sequences:
+    def sequences(self, real: Tensor, traced: bool = False) -> Sequences:
         """The sequences of rows in which ``real (batch, tokens)`` are the real tokens.
+
+        Args:
+            real: which they are.
+            traced: whether to find them without looking at any number, if that is possible.
 
         Raises:
             LamellaError: rows of another shape hold several documents.
         """
+        if traced:
+            numbers = self._numbers(real, traced)
+            if numbers is None:
+                return Rows(real.shape[0])
+            if numbers.shape[1] == real.shape[1] and numbers.shape[0] in (1, real.shape[0]):
+                return place_documents(numbers.to(real.device).expand(real.shape), real)
         key = (real.shape, real.device)
         if key not in self._found:
             self._found[key] = self._find(real)
@@ -141,7 +187,7 @@ class Packing:
             )
         return number_documents(numbers.to(real.device).expand(batch, -1), real)
 
-    def _numbers(self, real: Tensor) -> Tensor | None:
+    def _numbers(self, real: Tensor, traced: bool = False) -> Tensor | None:
         """A number for each token that is its document's alone in its row, ``(batch or 1, tokens)``; None unsaid."""
         mask = self._said.get("attention_mask")
         expanded = expanded_mask(mask)
@@ -153,9 +199,14 @@ class Packing:
         for name in _CUMULATIVE:
             if isinstance(self._said.get(name), Tensor):
                 return _by_lengths(self._said[name], real.shape)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and bool((mask > 1).any()):
-            return mask
-        return _by_positions(self._said.get("position_ids"), real, is_masked=mask is not None)
+        positions = self._said.get("position_ids")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and mask.dtype != torch.bool:
+            if traced:
+                by_positions = _by_positions(positions, real, is_masked=True)
+                return mask if by_positions is None else torch.where((mask > 1).any(), mask, by_positions)
+            if bool((mask > 1).any()):
+                return mask
+        return _by_positions(positions, real, is_masked=mask is not None)
 
 
 def watch_for_mixing(
@@ -208,8 +259,7 @@ def watch_for_mixing(
 def number_documents(numbers: Tensor, real: Tensor) -> Sequences:
     """The sequences of rows whose tokens have numbers, ``(batch, tokens)``; padding belongs to none of its own."""
     batch, tokens = numbers.shape
-    first_real = real.int().argmax(dim=1, keepdim=True)  # (batch, 1)
-    numbers = torch.where(real, numbers, numbers.gather(1, first_real))
+    numbers = _with_padding(numbers, real)
     keyed = torch.stack([torch.arange(batch, device=numbers.device)[:, None].expand_as(numbers), numbers], dim=-1)
     unique, of = keyed.view(-1, 2).unique(dim=0, return_inverse=True)
     if len(unique) == batch:
@@ -219,6 +269,23 @@ def number_documents(numbers: Tensor, real: Tensor) -> Sequences:
     begins = begins.scatter_reduce(0, of, torch.arange(len(of), device=of.device), "amin")
     rank = begins.argsort().argsort()
     return Documents(rank[of].view(batch, tokens), len(unique))
+
+
+def place_documents(numbers: Tensor, real: Tensor) -> Places:
+    """The same by operations whose shapes are known before any number is."""
+    batch, tokens = numbers.shape
+    ordered, order = _with_padding(numbers, real).sort(dim=1, stable=True)  # (batch, tokens), (batch, tokens)
+    place = torch.arange(tokens, device=numbers.device)
+    begins = (ordered.diff(dim=1, prepend=ordered[:, :1]) != 0) * place  # 0 but for the first token of each later one
+    first = order.gather(1, begins.cummax(dim=1).values)  # (batch, tokens): of the document, in the order of numbers
+    first = torch.empty_like(first).scatter(1, order, first)
+    in_row = (first != first[:, :1]).any(dim=1)
+    return Places(first + tokens * torch.arange(batch, device=numbers.device)[:, None], batch * tokens, in_row)
+
+
+def _with_padding(numbers: Tensor, real: Tensor) -> Tensor:
+    """Padding has the number of its row's first real token."""
+    return torch.where(real, numbers, numbers.gather(1, real.int().argmax(dim=1, keepdim=True)))
 
 
 def _connected(attends: Tensor) -> Tensor:

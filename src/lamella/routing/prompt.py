@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import LamellaError
-from lamella.routing.documents import Rows, Sequences
+from lamella.routing.documents import Places, Rows, Sequences
 
 
 @dataclass(eq=False)
@@ -132,19 +132,24 @@ class Readable:
         read: ``(batch, tokens)``, True where the decision looks.
         without: ``(batch, tokens)``, True where the decision has no effect; None where it has one everywhere.
         sequences: those that decide, one in each row or several.
-        unknown: how many sequences' prompts nothing speaks of.
+        unknown: in words, which sequences' prompts nothing speaks of; empty for none, or where that is not looked at.
     """
 
     read: Tensor
     without: Tensor | None
     sequences: Sequences
-    unknown: int = 0
+    unknown: str = ""
 
     @property
     def extent(self) -> Tensor:
-        """How many first tokens of each sequence are read, and how many run without the decision, ``(batch, 2)``."""
+        """How many first tokens of each row's sequence are read, and how many run without the decision, ``(batch, 2)``.
+
+        Both are -1 in a row of several sequences.
+        """
         without = torch.zeros_like(self.read) if self.without is None else self.without
-        return torch.stack([self.read.sum(dim=1), without.sum(dim=1)], dim=1)
+        counts = torch.stack([self.read.sum(dim=1), without.sum(dim=1)], dim=1)
+        sequences = self.sequences
+        return counts.masked_fill(sequences.in_row[:, None], -1) if isinstance(sequences, Places) else counts
 
     def after(self, tokens: int) -> "Readable":
         """The same of sequences that begin with so many tokens more, all of which are given."""
@@ -182,7 +187,7 @@ class Given:
         if self.predicted.shape != real.shape:
             return None
         given = real & (sequences.running(self.predicted.to(real.device).long()) == 0)
-        least = 2 if self.never_first or (self.separates and sequences.packed) else 1
+        least = 2 if self.never_first else 1 + (self.separates and sequences.mixed)
         return given & sequences.spread(sequences.total(given.long()) >= least)
 
 
@@ -270,14 +275,17 @@ def find_readable(
     order = sequences.running(real.long())  # (batch, tokens): how many real tokens so far
     first = real & (order <= prompt_tokens)
     prompt = _prompt(real, order, known, given, sequences)
+    is_traced = torch.compiler.is_compiling()  # when no number may be looked at
     if prompt is None:
-        return Readable(first, first, sequences, unknown=sequences.count)
+        unknown = "all sequences" if is_traced else f"{sequences.count} of {sequences.count} sequences"
+        return Readable(first, first, sequences, unknown)
     has_prompt = sequences.total(prompt.long()) > 0  # (S,)
-    missing = sequences.count - int(has_prompt.sum())
+    missing = None if is_traced else sequences.count - int(has_prompt.sum())
     if missing == 0:
         return Readable(prompt, None, sequences)
     here = sequences.spread(has_prompt)  # (batch, tokens or 1)
-    return Readable(torch.where(here, prompt, first), first & ~here, sequences, unknown=missing)
+    unknown = "" if missing is None else f"{missing} of {sequences.count} sequences"
+    return Readable(torch.where(here, prompt, first), first & ~here, sequences, unknown)
 
 
 def _prompt(
@@ -306,7 +314,7 @@ def _prompt(
 
 def say_unknown(readable: Readable, is_labelled: bool, prompt_tokens: int) -> tuple[str, str]:
     """What to say, and about what, where the prompts of some sequences are unknown."""
-    which = f"{readable.unknown} of {readable.sequences.count} sequences"
+    which = readable.unknown
     effect = (
         f"decisions for whole sequences read their first {prompt_tokens} tokens (prompt_tokens), which run without "
         "them, while in generate they read the whole prompt"

@@ -73,7 +73,7 @@ class CallTracker(TrackedModel):
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise LamellaError(
                 "torch.jit.trace would keep for every input what is decided and added for its example. Run the model "
-                "itself, trace a plain LoRA (lamella.collapse), or use torch.export, which MoLA can be exported by."
+                "itself, trace a plain LoRA (lamella.collapse), or use torch.export."
             )
         arguments = _named_arguments(module, args, kwargs)
         parent = calling_frame(self, module)

@@ -44,18 +44,14 @@ def recall(frame: Frame, key: RouterKey, x: Tensor, decoder: bool, prompt_tokens
         LamellaError: the cache is of no kind that decisions can go with, or holds tokens for which nothing was decided,
             or decisions for other sequences, or ones that a forward of the whole sequences would not take.
     """
-    call, (adapter, name) = frame.call, key
+    call, (_, name) = frame.call, key
     refuse_foreign(call, name)
     if call.past == 0:
         return None
     call.is_recalled = True
     decision = call.cached.get(key)
     if decision is None:
-        raise LamellaError(
-            f"The cache holds {call.past} tokens for which {name} has not decided: they were read without the adapter "
-            f"{adapter!r}, with fixed weights, or as documents packed into a row. Start from an empty cache, or "
-            "pass use_cache=False."
-        )
+        raise _undecided(call, key)
     if len(decision.extent) != len(x):
         raise LamellaError(
             f"The cache holds decisions for {len(decision.extent)} sequences, and {name} is given {len(x)}. "
@@ -64,12 +60,23 @@ def recall(frame: Frame, key: RouterKey, x: Tensor, decoder: bool, prompt_tokens
     if not call.is_settled:
         whole = frame.readable_so_far(x, decoder, prompt_tokens).extent
         if not torch.equal(whole, decision.extent.to(whole.device)):
+            if bool((decision.extent < 0).any()):
+                raise _undecided(call, key)
             raise LamellaError(
                 f"{name} decided for the sequences in the cache by {_words(decision.extent)}, and in one forward "
                 f"of all that they are now by {_words(whole, prompt_tokens)}. Give that much in the first forward, say "
                 "around each of them what is to be read (lamella.prompt), or pass use_cache=False."
             )
     return decision
+
+
+def _undecided(call: RoutedCall, key: RouterKey) -> LamellaError:
+    adapter, name = key
+    return LamellaError(
+        f"The cache holds {call.past} tokens for which {name} has not decided: they were read without the adapter "
+        f"{adapter!r}, with fixed weights, or as documents packed into a row. Start from an empty cache, or pass "
+        "use_cache=False."
+    )
 
 
 def refuse_foreign(call: RoutedCall, name: str) -> None:

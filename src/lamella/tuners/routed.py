@@ -23,7 +23,8 @@ def refuse_recording(name: str) -> None:
     if torch.compiler.is_exporting():
         raise LamellaError(
             f"{name} decides for each sequence which computation runs, and torch.export would keep the one of the "
-            "example for every input. Run the model itself, or export MoLA or a plain LoRA (lamella.collapse)."
+            "example for every input. Run the model itself, or export MoLA, a composition with form='delta', or a "
+            "plain LoRA (lamella.collapse)."
         )
 
 

@@ -98,6 +98,12 @@ class Group:
         return self.decoder and self.input == "own" and not self.by_token
 
     @property
+    def looks_at_no_number(self) -> bool:
+        """Whether what runs depends on no number in a tensor, so that it can be traced."""
+        config = self.config
+        return config.form == "delta" and config.router_input != "flatten" and config.shortlist is None
+
+    @property
     def owner(self) -> Member:
         """The module that holds the router."""
         return (self.inputs or self.members)[0]
@@ -136,7 +142,9 @@ class Group:
     def leaves_out(self, weights: Tensor) -> bool:
         """Whether weights are for so few sequences that some LoRAs have none in any of them, ties apart."""
         top_k = self.config.top_k
-        return top_k is not None and weights.dim() == 2 and len(weights) * top_k < len(self.names)
+        if top_k is None or torch.compiler.is_compiling():  # how many are used is no shape that can be compiled
+            return False
+        return weights.dim() == 2 and len(weights) * top_k < len(self.names)
 
     def override(self, frame: Frame | None) -> Override:
         """What holds in this call in place of the router."""
@@ -148,7 +156,8 @@ class Group:
     ) -> tuple[Tensor, Tensor | None]:
         decision = None if frame is None else self._taken_before(layer, frame)
         if decision is None:
-            refuse_recording(self.name)
+            if not self.looks_at_no_number:
+                refuse_recording(self.name)
             self._refuse_too_early(layer)
             self._refuse_other_rows(layer, x, frame)
             decision = self.decide(layer, x, self.router_inputs(override, frame), frame, override)
@@ -262,8 +271,9 @@ class Group:
         readable = self.readable(tokens, layer, frame)
         read, sequences = readable.read, readable.sequences
         logits = inputs.by_sequence(tokens, read, sequences)  # (S, K)
-        if frame is not None and travels and not sequences.packed:
-            frame.call.cached[self.key] = CachedDecision((logits.detach(),), readable.extent, first)
+        by_row = sequences.by_row(logits.detach())  # (batch, K)
+        if frame is not None and travels and by_row is not None:
+            frame.call.cached[self.key] = CachedDecision((by_row,), readable.extent, first)
         real = sequences.total(read.long()) > 0  # (S,)
         self._show(logits, override, real, logits.shape[:1], frame)
         uniform = None if readable.without is None else self.without_decision(override, logits[0])
@@ -295,7 +305,8 @@ class Group:
             ones = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             read = ones if mask is None else mask.view(tokens.shape[:2]).to(tokens.device)
             return Readable(read, None, Rows(len(tokens)))
-        return frame.readable(tokens, self.decoder, self.config.prompt_tokens)
+        traced = self.looks_at_no_number and frame.is_traced
+        return frame.readable(tokens, self.decoder, self.config.prompt_tokens, traced)
 
     def fit(self, decision: Decision, layer: Member, x: Tensor) -> Tensor:
         """The decision's weights for this module's rows."""
@@ -304,11 +315,14 @@ class Group:
             return self._by_token(weights, layer, x)
         sequences = decision.sequences
         packed = sequences is not None and sequences.packed
-        if packed and layer.reads_encoder:
-            raise LamellaError(
-                f"{layer.name} reads the encoder's states for several documents in one row, and which of them each "
-                "state belongs to is not known. Give each document a row of its own, or use router_input='token'."
-            )
+        if sequences is not None and packed and layer.reads_encoder:
+            by_row = None if bool(sequences.mixed) else sequences.by_row(weights)
+            if by_row is None:
+                raise LamellaError(
+                    f"{layer.name} reads the encoder's states for several documents in one row, and which of them each "
+                    "state belongs to is not known. Give each document a row of its own, or use router_input='token'."
+                )
+            weights, packed = by_row, False
         if decision.without is None and not packed:
             return self.repeated(weights, layer, x)
         uniform = None if decision.uniform is None else decision.uniform.to(x.device)
@@ -325,7 +339,7 @@ class Group:
 
     def _by_token(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
         """Weights per token ``(*rows, K)`` for a module that is given the same tokens."""
-        if weights.shape[:-1].numel() != x.shape[:-1].numel():
+        if weights[..., 0].numel() != x[..., 0].numel():
             raise LamellaError(
                 f"{layer.name} is given {tuple(x.shape[:-1])} rows, and {self.name} has decided for "
                 f"{tuple(weights.shape[:-1])}. Use router_input='mean' or granularity='matrix'."
@@ -334,12 +348,13 @@ class Group:
 
     def repeated(self, weights: Tensor, layer: Member, x: Tensor) -> Tensor:
         """Weights per sequence for rows of which several, one after another, belong to each."""
-        if len(x) % len(weights):
+        rows, sequences = x.shape[0], weights.shape[0]
+        if rows % sequences:
             raise LamellaError(
-                f"There are weights for {len(weights)} sequences, and {layer.name} is given {len(x)} rows; give one "
-                "set of weights per sequence of the batch."
+                f"There are weights for {sequences} sequences, and {layer.name} is given {rows} rows; give one set of "
+                "weights per sequence of the batch."
             )
-        return weights if len(x) == len(weights) else weights.repeat_interleave(len(x) // len(weights), dim=0)
+        return weights if rows == sequences else weights.repeat_interleave(rows // sequences, dim=0)
 
     def _show(
         self, logits: Tensor, override: Override, real: Tensor | None, shape: torch.Size, frame: Frame | None

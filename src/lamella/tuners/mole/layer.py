@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella.adapters import sides_of
 from lamella.backbones import Place
 from lamella.backbones.offloading import onloaded
+from lamella.compiling import known_when_traced
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.kernels import FrozenLoras, forward_frozen, leave_out_unused
 from lamella.routing import current_frame
@@ -123,11 +124,14 @@ class MoleLinear(Member, AdapterLayer):
                 "side in memory. Compose those that are wanted without one: lamella.compose(base, library.only(names))."
             )
         assert isinstance(factors, FrozenFactors)
-        if not factors.known:
-            self._refuse_unread(adapter, factors)
+        self._refuse_unread(adapter)
         return factors
 
-    def _refuse_unread(self, adapter: str, factors: FrozenFactors) -> None:
+    @known_when_traced
+    def _refuse_unread(self, adapter: str) -> None:
+        factors: Any = self.lamella_mole_loras[adapter]
+        if factors.known or torch.compiler.is_exporting():  # when no number can be looked at
+            return
         if any(bool(buffer.isnan().any()) for buffer in factors.buffers()):
             raise LamellaError(
                 f"The LoRAs of adapter {adapter!r} at {self.name} are not numbers: they are to come from the adapter's "
@@ -235,7 +239,7 @@ class MoleLinear(Member, AdapterLayer):
     def _plain(self) -> tuple[Tensor, Tensor | None] | None:
         """The layer's matrix ``(out, in)`` and bias, where it is nothing else and nobody hooks into it."""
         layer = self.base_layer
-        if not is_plain(layer):
+        if torch.compiler.is_compiling() or not is_plain(layer):  # compiled, one form is for any number of tokens
             return None
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         assert isinstance(weight, Tensor)

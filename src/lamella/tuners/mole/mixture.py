@@ -7,6 +7,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from lamella.backbones.offloading import onloaded
+from lamella.compiling import eagerly
 from lamella.errors import LamellaError
 from lamella.kernels.frozen import group_rows, scale_columns
 from lamella.routing import Frame
@@ -73,7 +74,8 @@ class MoleMixture:
         for group in self.groups:
             group.watchers.append(watch)
         try:
-            yield
+            with eagerly():
+                yield
         finally:
             for group in self.groups:
                 group.watchers.remove(watch)
