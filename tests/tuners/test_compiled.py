@@ -137,6 +137,38 @@ def test_a_sequence_goes_on_with_what_a_compiled_composition_has_decided(folder:
         model(**given, past_key_values=cache)
 
 
+def molex(kind: str = "bert", **settings: Any) -> PeftModel:
+    return tiny.molex(tiny.build(kind, layers=2), **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("bert", {"policy": "fixed", "fixed_layer": 1}),
+        pytest.param("bert", {"policy": "self"}, marks=pytest.mark.heavy),
+        pytest.param("llama", {"policy": "self"}, marks=pytest.mark.heavy),
+        pytest.param("llama", {"policy": "uniform", "alpha_mode": "learned"}, marks=pytest.mark.heavy),
+    ],
+)
+def test_guests_that_no_number_chooses_train_in_one_graph(kind: str, settings: dict[str, Any]) -> None:
+    model, backend = molex(kind, **settings).train(), Counted()
+    given = batch(model) | ({"use_cache": False} if settings["policy"] == "uniform" else {})
+    assert_same(model, torch.compile(model, backend=backend, fullgraph=True), given)
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.heavy)])
+def test_guests_that_a_router_chooses_end_one_graph_in_each_block(kind: str) -> None:
+    model, backend = molex(kind, router_aux_loss_coef=0.5).train(), Counted()
+    given = batch(model) | ({"use_cache": False} if kind == "llama" else {})
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    assert_same(model, torch.compile(model, backend=backend), given)
+    assert len(breaks) == 1, breaks
+    assert "MolexBlock._mixed" in next(iter(breaks))
+    assert backend.graphs > 1
+
+
 class Layer(nn.Module):
     """A router alone, which pays for its logits."""
 

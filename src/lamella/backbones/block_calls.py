@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from lamella.compiling import known_when_traced
 from lamella.errors import LamellaError
 
 # Arguments with one entry per sequence in the first of so many axes; there a leading axis of 1 is shared by all.
@@ -146,8 +147,13 @@ def with_hidden_states(output: Any, states: Tensor) -> Any:
     return type(output)((states, *output[1:]))
 
 
-@functools.lru_cache(maxsize=256)
+@known_when_traced
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of what a module's forward can be given by place."""
+    return _read_parameter_names(forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)[1:]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lamella.backbones import BlockCall, Place, hidden_states_of, with_hidden_states
 from lamella.backbones.offloading import onloaded
+from lamella.compiling import between_graphs
 from lamella.errors import CannotMergeError, LamellaError
 from lamella.routing import (
     CachedDecision,
@@ -38,7 +39,14 @@ from lamella.tuners.molex.choosing import (
     spread,
 )
 from lamella.tuners.molex.config import MolexConfig
-from lamella.tuners.molex.guests import beginning, is_checkpointed, refuse_sharded, run_guest, show_mixture
+from lamella.tuners.molex.guests import (
+    beginning,
+    is_checkpointed,
+    keep_in_graph,
+    refuse_sharded,
+    run_guest,
+    show_mixture,
+)
 from lamella.tuners.molex.plan import Depth
 from lamella.tuners.molex.second_model import SecondModel
 from lamella.tuners.routed import AttachedLoss, RoutedLayer, refuse_recording
@@ -155,15 +163,23 @@ class MolexBlock(nn.Module, AdapterLayer):
         slots = self._slots(adapter, call, frame)
         choice = self._choice(adapter, call.hidden_states, frame, slots)
         output = self._run_itself(call, frame)
-        host = hidden_states_of(output)
-        spans_rows = frame is not None and frame.packing.spans_rows
-        mixed = self._with_guests(adapter, host, choice, call, output, slots, spans_rows)
+        mix = self._mixed_apart if choice.everywhere is None else self._mixed
+        return with_hidden_states(output, mix(adapter, call, output, choice, slots, frame))
+
+    def _mixed(
+        self, adapter: str, call: BlockCall, output: Any, choice: Choice, slots: GuestSlots | None, frame: Frame | None
+    ) -> Tensor:
+        """The block's states with its guests, and what the router pays."""
+        mixed = self._with_guests(adapter, call, output, choice, slots, frame)
         mixed = self._attach_losses(adapter, mixed, choice, frame)
-        show_mixture(host, mixed)
-        return with_hidden_states(output, mixed)
+        show_mixture(hidden_states_of(output), mixed)
+        return mixed
+
+    _mixed_apart = between_graphs("which blocks run, and on which rows, depends on what was chosen")(_mixed)
 
     def _run_itself(self, call: BlockCall, frame: Frame | None) -> Any:
-        begins = call.cache is not None and frame is not None and frame.call.past == 0
+        mixes = any(mixture.config.mixes for mixture in self.mixtures.values())  # or no block is ever a guest
+        begins = mixes and call.cache is not None and frame is not None and frame.call.past == 0
         with beginning(self.base_layer, call.hidden_states.shape[1] == 1) if begins else nullcontext():
             return self.base_layer(*call.args, **call.kwargs)
 
@@ -271,7 +287,7 @@ class MolexBlock(nn.Module, AdapterLayer):
             known: Choice = cached.worked_out
             return known
         with torch.autocast(h.device.type, enabled=False):
-            choice = self._decide(adapter, h, frame)
+            choice = self._decide(adapter, h, frame, traced=slots is None and frame is not None and frame.is_traced)
         if slots is not None and frame is not None:
             assert choice.extent is not None
             frame.call.cached[key] = CachedDecision((choice.indices, choice.weights.detach()), choice.extent, first)
@@ -281,10 +297,11 @@ class MolexBlock(nn.Module, AdapterLayer):
                 observe(self, adapter, choice.routing, choice.real, shape)
         return choice
 
-    def _decide(self, adapter: str, h: Tensor, frame: Frame | None) -> Choice:
+    def _decide(self, adapter: str, h: Tensor, frame: Frame | None, traced: bool) -> Choice:
         mixture = self.mixtures[adapter]
         config, depth, granularity = mixture.config, mixture.depth, mixture.granularity
-        readable = self._readable(h, frame, granularity, config)
+        has_same = not self.routed(adapter) and config.policy != "random"  # guests for all sequences
+        readable = self._readable(h, frame, granularity, config, traced)
         read, sequences = readable.read, readable.sequences
         if self.routed(adapter):
             scores = score_candidates(self._logits(adapter, h), depth.candidates, config.score)
@@ -297,25 +314,29 @@ class MolexBlock(nn.Module, AdapterLayer):
             weights = torch.full_like(logits[:, :1], 1 / picked.shape[1]).expand(picked.shape)
         is_watched = frame is not None and bool(frame.observers)
         every = (depth.candidates, self._total(adapter), granularity)
+        chosen = torch.as_tensor(depth.candidates, device=h.device)[picked]  # (decisions, k)
         laid_out = (*h.shape[:2], sequences, granularity)
         return Choice(
-            indices=spread(torch.as_tensor(depth.candidates, device=h.device)[picked], *laid_out),
-            weights=spread(weights, *laid_out),
+            indices=chosen[:1].expand(len(h), -1) if has_same else spread(chosen, *laid_out),
+            weights=weights[:1].expand(len(h), -1) if has_same else spread(weights, *laid_out),
             without=readable.without,
             extent=readable.extent,
             routing=as_routing(logits, picked, weights, *every) if is_watched else None,
             real=decides_for_something(read, sequences, granularity),
             scores=logits if self.routed(adapter) else None,
             picked=picked,
+            everywhere=depth.candidates[: depth.top_k] if has_same else None,
         )
 
-    def _readable(self, h: Tensor, frame: Frame | None, granularity: str, config: MolexConfig) -> Readable:
+    def _readable(
+        self, h: Tensor, frame: Frame | None, granularity: str, config: MolexConfig, traced: bool
+    ) -> Readable:
         if frame is None:
             return Readable(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device), None, Rows(len(h)))
         self._refuse_padded_inside(h, frame)
         if granularity == "token":  # a token decides by itself, so it sees nothing later
-            return Readable(frame.real_tokens(h), None, frame.sequences(h))
-        return frame.readable(h, self.decoder, config.prompt_tokens)
+            return Readable(frame.real_tokens(h), None, frame.sequences(h, traced))
+        return frame.readable(h, self.decoder, config.prompt_tokens, traced)
 
     def _refuse_padded_inside(self, h: Tensor, frame: Frame) -> None:
         if frame.of_stack is None and frame.width is not None and h.shape[1] > frame.width:
@@ -371,17 +392,11 @@ class MolexBlock(nn.Module, AdapterLayer):
         return hash_sequences(given.repeat_interleave(rows // len(given), dim=0), frame.encoder_mask)
 
     def _with_guests(
-        self,
-        adapter: str,
-        host: Tensor,
-        choice: Choice,
-        call: BlockCall,
-        output: Any,
-        slots: GuestSlots | None,
-        spans_rows: bool,
+        self, adapter: str, call: BlockCall, output: Any, choice: Choice, slots: GuestSlots | None, frame: Frame | None
     ) -> Tensor:
         """Adds each chosen block's difference from this one, run on the rows in which something chose it."""
-        depth = self.place.layer
+        host, depth = hidden_states_of(output), self.place.layer
+        spans_rows = frame is not None and frame.packing.spans_rows
         guests = choice.to(host.device).guests  # which need not be where the block's input is
         left = 1 - self.alpha(adapter, host.device)
         mixed = host
@@ -406,7 +421,8 @@ class MolexBlock(nn.Module, AdapterLayer):
         depth, batch, frame = self.place.layer, len(call.hidden_states), current_frame()
         past = None if frame is None else frame.call.past
         runs_on_all = slots is not None and slots.has_all(depth, guest, batch)
-        together = rows if (place >= 0 or call.can_cut(output)) and not runs_on_all else None
+        is_cut = rows is not None and not runs_on_all and (place >= 0 or call.can_cut(output))
+        together = rows if is_cut else None
         if place >= 0 and second is not None:
             recompute = config.recompute_guest or is_checkpointed(self.base_layer)
             view = None if slots is None else second.view(slots, depth, guest, together, batch, past)
@@ -429,8 +445,7 @@ class MolexBlock(nn.Module, AdapterLayer):
             if choice.scores.requires_grad:
                 mixed = self._balanced(adapter, mixed, choice, frame)
                 idle.append(choice.scores)
-        used: Tensor = _Use.apply(mixed, *idle) if idle else mixed
-        return used
+        return keep_in_graph(mixed, idle)
 
     def _balanced(self, adapter: str, mixed: Tensor, choice: Choice, frame: Frame | None) -> Tensor:
         coefficient = self.mixtures[adapter].config.router_aux_loss_coef
@@ -472,22 +487,6 @@ class MolexBlock(nn.Module, AdapterLayer):
 
     def __repr__(self) -> str:
         return "molex." + super().__repr__()
-
-
-class _Use(torch.autograd.Function):
-    """The identity on its first argument, which keeps the others in the graph with a gradient of zero.
-
-    Data-parallel training waits for a gradient of every parameter, also where no sequence of a batch had a guest.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, *idle: Tensor) -> Tensor:
-        ctx.save_for_backward(*idle)
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
 def _kind_of(block: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -51,6 +51,7 @@ class Choice:
         picked: the candidates chosen, by their place among the candidates, ``(rows, k)``.
         extent: by how many first tokens it was taken (``Readable.extent``), ``(batch, 2)``; None where in an earlier
             forward.
+        everywhere: the guests' block indices where all sequences have the same; None where they may differ.
     """
 
     indices: Tensor
@@ -61,21 +62,29 @@ class Choice:
     scores: Tensor | None = None
     picked: Tensor | None = None
     extent: Tensor | None = None
+    everywhere: tuple[int, ...] | None = None
 
-    @cached_property
+    @property
     def guests(self) -> list[Chosen]:
         """Those that were chosen, in the order of the blocks, the block itself among them."""
+        if self.everywhere is None:
+            return self._found
+        return [Chosen(guest, None, self._share(guest)) for guest in sorted(self.everywhere)]
+
+    @cached_property
+    def _found(self) -> list[Chosen]:
         guests = []
         for guest in torch.unique(self.indices).tolist():
-            is_chosen = self.indices == guest
-            share = (self.weights * is_chosen).sum(dim=-1)  # (batch,) or (batch, tokens)
-            share = share if share.dim() == 2 else share[:, None]
-            if self.without is not None:
-                share = share.masked_fill(self.without, 0)
-            chosen_by = is_chosen.flatten(1).any(dim=1)  # (batch,)
+            chosen_by = (self.indices == guest).flatten(1).any(dim=1)  # (batch,)
             rows = None if bool(chosen_by.all()) else chosen_by.nonzero()[:, 0]
-            guests.append(Chosen(guest, rows, share[..., None]))
+            guests.append(Chosen(guest, rows, self._share(guest)))
         return guests
+
+    def _share(self, guest: int) -> Tensor:
+        """A guest's weight, ``(batch, tokens or 1, 1)``."""
+        share = (self.weights * (self.indices == guest)).sum(dim=-1)  # (batch,) or (batch, tokens)
+        share = share if share.dim() == 2 else share[:, None]
+        return (share if self.without is None else share.masked_fill(self.without, 0))[..., None]
 
     def to(self, device: torch.device) -> "Choice":
         """The same with what the mixture needs on another device."""

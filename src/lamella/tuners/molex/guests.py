@@ -1,6 +1,6 @@
 """Running another block of the stack on this block's input."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -162,11 +162,12 @@ def _wide(tensor: Tensor) -> Tensor:
 @contextmanager
 def _unseen() -> Iterator[None]:
     """Hides a guest from ``output_hidden_states`` and ``output_attentions``, which would list it as one more block."""
-    token = output_capturing._active_collector.set(None)
+    before = output_capturing._active_collector.get()
+    output_capturing._active_collector.set(None)
     try:
         yield
     finally:
-        output_capturing._active_collector.reset(token)
+        output_capturing._active_collector.set(before)  # to reset it in compiled code is to forget who collects
 
 
 def show_mixture(before: Tensor, mixture: Tensor) -> None:
@@ -175,6 +176,28 @@ def show_mixture(before: Tensor, mixture: Tensor) -> None:
     states = None if collected is None else collected.get("hidden_states")
     if states and states[-1] is before:
         states[-1] = mixture
+
+
+class _Use(torch.autograd.Function):
+    """The identity on its first argument, which keeps the others in the graph with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, *idle: Tensor) -> Tensor:
+        ctx.save_for_backward(*idle)
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def keep_in_graph(carrier: Tensor, idle: Sequence[Tensor]) -> Tensor:
+    """The carrier, through which tensors that may be idle get a gradient of zero.
+
+    Data-parallel training waits for a gradient of every parameter, also where no sequence of a batch had a guest.
+    """
+    used: Tensor = _Use.apply(carrier, *idle) if idle else carrier
+    return used
 
 
 def refuse_sharded(wrapper: nn.Module, block: nn.Module) -> None:
