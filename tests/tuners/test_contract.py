@@ -80,6 +80,19 @@ def test_a_lora_takes_no_name_that_a_mixture_has(put: Callable[..., object]) -> 
     put(mixture.unload(), lora)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_trained_head_of_several_layers_stays_when_the_adapter_is_unloaded(method: str, folder: Path) -> None:
+    """PEFT copies a weight to what it puts in place, and such a head has none of its own: RoBERTa's, MPNet's."""
+    model = build(method, folder, modules_to_save=["pooler"])
+    head = model.get_base_model().bert.pooler.modules_to_save["default"]
+    assert not hasattr(head, "weight")
+    bare = model.unload()
+    assert bare.bert.pooler is head
+    assert not any("lamella" in name for name, _ in bare.named_parameters())
+    bare(**tiny.inputs(bare))
+
+
 def test_what_peft_refuses_inside_the_blocks_of_molex_is_a_sentence() -> None:
     config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, state_size=2, time_step_rank=2)
     with pytest.raises(LamellaError, match=r"cannot be put on MambaForCausalLM.*'out_proj' is incompatible"):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -212,6 +213,13 @@ class RoutedModel(BaseTuner):
         """Keeps what an injection did, and logs it: ``add_adapter`` leaves no tuner behind to ask."""
         self.summaries[summary.adapter] = summary
         logger.info("%s", summary)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Without the weight that PEFT copies where a head of several layers, which has none, was trained whole."""
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
