@@ -41,13 +41,18 @@ def _all(study: KeptStudy, results: Results) -> str:
     return _grouped(results, results.against_reference)
 
 
+def learned_nothing(results: Results, name: str) -> list[int]:
+    """Seeds with which a method gives little but the commonest label."""
+    floor = results.floors.get("majority", {}).get("test")
+    values = results.values[name]
+    return [seed for seed, value in values.items() if floor is not None and value <= floor + _LEARNED_NOTHING]
+
+
 def _at_once(study: KeptStudy, results: Results) -> str:
     """As `_all`, and which runs learned nothing, since a mean over seeds hides it."""
-    floor = results.floors.get("majority", {}).get("test")
     said = [_all(study, results)]
     for name, values in results.values.items():
-        lost = [seed for seed, value in values.items() if floor is not None and value <= floor + _LEARNED_NOTHING]
-        if lost:
+        if lost := learned_nothing(results, name):
             said.append(f"{len(lost)} of {len(values)} runs of {name} give little but the commonest label.")
     return " ".join(said)
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from lamella.lab.studies.results import Results
 from lamella.similarity.reliability import reliability
 from lamella.similarity.swapping import distance_regressions
 from lamella.statistics import Contrast, holm
+from studies.answers import learned_nothing
 from studies.criteria import ratios
 from studies.keep import KeptStudy
 from studies.probing import KeptProbes, in_words
@@ -104,16 +106,22 @@ def _contrasts(kept: Kept) -> Iterator[tuple[int, int, Contrast]]:
 
 def _contrast(by: Compared, kept: Kept) -> Contrast | None:
     """By how much the claim's side is better; None where either was not run."""
-    study = kept.studies.get(by.study)
-    table = next((one for one in study.results if one.run and by.table in ("", one.title)), None) if study else None
-    if study is None or table is None or not {by.better, by.worse} <= set(table.means):
+    table = _table(by, kept)
+    if table is None:
         return None
     pair = [(by.better, by.worse)]
     if by.noise:  # what is lost, so less is better
-        lost = (one for _, strength, one in study.losses(table, pair) if strength == by.noise)
+        lost = (one for _, strength, one in kept.studies[by.study].losses(table, pair) if strength == by.noise)
         return next((_turned(one) for one in lost), None)
     made = table.contrasts(pair)
     return None if not made else made[0] if table.greater_is_better else _turned(made[0])
+
+
+def _table(by: Compared, kept: Kept) -> Results | None:
+    """The table with both methods; None where either was not run."""
+    study = kept.studies.get(by.study)
+    table = next((one for one in study.results if one.run and by.table in ("", one.title)), None) if study else None
+    return table if table is not None and {by.better, by.worse} <= set(table.means) else None
 
 
 def _turned(one: Contrast) -> Contrast:
@@ -132,6 +140,9 @@ def _finding(by: By, one: Contrast | None, kept: Kept) -> Finding | None:
         outside = one.interval.low > 0 or one.interval.high < 0
         why = f"p {p_value(one.p_value)} after correction" if outside else f"under {half:.3f} could not have been told"
         verdict = f"undecided: {why}"
+    table = _table(by, kept)
+    if table and all(len(learned_nothing(table, name)) == len(table.values[name]) for name in (by.better, by.worse)):
+        verdict = "undecided: neither learned more than the commonest label"
     return Finding(interval(one), verdict, by.study, by.called or by.table or by.study)
 
 

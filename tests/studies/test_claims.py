@@ -32,6 +32,13 @@ def test_a_verdict_follows_from_the_difference(verdict):
     assert verdict(compared(("LoRA", "tall")))[1] == "does not hold here"
 
 
+def test_two_that_learned_nothing_decide_nothing(verdict, monkeypatch):
+    monkeypatch.setattr(claims, "learned_nothing", lambda table, name: sorted(table.values[name]))
+    assert verdict(compared(("tall", "LoRA")))[1] == "undecided: neither learned more than the commonest label"
+    monkeypatch.setattr(claims, "learned_nothing", lambda table, name: [0])  # one seed of three
+    assert verdict(compared(("tall", "LoRA")))[1] == "holds here"
+
+
 def test_what_cannot_be_told_says_what_could(verdict):
     found, said = verdict(compared(("wide", "LoRA")))
     assert said == "undecided: under 0.000 could not have been told"  # the two answer alike, row by row
