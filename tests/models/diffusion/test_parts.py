@@ -81,9 +81,15 @@ def test_an_untrained_autoencoder_has_its_shapes_and_says_the_deviation_it_was_g
     assert made.decode(told.mean).sample.shape == (3, 3, 32, 32)
 
 
-def test_drawing_begins_where_training_saw_nothing_but_noise():
+def test_a_denoiser_that_knows_the_picture_draws_it_from_noise():
+    latents = Components.of_world(20, 0).latents(2 * render(BASE.draw(2, seeded(1))) - 1)
     noises = scheduler()
     noises.set_timesteps(20)
+    drawn = torch.randn(latents.shape, generator=seeded(2))
+    for time in noises.timesteps:
+        signal = noises.alphas_cumprod[time]
+        noise = (drawn - signal.sqrt() * latents) / (1 - signal).sqrt()
+        drawn = noises.step(noises.get_velocity(latents, noise, time.expand(2)), time, drawn).prev_sample
 
     assert noises.timesteps[0] == noises.config.num_train_timesteps - 1
-    assert noises.alphas_cumprod[-1] < 1e-6
+    assert torch.allclose(drawn, latents, atol=1e-3)
