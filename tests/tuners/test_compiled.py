@@ -141,6 +141,13 @@ def molex(kind: str = "bert", **settings: Any) -> PeftModel:
     return tiny.molex(tiny.build(kind, layers=2), **settings)
 
 
+METHODS = ("mola", "mole", "molex")
+
+
+def adapted(method: str, folder: Path, kind: str) -> PeftModel:
+    return {"mola": mola, "molex": molex}[method](kind) if method != "mole" else mole(folder, kind)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -196,13 +203,14 @@ def test_a_loss_built_outside_has_its_scale_in_the_balance_loss(scale: float) ->
     assert backend.graphs > 0
 
 
-def test_an_encoder_answers_in_one_graph_and_is_its_own_code_while_it_is_watched() -> None:
-    model, backend = mola("bert"), Counted()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_encoder_answers_compiled_and_is_its_own_code_while_it_is_watched(method: str, folder: Path) -> None:
+    model, backend = adapted(method, folder, "bert"), Counted()
+    compiled = torch.compile(model, backend=backend, fullgraph=method != "molex")
     given = unlabelled(batch(model))
     with torch.no_grad():
         torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
-        assert backend.graphs == 1
+        assert backend.graphs == 1 or method == "molex"
         with lamella.record_routing(compiled) as seen:
             compiled(**given)
         with lamella.record_routing(model) as expected:
@@ -291,10 +299,11 @@ def test_collected_losses_are_those_of_its_own_code() -> None:
 
 
 @pytest.mark.heavy
-def test_the_trainer_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainer_compiles(method: str, folder: Path, tmp_path: Path) -> None:
     trained = []
     for settings in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
-        model = mola().train()
+        model = adapted(method, folder, "llama").train()
         given = batch(model, rows=4, pad=0)
         rows = [{name: value[n] for name, value in given.items()} for n in range(4)]
         arguments = TrainingArguments(
