@@ -24,6 +24,7 @@ from lamella.errors import LamellaError
 from lamella.files import atomic, write_atomic
 from lamella.lab.methods import Method, read_saved
 from lamella.lab.runs.settings import read_recipe, recipe_names
+from lamella.lab.studies.continual import Continual
 from lamella.lab.studies.folder import StudyFolder
 from lamella.lab.studies.recipe import StudyRecipe, read_study, study_of
 from lamella.lab.studies.results import Results, results_of
@@ -189,7 +190,9 @@ class KeptStudy:
 
     @property
     def planned(self) -> int:
-        """Number of cells that the recipe plans."""
+        """Number of cells that the recipe plans; the stages of a sequence are one."""
+        if isinstance(self.recipe, Continual):
+            return len(self.recipe.names) * len(self.recipe.runs)
         return len(self.recipe.cells())
 
     @property

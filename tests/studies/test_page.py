@@ -23,3 +23,8 @@ def test_a_run_that_learned_nothing_is_told_where_a_mean_hides_it():
     (page,) = (one for one in answers(study).splitlines() if one.startswith("- joint:"))
     assert "better than LoRA: LoRA per task" in page
     assert page.endswith("1 of 3 runs of LoRA give little but the commonest label.")
+
+
+def test_the_stages_of_a_sequence_are_one_cell():
+    study = load_study("minilm-continual")
+    assert study.run == study.planned == 4 * 5
