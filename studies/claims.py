@@ -424,6 +424,12 @@ CLAIMS = (
         "this project",
         _on("minilm-five-tasks-others", "MOLE", "LoRA"),
     ),
+    Claim(
+        _MOLE,
+        "gains from a second LoRA of a domain that it has",
+        "this project",
+        _on("mole-overlap", "MOLE", "three LoRAs"),
+    ),
     Claim(_MOLE, "several subjects in one picture", "tables 1, 2, 4", cannot="no trained model of pictures is at hand"),
     Claim(_EXSIM, "an expert with a large error does what no other does", "table 1", [_error_is_variance]),
     Claim(_EXSIM, "behind an aligner an expert stands in for another", "table 1", [_aligned_stand_in]),
