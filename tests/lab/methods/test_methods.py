@@ -121,7 +121,7 @@ def test_every_setting_of_the_config_can_be_given(name):
         ({"name": "lora", "match": {"name": "mola", "top_k": 9}}, "top_k=9 is more than num_experts=4"),
         ({"name": "molla"}, "no method 'method.name=molla'. Did you mean 'method.name=mola'"),
         ({"name": "pem", **LORAS, "weight": {}}, "Did you mean 'method.weights'"),
-        ({"name": "single", **LORAS}, "'method.adapter' cannot be"),
+        ({"name": "single", **LORAS}, "'method.adapter' is missing"),
         ({"name": "arrow", **LORAS, "top_k": 0}, "'method.top_k' cannot be 0"),
     ],
 )

@@ -214,7 +214,7 @@ def check_name(name: str, known: Iterable[str], kind: str) -> None:
 def refuse_without_method(methods: Mapping[str, Mapping[str, Any]], example: str) -> None:
     """Raise a LamellaError where an entry does not say which method it is: forgotten, or a misspelt name."""
     for name, given in methods.items():
-        if not isinstance(given.get("method"), str | dict):
+        if given.get("method") is None:
             others = [other for other in methods if other != name]
             near = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
             hint = f"Did you mean 'methods.{near[0]}'? Else add" if near else "Add"
