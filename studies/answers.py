@@ -42,8 +42,8 @@ def _all(study: KeptStudy, results: Results) -> str:
 
 
 def learned_nothing(results: Results, name: str) -> list[int]:
-    """Seeds with which a method gives little but the commonest label."""
-    floor = results.floors.get("majority", {}).get("test")
+    """Seeds with which a method gives little but the commonest label; none of a measure of which less is better."""
+    floor = results.floors.get("majority", {}).get("test") if results.greater_is_better else None
     values = results.values[name]
     return [seed for seed, value in values.items() if floor is not None and value <= floor + _LEARNED_NOTHING]
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from lamella.lab.studies.results import Results
 from lamella.similarity.reliability import reliability
 from lamella.similarity.swapping import distance_regressions
-from lamella.statistics import Contrast, holm
+from lamella.statistics import SIGNIFICANT, Contrast, holm
 from studies.answers import learned_nothing
 from studies.criteria import ratios
 from studies.keep import KeptStudy
@@ -215,7 +215,7 @@ def _picked_for_meaning(kept: Kept) -> Finding | None:
         f"{row.property} {in_words(row.rho, row.low, row.high)}, random picks up to {number(row.random_high, '+')}"
         for row in rows.itertuples()
     )
-    verdict = _HOLDS if (rows["p_holm"] < 0.05).all() else "undecided: no more than random picks do"
+    verdict = _HOLDS if (rows["p_holm"] < SIGNIFICANT).all() else "undecided: no more than random picks do"
     return Finding(f"rank correlation of picks with {said}", verdict, "probing")
 
 
@@ -254,7 +254,7 @@ def _distance(kept: Kept) -> Finding | None:
     said = f"{number(fit['slope'], '+')} accuracy for each layer, p {number(fit['p_value'])}, {fit['swaps']:.0f} swaps"
     decided = _FAILS if fit["slope"] >= 0 else _HOLDS
     return Finding(
-        said, decided if fit["p_value"] < 0.05 else "undecided: four layers are too few", "expert-similarity"
+        said, decided if fit["p_value"] < SIGNIFICANT else "undecided: four layers are too few", "expert-similarity"
     )
 
 

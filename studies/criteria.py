@@ -35,6 +35,7 @@ from lamella.similarity.compression.distillation import distil_routers
 from lamella.similarity.compression.perplexity import score
 from lamella.similarity.compression.refit import RIDGE, refit
 from lamella.similarity.swapping.scores import Batch, TextScores
+from lamella.statistics import ENDS
 from studies.tables import markdown
 
 ROWS = Path(__file__).parent / "criteria_rows"
@@ -326,7 +327,7 @@ def _ratio_over(samples: Sequence[Any], at: int, names: Sequence[str]) -> Ratio:
         documents = generator.integers(len(tokens), size=(_DRAWS, len(tokens)))
         seeds = np.random.default_rng(1).integers(len(nats), size=(_DRAWS, len(nats)))  # the same for all domains
         drawn += (nats[seeds].mean(1)[np.arange(_DRAWS)[:, None], documents]).sum(1) / tokens[documents].sum(1)
-    low, high = np.exp(np.quantile(drawn / len(names), [0.025, 0.975]))
+    low, high = np.exp(np.quantile(drawn / len(names), ENDS))
     return Ratio(mean, float(low), float(high))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamella.errors import LamellaError
 from lamella.files import atomic
+from lamella.statistics import SIGNIFICANT
 from studies.tables import markdown, number, p_value
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 ROWS = Path(__file__).parent / "probing_rows"
 _TABLES = ("results", "trends", "picks", "correlations")
-_SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def probing_page(kept: Sequence[KeptProbes]) -> str:
 
 def _section(one: KeptProbes) -> str:
     runs, text = one.settings["runs"], one.settings["text"]
-    follows = ", ".join(one.followed[one.followed["p_holm"] < _SIGNIFICANT]["property"]) or "no property"
+    follows = ", ".join(one.followed[one.followed["p_holm"] < SIGNIFICANT]["property"]) or "no property"
     results = one.table("results")
     layers = sorted(results["layer"].unique())
     profile = [

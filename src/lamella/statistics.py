@@ -13,6 +13,7 @@ from lamella.errors import LamellaError
 
 RESAMPLES = 10_000
 SIGNIFICANT = 0.05
+ENDS = (0.025, 0.975)  # quantiles of a 95 % interval
 _CHUNK_ENTRIES = 2_000_000
 
 Floats = npt.NDArray[np.float64]

@@ -16,7 +16,7 @@ from lamella.backbones import locate_stacks
 from lamella.errors import LamellaError
 from lamella.lab.runs.folder import RunFolder
 from lamella.lab.runs.settings import settings_of
-from lamella.statistics import holm, resampled_means, spearman
+from lamella.statistics import ENDS, holm, resampled_means, spearman
 from lamella.tracing import FIRST_COLUMNS
 from lamella.tuners.molex.plan import make_plans
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 _TABLES = 10_000  # random pick tables
-_ENDS = (0.025, 0.975)  # of a 95 % interval
 _WAY_OUT = "Give the folder of a finished run, as `lamella train method=molex -o FOLDER` makes one."
 
 
@@ -170,7 +169,7 @@ def pick_correlations(picks: Picks, scores: Mapping[tuple[str, str], Floats], se
         drawn = np.nan_to_num(spearman(resampled_means(behind).T.round(9), by_run))  # (draws,)
         null = np.nan_to_num(spearman(at_random, values))  # (tables,)
         p_value = (int((null >= rho - 1e-12).sum()) + 1) / (len(null) + 1)
-        found = (rho, *np.quantile(drawn, _ENDS), *np.quantile(null, _ENDS), p_value)
+        found = (rho, *np.quantile(drawn, ENDS), *np.quantile(null, ENDS), p_value)
         rows.append((name, measure, *(map(float, found) if np.isfinite(rho) else [math.nan] * len(found))))
     columns = ["property", "measure", "rho", "low", "high", "random_low", "random_high", "p"]
     table = pd.DataFrame(rows, columns=columns)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lamella.lab.probing.tasks import Ints, Property
 from lamella.progress import counted
-from lamella.statistics import Contrast, contrast, mean_intervals, resampled_means, spearman
+from lamella.statistics import ENDS, Contrast, contrast, mean_intervals, resampled_means, spearman
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +97,7 @@ class Probed:
         layers = np.arange(len(by_layer), dtype=float)[None]  # (1, layers)
         of_all = spearman(by_layer.mean(axis=(1, 2))[None].round(9), layers)
         drawn = np.nan_to_num(spearman(resampled_means(by_layer).T.round(9), layers))  # (draws,)
-        low, high = np.quantile(drawn, (0.025, 0.975))
+        low, high = np.quantile(drawn, ENDS)
         return float(np.nan_to_num(of_all)[0]), float(low), float(high)
 
     def beside_the_best(self) -> list[Contrast]:

@@ -13,6 +13,7 @@ from lamella.lab.report.curves import Chart, line_chart
 from lamella.lab.report.heatmap import BANDS, routing_view
 from lamella.lab.report.pages import page_environment
 from lamella.lab.report.tables import Table, frame_table, settings_sections
+from lamella.statistics import SIGNIFICANT
 
 if TYPE_CHECKING:
     from lamella.lab.probing.model import ProbedModel
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from lamella.lab.probing.probe import Probed
 
 _ACROSS = "layer (-1: embeddings)"
-_SIGNIFICANT = 0.05
 
 
 def write_probing(probed: ProbedModel, path: Path) -> Path:
@@ -91,7 +91,7 @@ def _followed(probed: ProbedModel) -> list[str]:
     told = "; ".join(
         f"{row.property} {row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}] (p {row.p:.2g})" for row in asked.itertuples()
     )
-    follows = ", ".join(asked[asked["p_holm"] < _SIGNIFICANT]["property"])
+    follows = ", ".join(asked[asked["p_holm"] < SIGNIFICANT]["property"])
     verdict = (
         f"more than random picks do, after Holm's correction: {follows}"
         if follows
